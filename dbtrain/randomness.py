@@ -1,0 +1,56 @@
+"""Randomness as a function: every number is named by (seed, subject, purpose, step, draw slot, element).
+
+Nothing here keeps state, so results do not depend on the number of ranks, on neighbours or on resuming. A draw slot
+numbers the samples of one step's *global* batch.
+"""
+
+import hashlib
+from enum import IntEnum
+
+import torch
+from dbtrain_kernels.philox import normal, philox, uniform
+from torch import Tensor
+
+
+class Purpose(IntEnum):
+    """What a number is for; separate purposes never share counters."""
+
+    NOISE = 1
+    TIMESTEP = 2
+    POSTERIOR = 3
+    OFFSET = 4
+    ORDER = 5
+    FLIP = 6
+    CROP = 7
+    ADAPTER = 8
+    STRATUM = 9
+    AUGMENT = 10
+
+
+def stream_key(seed: int, subject: str, *names: object) -> tuple[int, int]:
+    """Philox key (two 32-bit words) of a subject's stream in a run, by BLAKE2b, so that near seeds share nothing."""
+    text = "\x1f".join(str(part) for part in (seed, subject, *names))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def normals(key: tuple[int, int], purpose: Purpose, step: int, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal float32 [B, *shape] for the draw slots [B] of a step, on the slots' device."""
+    count = 1
+    for side in shape:
+        count *= side
+    blocks = torch.arange((count + 3) // 4, device=slots.device)
+    words = philox(key, (blocks[None, :], slots[:, None], step, int(purpose)))
+    return normal(words).flatten(1)[:, :count].reshape(len(slots), *shape)
+
+
+def uniforms(key: tuple[int, int], purpose: Purpose, step: int, slots: Tensor) -> Tensor:
+    """Uniform float64 [B] in (0, 1) for the draw slots [B] of a step."""
+    return uniform(philox(key, (0, slots, step, int(purpose)))[0])
+
+
+def permutation(seed: int, subject: str, role: int, epoch: int, count: int) -> list[int]:
+    """A keyed shuffle of range(count): the order in which one epoch visits a subject's samples of a role."""
+    words = philox(stream_key(seed, subject), (torch.arange(count), role, epoch, int(Purpose.ORDER)))
+    ranks = (words[0] << 31) | (words[1] >> 1)
+    return torch.argsort(ranks, stable=True).tolist()
