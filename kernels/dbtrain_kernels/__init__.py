@@ -1,0 +1,1 @@
+"""Fused operations of dbtrain. Each is optional: its plain PyTorch form is its specification, oracle and CPU path."""

@@ -1,0 +1,79 @@
+"""Packaging of dbtrain: three packages from three source roots, and the configuration files as data.
+
+`kernels/` and `launchers/` are source roots like `src/`, without `__init__.py`: a top-level package `kernels` would hide
+the library of that name, which transformers and diffusers import.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+ROOTS = {
+    "dbtrain": "dbtrain",
+    "dbtrain_kernels": "kernels/dbtrain_kernels",
+    "dbtrain_launchers": "launchers/dbtrain_launchers",
+}
+CONFIGS = {"dbtrain.configs": "configs"}
+
+REQUIRES = [
+    "accelerate>=1.2",
+    "deepspeed>=0.18",
+    "diffusers>=0.36",
+    "fsspec>=2024.6",
+    "ninja>=1.11",
+    "numpy>=1.26",
+    "pillow>=10.3",
+    "pyarrow>=15",
+    "pydantic>=2.9",
+    "PyYAML>=6.0",
+    "ray>=2.40",
+    "rich>=13.7",
+    "safetensors>=0.4.5",
+    "tensorboard>=2.16",
+    "torch>=2.10",
+    "transformers>=5.0",
+    "typer>=0.12",
+    "webdataset>=0.2.100",
+]
+EXTRAS = {
+    # setuptools builds the wheel that tests/test_packaging.py looks into; triton runs the kernels in its CPU interpreter.
+    "test": ["hypothesis>=6.100", "peft>=0.18", "pytest>=8.2", "pytest-timeout>=2.3", "setuptools>=77", "triton>=3.6"],
+    "gpu": ["xformers>=0.0.35"],
+    # Empty: the shipped metrics need nothing more. lpips would bring torchvision, which replaces or breaks a CPU torch.
+    "eval": [],
+    "trackers": ["trackio>=0.2", "wandb>=0.18"],
+    "dev": ["mypy>=1.11", "ruff>=0.6", "types-PyYAML>=6.0"],
+}
+
+
+def version() -> str:
+    """The version in dbtrain/__init__.py, read without importing it."""
+    return re.search(r'^__version__ = "(.+)"', (HERE / "dbtrain/__init__.py").read_text("utf-8"), re.M).group(1)
+
+
+def packages() -> list[str]:
+    """Every package of every root, and `dbtrain.configs`, which holds data only."""
+    found = [f"{name}.{sub}".rstrip(".") for name, path in ROOTS.items() for sub in ["", *find_packages(HERE / path)]]
+    return [*found, *CONFIGS]
+
+
+setup(
+    name="dbtrain",
+    version=version(),
+    description="Distributed DreamBooth training: one personalized text-to-image model per subject of a manifest",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=packages(),
+    package_dir={**ROOTS, **CONFIGS},
+    package_data={"dbtrain": ["py.typed", "tiny/assets/**", "report/templates/**"], "dbtrain.configs": ["**"]},
+    include_package_data=False,
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["dbtrain = dbtrain.cli:main"]},
+    zip_safe=False,
+)
