@@ -1,0 +1,81 @@
+"""What a wheel of dbtrain holds, and that the repository hides nobody else's package."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOTS = {"dbtrain": "dbtrain", "dbtrain_kernels": "kernels/dbtrain_kernels", "dbtrain_launchers": "launchers/dbtrain_launchers"}
+
+
+NEEDED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "dbtrain", "kernels", "launchers", "configs")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """A copy of the sources: building leaves the checkout as it was, and nobody's edit falls between two looks."""
+    place = tmp_path_factory.mktemp("copy")
+    for name in NEEDED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        else:
+            shutil.copy(ROOT / name, place)
+    return place
+
+
+def names(folder: Path, pattern: str = "*") -> set[str]:
+    """Names of the files in a folder, relative to it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob(pattern) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def wheel(copy, tmp_path_factory) -> dict[str, int]:
+    """Names and sizes of what a wheel holds."""
+    work = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    built = subprocess.run([*command, "-w", str(work), str(copy)], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr[-3000:]
+    with zipfile.ZipFile(next(work.glob("*.whl"))) as archive:
+        return {entry.filename: entry.file_size for entry in archive.infolist()}
+
+
+def test_the_wheel_holds_every_module_and_nothing_else_on_top(copy, wheel):
+    modules = {f"{name}/{file}" for name, root in ROOTS.items() for file in names(copy / root, "*.py")}
+    assert modules - set(wheel) == set()
+    assert {top for name in wheel if not (top := name.split("/")[0]).endswith(".dist-info")} == set(ROOTS)
+
+
+def test_the_wheel_holds_the_configuration_files(copy, wheel):
+    assert {"dbtrain/configs/" + name for name in names(copy / "configs")} <= set(wheel)
+    assert "dbtrain/configs/recipes/tiny.yaml" in wheel
+
+
+def test_the_wheel_holds_the_assets(copy, wheel):
+    assets = names(copy / "dbtrain/tiny/assets")
+    assert assets
+    assert {"dbtrain/tiny/assets/" + name for name in assets} <= set(wheel)
+
+
+def test_the_wheel_is_small_enough_to_ship(wheel):
+    assert sum(wheel.values()) < 100 * 2**20
+
+
+def test_the_metadata_is_right():
+    shown = subprocess.run([sys.executable, "setup.py", "-q", "--name", "--version", "--license"], cwd=ROOT,
+                           capture_output=True, text=True, check=True).stdout.split()
+    import dbtrain
+
+    assert shown[-3:] == ["dbtrain", dbtrain.__version__, "Apache-2.0"]
+
+
+@pytest.mark.slow
+def test_nothing_in_the_repository_root_hides_a_library():
+    """transformers imports the PyPI package `kernels` where it is installed; a package of ours by that name breaks it."""
+    run = subprocess.run([sys.executable, "-c", "from transformers import CLIPTextModel"], cwd=ROOT, capture_output=True,
+                         text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
+    assert run.returncode == 0, run.stderr[-2000:]
