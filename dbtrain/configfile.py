@@ -14,58 +14,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dbtrain import yaml12
 from dbtrain.config import RunConfig, cross_field_findings
 from dbtrain.errors import ConfigError
 
 MAX_BYTES = 65_536
 """Largest settings file; the largest recipe is 2 KB, and PyYAML needs a second for this much."""
-MAX_DEPTH = 16
-"""Deepest nesting; the settings tree needs 4."""
-
-_CORE = "tag:yaml.org,2002:"
-_PATTERNS = {
-    "null": r"null|Null|NULL|~|",
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
-    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-}
-# PyYAML's own resolvers are YAML 1.1. Reader and writer share these, so what is written plain is read back the same.
-_RESOLVERS = {None: [(_CORE + name, re.compile(rf"(?:{pattern})\Z")) for name, pattern in _PATTERNS.items()]}
-_SCALARS = {
-    "null": lambda text: None,
-    "bool": lambda text: text.lower() == "true",
-    "int": lambda text: int(text, 0) if text[:2] in ("0o", "0x") else int(text),
-    "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
-    "str": lambda text: text,
-}
-
-
-class _Reader(yaml.SafeLoader):
-    """A YAML 1.2 node reader without anchors and aliases, of bounded depth."""
-
-    yaml_implicit_resolvers = _RESOLVERS
-    depth = 0
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise yaml.MarkedYAMLError(problem="anchors and aliases (&, *) are not allowed; write the value out; "
-                                       "text that starts with & or * needs quotes", problem_mark=event.start_mark)
-        if self.depth >= MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-class _Writer(yaml.SafeDumper):
-    """The inverse of `_Reader`."""
-
-    yaml_implicit_resolvers = _RESOLVERS
-
-    def ignore_aliases(self, data):
-        return True
 
 
 @dataclass
@@ -133,12 +87,7 @@ def _line_of(finding: str, name: str) -> int:
 
 def render(config: RunConfig) -> str:
     """YAML of the whole tree, which `loads` turns back into an equal config."""
-    return dump(config.model_dump(mode="json"))
-
-
-def dump(value: Any) -> str:
-    """YAML 1.2 of plain data (dicts, lists, scalars), in the order given."""
-    return yaml.dump(value, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=1000)
+    return yaml12.dump(config.model_dump(mode="json"))
 
 
 def schema() -> dict[str, Any]:
@@ -173,30 +122,12 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
 
 
-def _node(text: str) -> yaml.Node | None:
-    """The root node of a text's only document; None if it has none. Raises yaml.YAMLError."""
-    reader = _Reader(text)
-    try:
-        return reader.get_single_node()
-    finally:
-        reader.dispose()
-
-
-def _yaml_problem(error: yaml.YAMLError) -> tuple[int, str]:
-    """Line and one-line description of a syntax error."""
-    if isinstance(error, yaml.MarkedYAMLError):
-        mark = error.problem_mark or error.context_mark
-        text = ", ".join(part for part in (error.context, error.problem) if part)
-        return (mark.line + 1 if mark else 1), text
-    return 1, f"unreadable character: {getattr(error, 'reason', error)}"
-
-
 def _parse(text: str, name: str) -> _Draft:
     draft = _Draft(name)
     try:
-        node = _node(text)
+        node = yaml12.read_node(text)
     except yaml.YAMLError as error:
-        line, problem = _yaml_problem(error)
+        line, problem = yaml12.explain_error(error)
         draft.findings.append(f"{name}:{line}: not valid YAML: {problem}")
         return draft
     if node is None or (isinstance(node, yaml.ScalarNode) and not node.value and not node.style):
@@ -218,12 +149,12 @@ def _value(node: yaml.Node, key: str, draft: _Draft, name: str) -> Any:
         return _mapping(node, key, draft, name)
     if isinstance(node, yaml.SequenceNode):
         return tuple(_value(item, key, draft, name) for item in node.value)
-    kind = node.tag.removeprefix(_CORE)
+    kind = node.tag.removeprefix(yaml12.CORE)
     try:
-        return _SCALARS[kind](node.value)
+        return yaml12.SCALARS[kind](node.value)
     except KeyError:
         problem = f"the tag {node.tag} is not allowed; write a plain value"
-    except (ValueError, IndexError):
+    except ValueError:
         problem = f"got {_show(node.value)}, which is not a readable {kind}"
     draft.findings.append(f"{name}:{_line(node)}: {key or 'value'}: {problem}")
     return None
@@ -271,9 +202,9 @@ def _override(draft: _Draft, override: str) -> str | None:
     if _is_section(key):
         return f"{key} is a group of settings; set one of {', '.join(k for k in known_keys() if k.startswith(key + '.'))}"
     try:
-        node = _node(text)
+        node = yaml12.read_node(text)
     except yaml.YAMLError as error:
-        return f"the value is not valid YAML ({_yaml_problem(error)[1]}); put text in quotes: {key}='\"...\"'"
+        return f"the value is not valid YAML ({yaml12.explain_error(error)[1]}); put text in quotes: {key}='\"...\"'"
     if node is None or (isinstance(node, yaml.ScalarNode) and not node.value and not node.style):
         return f"got no value, want {describe(key)}"
     if isinstance(node, yaml.MappingNode):
@@ -337,7 +268,7 @@ def _problem(key: str, index: str, problem: dict[str, Any]) -> str:
     wants, advice = describe(key), ""
     if "true" in wants and str(got).lower() in ("yes", "no", "on", "off"):
         advice = "; YAML 1.2 reads that as text"
-    if isinstance(got, str) and re.fullmatch(_PATTERNS["float"], got):
+    if isinstance(got, str) and re.fullmatch(yaml12.PATTERNS["float"], got):
         advice = "; numbers go without quotes"
     if isinstance(got, int | float) and problem["type"] == "string_type":
         advice = "; put text in quotes"

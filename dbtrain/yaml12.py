@@ -1,0 +1,83 @@
+"""YAML 1.2 as dbtrain reads and writes it: `1e-4` is a number, `on` is text, and there are no anchors or aliases.
+
+PyYAML resolves scalars by YAML 1.1. Here reader and writer share one table of the 1.2 core schema, so that whatever
+is written plain is read back as the same value.
+"""
+
+import re
+from typing import Any
+
+import yaml
+
+MAX_DEPTH = 16
+"""Deepest nesting; the settings tree needs 4."""
+
+CORE = "tag:yaml.org,2002:"
+"""What YAML's own tags begin with."""
+PATTERNS = {
+    "null": r"null|Null|NULL|~|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+"""How plain scalars look, by kind (YAML 1.2.2, section 10.3.2); anything else is text."""
+_RESOLVERS = {None: [(CORE + name, re.compile(rf"(?:{pattern})\Z")) for name, pattern in PATTERNS.items()]}
+SCALARS = {
+    "null": lambda text: None,
+    "bool": lambda text: text.lower() == "true",
+    "int": lambda text: int(text, 0) if text[:2] in ("0o", "0x") else int(text),
+    "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+    "str": lambda text: text,
+}
+"""Values of scalars, by kind. ValueError where a value cannot be held, KeyError for any other tag."""
+
+
+class _Reader(yaml.SafeLoader):
+    """A YAML 1.2 node reader without anchors and aliases, of bounded depth."""
+
+    yaml_implicit_resolvers = _RESOLVERS
+    depth = 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise yaml.MarkedYAMLError(problem="anchors and aliases (&, *) are not allowed; write the value out; "
+                                       "text that starts with & or * needs quotes", problem_mark=event.start_mark)
+        if self.depth >= MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+class _Writer(yaml.SafeDumper):
+    """The inverse of `_Reader`."""
+
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def ignore_aliases(self, data):
+        return True
+
+
+def read_node(text: str) -> yaml.Node | None:
+    """The root node of a text's only document; None if it has none. Raises yaml.YAMLError."""
+    reader = _Reader(text)
+    try:
+        return reader.get_single_node()
+    finally:
+        reader.dispose()
+
+
+def explain_error(error: yaml.YAMLError) -> tuple[int, str]:
+    """Line and one-line description of a syntax error."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        text = ", ".join(part for part in (error.context, error.problem) if part)
+        return (mark.line + 1 if mark else 1), text
+    return 1, f"unreadable character: {getattr(error, 'reason', error)}"
+
+
+def dump(value: Any) -> str:
+    """YAML 1.2 of plain data (dicts, lists, scalars), in the order given."""
+    return yaml.dump(value, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=1000)
