@@ -1,7 +1,7 @@
 """Packaging of dbtrain: three packages from three source roots, and the configuration files as data.
 
-`kernels/` and `launchers/` are source roots like `src/`, without `__init__.py`: a top-level package `kernels` would hide
-the library of that name, which transformers and diffusers import.
+`kernels/` and `launchers/` are source roots like `src/`, without `__init__.py`: a top-level package `kernels` would
+hide the library of that name, which transformers and diffusers import.
 """
 
 import re
@@ -24,6 +24,7 @@ REQUIRES = [
     "fsspec>=2024.6",
     "ninja>=1.11",
     "numpy>=1.26",
+    "packaging>=23",
     "pillow>=10.3",
     "pyarrow>=15",
     "pydantic>=2.9",
@@ -38,7 +39,7 @@ REQUIRES = [
     "webdataset>=0.2.100",
 ]
 EXTRAS = {
-    # setuptools builds the wheel that tests/test_packaging.py looks into; triton runs the kernels in its CPU interpreter.
+    # setuptools builds the wheel that tests/test_packaging.py looks into; triton brings its CPU interpreter.
     "test": ["hypothesis>=6.100", "peft>=0.18", "pytest>=8.2", "pytest-timeout>=2.3", "setuptools>=77", "triton>=3.6"],
     "gpu": ["xformers>=0.0.35"],
     # Empty: the shipped metrics need nothing more. lpips would bring torchvision, which replaces or breaks a CPU torch.

@@ -15,9 +15,35 @@ MAX_KERNEL_LINES = 120
 MEDIAN_FUNCTION_LINES = 10
 VAGUE = {"utils", "util", "common", "helpers", "helper", "types", "logging", "misc", "base"}
 LIBRARIES = {
-    "accelerate", "deepspeed", "diffusers", "fsspec", "hypothesis", "kernels", "lpips", "ninja", "numpy", "peft", "pillow",
-    "PIL", "pyarrow", "pydantic", "pytest", "ray", "rich", "safetensors", "tensorboard", "torch", "torchvision", "trackio",
-    "transformers", "triton", "typer", "wandb", "webdataset", "xformers", "yaml",
+    "accelerate",
+    "deepspeed",
+    "diffusers",
+    "fsspec",
+    "hypothesis",
+    "kernels",
+    "lpips",
+    "ninja",
+    "numpy",
+    "peft",
+    "pillow",
+    "PIL",
+    "pyarrow",
+    "pydantic",
+    "pytest",
+    "ray",
+    "rich",
+    "safetensors",
+    "tensorboard",
+    "torch",
+    "torchvision",
+    "trackio",
+    "transformers",
+    "triton",
+    "typer",
+    "wandb",
+    "webdataset",
+    "xformers",
+    "yaml",
 }
 # Built in pieces, so that this file passes its own test.
 LEFTOVERS = ["TO" + "DO", "FIX" + "ME", "XX" + "X:"]
@@ -27,8 +53,13 @@ HOSTS = ["pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", 
 
 def tracked(*patterns: str) -> list[Path]:
     """Files that git tracks, and new ones that it does not ignore; all files where there is no repository."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z", "--", *(patterns or ["."])], cwd=ROOT,
-                            capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z", "--", *(patterns or ["."])],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if listed.returncode == 0:
         names = [ROOT / name for name in listed.stdout.split("\0") if name]
     else:
@@ -59,8 +90,11 @@ def functions(path: Path) -> list[tuple[str, int, int]]:
 
 
 def test_files_are_short():
-    long = {str(path.relative_to(ROOT)): lines for path in tracked("*.py")
-            if (lines := len(path.read_text("utf-8").splitlines())) >= MAX_FILE_LINES}
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in tracked("*.py")
+        if (lines := len(path.read_text("utf-8").splitlines())) >= MAX_FILE_LINES
+    }
     assert long == {}
 
 
@@ -70,13 +104,18 @@ def test_functions_are_short():
 
 
 def test_the_median_function_is_shorter_than_ten_lines():
-    lengths = [lines for path in tracked("dbtrain/*.py", "kernels/*.py", "launchers/*.py") for _, lines, _ in functions(path)]
+    lengths = [
+        lines for path in tracked("dbtrain/*.py", "kernels/*.py", "launchers/*.py") for _, lines, _ in functions(path)
+    ]
     assert statistics.median(lengths) < MEDIAN_FUNCTION_LINES
 
 
 def test_module_names_say_something_and_hide_nothing():
-    modules = {path.stem if path.stem != "__init__" else path.parent.name: path.relative_to(ROOT)
-               for path in tracked("dbtrain/*.py", "kernels/*.py", "launchers/*.py", "benchmarks/*.py") if path.stem != "__main__"}
+    modules = {
+        path.stem if path.stem != "__init__" else path.parent.name: path.relative_to(ROOT)
+        for path in tracked("dbtrain/*.py", "kernels/*.py", "launchers/*.py", "benchmarks/*.py")
+        if path.stem != "__main__"
+    }
     taken = VAGUE | LIBRARIES | set(sys.stdlib_module_names)
     assert {name: str(path) for name, path in modules.items() if name in taken} == {}
 
@@ -87,7 +126,10 @@ def test_source_roots_are_no_packages(root):
 
 
 def test_every_package_folder_has_an_init():
-    folders = {path.parent for path in tracked("dbtrain/*.py", "kernels/dbtrain_kernels/*.py", "launchers/dbtrain_launchers/*.py")}
+    folders = {
+        path.parent
+        for path in tracked("dbtrain/*.py", "kernels/dbtrain_kernels/*.py", "launchers/dbtrain_launchers/*.py")
+    }
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
 

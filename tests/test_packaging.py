@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOTS = {"dbtrain": "dbtrain", "dbtrain_kernels": "kernels/dbtrain_kernels", "dbtrain_launchers": "launchers/dbtrain_launchers"}
+ROOTS = {
+    "dbtrain": "dbtrain",
+    "dbtrain_kernels": "kernels/dbtrain_kernels",
+    "dbtrain_launchers": "launchers/dbtrain_launchers",
+}
 
 
 NEEDED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "dbtrain", "kernels", "launchers", "configs")
@@ -37,7 +41,16 @@ def names(folder: Path, pattern: str = "*") -> set[str]:
 def wheel(copy, tmp_path_factory) -> dict[str, int]:
     """Names and sizes of what a wheel holds."""
     work = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
     built = subprocess.run([*command, "-w", str(work), str(copy)], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-3000:]
     with zipfile.ZipFile(next(work.glob("*.whl"))) as archive:
@@ -66,8 +79,13 @@ def test_the_wheel_is_small_enough_to_ship(wheel):
 
 
 def test_the_metadata_is_right():
-    shown = subprocess.run([sys.executable, "setup.py", "-q", "--name", "--version", "--license"], cwd=ROOT,
-                           capture_output=True, text=True, check=True).stdout.split()
+    shown = subprocess.run(
+        [sys.executable, "setup.py", "-q", "--name", "--version", "--license"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
     import dbtrain
 
     assert shown[-3:] == ["dbtrain", dbtrain.__version__, "Apache-2.0"]
@@ -75,7 +93,13 @@ def test_the_metadata_is_right():
 
 @pytest.mark.slow
 def test_nothing_in_the_repository_root_hides_a_library():
-    """transformers imports the PyPI package `kernels` where it is installed; a package of ours by that name breaks it."""
-    run = subprocess.run([sys.executable, "-c", "from transformers import CLIPTextModel"], cwd=ROOT, capture_output=True,
-                         text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
+    """transformers imports the PyPI package `kernels` where it is installed; one of ours by that name breaks it."""
+    run = subprocess.run(
+        [sys.executable, "-c", "from transformers import CLIPTextModel"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )
     assert run.returncode == 0, run.stderr[-2000:]

@@ -1,1 +1,1 @@
-"""Ways to start `dbtrain train` on one or many machines. Each module translates a launcher's conventions, nothing more."""
+"""Ways to start `dbtrain train` on one or many machines. Each module translates one launcher's conventions."""

@@ -1,0 +1,295 @@
+"""`dbtrain doctor`: what on this machine would keep a run from starting, with the remedy for each finding.
+
+Versions come from installed metadata. Only what cannot be known otherwise (a GPU, a library that must load its binary
+part) is tried, and then in a process of its own, so that a broken library is a finding and not a crash.
+"""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+
+from dbtrain.errors import DbtrainError
+
+MIN_DISK_GIB = 10.0
+"""Free space below which a run of a few full models fills the disk."""
+MIN_MEMORY_GIB = 4.0
+"""Available memory below which Stable Diffusion 1.5 does not load."""
+PROBE_S = 120
+"""Seconds after which a library that does not finish loading counts as broken."""
+CONNECT_S = 0.5
+"""Seconds to wait for a local service to accept a connection."""
+MIN_PYTHON = (3, 11)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: `ok`, `warn` (a run can start) or `fail` (it cannot), with the remedy where there is one."""
+
+    name: str
+    state: Literal["ok", "warn", "fail"]
+    detail: str
+    remedy: str = ""
+
+
+def examine(model: str | None = None) -> list[Check]:
+    """Every check of this machine, in a fixed order; `model` is a path or hub id to look for as well."""
+    machine = [check_gpu(), check_compiler(), check_disk(Path.cwd()), check_memory()]
+    optional = [check_torchvision(), check_xformers(), check_kernels_package()]
+    around = [check_launcher(), check_hub(), *check_ray(), *([check_model(model)] if model else [])]
+    return [check_python(), *check_requirements(), *machine, *optional, *around]
+
+
+def as_json(checks: list[Check]) -> str:
+    """The checks as a JSON list of objects with the fields of `Check`."""
+    return json.dumps([asdict(check) for check in checks], indent=2)
+
+
+def probe(code: str) -> tuple[bool, str]:
+    """Whether a line of Python ran in a fresh interpreter, and the last line that it wrote."""
+    try:
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PROBE_S, check=False)
+    except subprocess.TimeoutExpired:
+        return False, f"not finished after {PROBE_S} s"
+    lines = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines()
+    return run.returncode == 0, lines[-1] if lines else ""
+
+
+def installed(package: str) -> str | None:
+    """The installed version of a package; None when it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_python() -> Check:
+    """The interpreter's version."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < MIN_PYTHON:
+        return Check("python", "fail", version, "use Python 3.11 or newer")
+    return Check("python", "ok", version)
+
+
+def required() -> Iterator[Requirement]:
+    """What dbtrain's own metadata requires, without the extras; empty in a checkout that was never installed."""
+    try:
+        lines = importlib.metadata.requires("dbtrain") or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    yield from (entry for entry in map(Requirement, lines) if entry.marker is None or entry.marker.evaluate())
+
+
+def check_requirements() -> list[Check]:
+    """One check for each required package."""
+    found = [check_requirement(entry, installed(entry.name)) for entry in required()]
+    missing = Check(
+        "packages",
+        "warn",
+        "dbtrain is not installed, so the versions it needs are not known",
+        "pip install -c constraints.txt -e .",
+    )
+    return found or [missing]
+
+
+def check_requirement(entry: Requirement, version: str | None) -> Check:
+    """Whether an installed version (None: not installed) is one that dbtrain works with."""
+    remedy = f"pip install -c constraints.txt '{entry}'"
+    if version is None:
+        return Check(entry.name, "fail", f"not installed; dbtrain needs {entry}", remedy)
+    if not entry.specifier.contains(version, prereleases=True):
+        return Check(entry.name, "fail", f"{version}; dbtrain needs {entry}", remedy)
+    return Check(entry.name, "ok", version)
+
+
+def check_gpu() -> Check:
+    """The GPUs that PyTorch sees."""
+    works, line = probe(
+        "import torch; n = torch.cuda.device_count() if torch.cuda.is_available() else 0; "
+        "print(f'{n}|{torch.__version__}|{torch.version.cuda}|' + '; '.join("
+        "f'{p.name}, {p.total_memory / 2**30:.0f} GiB' for p in map(torch.cuda.get_device_properties, range(n))))"
+    )
+    if not works:
+        return Check(
+            "gpu", "fail", f"torch does not load: {line}", "reinstall torch: pip install -c constraints.txt torch"
+        )
+    count, version, cuda, names = line.split("|", 3)
+    if int(count):
+        return Check("gpu", "ok", f"{names} (torch {version}, CUDA {cuda})")
+    if cuda != "None":
+        return Check(
+            "gpu",
+            "warn",
+            f"none is visible to torch {version}, which is built for CUDA {cuda}",
+            "look at nvidia-smi and CUDA_VISIBLE_DEVICES; runs use the CPU meanwhile",
+        )
+    return Check("gpu", "warn", f"none, as torch {version} is built for the CPU; runs use the CPU")
+
+
+def check_compiler() -> Check:
+    """What DeepSpeed compiles its optional operators with, CPU offload's among them."""
+    present = {"g++": shutil.which("g++"), "ninja": shutil.which("ninja") or installed("ninja")}
+    missing = " and ".join(name for name, place in present.items() if not place)
+    if missing:
+        detail = f"{missing} not found; DeepSpeed cannot compile its own operators"
+        return Check("compiler", "warn", detail, f"install {missing}")
+    return Check("compiler", "ok", "g++ and ninja")
+
+
+def check_disk(folder: Path) -> Check:
+    """Free space where output goes."""
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    if free_gib < MIN_DISK_GIB:
+        return Check("disk", "warn", f"{free_gib:.1f} GiB free here", "free some space or use another --out folder")
+    return Check("disk", "ok", f"{free_gib:.1f} GiB free here")
+
+
+def check_memory(meminfo: Path = Path("/proc/meminfo")) -> Check:
+    """Memory that is available, where the system tells."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.M) if meminfo.is_file() else None
+    if found is None:
+        return Check("memory", "ok", "this system does not tell")
+    gib = int(found[1]) / 2**20
+    if gib < MIN_MEMORY_GIB:
+        return Check("memory", "warn", f"{gib:.1f} GiB available", "the embedded base fits; larger models may not")
+    return Check("memory", "ok", f"{gib:.1f} GiB available")
+
+
+def check_optional(
+    name: str, probed: str, absent: str, remedy: str, try_it: Callable[[str], tuple[bool, str]] = probe
+) -> Check:
+    """Whether an optional package, if it is installed, also loads."""
+    version = installed(name)
+    if version is None:
+        return Check(name, "ok", absent)
+    works, line = try_it(probed)
+    return Check(name, "ok", version) if works else Check(name, "warn", f"{version} does not load: {line}", remedy)
+
+
+def check_torchvision() -> Check:
+    """dbtrain does not use torchvision, but transformers loads an installed one, and stumbles if it is broken."""
+    return check_optional(
+        "torchvision",
+        "import torchvision",
+        "not installed, and not needed",
+        "pip uninstall torchvision, or install the build that matches torch",
+    )
+
+
+def check_xformers() -> Check:
+    """Whether `model.attention=xformers` can work: its operators need its binary part and a CUDA device."""
+    code = "import torch, xformers.ops as ops; q = torch.zeros(1, 8, 1, 8, device='cuda', dtype=torch.half)"
+    code += "; ops.memory_efficient_attention(q, q, q)"
+    return check_optional(
+        "xformers",
+        code,
+        "not installed; model.attention=xformers is refused",
+        "use model.attention=auto, or a build of xformers that matches torch and CUDA",
+    )
+
+
+def check_kernels_package() -> Check:
+    """Whether `import kernels` would find something that is not Hugging Face's package of that name."""
+    hides = Path.cwd() / "kernels" / "__init__.py"
+    if hides.exists():
+        return Check(
+            "kernels",
+            "fail",
+            f"{hides} hides the package `kernels` that transformers imports",
+            "delete or rename that file, or work in another folder",
+        )
+    return Check("kernels", "ok", f"package {installed('kernels') or 'not installed'}, and nothing here hides it")
+
+
+def check_launcher() -> Check:
+    """The `deepspeed` command, for several processes."""
+    place = shutil.which("deepspeed") or shutil.which("deepspeed", path=str(Path(sys.executable).parent))
+    if place is None:
+        return Check(
+            "launcher",
+            "warn",
+            "the `deepspeed` command is not found; only one process can be started",
+            "activate the environment that holds dbtrain",
+        )
+    return Check("launcher", "ok", place)
+
+
+def check_hub() -> Check:
+    """Whether models may be fetched from the hub."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return Check("hub", "ok", "offline by HF_HUB_OFFLINE; models load from folders and the local cache")
+    return Check("hub", "ok", "models given by a hub id are downloaded; HF_HUB_OFFLINE=1 forbids it")
+
+
+def ray_addresses(temp: Path) -> list[str]:
+    """Addresses (host:port) of heads in the state that Ray keeps on this machine; a killed head leaves its own behind."""
+    path = temp / "ray_current_cluster"
+    return path.read_text("utf-8").split() if path.is_file() else []
+
+
+def is_listening(address: str) -> bool:
+    """Whether something accepts connections at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def check_ray(temp: Path | None = None) -> list[Check]:
+    """A Ray head that others can reach runs anyone's code unless it asks for a token; empty without a local head."""
+    folder = temp or Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    return [check_ray_head(address, mode) for address in ray_addresses(folder) if is_listening(address)]
+
+
+def check_ray_head(address: str, auth_mode: str) -> Check:
+    """Whether a head at host:port is safe to leave running."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host in ("localhost", "::1") or host.startswith("127."):
+        return Check("ray", "ok", f"head at {address}, reachable from this machine only")
+    if auth_mode == "token":
+        return Check("ray", "ok", f"head at {address}; RAY_AUTH_MODE=token is set here")
+    detail = f"head at {address} is reachable from other machines, and RAY_AUTH_MODE is not `token` here"
+    return Check(
+        "ray", "fail", detail, "ray stop; then start it with RAY_AUTH_MODE=token or --node-ip-address=127.0.0.1"
+    )
+
+
+def check_model(model: str) -> Check:
+    """Whether a base model can be found: `embedded`, a folder, a .safetensors file, or a hub id (not contacted)."""
+    if model == "embedded":
+        from dbtrain.tiny import BASE
+
+        return check_model(str(BASE))
+    place = Path(model)
+    if place.is_dir() and not (place / "model_index.json").is_file():
+        detail = f"{place} has no model_index.json"
+        return Check("model", "fail", detail, "give the folder of a diffusers pipeline")
+    if place.is_file() and place.suffix != ".safetensors":
+        detail = f"{place} is not a .safetensors file"
+        return Check("model", "fail", detail, "convert it; other formats can run code when loaded")
+    if place.exists():
+        return Check("model", "ok", str(place))
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        return Check("model", "warn", f"{model} is no path here; it will be looked up as a hub id")
+    return Check("model", "fail", f"{model} does not exist", "check the path")
+
+
+def require_healthy(checks: list[Check]) -> None:
+    """Raises DbtrainError with every `fail` and its remedy; does nothing when there is none."""
+    failed = [f"{check.name}: {check.detail}; {check.remedy}" for check in checks if check.state == "fail"]
+    if failed:
+        raise DbtrainError("\n".join(failed))
