@@ -119,7 +119,7 @@ def _read(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+        raise ConfigError(f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file so") from None
 
 
 def _parse(text: str, name: str) -> _Draft:
@@ -200,7 +200,8 @@ def _override(draft: _Draft, override: str) -> str | None:
     if key not in known_keys():
         return f"unknown setting{_hint(key, known_keys())}"
     if _is_section(key):
-        return f"{key} is a group of settings; set one of {', '.join(k for k in known_keys() if k.startswith(key + '.'))}"
+        inside = ", ".join(known for known in known_keys() if known.startswith(f"{key}."))
+        return f"{key} is a group of settings; set one of {inside}"
     try:
         node = yaml12.read_node(text)
     except yaml.YAMLError as error:
@@ -324,8 +325,8 @@ def _describe(part: dict[str, Any]) -> str:
         return " or ".join(_describe(option) for option in part["anyOf"])
     if "enum" in part or "const" in part:
         return "one of " + ", ".join(map(str, part["enum"])) if "enum" in part else str(part["const"])
-    names = {"integer": "an integer", "number": "a number", "boolean": "true or false", "null": "null", "string": "text",
-             "object": "a group of settings"}
+    names = {"integer": "an integer", "number": "a number", "boolean": "true or false", "null": "null",
+             "string": "text", "object": "a group of settings"}
     if part.get("type") == "array":
         return "a list of text"
     signs = {"exclusiveMinimum": "> ", "minimum": ">= ", "exclusiveMaximum": "< ", "maximum": "<= ",
