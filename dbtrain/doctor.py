@@ -233,7 +233,7 @@ def check_hub() -> Check:
 
 
 def ray_addresses(temp: Path) -> list[str]:
-    """Addresses (host:port) of heads in the state that Ray keeps on this machine; a killed head leaves its own behind."""
+    """Addresses (host:port) of heads in the state that Ray keeps here; a killed head leaves its own behind."""
     path = temp / "ray_current_cluster"
     return path.read_text("utf-8").split() if path.is_file() else []
 
