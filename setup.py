@@ -45,7 +45,7 @@ EXTRAS = {
     # Empty: the shipped metrics need nothing more. lpips would bring torchvision, which replaces or breaks a CPU torch.
     "eval": [],
     "trackers": ["trackio>=0.2", "wandb>=0.18"],
-    "dev": ["mypy>=1.11", "ruff>=0.6", "types-PyYAML>=6.0"],
+    "dev": ["mypy>=1.11", "ruff>=0.6"],
 }
 
 

@@ -1,5 +1,6 @@
 """What a wheel of dbtrain holds, and that the repository hides nobody else's package."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOTS = {
@@ -103,3 +106,29 @@ def test_nothing_in_the_repository_root_hides_a_library():
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
     )
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_constraints_cover_what_setup_requires():
+    """Each requirement of every extra that `make` installs has one pinned version, and the pin satisfies its bound."""
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line)
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    for line in asked_for("REQUIRES") + asked_for("EXTRAS", "test") + asked_for("EXTRAS", "dev"):
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pins.get(canonicalize_name(requirement.name), "0")), line
+
+
+def asked_for(table: str, key: str | None = None) -> list[str]:
+    """A literal list of setup.py, read without running it."""
+    tree = ast.parse((ROOT / "setup.py").read_text("utf-8"))
+    found = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == table)
+    value = ast.literal_eval(found)
+    return value[key] if key else value
+
+
+def test_torchvision_is_never_asked_for():
+    """Its wheel replaces or breaks a CPU build of torch."""
+    everything = [
+        *asked_for("REQUIRES"),
+        *(line for key in ("test", "gpu", "eval", "dev") for line in asked_for("EXTRAS", key)),
+    ]
+    assert not [line for line in everything if line.startswith(("torchvision", "lpips", "torchmetrics"))]
