@@ -1,0 +1,95 @@
+"""Files and folders that appear whole or not at all, also across a power cut.
+
+Every writer here goes: temporary name in the same folder, fsync, rename, fsync of the folder. What a killed process
+leaves behind is a hidden `.name.<random>.tmp`, which no reader opens; `sweep` removes it.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY = ".tmp"
+"""Suffix of everything that is not finished."""
+
+
+def write_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Nothing; afterwards `path` holds `content` (bytes, or what a callable wrote into the open file) durably.
+
+    If anything fails, `path` is as it was and the temporary file is gone.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
+    try:
+        with open(temporary, "xb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def replace_dir(temporary: Path, final: Path) -> None:
+    """Nothing; afterwards the folder `temporary`, made durable first, has the name `final` (same file system).
+
+    A former `final` is moved aside to `.final.<random>.tmp` and removed last. A kill between the two renames leaves
+    no `final`, never a mixture; making it again mends that.
+    """
+    temporary, final = Path(temporary), Path(final)
+    sync_tree(temporary)
+    aside = None
+    if final.exists():
+        aside = final.parent / f".{final.name}.{secrets.token_hex(4)}{TEMPORARY}"
+        os.rename(final, aside)
+    try:
+        os.rename(temporary, final)
+    except BaseException:
+        if aside is not None:
+            os.rename(aside, final)
+        raise
+    sync_folder(final.parent)
+    if aside is not None:
+        shutil.rmtree(aside)
+
+
+def sync_tree(folder: Path) -> None:
+    """Nothing; afterwards every file and folder below `folder` is on the disk."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _sync(os.path.join(root, name))
+        sync_folder(Path(root))
+
+
+def sync_folder(folder: Path) -> None:
+    """Nothing; afterwards the names in `folder` are on the disk."""
+    _sync(folder)
+
+
+def sweep(folder: Path, name: str) -> list[Path]:
+    """The remains of killed writers of `name`, removed from `folder`. Only for when nobody is writing it."""
+    found = [path for path in Path(folder).iterdir() if is_remains(path.name, name)]
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return found
+
+
+def is_remains(entry: str, name: str) -> bool:
+    """Whether `entry` is the temporary name of an unfinished `name`."""
+    middle = entry.removeprefix(f".{name}.").removesuffix(TEMPORARY)
+    return entry == f".{name}.{middle}{TEMPORARY}" and len(middle) == 8
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
