@@ -1,0 +1,31 @@
+"""Work done ahead of its consumer by threads, in order and in bounded memory."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None) -> Iterator[Result]:
+    """`map(work, items)`, in order, with at most `threads` + 1 results under way; None is one thread for each core.
+
+    Decoding and hashing release the interpreter lock, so threads suffice. An exception of `work` comes out in its
+    item's turn.
+    """
+    threads = threads or min(os.cpu_count() or 1, 8)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

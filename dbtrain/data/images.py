@@ -1,0 +1,218 @@
+"""Photos as pixels: opened safely, turned upright, made RGB, resized and cropped.
+
+Decisions, each of which a test holds:
+- JPEG, PNG and WebP only, told by content and never by name. Animated PNG and WebP are refused, since no frame is
+  obviously meant; of a multi-picture JPEG (MPO: depth or gain maps from phones) the first, main picture is used.
+- The size in pixels is checked in the header, before anything is decoded.
+- Transparency is laid over white. 16-bit samples keep their upper 8 bits. CMYK is converted by Pillow's plain formula.
+- Embedded colour profiles are not applied: values are read as sRGB, as base models' training data were.
+"""
+
+import io
+import os
+import re
+import stat
+import struct
+import threading
+import warnings
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dbtrain.data.finding import shown
+from dbtrain.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+SIGNATURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
+"""How the files of these formats begin."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+"""File name endings (lower case) that a manifest accepts."""
+MAX_PIXELS = 50_000_000
+MAX_BYTES = 128 * 2**20
+MIN_SIDE = 16
+"""Shortest side of a usable photo, in pixels."""
+MAX_ASPECT = 10
+"""Greatest ratio of long to short side: beyond it, a square crop shows next to nothing of the photo."""
+PNG_LEVEL = 1
+"""zlib level of stored samples: 6 is 2-3 times slower for 5-9 % fewer bytes."""
+DECODE_ERRORS = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for damaged files, depending on where the damage is; each of them means a bad photo."""
+
+_header_lock = threading.Lock()
+
+
+def open_photo(source: Path | bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
+    """An upright RGB image from a file or its bytes; a DataError names the file, the defect and the remedy."""
+    content = source if isinstance(source, bytes) else read_photo(source, max_bytes)
+    name = "photo" if isinstance(source, bytes) else str(source)
+    if len(content) > max_bytes:
+        raise DataError(_too_many_bytes(name, len(content), max_bytes))
+    try:
+        with _header(content) as image:
+            problem = _header_problem(image, max_pixels)
+            if problem is None:
+                image.load()
+                return _to_rgb(_upright(image))
+    except DECODE_ERRORS as error:
+        problem = _decode_problem(error, content, max_pixels)
+    raise DataError(f"{name}: {problem}")
+
+
+def read_photo(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """A photo file's bytes; DataError if it is missing, unreadable, no regular file, empty or above `max_bytes`."""
+    try:
+        # Non-blocking, so that a pipe under a photo's name is refused instead of waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{path}: is not a regular file; give a JPEG, PNG or WebP file")
+            if status.st_size > max_bytes:
+                raise DataError(_too_many_bytes(path, status.st_size, max_bytes))
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    if not content:
+        raise DataError(f"{path}: is empty (0 bytes); copy the photo again or take it out")
+    return content
+
+
+def shorten(image: Image.Image, resolution: int) -> Image.Image:
+    """The image with its short side reduced to `resolution` pixels; unchanged if that is not larger. Aspect is kept."""
+    return image if min(image.size) <= resolution else _resize_short_side(image, resolution)
+
+
+def square(image: Image.Image, resolution: int, crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """uint8 [resolution, resolution, 3]: short side resized to `resolution` (Lanczos), then cropped.
+
+    `crop` places the square within the spare room, (from the top, from the left), each in [0, 1]; uniform numbers
+    make every position equally likely. The photo and what `shorten` made of it give the same result.
+    """
+    if min(image.size) != resolution:
+        image = _resize_short_side(image, resolution)
+    top = _offset(image.height - resolution, crop[0])
+    left = _offset(image.width - resolution, crop[1])
+    return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+
+
+def flip(array: np.ndarray) -> np.ndarray:
+    """The HWC image mirrored left-right, contiguous."""
+    return np.ascontiguousarray(array[:, ::-1])
+
+
+def to_pixels(array: np.ndarray) -> "Tensor":
+    """float32 [C, H, W] in [-1, 1] from uint8 [H, W, C]."""
+    import torch  # here, so that preflight and sharding do not wait two seconds for it
+
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)).astype(np.float32) / 127.5 - 1)
+
+
+def encode(image: Image.Image) -> tuple[bytes, str]:
+    """(file bytes, extension) of an image as it is stored: PNG, so that the very same pixels come out again."""
+    out = io.BytesIO()
+    Image.fromarray(np.asarray(image.convert("RGB"))).save(out, "PNG", compress_level=PNG_LEVEL)
+    return out.getvalue(), "png"
+
+
+def _header(content: bytes) -> Image.Image:
+    """The lazily opened image. Pillow's size warning is silenced because `_header_problem` judges size itself."""
+    with _header_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+
+
+def _header_problem(image: Image.Image, max_pixels: int) -> str | None:
+    """What makes a photo unusable though its header is sound; None if nothing does."""
+    width, height = image.size
+    rules = (
+        (
+            width * height > max_pixels,
+            f"has {width}x{height} pixels, the cap is {max_pixels / 1e6:g} million; reduce the photo",
+        ),
+        (
+            getattr(image, "is_animated", False) and image.format != "MPO",
+            f"is an animation of {getattr(image, 'n_frames', 1)} frames; save the frame you mean as a still photo",
+        ),
+        (
+            min(width, height) < MIN_SIDE,
+            f"has {width}x{height} pixels, the short side needs {MIN_SIDE}; use a larger photo",
+        ),
+        (
+            max(width, height) > MAX_ASPECT * min(width, height),
+            f"has {width}x{height} pixels, longer than {MAX_ASPECT}:1; crop the photo to the subject",
+        ),
+    )
+    return next((message for wrong, message in rules if wrong), None)
+
+
+def _decode_problem(error: Exception, content: bytes, max_pixels: int) -> str:
+    """The defect and remedy for a file that Pillow could not decode."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"has far more than {max_pixels / 1e6:g} million pixels; reduce the photo"
+    if isinstance(error, Image.UnidentifiedImageError) and not SIGNATURE.match(content):
+        return (
+            f"is no JPEG, PNG or WebP photo, whatever its name says (it begins with {shown(content[:8])}); "
+            "convert it to one of these"
+        )
+    return f"is damaged or cut short ({shown(str(error))}); copy the photo again or take it out"
+
+
+def _too_many_bytes(name: object, size: int, max_bytes: int) -> str:
+    return f"{name}: has {size / 2**20:.1f} MiB, the cap is {max_bytes / 2**20:.1f} MiB; reduce the photo"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says."""
+    return ImageOps.exif_transpose(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image as 8-bit RGB, over white where it is transparent."""
+    if image.mode.startswith("I"):
+        image = _grey_from_16_bit(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _grey_from_16_bit(image: Image.Image) -> Image.Image:
+    """8-bit grey from 16-bit grey, with alpha where a transparent grey level is set (Pillow itself would clip)."""
+    values = np.asarray(image).astype(np.int64)
+    grey = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+    level = image.info.get("transparency")
+    if level is not None:
+        grey.putalpha(Image.fromarray(np.where(values == level, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _resize_short_side(image: Image.Image, resolution: int) -> Image.Image:
+    short = min(image.size)
+    size = tuple(max(resolution, round(side * resolution / short)) for side in image.size)
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _offset(spare: int, share: float) -> int:
+    """Pixels before the crop, for a share in [0, 1] of the spare room."""
+    return min(int(share * (spare + 1)), spare)
