@@ -1,0 +1,219 @@
+"""The index of a shard folder: what lies where, with a digest for all of it; and the order in which it is drawn.
+
+`index.jsonl` is one header line, one line a sample in storage order, and a last line with the SHA-256 of all lines
+before it, so that no damage to the index itself goes unseen. A row is a list under the header's `columns`, which keeps
+a million samples near 200 MB.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from dbtrain.atomic import write_file
+from dbtrain.batch import SUBJECT_ID, Role
+from dbtrain.data.finding import shown
+from dbtrain.errors import DataError
+from dbtrain.randomness import permutation
+
+INDEX_NAME = "index.jsonl"
+FORMAT = "dbtrain-shards"
+VERSION = 1
+COLUMNS = ["shard", "key", "offset", "length", "sha256", "caption"]
+SHARD_NAME = re.compile(r"train-[0-9]{6}\.tar")
+KEY = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,63})-([01])-(0|[1-9][0-9]{0,8})")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+TAR_END = 1024
+"""Bytes of the two zero blocks that close a tar file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Where one sample lies: bytes [offset, offset + length) of a shard, whose SHA-256 is `sha256` (hex)."""
+
+    shard: str
+    key: str
+    offset: int
+    length: int
+    sha256: str
+    caption: str
+
+    @property
+    def subject(self) -> str:
+        """The id of the sample's subject."""
+        return split_key(self.key)[0]
+
+    @property
+    def role(self) -> Role:
+        """The role of the sample."""
+        return split_key(self.key)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar file of a folder: its name, SHA-256 (hex), size in bytes and number of samples."""
+
+    name: str
+    sha256: str
+    size: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """All samples of a shard folder in storage order, its shards, and the digest of the input it was made from."""
+
+    rows: tuple[Row, ...]
+    shards: tuple[Shard, ...]
+    source: str = ""
+
+    @classmethod
+    def load(cls, directory: Path) -> "Index":
+        """The verified index of a folder; DataError if it is missing, damaged, or at odds with itself."""
+        path = local_folder(directory) / INDEX_NAME
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            what = f"{path}: cannot be read ({error.strerror})"
+            raise DataError(f"{what}; make the folder with `dbtrain shard MANIFEST --out {directory}`") from error
+        try:
+            index = _parse(content)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            what = f"{path}: is damaged ({shown(str(error))})"
+            raise DataError(f"{what}; move the folder away and run `dbtrain shard` again") from error
+        return index
+
+    def save(self, directory: Path) -> None:
+        """Nothing; afterwards the folder holds this index, whole."""
+        write_file(Path(directory) / INDEX_NAME, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of the index file; equal indexes have equal bytes."""
+        numbers = {shard.name: number for number, shard in enumerate(self.shards)}
+        shards = [[shard.name, shard.sha256, shard.size, shard.count] for shard in self.shards]
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "samples": len(self.rows),
+            "source": self.source,
+            "columns": COLUMNS,
+            "shards": shards,
+        }
+        lines = [header]
+        lines += [[numbers[r.shard], r.key, r.offset, r.length, r.sha256, r.caption] for r in self.rows]
+        body = "".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines).encode()
+        return body + _closing(body)
+
+    def rows_of(self, subject: str, role: Role = Role.INSTANCE) -> tuple[Row, ...]:
+        """A subject's samples of a role in storage order; empty if it has none."""
+        return self._by_subject.get((subject, role), ())
+
+    @cached_property
+    def subjects(self) -> tuple[str, ...]:
+        """The ids in the index, in storage order."""
+        return tuple(dict.fromkeys(subject for subject, _ in self._by_subject))
+
+    @cached_property
+    def _by_subject(self) -> dict[tuple[str, Role], tuple[Row, ...]]:
+        groups: dict[tuple[str, Role], list[Row]] = {}
+        for row in self.rows:
+            subject, role, _ = split_key(row.key)
+            groups.setdefault((subject, role), []).append(row)
+        return {group: tuple(rows) for group, rows in groups.items()}
+
+
+def order(count: int, start: int, n: int, seed: int, subject: str, role: Role = Role.INSTANCE) -> list[int]:
+    """The sample (0..count-1) that each of the draws start..start+n-1 of a subject uses.
+
+    Draw p belongs to epoch p // count, and an epoch is one keyed permutation: every sample exactly once. It depends on
+    nothing but its arguments, so that resuming and ranks need no state.
+    """
+    if count < 1:
+        raise DataError(f"subject {subject}: has no {role.name.lower()} samples to draw from")
+    epochs = {
+        epoch: permutation(seed, subject, int(role), epoch, count)
+        for epoch in range(start // count, (start + n - 1) // count + 1)
+    }
+    return [epochs[p // count][p % count] for p in range(start, start + n)]
+
+
+def slots(step: int, rank: int, world: int, batch: int) -> range:
+    """The draws that a rank makes in a step: its contiguous part of the global batch step*batch..(step+1)*batch-1.
+
+    Parts differ by one draw at most; in rank order they are the whole batch.
+    """
+    first = step * batch
+    return range(first + batch * rank // world, first + batch * (rank + 1) // world)
+
+
+def make_key(subject: str, role: Role, number: int) -> str:
+    """The key of a subject's number-th sample of a role: safe as a file name, and without dots."""
+    return f"{subject}-{int(role)}-{number}"
+
+
+def split_key(key: str) -> tuple[str, Role, int]:
+    """(subject, role, number) of a sample's key; ValueError if it is none."""
+    match = KEY.fullmatch(key)
+    if match is None:
+        raise ValueError(f"{key!r} is no sample key")
+    return match[1], Role(int(match[2])), int(match[3])
+
+
+def local_folder(directory: Path | str) -> Path:
+    """The folder as a path; DataError for addresses, which would be fetched or run by other readers."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", str(directory)):
+        raise DataError(f"{shown(str(directory))}: is an address; give a folder on this machine")
+    return Path(directory)
+
+
+def _closing(body: bytes) -> bytes:
+    return f'{{"sha256":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode()
+
+
+def _parse(content: bytes) -> Index:
+    """The index in a file's bytes; ValueError, TypeError or KeyError says what is wrong."""
+    cut = content.rfind(b"\n", 0, -1) + 1
+    if content[cut:] != _closing(content[:cut]):
+        raise ValueError("its digest differs")
+    header, *lines = map(json.loads, content[:cut].splitlines())
+    if header["format"] != FORMAT or header["version"] != VERSION or header["columns"] != COLUMNS:
+        raise ValueError(f"format {header['format']} {header['version']}, want {FORMAT} {VERSION}")
+    shards = tuple(Shard(*shard) for shard in header["shards"])
+    rows = tuple(Row(shards[line[0]].name, *line[1:]) for line in lines)
+    if len(rows) != header["samples"]:
+        raise ValueError(f"{len(rows)} rows for {header['samples']} samples")
+    _check(rows, shards)
+    return Index(rows, shards, header["source"])
+
+
+def _check(rows: tuple[Row, ...], shards: tuple[Shard, ...]) -> None:
+    """Nothing; ValueError if names are unsafe, keys repeat, or the rows do not fill the shards without gaps."""
+    if len({row.key for row in rows}) < len(rows):
+        raise ValueError("a key stands twice")
+    if len({shard.name for shard in shards}) < len(shards):
+        raise ValueError("a shard stands twice")
+    left = iter(rows)
+    for shard in shards:
+        if not SHARD_NAME.fullmatch(shard.name) or not DIGEST.fullmatch(shard.sha256):
+            raise ValueError(f"shard {shown(shard.name)} has an unsafe name or no digest")
+        end = _fill(shard, left)
+        if end + TAR_END != shard.size:
+            raise ValueError(f"shard {shard.name} has {shard.size} bytes for {end} in samples")
+    if next(left, None) is not None:
+        raise ValueError("more rows than the shards hold")
+
+
+def _fill(shard: Shard, rows: Iterable[Row]) -> int:
+    """The end of the last of the next `shard.count` rows, which must follow each other from the shard's start."""
+    end = 0
+    for _ in range(shard.count):
+        row = next(rows, None)
+        if row is None or row.shard != shard.name or row.offset != end or row.length <= 0 or row.length % 512:
+            raise ValueError(f"rows of shard {shard.name} leave a gap or overlap after byte {end}")
+        if not SUBJECT_ID.fullmatch(split_key(row.key)[0]) or not DIGEST.fullmatch(row.sha256):
+            raise ValueError(f"row {shown(row.key)} has an unsafe name or no digest")
+        end += row.length
+    return end

@@ -1,0 +1,167 @@
+"""Samples out of shards: only the byte ranges asked for, each proved by its digest before anything is parsed.
+
+webdataset walks the tar members and groups them. It never opens a name or an address itself and never decodes: image
+bytes stay bytes, provenance is JSON. So its `pipe:` addresses and its pickling decoders are out of reach, whatever
+WDS_SECURE says. What it would pass over in silence is compared with the index: names, counts, order.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import BinaryIO
+
+from webdataset.handlers import reraise_exception
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from dbtrain.batch import Sample
+from dbtrain.data import tar
+from dbtrain.data.ahead import ahead
+from dbtrain.data.index import SHARD_NAME, TAR_END, Index, Row, Shard, local_folder
+from dbtrain.errors import DataError
+
+PIECE = 1 << 20
+REMEDY = "remake with `dbtrain shard MANIFEST --out DIR`"
+
+
+def read_samples(directory: Path, rows: Iterable[Row]) -> Iterator[Sample]:
+    """The samples of index rows, in storage order; ranges that touch are read as one.
+
+    A DataError names the shard and the sample that is missing, damaged, or not what the index says; the samples before
+    it have come out by then, and they are sound.
+    """
+    folder = local_folder(directory)
+    ordered = sorted(set(rows), key=lambda row: (row.shard, row.offset))
+    sources = ({"url": run[0].shard, "stream": _RangeReader(_verified(folder, run))} for run in _runs(ordered))
+    members = tar_file_expander(sources, handler=reraise_exception)
+    groups = group_by_keys(members, handler=reraise_exception)
+    try:
+        for row, group in zip_longest(ordered, groups):
+            yield _sample(row, group)
+    except DataError as error:
+        # webdataset adds its own arguments to exceptions that pass through it.
+        raise DataError(error.args[0]) from None
+
+
+def verify(directory: Path) -> list[str]:
+    """All damage in a shard folder, one line each: index, whole shards, samples, stray shards. Empty means sound."""
+    try:
+        folder = local_folder(directory)
+        index = Index.load(folder)
+    except DataError as error:
+        return [str(error)]
+    known = {shard.name for shard in index.shards}
+    stray = sorted(path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name) and path.name not in known)
+    rows: dict[str, list[Row]] = {name: [] for name in known}
+    for row in index.rows:
+        rows[row.shard].append(row)
+    damage = ahead(lambda shard: _shard_damage(folder, shard, rows[shard.name]), index.shards)
+    return [f"shard {name}: is not in the index; take it out" for name in stray] + [
+        line for lines in damage for line in lines
+    ]
+
+
+class _RangeReader:
+    """The file-like view of byte chunks that tarfile's stream mode reads from."""
+
+    def __init__(self, chunks: Iterator[bytes]):
+        self._chunks = chunks
+        self._rest = memoryview(b"")
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end."""
+        if not self._rest:
+            self._rest = memoryview(next(self._chunks, b""))
+        part, self._rest = self._rest[:size], self._rest[size:]
+        return bytes(part)
+
+
+def _runs(rows: list[Row]) -> Iterator[list[Row]]:
+    """Rows in storage order, cut where their bytes do not touch."""
+    run: list[Row] = []
+    for row in rows:
+        if run and (row.shard != run[-1].shard or row.offset != run[-1].offset + run[-1].length):
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run
+
+
+def _verified(folder: Path, run: list[Row]) -> Iterator[bytes]:
+    """The bytes of touching rows, one row at a time and each after its proof; then the end of a tar file."""
+    with _open(folder, run[0].shard) as file:
+        file.seek(run[0].offset)
+        for row in run:
+            content = file.read(row.length)
+            problem = _row_problem(row, content)
+            if problem is not None:
+                raise DataError(problem)
+            yield content
+    yield bytes(TAR_END)
+
+
+def _row_problem(row: Row, content: bytes) -> str | None:
+    """One line on what is wrong with a row's bytes; None if they are what the index says."""
+    if len(content) < row.length:
+        problem = f"is cut short ({len(content)} of {row.length} bytes)"
+    elif hashlib.sha256(content).hexdigest() != row.sha256:
+        problem = "digest differs from the index"
+    else:
+        problem = tar.problem(content, row.key)
+    return None if problem is None else f"shard {row.shard}, sample {row.key}: {problem}; {REMEDY}"
+
+
+def _sample(row: Row | None, group: dict | None) -> Sample:
+    """The sample of a row out of the members webdataset grouped; DataError unless they agree in every point."""
+    if row is None or group is None:
+        raise DataError(f"shard {row.shard if row else group['__url__']}: other samples than in the index; {REMEDY}")
+    try:
+        (extension,) = [name for name in tar.IMAGE_EXTENSIONS if name in group]
+        sample = tar.unpack(group["__key__"], group[extension], extension, group[tar.META])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"shard {row.shard}, sample {row.key}: provenance is damaged ({error!r}); {REMEDY}") from error
+    got = (group["__url__"], sample.key, sample.subject, sample.role, sample.caption)
+    if got != (row.shard, row.key, row.subject, row.role, row.caption):
+        raise DataError(f"shard {row.shard}, sample {row.key}: differs from the index; {REMEDY}")
+    return sample
+
+
+def _shard_damage(folder: Path, shard: Shard, rows: list[Row]) -> list[str]:
+    """One line for each damage of a shard, in one pass over its bytes."""
+    whole, found = hashlib.sha256(), []
+    try:
+        with _open(folder, shard.name) as file:
+            size = os.fstat(file.fileno()).st_size
+            for row in rows:
+                content = file.read(row.length)
+                whole.update(content)
+                found.append(_row_problem(row, content))
+            while piece := file.read(PIECE):
+                whole.update(piece)
+    except OSError as error:
+        found.append(f"shard {shard.name}: cannot be read ({error.strerror}); {REMEDY}")
+    except DataError as error:
+        return [str(error)]
+    else:
+        if size != shard.size:
+            found.append(f"shard {shard.name}: has {size} bytes, the index says {shard.size}; {REMEDY}")
+        elif whole.hexdigest() != shard.sha256:
+            found.append(f"shard {shard.name}: digest differs from the index; {REMEDY}")
+    return [line for line in found if line is not None]
+
+
+def _open(folder: Path, name: str) -> BinaryIO:
+    """A shard's file for reading; DataError unless it is a regular file that bears this very name."""
+    if not SHARD_NAME.fullmatch(name):
+        raise DataError(f"shard {name!r}: is no shard name; {REMEDY}")
+    try:
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise DataError(f"shard {name}: cannot be opened ({error.strerror}), or is a link; {REMEDY}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError(f"shard {name}: is not a regular file; {REMEDY}")
+    return open(descriptor, "rb")

@@ -1,0 +1,129 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbtrain.batch import Role
+from dbtrain.data.index import INDEX_NAME, Index, make_key, order, slots, split_key
+from dbtrain.errors import DataError
+
+COUNTS = st.integers(1, 12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=COUNTS, epochs=st.integers(1, 4), seed=st.integers(0, 2**63 - 1), role=st.sampled_from(Role))
+def test_every_epoch_draws_every_sample_exactly_once(count, epochs, seed, role):
+    drawn = order(count, 0, count * epochs, seed, "cat", role)
+    for epoch in range(epochs):
+        assert sorted(drawn[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=COUNTS, start=st.integers(0, 50), n=st.integers(0, 50), seed=st.integers(0, 9))
+def test_order_is_one_sequence_wherever_it_is_entered(count, start, n, seed):
+    assert order(count, start, n, seed, "cat") == order(count, 0, start + n, seed, "cat")[start:]
+
+
+def test_order_is_shuffled_by_seed_subject_role_and_epoch():
+    count = 12
+    base = order(count, 0, count, 0, "cat")
+    others = [
+        list(range(count)),
+        order(count, 0, count, 1, "cat"),
+        order(count, 0, count, 0, "dog"),
+        order(count, 0, count, 0, "cat", Role.PRIOR),
+        order(count, count, count, 0, "cat"),
+    ]
+    assert all(base != other for other in others)
+
+
+def test_every_sample_comes_first_in_some_epoch():
+    firsts = [order(4, 4 * epoch, 1, 0, "cat")[0] for epoch in range(200)]
+    assert all(25 <= firsts.count(sample) <= 80 for sample in range(4))  # 50 expected, sd 6
+
+
+@settings(max_examples=80, deadline=None)
+@given(steps=st.integers(1, 6), world=st.integers(1, 9), batch=st.integers(1, 10))
+def test_ranks_together_draw_the_same_sequence_at_any_world_size(steps, world, batch):
+    parts = [slots(step, rank, world, batch) for step in range(steps) for rank in range(world)]
+    assert [draw for part in parts for draw in part] == list(range(steps * batch))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_nothing_to_draw_from_is_an_error():
+    with pytest.raises(DataError, match="no prior samples"):
+        order(0, 0, 1, 0, "cat", Role.PRIOR)
+
+
+def test_keys_survive_ids_that_look_like_keys():
+    assert split_key(make_key("cat-0-1", Role.PRIOR, 12)) == ("cat-0-1", Role.PRIOR, 12)
+    for bad in ("cat", "cat-2-0", "cat-0-01", "a.b-0-0", "../a-0-0", "cat-0-0\n", "cat-0--1"):
+        with pytest.raises(ValueError, match="no sample key"):
+            split_key(bad)
+
+
+def test_index_comes_back_equal(shard_folder):
+    index = Index.load(shard_folder)
+    assert index.to_bytes() == (shard_folder / INDEX_NAME).read_bytes()
+    assert index.subjects == ("cat-0", "cat-1", "cat-2")
+    assert [row.key for row in index.rows_of("cat-1")] == ["cat-1-0-0", "cat-1-0-1", "cat-1-0-2", "cat-1-0-3"]
+    assert index.rows_of("cat-1", Role.PRIOR) == ()
+    assert index.rows[5].caption == "a photo of {identifier} 1é"
+
+
+def change_row(index, number, **values):
+    rows = list(index.rows)
+    rows[number] = dataclasses.replace(rows[number], **values)
+    return dataclasses.replace(index, rows=tuple(rows))
+
+
+def change_shard(index, **values):
+    return dataclasses.replace(index, shards=(dataclasses.replace(index.shards[0], **values), *index.shards[1:]))
+
+
+CONTRADICTIONS = {
+    "repeated key": lambda i: change_row(i, 1, key=i.rows[0].key),
+    "unsafe key": lambda i: change_row(i, 1, key="../x-0-0"),
+    "dotted key": lambda i: change_row(i, 1, key="v1.0-0-0"),
+    "no digest": lambda i: change_row(i, 1, sha256=""),
+    "gap": lambda i: change_row(i, 1, offset=i.rows[1].offset + 512),
+    "negative length": lambda i: change_row(i, 1, length=-512),
+    "text for a number": lambda i: change_row(i, 1, offset="0"),
+    "missing row": lambda i: dataclasses.replace(i, rows=i.rows[:-1]),
+    "fewer in a shard": lambda i: change_shard(i, count=i.shards[0].count - 1),
+    "size": lambda i: change_shard(i, size=i.shards[0].size + 512),
+    "shard digest": lambda i: change_shard(i, sha256="0" * 63),
+    "repeated shard": lambda i: dataclasses.replace(i, shards=(*i.shards, i.shards[0])),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_an_index_at_odds_with_itself_is_refused_though_its_digest_is_right(shard_folder, tmp_path, name):
+    CONTRADICTIONS[name](Index.load(shard_folder)).save(tmp_path)
+    with pytest.raises(DataError, match=r"index\.jsonl: is damaged"):
+        Index.load(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["../train-000000.tar", "/etc/passwd", "pipe:cat", "train-000000.tar/x"])
+def test_unsafe_shard_names_are_refused(shard_folder, tmp_path, shard):
+    index = Index.load(shard_folder)
+    first = index.shards[0].name
+    rows = tuple(dataclasses.replace(row, shard=shard) if row.shard == first else row for row in index.rows)
+    change_shard(dataclasses.replace(index, rows=rows), name=shard).save(tmp_path)
+    with pytest.raises(DataError, match="unsafe name"):
+        Index.load(tmp_path)
+
+
+def test_missing_empty_foreign_and_future_indexes_are_named(tmp_path, shard_folder):
+    with pytest.raises(DataError, match="cannot be read"):
+        Index.load(tmp_path)
+    for content in (b"", b"\n", b"{}", b"\xff" * 100, json.dumps({"sha256": "0" * 64}).encode()):
+        (tmp_path / INDEX_NAME).write_bytes(content)
+        with pytest.raises(DataError, match="its digest differs"):
+            Index.load(tmp_path)
+    for address in ("pipe:cat /etc/passwd", "https://example.org/x", "s3://bucket"):
+        with pytest.raises(DataError, match="address"):
+            Index.load(address)
