@@ -62,7 +62,8 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _global(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+    version: Annotated[bool, typer.Option(
+        "--version", help="Print the version.", callback=_version, is_eager=True)] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
 ) -> None:
     """Personalize text-to-image models: a few photos and a class noun in, a model that knows the subject out.

@@ -112,7 +112,7 @@ def _read(path: Path) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         near = _hint(path.stem, recipe_names()) if isinstance(error, FileNotFoundError) else ""
-        raise ConfigError(f"{_show(str(path))}: cannot be read: {reason}{near}") from None
+        raise ConfigError(f"{_show(str(path), quotes=False)}: cannot be read: {reason}{near}") from None
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes, want a settings file; is this the right path?")
     try:
@@ -273,9 +273,8 @@ def _problem(key: str, index: str, problem: dict[str, Any]) -> str:
         advice = "; numbers go without quotes"
     if isinstance(got, int | float) and problem["type"] == "string_type":
         advice = "; put text in quotes"
-    if isinstance(got, dict):
-        got = "a group of settings"
-    return f"{index}{' ' if index else ''}got {_show(got)}, want {wants}{advice}"
+    shown = "a group of settings" if isinstance(got, dict) else _show(got)
+    return f"{index}{' ' if index else ''}got {shown}, want {wants}{advice}"
 
 
 def _mentions(key: str, message: str, bad: str) -> bool:

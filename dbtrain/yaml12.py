@@ -59,6 +59,13 @@ class _Writer(yaml.SafeDumper):
     def ignore_aliases(self, data):
         return True
 
+    def represent_text(self, text):
+        # PyYAML writes line breaks such as U+0085 raw between single quotes, where they are folded into spaces.
+        return self.represent_scalar(CORE + "str", text, style=None if text.isprintable() else '"')
+
+
+_Writer.add_representer(str, _Writer.represent_text)
+
 
 def read_node(text: str) -> yaml.Node | None:
     """The root node of a text's only document; None if it has none. Raises yaml.YAMLError."""

@@ -16,7 +16,7 @@ from dbtrain.errors import ConfigError
 
 transformers = pytest.importorskip("transformers")
 
-NOUNS = ["dog", "cat", "teapot", "robot", "photo", "painting", "unique", "jungle", "beach", "mountain", "the", "and", "with"]
+NOUNS = ["dog", "cat", "teapot", "robot", "photo", "painting", "unique", "jungle", "beach", "the", "and", "with"]
 
 
 def corpus():
