@@ -4,10 +4,16 @@ Legend of shape letters, used as name suffixes: B samples, C channels, H height,
 N stacked subjects, R rank, S schedule steps. Pixels are RGB in [-1, 1]; latents are in the model's own scale.
 """
 
+from __future__ import annotations
+
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUBJECT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """What a subject id may look like: it becomes a folder name and part of shard keys."""
@@ -48,3 +54,57 @@ class Sample:
     image: bytes
     extension: str
     meta: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Base of the values made of tensors: moves and indexes all of them together; absent ones stay None."""
+
+    def to(self, *args, **kwargs):
+        """The same value with every tensor moved or cast as `Tensor.to` does."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def __getitem__(self, index):
+        """The rows of every tensor at an index."""
+        return self._map(lambda tensor: tensor[index])
+
+    def _map(self, function):
+        present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return replace(self, **{name: function(value) for name, value in present.items()})
+
+
+@dataclass(frozen=True)
+class Conditioning(Tensors):
+    """What a denoiser is told about the caption. Only a `Family` makes one.
+
+    states_BTD: token states. pooled_BD: a pooled text embedding (SDXL), or None.
+    """
+
+    states_BTD: Tensor
+    pooled_BD: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch(Tensors):
+    """One micro-batch of one rank.
+
+    images_BCHW: VAE moments (mean and log-variance stacked along C), or pixels where latents are not cached.
+    caption_B: row of each sample's caption in the bank. role_B: `Role`. slot_B: draw slot in the global batch; instance
+    samples have slots 0..batch-1, prior samples batch..2*batch-1. size_B6: original height and width, crop top and
+    left, target height and width in pixels (SDXL's micro-conditioning, arXiv 2307.01952, section 2.2).
+    """
+
+    images_BCHW: Tensor
+    caption_B: Tensor
+    role_B: Tensor
+    slot_B: Tensor
+    size_B6: Tensor
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of a micro-batch: loss == (per_sample_B * weight_B).sum(), which is the fused kernel's contract."""
+
+    loss: Tensor
+    per_sample_B: Tensor
+    weight_B: Tensor

@@ -31,6 +31,9 @@ class ModelConfig(Section):
     """Hub revision (branch, tag or commit); None is the default branch. Ignored for local paths."""
     variant: str | None = None
     """Weight file variant, such as `fp16`; None is the plain one."""
+    single_file_layout: str | None = None
+    """For a single .safetensors file: a diffusers folder or hub id of the same architecture that has the configuration
+    and tokenizers; None lets diffusers ask the hub."""
     parameterization: Literal["auto", "epsilon", "v_prediction", "sample"] = "auto"
     """What the denoiser predicts; `auto` takes it from the model's scheduler."""
     zero_terminal_snr: bool | Literal["auto"] = "auto"
@@ -202,6 +205,15 @@ class SampleConfig(Section):
     """Seed of the first image; image i uses seed + i."""
 
 
+class PublishConfig(Section):
+    """What is written when a subject is done."""
+
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Number format of a fully fine-tuned model's weights; adapters are always fp32."""
+    kohya: bool = False
+    """Write the adapter for kohya-ss and ComfyUI too."""
+
+
 class TrackConfig(Section):
     """Where measurements go. `log.jsonl` is always written."""
 
@@ -230,6 +242,7 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
+    publish: PublishConfig = PublishConfig()
     track: TrackConfig = TrackConfig()
 
 

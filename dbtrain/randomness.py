@@ -54,3 +54,8 @@ def permutation(seed: int, subject: str, role: int, epoch: int, count: int) -> l
     words = philox(stream_key(seed, subject), (torch.arange(count), role, epoch, int(Purpose.ORDER)))
     ranks = (words[0] << 31) | (words[1] >> 1)
     return torch.argsort(ranks, stable=True).tolist()
+
+
+def uniform_range(key: tuple[int, int], purpose: Purpose, count: int) -> Tensor:
+    """`count` uniform float64 numbers in (0, 1), one a counter: for starting weights."""
+    return uniform(philox(key, (torch.arange(count), 0, 0, int(purpose)))[0])

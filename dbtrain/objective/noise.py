@@ -29,12 +29,12 @@ class Schedule:
         return Schedule(self.alpha_S.to(device), self.sigma_S.to(device), self.time_S.to(device), self.parameterization)
 
 
-def discrete_schedule(betas_S: Tensor, parameterization: str, zero_terminal_snr: bool = False) -> Schedule:
-    """The variance-preserving schedule of DDPM (arXiv 2006.11239): alpha_t^2 = prod(1 - beta)."""
-    alpha_S = torch.cumprod(1 - betas_S.double(), 0).sqrt()
+def discrete_schedule(alpha_bar_S: Tensor, parameterization: str, zero_terminal_snr: bool = False) -> Schedule:
+    """The variance-preserving schedule of DDPM (arXiv 2006.11239) from alpha_bar = prod(1 - beta): alpha^2 = alpha_bar."""
+    alpha_S = alpha_bar_S.double().sqrt()
     if zero_terminal_snr:
         alpha_S = rescale_to_zero_terminal_snr(alpha_S)
-    return Schedule(alpha_S, (1 - alpha_S**2).sqrt(), torch.arange(len(betas_S)), parameterization)
+    return Schedule(alpha_S, (1 - alpha_S**2).sqrt(), torch.arange(len(alpha_S)), parameterization)
 
 
 def rescale_to_zero_terminal_snr(alpha_S: Tensor) -> Tensor:

@@ -1,0 +1,186 @@
+"""Stacked LoRA layers: adapters of N subjects over one frozen base layer. Solo training is N = 1.
+
+Inputs are subject-major, [N*b, ...]: the first b samples belong to subject 0, and so on. Names on disk follow
+PEFT/diffusers and kohya; in memory a layer is known by its path in the model.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from dbtrain.errors import ConfigError
+from dbtrain.randomness import Purpose, stream_key, uniform_range
+
+
+class StackedLora(nn.Module):
+    """A frozen linear layer or 1x1 convolution with N low-rank updates: y = base(x) + scale_n B_n A_n x.
+
+    down_NRD [N, rank, in], up_NDR [N, out, rank]: the trained matrices, fp32. scale_N: alpha / rank of each subject.
+    """
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, subjects: int, rank: int, scale: float):
+        super().__init__()
+        out_features, in_features = base.weight.shape[:2]
+        self.base = base
+        device = base.weight.device
+        self.down_NRD = nn.Parameter(torch.zeros(subjects, rank, in_features, device=device))
+        self.up_NDR = nn.Parameter(torch.zeros(subjects, out_features, rank, device=device))
+        self.register_buffer("scale_N", torch.full((subjects,), scale, device=device), persistent=False)
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, of the base layer's shape."""
+        base = self.base(x)
+        if not self.enabled:
+            return base
+        tokens = x.movedim(1, -1) if isinstance(self.base, nn.Conv2d) else x
+        x_NTD = tokens.reshape(len(self.scale_N), -1, tokens.shape[-1])
+        delta_NTD = (x_NTD @ self.down_NRD.mT.to(x.dtype)) @ self.up_NDR.mT.to(x.dtype)
+        delta = (delta_NTD * self.scale_N.to(x.dtype)[:, None, None]).reshape(*tokens.shape[:-1], -1)
+        return base + (delta.movedim(-1, 1) if isinstance(self.base, nn.Conv2d) else delta)
+
+
+def matching_layers(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Paths of the linear layers and 1x1 convolutions whose end matches a pattern, in model order."""
+    patterns = tuple(patterns)
+    return [
+        path for path, module in model.named_modules()
+        if _adaptable(module) and any(fnmatchcase(path, p) or fnmatchcase(path, f"*.{p}") for p in patterns)
+    ]
+
+
+def _adaptable(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1
+    return isinstance(module, nn.Linear)
+
+
+def attach(model: nn.Module, patterns: Iterable[str], subjects: int, rank: int, alpha: float) -> list[StackedLora]:
+    """The new adapter layers, put in the place of the matching layers; all of the model's own weights are frozen."""
+    model.requires_grad_(False)
+    paths = matching_layers(model, patterns)
+    if not paths:
+        raise ConfigError(f"lora.targets: no layer of {type(model).__name__} matches {', '.join(patterns)}; "
+                          "`dbtrain doctor --layers MODEL` lists the layers that can carry an adapter")
+    for path in paths:
+        model.set_submodule(path, StackedLora(model.get_submodule(path), subjects, rank, alpha / rank))
+    return [layer for _, layer in layers(model)]
+
+
+def detach(model: nn.Module) -> None:
+    """Put the base layers back."""
+    for path, layer in layers(model):
+        model.set_submodule(path, layer.base)
+
+
+def layers(model: nn.Module) -> list[tuple[str, StackedLora]]:
+    """(path, layer) of every adapter in a model."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, StackedLora)]
+
+
+@torch.no_grad()
+def reset_row(model: nn.Module, prefix: str, row: int, seed: int, subject: str) -> None:
+    """Start a subject afresh in a row: A uniform in +-1/sqrt(in) as PEFT and nn.Linear do, B zero."""
+    for path, layer in layers(model):
+        rank, width = layer.down_NRD.shape[1:]
+        draws = uniform_range(stream_key(seed, subject, prefix, path), Purpose.ADAPTER, rank * width)
+        bound = width**-0.5
+        layer.down_NRD[row] = ((2 * draws - 1) * bound).view(rank, width).to(layer.down_NRD)
+        layer.up_NDR[row] = 0
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One subject's adapter: {model path: (A [rank, in], B [out, rank])} for each component, with its alpha.
+
+    Components are named `unet` (or `transformer`), `text_encoder`, `text_encoder_2`. conv: paths of 1x1 convolutions.
+    """
+
+    matrices: dict[str, dict[str, tuple[Tensor, Tensor]]]
+    alpha: float
+    rank: int
+    conv: frozenset[str] = frozenset()
+
+
+def read_rows(components: dict[str, nn.Module], row: int, alpha: float) -> LoraWeights:
+    """A subject's adapter, copied out of its row of every component that has adapters."""
+    matrices, conv, rank = {}, set(), 0
+    for component, model in components.items():
+        found = layers(model)
+        if not found:
+            continue
+        matrices[component] = {
+            path: (layer.down_NRD[row].detach().float().cpu().clone(), layer.up_NDR[row].detach().float().cpu().clone())
+            for path, layer in found
+        }
+        conv |= {f"{component}.{path}" for path, layer in found if isinstance(layer.base, nn.Conv2d)}
+        rank = found[0][1].down_NRD.shape[1]
+    return LoraWeights(matrices, alpha, rank, frozenset(conv))
+
+
+@torch.no_grad()
+def write_rows(components: dict[str, nn.Module], row: int, weights: LoraWeights) -> None:
+    """Copy an adapter into a row; its rank may be smaller than the stack's (padded with zeros)."""
+    for component, matrices in weights.matrices.items():
+        stack = dict(layers(components[component]))
+        for path, (down, up) in matrices.items():
+            layer = stack[path]
+            layer.down_NRD[row] = 0
+            layer.up_NDR[row] = 0
+            layer.down_NRD[row, : down.shape[0]] = down.to(layer.down_NRD)
+            layer.up_NDR[row, :, : up.shape[1]] = up.to(layer.up_NDR)
+            layer.scale_N[row] = weights.alpha / weights.rank
+
+
+def to_diffusers(weights: LoraWeights) -> dict[str, Tensor]:
+    """State dict for `pipe.load_lora_weights`: PEFT's names under the component's, e.g. `unet.<path>.lora_A.weight`."""
+    state = {}
+    for component, matrices in weights.matrices.items():
+        for path, (down, up) in matrices.items():
+            trail = (1, 1) if f"{component}.{path}" in weights.conv else ()
+            state[f"{component}.{path}.lora_A.weight"] = down.reshape(*down.shape, *trail).contiguous()
+            state[f"{component}.{path}.lora_B.weight"] = up.reshape(*up.shape, *trail).contiguous()
+    return state
+
+
+def from_diffusers(state: dict[str, Tensor], alpha: float | None = None) -> LoraWeights:
+    """The adapter in a state dict of `to_diffusers`; alpha None is alpha = rank."""
+    matrices: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    conv = set()
+    for name in sorted(state):
+        if not name.endswith(".lora_A.weight"):
+            continue
+        full = name.removesuffix(".lora_A.weight")
+        component, path = full.split(".", 1)
+        down, up = state[name], state[f"{full}.lora_B.weight"]
+        if down.dim() == 4:
+            conv.add(full)
+        matrices.setdefault(component, {})[path] = (down.flatten(1), up.flatten(1))
+    rank = next(down.shape[0] for group in matrices.values() for down, _ in group.values())
+    return LoraWeights(matrices, rank if alpha is None else alpha, rank, frozenset(conv))
+
+
+KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+
+
+def to_kohya(weights: LoraWeights) -> dict[str, Tensor]:
+    """State dict with the names of kohya-ss and ComfyUI: `lora_unet_<path with _>.lora_down.weight`, `.lora_up`, `.alpha`.
+
+    Two text encoders are `lora_te1` and `lora_te2`. transformers >= 5.6 dropped CLIP's `text_model.`; kohya keeps it.
+    """
+    two = "text_encoder_2" in weights.matrices
+    state = {}
+    for component, matrices in weights.matrices.items():
+        prefix = "lora_te1" if component == "text_encoder" and two else KOHYA_PREFIX[component]
+        for path, (down, up) in matrices.items():
+            if component != "unet" and not path.startswith("text_model."):
+                path = f"text_model.{path}"
+            name = f"{prefix}_{path.replace('.', '_')}"
+            trail = (1, 1) if f"{component}.{path}" in weights.conv else ()
+            state[f"{name}.lora_down.weight"] = down.reshape(*down.shape, *trail).contiguous()
+            state[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *trail).contiguous()
+            state[f"{name}.alpha"] = torch.tensor(float(weights.alpha))
+    return state

@@ -1,0 +1,112 @@
+"""Where data meets the model: a subject's images as cached VAE moments or stored bytes, and its captions, ready to draw.
+
+A bank holds one subject's instance and prior samples. `Bank.batch` is a pure function of (step, slots): which sample,
+mirrored or not, cropped where, comes from counter-based randomness, so it is the same at any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dbtrain.batch import Batch, Conditioning, Role, Sample
+from dbtrain.config import DataConfig
+from dbtrain.data.images import flip, open_photo, square, to_pixels
+from dbtrain.data.index import order
+from dbtrain.families import Family, Models, encode_images
+from dbtrain.families.family import Tokens
+from dbtrain.randomness import Purpose, stream_key, uniforms
+
+
+@dataclass(frozen=True)
+class Item:
+    """One stored image of a bank and the caption it trains under."""
+
+    sample: Sample
+    caption: str
+
+
+class Bank:
+    """A subject's samples by role, drawn by (step, slot).
+
+    moments: float32 [n, variants, 2C, h, w] by role on the device, or None where pixels are made each step; variant 1 is
+    the mirror image. captions: every distinct caption once, as `Conditioning` or `Tokens`.
+    """
+
+    def __init__(self, items: dict[Role, list[Item]], data: DataConfig, seed: int, subject: str, batch: int):
+        self.items, self.data, self.seed, self.subject, self.batch_size = items, data, seed, subject, batch
+        self.key = stream_key(seed, subject)
+        self.texts = list(dict.fromkeys(item.caption for role in items for item in items[role]))
+        self.moments: dict[Role, Tensor] = {}
+        self.sizes = {role: torch.tensor([_size_ids(item.sample, data.resolution) for item in group], dtype=torch.float32)
+                      for role, group in items.items()}
+        self.caption_rows = {role: torch.tensor([self.texts.index(item.caption) for item in group])
+                             for role, group in items.items()}
+        self.readers = ThreadPoolExecutor(2)
+
+    @torch.no_grad()
+    def cache(self, models: Models, device: str) -> None:
+        """Encode every image once (and its mirror image if samples are flipped)."""
+        for role, group in self.items.items():
+            rows = []
+            for item in group:
+                array = square(open_photo(item.sample.image), self.data.resolution)
+                variants = [array, flip(array)] if self.data.flip else [array]
+                pixels = torch.stack([to_pixels(variant) for variant in variants]).to(device)
+                rows.append(torch.stack([encode_images(models.vae, one[None])[0] for one in pixels]))
+            self.moments[role] = torch.stack(rows)
+
+    def batch(self, step: int, instance_slots: Sequence[int], device: str) -> Batch:
+        """The micro-batch of these instance draw slots and, where there are priors, as many prior slots."""
+        parts = [self._draw(role, step, torch.tensor([slot + int(role) * self.batch_size for slot in instance_slots]))
+                 for role in self.items]
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in Batch.__dataclass_fields__}
+        return Batch(**joined).to(device)
+
+    def _draw(self, role: Role, step: int, slot_B: Tensor) -> Batch:
+        items = self.items[role]
+        positions = step * self.batch_size + slot_B - int(role) * self.batch_size
+        first = int(positions.min())
+        span = order(len(items), first, int(positions.max()) - first + 1, self.seed, self.subject, role)
+        pick_B = torch.tensor([span[int(position) - first] for position in positions])
+        flip_B = (uniforms(self.key, Purpose.FLIP, step, slot_B) < 0.5) if self.data.flip else torch.zeros(len(slot_B), dtype=torch.bool)
+        images, sizes = self._images(role, step, slot_B, pick_B, flip_B)
+        return Batch(images, self.caption_rows[role][pick_B], torch.full_like(slot_B, int(role)), slot_B, sizes)
+
+    def _images(self, role: Role, step: int, slot_B: Tensor, pick_B: Tensor, flip_B: Tensor) -> tuple[Tensor, Tensor]:
+        if role in self.moments:
+            moments = self.moments[role]
+            return moments[pick_B.to(moments.device), flip_B.long().to(moments.device)], self.sizes[role][pick_B]
+        crops = [(0.5, 0.5)] * len(slot_B)
+        if self.data.crop == "random":
+            top_B, left_B = (uniforms(self.key, Purpose.CROP, step, 2 * slot_B + axis) for axis in (0, 1))
+            crops = list(zip(top_B.tolist(), left_B.tolist()))
+        work = [(self.items[role][pick], crop, mirrored)
+                for pick, crop, mirrored in zip(pick_B.tolist(), crops, flip_B.tolist())]
+        pixels = list(self.readers.map(lambda job: self._pixels(*job), work))
+        sizes = torch.tensor([_size_ids(item.sample, self.data.resolution, crop) for item, crop, _ in work])
+        return torch.stack(pixels), sizes
+
+    def _pixels(self, item: Item, crop: tuple[float, float], mirrored: bool) -> Tensor:
+        array = square(open_photo(item.sample.image), self.data.resolution, crop)
+        return to_pixels(flip(array) if mirrored else array)
+
+
+def _size_ids(sample: Sample, resolution: int, crop: tuple[float, float] = (0.5, 0.5)) -> list[float]:
+    """Original height and width, crop top and left in the resized image, target height and width, in pixels."""
+    height, width = sample.meta.get("height", resolution), sample.meta.get("width", resolution)
+    scale = resolution / min(height, width)
+    spare = [max(0, round(side * scale) - resolution) for side in (height, width)]
+    offsets = [min(int(share * (room + 1)), room) for share, room in zip(crop, spare)]
+    return [float(value) for value in (height, width, *offsets, resolution, resolution)]
+
+
+@torch.no_grad()
+def encode_captions(family: Family, models: Models, texts: Sequence[str], device: str, cached: bool) -> Conditioning | Tokens:
+    """The captions as conditioning (encoded once, in fp32), or as tokens for a text encoder that trains."""
+    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
+    return family.encode_tokens(models.text_encoders, tokens) if cached else tokens

@@ -1,0 +1,112 @@
+"""The DeepSpeed configuration of a run: what dbtrain decides, merged with a user's standard JSON and checked."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from dbtrain.config import RunConfig
+from dbtrain.engines.engine import BatchPlan
+from dbtrain.errors import ConfigError
+
+OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+        "fp16", "bf16", "optimizer", "scheduler", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+"""Top-level keys that the run's configuration decides."""
+
+THEIRS = ("zero_optimization", "steps_per_print", "wall_clock_breakdown", "prescale_gradients",
+          "gradient_predivide_factor", "communication_data_type", "sparse_gradients", "dump_state", "comms_logger",
+          "flops_profiler", "monitor_config", "tensorboard", "wandb", "csv_monitor", "comet", "activation_checkpointing",
+          "aio", "checkpoint", "memory_breakdown", "seq_parallel_communication_data_type", "data_types",
+          "disable_allgather", "zero_gather_16bit_weights_on_model_save")
+"""Top-level keys that a user may set; DeepSpeed itself passes an unknown one silently."""
+
+
+def deepspeed_config(config: RunConfig, plan: BatchPlan, world_size: int) -> dict[str, Any]:
+    """The complete DeepSpeed configuration; raises ConfigError with every problem of the user's file at once."""
+    zero = config.engine.zero
+    cpu = {"device": "cpu", "pin_memory": False}
+    decided: dict[str, Any] = {
+        "train_batch_size": plan.batch,
+        "train_micro_batch_size_per_gpu": plan.micro,
+        "gradient_accumulation_steps": plan.accumulation,
+        # DeepSpeed's default is 1.0, not "never"; 0 is never.
+        "gradient_clipping": config.train.clip_norm or 0.0,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "zero_optimization": {
+            "stage": zero.stage,
+            **({"offload_optimizer": cpu} if zero.offload_optimizer else {}),
+            **({"offload_param": cpu} if zero.offload_parameters else {}),
+        },
+    }
+    if config.engine.deepspeed is None:
+        return decided
+    return merge_user_file(Path(config.engine.deepspeed), decided)
+
+
+def merge_user_file(path: Path, decided: dict[str, Any]) -> dict[str, Any]:
+    """A user's DeepSpeed JSON under dbtrain's decisions: "auto" is resolved, disagreement and unknown keys are errors."""
+    user = _read_json(path)
+    findings = [_unknown(path, key, OURS + THEIRS) for key in user if key not in OURS + THEIRS]
+    user_zero = user.get("zero_optimization", {})
+    known_zero = _zero_keys()
+    findings += [_unknown(path, f"zero_optimization.{key}", known_zero) for key in user_zero if key not in known_zero]
+    for name, section, ours in (("", user, decided), ("zero_optimization.", user_zero, decided["zero_optimization"])):
+        findings += [
+            f"{path}: {name}{key}: got {section[key]!r}, but the run decides {ours.get(key, 'that it is off')!r}; "
+            "remove the key, write \"auto\", or change the run's configuration"
+            for key in section if _disagrees(key, section[key], ours, top=not name)
+        ]
+    if findings:
+        raise ConfigError(findings)
+    kept = {key: _without_auto(value) for key, value in user.items() if key in THEIRS and value != "auto"}
+    kept_zero = _without_auto(user_zero)
+    return {**kept, **decided, "zero_optimization": {**kept_zero, **decided["zero_optimization"]}}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"engine.deepspeed: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"engine.deepspeed: {path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"engine.deepspeed: {path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _zero_keys() -> tuple[str, ...]:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    return tuple(fields) + tuple(field.alias for field in fields.values() if field.alias)
+
+
+def _unknown(path: Path, key: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(key.split(".")[-1], known, 1)
+    return f"{path}: {key}: unknown DeepSpeed key" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _disagrees(key: str, value: Any, ours: dict[str, Any], top: bool) -> bool:
+    if key in ("zero_optimization", "steps_per_print") or value == "auto":
+        return False
+    if key in ("fp16", "bf16") and isinstance(value, dict):
+        return value.get("enabled", False) not in (False, "auto")
+    if key in ours:
+        return not _agrees(value, ours[key])
+    return (top and key in OURS) or key.startswith("offload_") and value not in (None, {"device": "none"})
+
+
+def _agrees(value: Any, ours: Any) -> bool:
+    if isinstance(ours, dict) and isinstance(value, dict):
+        return value.get("device") == ours.get("device")
+    return value == ours
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_auto(entry) for key, entry in value.items() if entry != "auto"}
+    return value

@@ -1,0 +1,81 @@
+"""The contract of an engine, and the pure arithmetic that every engine shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dbtrain.config import TrainConfig
+from dbtrain.errors import ConfigError
+
+EngineState = dict[str, dict[str, Tensor]]
+"""fp32 tensors by kind (`master`, `exp_avg`, `exp_avg_sq`, `ema`) and parameter name, whole, whatever the sharding."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks, and its device ("cpu" or "cuda:i")."""
+
+    rank: int
+    size: int
+    device: str
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one step's instance samples are spread: batch = micro * accumulation * world."""
+
+    batch: int
+    micro: int
+    accumulation: int
+
+    def slots(self, world: World, turn: int) -> range:
+        """Instance draw slots of a rank's forward pass number `turn` within a step."""
+        first = (turn * world.size + world.rank) * self.micro
+        return range(first, first + self.micro)
+
+
+def plan_batches(batch: int, micro: int | None, world_size: int) -> BatchPlan:
+    """The plan for a world; raises ConfigError when the global batch does not divide."""
+    per_rank, rest = divmod(batch, world_size)
+    if rest or per_rank == 0:
+        raise ConfigError(f"train.batch: {batch} instance samples cannot be shared by {world_size} ranks; "
+                          f"use a multiple of {world_size}")
+    micro = micro or per_rank
+    if per_rank % micro:
+        raise ConfigError(f"train.micro_batch: {micro} does not divide the {per_rank} samples of each of {world_size} ranks")
+    return BatchPlan(batch, micro, per_rank // micro)
+
+
+def lr_scale(step: int, config: TrainConfig, steps: int) -> float:
+    """Share of the peak learning rate that optimizer step `step` (from 0) uses; never 0, so that every step counts."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[config.schedule]
+
+
+class Engine(Protocol):
+    """What `train.py` needs of an engine."""
+
+    world: World
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of the global loss."""
+
+    def step(self, scale: float) -> float:
+        """Clip and update with `scale` times the peak learning rates; the gradient norm before clipping."""
+
+    def state(self) -> EngineState:
+        """Everything to resume from, gathered on the first rank (other ranks get empty groups)."""
+
+    def load(self, state: EngineState, step: int) -> None:
+        """Put back a state taken after `step` steps, from any world size or ZeRO stage."""

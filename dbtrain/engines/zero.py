@@ -1,0 +1,192 @@
+"""The DeepSpeed engine: ZeRO 0-3, one process or many. The only door to deepspeed.
+
+Parameters that train are fp32 and are their own masters; bf16 compute comes from autocast, so one meaning of precision
+holds at every stage. The base weights that do not train are stored in the compute precision.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dbtrain.config import RunConfig
+from dbtrain.engines.deepspeed_json import deepspeed_config
+from dbtrain.engines.engine import BatchPlan, EngineState, World
+from dbtrain.errors import EngineError
+
+
+def start_world() -> World:
+    """This process's world: the launcher's (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), else a world of one.
+
+    A world of one uses an in-process store: no port is opened.
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed would compile a CPU all-reduce used only for inference (42 s, needs g++); its own table switches it off.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(local_rank)
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop_world() -> None:
+    """Leave the process group, so that the interpreter ends without a warning."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that share a peak learning rate, by their names in checkpoints."""
+
+    params: dict[str, nn.Parameter]
+    lr: float
+
+
+class ZeroEngine:
+    """A module under DeepSpeed with AdamW; see `engine.Engine`."""
+
+    def __init__(self, module: nn.Module, groups: list[ParamGroup], config: RunConfig, plan: BatchPlan, world: World):
+        import deepspeed
+
+        self.world, self.config, self.plan = world, config, plan
+        self.groups = groups
+        self.names = {name: param for group in groups for name, param in group.params.items()}
+        train = config.train
+        on_gpu = world.device != "cpu" and not config.engine.zero.offload_optimizer
+        optimizer = torch.optim.AdamW(
+            [{"params": list(group.params.values()), "lr": group.lr} for group in groups],
+            betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay, fused=on_gpu,
+        )
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=deepspeed_config(config, plan, world.size))
+        self.adamw = optimizer
+        self._start_moments()
+
+    def __call__(self, *inputs):
+        """The wrapped module's output (ZeRO-3 gathers parameters as it runs)."""
+        return self.deepspeed(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of the global loss; DeepSpeed averages over ranks, so undo that."""
+        self.deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+
+    def step(self, scale: float) -> float:
+        """Clip and update with `scale` times the peak learning rates; the gradient norm before clipping."""
+        for settings, group in zip(self.deepspeed.optimizer.param_groups, self.groups):
+            settings["lr"] = group.lr * scale
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        self._update_ema()
+        return math.nan if norm is None else float(norm)
+
+    def state(self) -> EngineState:
+        """Masters, moments and EMA, whole, in fp32 on the CPU of the first rank."""
+        kinds = ["master", "exp_avg", "exp_avg_sq", *(["ema"] if self.config.train.ema else [])]
+        gathered: EngineState = {kind: {} for kind in kinds}
+        for name, param in self.names.items():
+            for kind in kinds:
+                value = self._read(param, kind)
+                if self.world.first:
+                    gathered[kind][name] = value.detach().float().cpu().reshape(self._shape(param)).clone()
+        return gathered
+
+    def load(self, state: EngineState, step: int) -> None:
+        """Put back a state taken after `step` steps, from any world size or stage."""
+        missing = self.names.keys() ^ state["master"].keys()
+        if missing:
+            raise EngineError(f"checkpoint and model differ in trained parameters, such as {sorted(missing)[0]}; "
+                              "was train.method, lora.targets or lora.rank changed?")
+        for name, param in self.names.items():
+            for kind, tensors in state.items():
+                self._write(param, kind, tensors[name].to(self.world.device))
+        for partition in self._partitions():
+            self.adamw.state[partition]["step"].fill_(step)
+        self._publish_masters()
+
+    def close(self) -> None:
+        """Release DeepSpeed's buffers and hooks."""
+        self.deepspeed.destroy()
+
+    @property
+    def _stage(self) -> int:
+        return self.config.engine.zero.stage
+
+    def _partitions(self) -> Iterator[Tensor]:
+        """The fp32 tensors that AdamW really updates on this rank."""
+        if self._stage == 0:
+            return iter(self.names.values())
+        if self._stage == 3:
+            return iter(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
+        return iter(self.deepspeed.optimizer.single_partition_of_fp32_groups)
+
+    def _start_moments(self) -> None:
+        """Create AdamW's lazy state now, so that loading and the EMA need no first step."""
+        for partition in self._partitions():
+            counter = torch.zeros((), device=partition.device if self.adamw.defaults["fused"] else "cpu")
+            entry = {"step": counter, "exp_avg": torch.zeros_like(partition), "exp_avg_sq": torch.zeros_like(partition)}
+            if self.config.train.ema:
+                entry["ema"] = partition.detach().clone()
+            self.adamw.state[partition] = entry
+        if self._stage in (1, 2):
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        if self.config.train.ema:
+            for partition in self._partitions():
+                self.adamw.state[partition]["ema"].lerp_(partition, 1 - self.config.train.ema)
+
+    def _read(self, param: nn.Parameter, kind: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self._stage == 0:
+            return param if kind == "master" else self.adamw.state[param][kind]
+        if kind == "master":
+            return safe_get_full_fp32_param(param)
+        return safe_get_full_optimizer_state(param, kind)
+
+    @torch.no_grad()
+    def _write(self, param: nn.Parameter, kind: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self._stage == 0:
+            (param if kind == "master" else self.adamw.state[param][kind]).copy_(value)
+        elif kind == "master":
+            safe_set_full_fp32_param(param, value)
+        else:
+            safe_set_full_optimizer_state(param, value, kind)
+
+    @torch.no_grad()
+    def _publish_masters(self) -> None:
+        """Copy the masters into the parameters that the forward pass reads."""
+        if self._stage in (1, 2):
+            self.deepspeed.optimizer.update_lp_params()
+        elif self._stage == 3:
+            zero = self.deepspeed.optimizer
+            for group, _ in enumerate(zero.fp16_groups):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+
+    @staticmethod
+    def _shape(param: nn.Parameter) -> torch.Size:
+        return getattr(param, "ds_shape", param.shape)

@@ -1,0 +1,155 @@
+"""Base models from diffusers folders, hub ids and single files, and their digests."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbtrain.config import ModelConfig
+from dbtrain.errors import ConfigError, DataError
+from dbtrain.families.family import Family, Models, is_local
+from dbtrain.objective.noise import Schedule, discrete_schedule
+from dbtrain.tiny import BASE
+
+CLASSES = {
+    "CLIPTextModel": ("transformers", "CLIPTextModel"),
+    "CLIPTextModelWithProjection": ("transformers", "CLIPTextModelWithProjection"),
+    "UNet2DConditionModel": ("diffusers", "UNet2DConditionModel"),
+    "AutoencoderKL": ("diffusers", "AutoencoderKL"),
+}
+"""Component classes that may be loaded; a model index that names another one is refused."""
+
+
+def source_of(path: str) -> str:
+    """Where a model is read from: `embedded` is the base that ships with dbtrain."""
+    return str(BASE) if path == "embedded" else path
+
+
+def load_models(family: Family, config: ModelConfig) -> Models:
+    """The base model in fp32, frozen, in evaluation mode, on the CPU.
+
+    Raises ConfigError when the source is missing or is no model of this family.
+    """
+    source = source_of(config.path)
+    if source.endswith((".safetensors", ".ckpt")):
+        return _load_single_file(family, config, source)
+    try:
+        index = _component_index(source, config)
+        parts = {name: _load_component(source, name, index, config)
+                 for name in (family.denoiser_name, "vae", *family.text_components)}
+        tokenizers = {name: _load_part_tokenizer(source, name.replace("text_encoder", "tokenizer"), config)
+                      for name in family.text_components}
+        scheduler = _load_scheduler(source, index, config)
+    except (OSError, KeyError, ValueError, EnvironmentError) as error:
+        raise ConfigError(f"model.path: cannot load {config.path!r} as {family.name}: {_first_line(error)}; "
+                          "give a diffusers folder, a hub id that is in the cache, or a .safetensors file") from error
+    return _assemble(family, config, source, parts, tokenizers, scheduler)
+
+
+def _assemble(family: Family, config: ModelConfig, source: str, parts: dict, tokenizers: dict, scheduler: Any) -> Models:
+    for module in parts.values():
+        module.requires_grad_(False).eval()
+    return Models(
+        denoiser=parts[family.denoiser_name], vae=parts["vae"],
+        text_encoders={name: parts[name] for name in family.text_components}, tokenizers=tokenizers,
+        scheduler=scheduler, schedule=schedule_of(scheduler, config), source=config.path, digests=digests_of(source),
+    )
+
+
+def _component_index(source: str, config: ModelConfig) -> dict[str, list[str]]:
+    from diffusers import DiffusionPipeline
+
+    index = DiffusionPipeline.load_config(source, revision=config.revision)
+    return {name: entry for name, entry in index.items() if isinstance(entry, (list, tuple))}
+
+
+def _load_component(source: str, name: str, index: dict, config: ModelConfig) -> torch.nn.Module:
+    class_name = index[name][1]
+    if class_name not in CLASSES:
+        raise ValueError(f"component {name} is a {class_name}, want one of {', '.join(CLASSES)}")
+    library, attribute = CLASSES[class_name]
+    loader = getattr(__import__(library), attribute)
+    variant = {"variant": config.variant} if config.variant else {}
+    return loader.from_pretrained(source, subfolder=name, revision=config.revision, use_safetensors=True,
+                                  torch_dtype=torch.float32, **variant)
+
+
+def _load_part_tokenizer(source: str, name: str, config: ModelConfig) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(source, subfolder=name, revision=config.revision)
+
+
+def _load_scheduler(source: str, index: dict, config: ModelConfig) -> Any:
+    import diffusers
+
+    return getattr(diffusers, index["scheduler"][1]).from_pretrained(source, subfolder="scheduler", revision=config.revision)
+
+
+def _load_single_file(family: Family, config: ModelConfig, source: str) -> Models:
+    import diffusers
+
+    if not source.endswith(".safetensors") or not is_local(source):
+        raise ConfigError(f"model.path: {config.path!r} must be an existing .safetensors file; .ckpt files can run code")
+    layout = {"config": source_of(config.single_file_layout)} if config.single_file_layout else {}
+    try:
+        pipeline = getattr(diffusers, family.pipeline).from_single_file(source, torch_dtype=torch.float32, **layout)
+    except Exception as error:
+        raise ConfigError(f"model.path: cannot read {config.path!r} as {family.name}: {_first_line(error)}; "
+                          "offline, set model.single_file_layout to a diffusers folder of the same architecture") from error
+    parts = {name: getattr(pipeline, name) for name in (family.denoiser_name, "vae", *family.text_components)}
+    tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_components}
+    return _assemble(family, config, source, parts, tokenizers, pipeline.scheduler)
+
+
+def schedule_of(scheduler: Any, config: ModelConfig) -> Schedule:
+    """The training schedule in a diffusers scheduler's configuration."""
+    from diffusers import DDPMScheduler
+
+    kept = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    kept["rescale_betas_zero_snr"] = False
+    parameterization = kept.get("prediction_type", "epsilon") if config.parameterization == "auto" else config.parameterization
+    rescale = scheduler.config.get("rescale_betas_zero_snr", False)
+    if config.zero_terminal_snr != "auto":
+        rescale = config.zero_terminal_snr
+    if rescale and parameterization == "epsilon":
+        raise ConfigError("model.zero_terminal_snr: an epsilon model learns nothing at zero SNR; "
+                          "set model.parameterization=v_prediction or model.zero_terminal_snr=false")
+    return discrete_schedule(DDPMScheduler.from_config(kept).alphas_cumprod, parameterization, bool(rescale))
+
+
+def load_tokenizer(path: str) -> Any:
+    """The first tokenizer of a diffusers folder, a tokenizer folder, a hub id, or `embedded`."""
+    from transformers import AutoTokenizer, CLIPTokenizer
+
+    source = source_of(path)
+    try:
+        if (Path(source) / "tokenizer").is_dir() or not is_local(source):
+            return CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no tokenizer found: {_first_line(error)}; give a model or tokenizer folder") from error
+
+
+def digests_of(source: str) -> dict[str, str]:
+    """sha256 of every weight file of a local model by its relative path; empty for hub ids."""
+    root = Path(source)
+    files = [root] if root.is_file() else sorted(root.rglob("*.safetensors")) if root.is_dir() else []
+    return {file.name if root.is_file() else file.relative_to(root).as_posix(): _sha256(file) for file in files}
+
+
+def base_digest(models: Models) -> str:
+    """One sha256 that names the base model: of its weight files, or of its hub id where it is not local."""
+    text = json.dumps(models.digests or {"source": models.source}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,145 @@
+"""What a finished subject leaves behind: weights in the field's formats, a model card, samples and a record.
+
+`record.json` is written last; its presence means that the subject is done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from dbtrain import __version__
+from dbtrain.adapters import LoraWeights, to_diffusers, to_kohya
+from dbtrain.atomic import write_file
+from dbtrain.checkpoint import file_digest
+from dbtrain.config import RunConfig
+from dbtrain.generate import grid
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "kohya_lora.safetensors"
+MODEL_FOLDER = "model"
+RECORD = "record.json"
+CARD = "README.md"
+
+
+def save_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
+    """Write tensors with string metadata, whole or not at all."""
+    from safetensors.torch import save
+
+    write_file(path, save(tensors, metadata))
+
+
+def publish_lora(folder: Path, weights: LoraWeights, provenance: dict[str, str], kohya: bool) -> list[Path]:
+    """The adapter files written: diffusers' layout, and kohya's if asked."""
+    config = {
+        f"{component}.{key}": value
+        for component, matrices in weights.matrices.items()
+        for key, value in {"r": weights.rank, "lora_alpha": weights.alpha, "target_modules": sorted(matrices)}.items()
+    }
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config, sort_keys=True), **provenance}
+    save_safetensors(folder / LORA_FILE, to_diffusers(weights), metadata)
+    written = [folder / LORA_FILE]
+    if kohya:
+        written.append(export_kohya(folder / KOHYA_FILE, weights, provenance))
+    return written
+
+
+def export_kohya(path: Path, weights: LoraWeights, provenance: dict[str, str]) -> Path:
+    """The adapter written with kohya's key names and `ss_*` metadata."""
+    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(weights.rank),
+                "ss_network_alpha": str(weights.alpha), **provenance}
+    save_safetensors(path, to_kohya(weights), metadata)
+    return path
+
+
+def read_lora(path: Path) -> tuple[LoraWeights, dict[str, str]]:
+    """An adapter that dbtrain published (a file, or the folder that holds it), and its metadata."""
+    from safetensors import safe_open
+
+    from dbtrain.adapters import from_diffusers
+    from dbtrain.errors import DataError
+
+    file = path / LORA_FILE if path.is_dir() else path
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            state = {name: opened.get_tensor(name) for name in opened.keys()}
+    except Exception as error:
+        raise DataError(f"{file}: cannot be read as an adapter ({error}); give a folder or file that "
+                        "`dbtrain train` wrote") from error
+    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    alpha = next((value for key, value in settings.items() if key.endswith(".lora_alpha")), None)
+    return from_diffusers(state, alpha), metadata
+
+
+def publish_card(folder: Path, record: dict[str, Any], config: RunConfig, recipe_yaml: str) -> None:
+    """README.md: a model card with usage, recipe and provenance; the front matter is what hubs index."""
+    lora = config.train.method == "lora"
+    front = yaml.safe_dump({
+        "base_model": record["base"], "library_name": "diffusers", "instance_prompt": record["caption"],
+        "tags": ["text-to-image", "dreambooth", "dbtrain", *(["lora"] if lora else [])],
+    }, sort_keys=False, allow_unicode=True)
+    load = (f'pipe = DiffusionPipeline.from_pretrained({record["base"]!r})\npipe.load_lora_weights(".")' if lora
+            else f'pipe = DiffusionPipeline.from_pretrained("{MODEL_FOLDER}")')
+    rows = "\n".join(f"| {key} | `{_cell(record[key])}` |" for key in
+                     ("identifier", "class", "steps", "seed", "base", "base_digest", "data_digest", "run", "dbtrain"))
+    write_file(folder / CARD, f"""---
+{front}---
+
+# {_cell(record["subject"])}: {_cell(record["class"])}
+
+`{_cell(record["identifier"])} {_cell(record["class"])}` names this subject. Trained with dbtrain {__version__} (DreamBooth, arXiv 2208.12242).
+
+![samples](samples.png)
+
+```python
+from diffusers import DiffusionPipeline
+
+{load}
+image = pipe({record["caption"]!r}).images[0]
+```
+
+| | |
+|---|---|
+{rows}
+
+## Recipe
+
+```yaml
+{recipe_yaml}```
+""".encode())
+
+
+def publish_samples(folder: Path, rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str], name: str) -> Path:
+    """A captioned sheet `name`.png of sample images, and each image alone under `samples/`."""
+    separate = folder / "samples" / name
+    separate.mkdir(parents=True, exist_ok=True)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            image.save(separate / f"prompt-{i:02d}-image-{j:02d}.png")
+    sheet = grid(rows, prompts, cell=max(128, rows[0][0].width))
+    path = folder / f"{name}.png"
+    sheet.save(path)
+    return path
+
+
+def write_record(folder: Path, record: dict[str, Any], artefacts: Sequence[Path]) -> None:
+    """record.json with the digests of the artefacts; the last file of a finished subject."""
+    files = {path.relative_to(folder).as_posix(): file_digest(path) for path in artefacts}
+    write_file(folder / RECORD, json.dumps({**record, "files": files}, indent=1).encode())
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a finished subject, or None."""
+    path = folder / RECORD
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _cell(value: object) -> str:
+    """A value made safe for a Markdown table or heading."""
+    return str(value).replace("|", "\\|").replace("`", "'").replace("\n", " ").replace("<", "&lt;")

@@ -1,0 +1,327 @@
+"""The main job: build -> resume -> loop -> publish, for one subject after another on a base that stays loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dbtrain import __version__
+from dbtrain.bank import Bank, Item, encode_captions
+from dbtrain.batch import Batch, Conditioning, Role, Sample, StepLoss, Subject
+from dbtrain.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from dbtrain.config import RunConfig
+from dbtrain.configfile import render
+from dbtrain.data.shards import shard_manifest
+from dbtrain.data.index import Index
+from dbtrain.data.stream import read_samples
+from dbtrain.engines.engine import BatchPlan, World, lr_scale, plan_batches
+from dbtrain.engines.zero import ZeroEngine, start_world
+from dbtrain.errors import DataError, EngineError
+from dbtrain.families import FAMILIES, Family, Models, load_models
+from dbtrain.families.attention import engage_attention
+from dbtrain.families.load import base_digest
+from dbtrain.generate import draw_samples, make_pipeline, sampling_mode
+from dbtrain.identifiers import allocate
+from dbtrain.priors import make_priors, prior_key, read_priors
+from dbtrain.prompts import fill
+from dbtrain.publish import publish_card, publish_samples, read_record, write_record
+from dbtrain.randomness import stream_key
+from dbtrain.step import TrainingStep
+from dbtrain.telemetry import Meter, Progress, Stages, open_sinks, peak_memory_gib
+from dbtrain.trainables import final_weights, make_trainable, publish_weights
+
+IRRELEVANT = {"track", "sample", "checkpoint", "publish", "engine"}
+"""Sections of the configuration that do not change what is learnt."""
+
+
+class StopRequested(EngineError):
+    """SIGTERM or SIGUSR1 came: the step was finished and checkpointed; running the same command again goes on."""
+
+    exit_code = 75
+
+
+@dataclass
+class Session:
+    """What stays warm between subjects."""
+
+    config: RunConfig
+    out: Path
+    world: World
+    family: Family
+    models: Models
+    identifiers: dict[str, str]
+    shards: Path
+    stages: Stages = field(default_factory=Stages)
+    quiet: bool = False
+    stop: bool = False
+
+    def say(self, line: str) -> None:
+        """One line for the person who watches, from the first rank."""
+        if self.world.first and not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+
+def open_session(config: RunConfig, subjects: Sequence[Subject], manifest: Path, out: Path, quiet: bool = False) -> Session:
+    """Load the base and shard the photos, once for all subjects."""
+    world, stages = start_world(), Stages()
+    plan_batches(config.train.batch, config.train.micro_batch, world.size)
+    family = FAMILIES[config.model.family]
+    with stages("load"):
+        models = load_models(family, config.model).to(torch.device(world.device))
+        engage_attention(models.denoiser, config.model.attention, torch.device(world.device).type)
+    shards = out / "shards"
+    with stages("shard"):
+        if world.first:
+            shard_manifest(manifest, shards, config, lambda line: None if quiet else print(line, file=sys.stderr))
+        dist.barrier()
+    tokenizer = next(iter(models.tokenizers.values()))
+    identifiers = allocate(tokenizer, subjects, config.identifier.tokens, config.seed)
+    session = Session(config, out, world, family, models, identifiers, shards, stages, quiet)
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, lambda *_: setattr(session, "stop", True))
+    return session
+
+
+def train_subject(session: Session, subject: Subject) -> dict[str, Any]:
+    """The record of a subject: of this training, or of an earlier one with the same settings and data."""
+    config = subject_config(session.config, subject)
+    folder = session.out / "subjects" / subject.id
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = session.stages = Stages()
+    with stages("data"):
+        instances = list(read_samples(session.shards, Index.load(session.shards).rows_of(subject.id)))
+    run = run_digest(config, subject, session, instances)
+    done = read_record(folder)
+    if done is not None and done["run"] == run:
+        session.say(f"{subject.id}: already finished in {folder}")
+        return done
+    if done is not None:
+        raise DataError(f"{folder}: holds a finished subject trained with other settings or data; use another --out")
+    bank = fill_bank(session, subject, config, instances)
+    job = Job(session, subject, config, folder, run, bank)
+    return job.run_to_end()
+
+
+def subject_config(config: RunConfig, subject: Subject) -> RunConfig:
+    """The run's configuration with a subject's overrides."""
+    train = {key: value for key in ("steps", "lr") if (value := getattr(subject, key)) is not None}
+    seed = {} if subject.seed is None else {"seed": subject.seed}
+    return config.model_copy(update={"train": config.train.model_copy(update=train), **seed})
+
+
+def run_digest(config: RunConfig, subject: Subject, session: Session, instances: Sequence[Sample]) -> str:
+    """One sha256 of everything that decides the result: resuming is allowed only where it agrees."""
+    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in IRRELEVANT}
+    about = {"settings": settings, "base": base_digest(session.models), "subject": subject.id, "class": subject.class_noun,
+             "identifier": session.identifiers[subject.id], "caption": subject.caption, "data": data_digest(instances)}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def data_digest(samples: Sequence[Sample]) -> str:
+    """One sha256 of a subject's stored images, in order."""
+    return hashlib.sha256(b"".join(hashlib.sha256(sample.image).digest() for sample in samples)).hexdigest()
+
+
+def fill_bank(session: Session, subject: Subject, config: RunConfig, instances: Sequence[Sample]) -> Bank:
+    """A subject's photos and its class's priors, with captions, encoded if latents are cached."""
+    identifier, data = session.identifiers[subject.id], config.data
+    caption = subject.caption or fill(data.caption, identifier=identifier, class_noun=subject.class_noun)
+    items = {Role.INSTANCE: [Item(sample, caption) for sample in instances]}
+    if config.prior.weight > 0:
+        store = Path(config.prior.store) if config.prior.store else session.out / "priors"
+        key = prior_key(config, session.models, subject.class_noun)
+        with session.stages("prior"), sampling_mode(session.models):
+            make_priors(store, key, config.prior.images, session.family, session.models, session.world,
+                        config.prior.batch, session.say)
+            dist.barrier()
+            priors = read_priors(store, key, config.prior.images)
+        items[Role.PRIOR] = [Item(sample, key.prompt) for sample in priors]
+    bank = Bank(items, data, config.seed, subject.id, config.train.batch)
+    if data.cache_latents and data.crop == "center":
+        with session.stages("encode"):
+            bank.cache(session.models, session.world.device)
+    return bank
+
+
+@dataclass
+class Job:
+    """One subject's training."""
+
+    session: Session
+    subject: Subject
+    config: RunConfig
+    folder: Path
+    run: str
+    bank: Bank
+
+    def run_to_end(self) -> dict[str, Any]:
+        """Build, resume, loop, publish."""
+        config, session = self.config, self.session
+        plan = plan_batches(config.train.batch, config.train.micro_batch, session.world.size)
+        with session.stages("build"):
+            cached = config.data.cache_text and not config.train.text_encoder
+            captions = encode_captions(session.family, session.models, self.bank.texts, session.world.device, cached)
+            groups = make_trainable(session.family, session.models, config, self.subject.id)
+            module = TrainingStep(session.family, session.models, config, stream_key(config.seed, self.subject.id), captions)
+            engine = ZeroEngine(module, groups, config, plan, session.world)
+        try:
+            start = self.resume(engine)
+            values = self.loop(engine, plan, start)
+            state = engine.state()
+        finally:
+            engine.close()
+        return self.publish(state, values)
+
+    def resume(self, engine: ZeroEngine) -> int:
+        """The step to go on from: after the newest good checkpoint of this run, or 0."""
+        found, notes = latest_checkpoint(self.folder / "checkpoints", self.run)
+        for note in notes:
+            self.session.say(note)
+        if found is None:
+            return 0
+        engine.load(found.state, found.step)
+        self.session.say(f"{self.subject.id}: resuming after step {found.step}")
+        return found.step
+
+    def loop(self, engine: ZeroEngine, plan: BatchPlan, start: int) -> dict[str, float]:
+        """Train to the last step; the last log interval's values."""
+        session, config, steps = self.session, self.config, self.config.train.steps
+        sinks = open_sinks(config, self.folder, self.subject.id) if session.world.first else []
+        progress = Progress(self.subject.id, steps, start, session.quiet or not session.world.first)
+        meter, values = Meter(), {"loss": math.nan}
+        try:
+            for step in range(start, steps):
+                with session.stages("train"):
+                    measured, wait_s = train_step(engine, self.bank, plan, step, session, lr_scale(step, config.train, steps))
+                meter.add(self.images_a_step, wait_s, measured)
+                progress.advance(step + 1)
+                if (step + 1) % config.track.every_steps == 0 or step + 1 == steps:
+                    values = {**meter.read(), "memory_gib": peak_memory_gib(session.world.device)}
+                    meter.reset()
+                    progress.report(step + 1, values)
+                    for sink in sinks:
+                        sink.log(step + 1, values)
+                self.after_step(engine, step + 1, measured["stop"] > 0)
+        finally:
+            progress.close()
+            for sink in sinks:
+                sink.close()
+        return values
+
+    @property
+    def images_a_step(self) -> int:
+        """Samples of one global step, instance and prior."""
+        return self.config.train.batch * len(self.bank.items)
+
+    def after_step(self, engine: ZeroEngine, done: int, stop: bool) -> None:
+        """Checkpoint and sample when they are due, or when the process was asked to stop."""
+        every, sample_every = self.config.checkpoint.every_steps, self.config.sample.every_steps
+        if stop or (every and done % every == 0 and done < self.config.train.steps):
+            with self.session.stages("save"):
+                state = engine.state()
+                if self.session.world.first:
+                    save_checkpoint(self.folder / "checkpoints", Checkpoint(done, self.run, state), self.config.checkpoint.keep)
+        if stop:
+            raise StopRequested(f"{self.subject.id}: stopped on request after step {done}; run the same command to go on")
+        if sample_every and done % sample_every == 0 and done < self.config.train.steps:
+            with self.session.stages("sample"):
+                self.sample(f"step-{done:06d}")
+
+    def sample(self, name: str) -> Path | None:
+        """Draw the validation prompts with the weights as they are; the sheet's path on the first rank."""
+        session, settings = self.session, self.config.sample
+        if not settings.images or not (session.world.first or self.config.engine.zero.stage == 3):
+            return None
+        identifier = session.identifiers[self.subject.id]
+        prompts = [fill(prompt, identifier=identifier, class_noun=self.subject.class_noun) for prompt in settings.prompts]
+        with sampling_mode(session.models):
+            rows = draw_samples(make_pipeline(session.family, session.models), prompts, settings,
+                                self.config.data.resolution, self.config.train.precision)
+        return publish_samples(self.folder, rows, prompts, name) if session.world.first else None
+
+    def publish(self, state: dict, values: dict[str, float]) -> dict[str, Any]:
+        """Write the artefacts and the record; give the base back as it was."""
+        session, config = self.session, self.config
+        record = self.record(values)
+        if config.engine.zero.stage == 3:
+            session.models = load_models(session.family, config.model).to(torch.device(session.world.device))
+            make_trainable(session.family, session.models, config, self.subject.id)
+        if session.world.first:
+            final_weights(session.family, session.models, state, session.world.device)
+        if session.world.first:
+            with session.stages("save"):
+                artefacts = publish_weights(self.folder, session.family, session.models, config, record)
+            with session.stages("sample"):
+                sheet = self.sample("samples")
+            record["stages_s"] = {name: round(seconds, 3) for name, seconds in session.stages.seconds.items()}
+            publish_card(self.folder, record, config, render(config))
+            write_record(self.folder, record, [*artefacts, *([sheet] if sheet else [])])
+        dist.barrier()
+        restore_base(session)
+        return record
+
+    def record(self, values: dict[str, float]) -> dict[str, Any]:
+        """Who was trained, from what, how, and how it went."""
+        session, config = self.session, self.config
+        return {
+            "subject": self.subject.id, "class": self.subject.class_noun,
+            "identifier": session.identifiers[self.subject.id], "caption": self.bank.items[Role.INSTANCE][0].caption,
+            "run": self.run, "base": config.model.path, "base_digest": base_digest(session.models),
+            "data_digest": data_digest([item.sample for item in self.bank.items[Role.INSTANCE]]),
+            "method": config.train.method, "steps": config.train.steps, "seed": config.seed, "lr": config.train.lr,
+            "loss": values["loss"], "world_size": session.world.size, "zero_stage": config.engine.zero.stage,
+            "peak_memory_gib": peak_memory_gib(session.world.device), "dbtrain": __version__, "torch": torch.__version__,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+
+def train_step(engine: ZeroEngine, bank: Bank, plan: BatchPlan, step: int, session: Session,
+               scale: float) -> tuple[dict[str, float], float]:
+    """One optimizer step; its measured values (losses over the global batch) and the seconds spent waiting for data."""
+    totals, wait_s = torch.zeros(4, dtype=torch.float64), 0.0
+    for turn in range(plan.accumulation):
+        begin = time.perf_counter()
+        batch = bank.batch(step, plan.slots(session.world, turn), session.world.device)
+        wait_s += time.perf_counter() - begin
+        loss = engine(batch, step)
+        totals[:3] += role_sums(loss, batch, plan.batch)
+        totals[3] = float(session.stop)
+        if turn == plan.accumulation - 1:
+            dist.all_reduce(totals)
+            if not math.isfinite(totals[0]):
+                raise EngineError(f"step {step + 1}: the loss is {totals[0].item()}; the last checkpoint is kept. "
+                                  "Lower train.lr, set train.clip_norm, or train in fp32")
+        engine.backward(loss.loss)
+    norm = engine.step(scale)
+    names = ("loss", "loss_instance", "loss_prior", "stop")
+    return {**dict(zip(names, totals.tolist())), "grad_norm": norm, "lr": engine.groups[0].lr * scale}, wait_s
+
+
+def role_sums(loss: StepLoss, batch: Batch, count: int) -> torch.Tensor:
+    """[weighted loss, mean instance error, mean prior error], this rank's part of each sum, float64 on the CPU."""
+    errors = loss.per_sample_B.detach().double() / count
+    prior_B = batch.role_B == int(Role.PRIOR)
+    return torch.stack([loss.loss.detach().double(), errors[~prior_B].sum(), errors[prior_B].sum()]).cpu()
+
+
+def restore_base(session: Session) -> None:
+    """Make the loaded base what it was before the subject."""
+    from dbtrain.adapters import detach
+
+    if session.config.train.method == "lora" and session.config.engine.zero.stage < 3:
+        for module in session.models.components(session.family.denoiser_name).values():
+            detach(module)
+        return
+    session.models = load_models(session.family, session.config.model).to(torch.device(session.world.device))
+    engage_attention(session.models.denoiser, session.config.model.attention, torch.device(session.world.device).type)
