@@ -180,9 +180,12 @@ def test_every_target_is_a_setting():
     assert all(migrate.DROPPED.values())
 
 
+ALL_FLAGS = [*migrate.KEYS, *migrate.SWITCHES, *migrate.DROPPED, *sorted(migrate.USED)]
+VALUES = ["", "1", "-1", "0", "a {b} [c", "1e-4", "'x: y'", "nan", "é"]
+
+
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.sampled_from([*migrate.KEYS, *migrate.SWITCHES, *migrate.DROPPED, *sorted(migrate.USED)]), max_size=6),
-       st.lists(st.sampled_from(["", "1", "-1", "0", "a {b} [c", "1e-4", "'x: y'", "nan", "é"]), min_size=6, max_size=6))
+@given(st.lists(st.sampled_from(ALL_FLAGS), max_size=6), st.lists(st.sampled_from(VALUES), min_size=6, max_size=6))
 def test_every_command_gives_a_valid_recipe_or_a_clean_error(flags, values):
     words = " ".join(f"--{flag} {value}" for flag, value in zip(flags, values, strict=False))
     config = None
