@@ -41,8 +41,8 @@ def names(folder: Path, pattern: str = "*") -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(copy, tmp_path_factory) -> dict[str, int]:
-    """Names and sizes of what a wheel holds."""
+def unpacked(copy, tmp_path_factory) -> Path:
+    """A wheel's content, as an installation lays it out."""
     work = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,
@@ -57,7 +57,14 @@ def wheel(copy, tmp_path_factory) -> dict[str, int]:
     built = subprocess.run([*command, "-w", str(work), str(copy)], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-3000:]
     with zipfile.ZipFile(next(work.glob("*.whl"))) as archive:
-        return {entry.filename: entry.file_size for entry in archive.infolist()}
+        archive.extractall(work / "site")
+    return work / "site"
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked) -> dict[str, int]:
+    """Names and sizes of what a wheel holds."""
+    return {name: (unpacked / name).stat().st_size for name in names(unpacked)}
 
 
 def test_the_wheel_holds_every_module_and_nothing_else_on_top(copy, wheel):
@@ -75,6 +82,15 @@ def test_the_wheel_holds_the_assets(copy, wheel):
     assets = names(copy / "dbtrain/tiny/assets")
     assert assets
     assert {"dbtrain/tiny/assets/" + name for name in assets} <= set(wheel)
+
+
+def test_what_is_installed_finds_its_recipes_without_the_checkout(unpacked, tmp_path):
+    code = "import dbtrain, dbtrain_kernels, dbtrain_launchers.on_deepspeed; from dbtrain import configfile; "
+    code += "configfile.load('tiny'); print(dbtrain.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (run.stdout.strip(), run.stderr) == (str(unpacked / "dbtrain" / "__init__.py"), "")
 
 
 def test_the_wheel_is_small_enough_to_ship(wheel):
