@@ -37,7 +37,7 @@ LAYERS = {
     ],
     2: ["dbtrain.priors", "dbtrain.bank", "dbtrain.generate", "dbtrain.step", "dbtrain.publish", "dbtrain.trainables"],
     3: ["dbtrain.train", "dbtrain.evaluate", "dbtrain.doctor"],
-    4: ["dbtrain.fleet", "dbtrain.report", "dbtrain.bench", "dbtrain.tiny"],
+    4: ["dbtrain.fleet", "dbtrain.report", "dbtrain.bench", "dbtrain.tiny", "dbtrain.demo"],
     5: ["dbtrain.cli", "dbtrain.__main__"],
     6: ["dbtrain_launchers"],
 }
