@@ -1,0 +1,18 @@
+"""Paths of the embedded base: a small real text-to-image model that ships with dbtrain.
+
+Every value is a `pathlib.Path` inside the installed package; nothing is loaded, nothing heavy is imported.
+"""
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+BASE = ASSETS / "base"
+"""The pipeline folder: `StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)`."""
+CLIP = ASSETS / "clip"
+"""The CLIP-style pair of the evaluation protocol (`CLIPModel` and its image processor)."""
+IDENTITY = ASSETS / "identity"
+"""The identity encoder of the evaluation protocol (`ViTModel`, DINO's role)."""
+DEMO = ASSETS / "demo" / "subjects.csv"
+"""Demo manifest (subject,class,images): drawn subjects of art sets the base has never seen."""
+DEMO_REAL = ASSETS / "demo" / "real.csv"
+"""Demo manifest of real photographs: exercises the pipeline, not the eye."""

@@ -1,0 +1,69 @@
+"""The demo's subjects: individuals of the held-out art sets in five scenes each, and two real subjects, reduced."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from dbtrain.tiny import ASSETS, sprites, world
+from dbtrain.tiny.world import Facts
+
+SUBJECTS = {
+    "dog-tan": ("dog", "fluent-emoji-flat", "dog"),
+    "robot-white": ("robot", "fluent-emoji-flat", "robot"),
+    "backpack-red": ("backpack", "fluent-emoji-flat", "backpack"),
+    "dog-poodle": ("dog", "fluent-emoji-flat", "poodle"),
+    "cat-striped": ("cat", "fluent-emoji-flat", "cat"),
+    "dog-floppy": ("dog", "fluent-emoji-flat", "dog-face"),
+    "car-red": ("car", "fluent-emoji-flat", "automobile"),
+    "teapot-red": ("teapot", "fluent-emoji", "teapot"),
+    "dog-service": ("dog", "fluent-emoji-flat", "service-dog"),
+    "rabbit-grey": ("rabbit", "fluent-emoji-flat", "rabbit-face"),
+}
+"""Subject id -> (class noun, art set, emoji name)."""
+
+SCENES = ("plain", "grass", "wooden floor", "beach", "purple rug")
+"""The scenes that a subject is photographed in; the others are left for recontextualization."""
+
+REAL = {"real-dog": ("dog", "dog6", 5), "real-teapot": ("teapot", "teapot", 5)}
+"""Subject id -> (class noun, folder of the google/dreambooth data set, pictures)."""
+
+
+def find(noun: str, vendor: str, name: str, split: str = "heldout") -> int:
+    """The index of one sprite in its atlas."""
+    rows = sprites.load(split)[0]
+    return next(i for i, row in enumerate(rows) if (row.noun, row.vendor, row.name) == (noun, vendor, name))
+
+
+def pictures(subject: str, places: tuple = SCENES) -> list:
+    """One 64 x 64 picture of a drawn subject in each place; size, side and spot vary with the place."""
+    noun, vendor, name = SUBJECTS[subject]
+    sprite, seed = find(noun, vendor, name), 50_000 + 100 * list(SUBJECTS).index(subject)
+    return [world.render(Facts(noun, sprite, place), world.stream(seed + i), "heldout") for i, place in enumerate(places)]
+
+
+def build_drawn() -> None:
+    """Write assets/demo/<subject>/*.png and assets/demo/subjects.csv."""
+    lines = ["subject,class,images"]
+    for subject, (noun, _, _) in SUBJECTS.items():
+        folder = ASSETS / "demo" / subject
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, picture in enumerate(pictures(subject)):
+            picture.save(folder / f"{index:02d}.png", optimize=True)
+        lines.append(f"{subject},{noun},{subject}")
+    (ASSETS / "demo" / "subjects.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def build_real(dataset: Path, side: int = 160) -> None:
+    """Write the real subjects from the unpacked data set, centre-cropped and reduced to side x side JPEG."""
+    lines = ["subject,class,images"]
+    for subject, (noun, source, count) in REAL.items():
+        folder = ASSETS / "demo" / subject
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, path in enumerate(sorted((dataset / source).glob("*.jpg"))[:count]):
+            image = Image.open(path).convert("RGB")
+            short = min(image.size)
+            left, top = (image.width - short) // 2, (image.height - short) // 2
+            image = image.crop((left, top, left + short, top + short)).resize((side, side), Image.LANCZOS)
+            image.save(folder / f"{index:02d}.jpg", quality=85, optimize=True)
+        lines.append(f"{subject},{noun},{subject}")
+    (ASSETS / "demo" / "real.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,106 @@
+"""The UNet of the embedded base: v-prediction on 8 x 8 x 16 latents, zero-terminal SNR, and its training."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dbtrain.tiny import autoencoder, pool
+from dbtrain.tiny.loops import Trainer, autocast, crew_rank, device, stream_of
+from dbtrain.tiny.vocabulary import Captions
+
+WIDTHS = (96, 144)
+HEADS = (4, 6)
+
+
+def build(context_width: int = 128):
+    """A fresh UNet2DConditionModel with cross-attention on both levels."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=autoencoder.LATENT_CHANNELS, out_channels=autoencoder.LATENT_CHANNELS,
+        layers_per_block=1, block_out_channels=WIDTHS, cross_attention_dim=context_width, attention_head_dim=HEADS,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2, norm_num_groups=8,
+    )
+
+
+def build_scheduler():
+    """DDIM with Stable Diffusion's betas rescaled to zero terminal SNR (arXiv 2305.08891), v-prediction."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=True, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
+        steps_offset=1,
+    )
+
+
+def load_clip(work: Path, tokenizer):
+    """The trained CLIP pair (EMA) from its checkpoint, frozen."""
+    from dbtrain.tiny.encoders import build_clip
+
+    model = build_clip(tokenizer).eval().requires_grad_(False).to(device())
+    model.load_state_dict(torch.load(work / "clip.pt", map_location=device(), weights_only=True)["average"])
+    return model
+
+
+def load_vae(work: Path):
+    """The trained VAE (EMA) with its latent normalization folded in, frozen; normalization from 2,048 pool scenes."""
+    vae = autoencoder.build().eval().requires_grad_(False).to(device())
+    vae.load_state_dict(torch.load(work / "vae.pt", map_location=device(), weights_only=True)["average"])
+    autoencoder.fold_normalization(vae, autoencoder.encode(vae, pool.pictures(work)[:2048]))
+    return vae.to(memory_format=torch.channels_last)
+
+
+def write_latents(work: Path) -> None:
+    """Encode the pool's pictures: `work`/latents.npy, and the folded VAE as `work`/vae-folded.pt."""
+    vae, images = load_vae(work), pool.pictures(work)
+    latents = np.lib.format.open_memmap(work / "latents.part.npy", "w+", np.float16, (len(images), 16, 8, 8))
+    for start in range(crew_rank(), len(images), 1000):
+        latents[start : start + 1000] = autoencoder.encode(vae, images[start : start + 1000]).numpy()
+    latents.flush()
+    torch.save(vae.state_dict(), work / "vae-folded.pt")
+    (work / "latents.part.npy").replace(work / "latents.npy")
+
+
+def timesteps(count: int, rng) -> np.ndarray:
+    """`count` training timesteps 0..999, one in each of `count` equal strata, in random order."""
+    return rng.permutation(((np.arange(count) + rng.random(count)) * 1000 / count).astype(np.int64))
+
+
+def train(work: Path, minutes: float, tokenizer_path: str, batch: int = 32, lr: float = 1.2e-3, muon: bool = True,
+          stage: str = "unet") -> None:
+    """Train on the pool's latents with mean |v - v_theta|^2, 10% empty captions; checkpoint `work`/`stage`.pt.
+
+    batch: samples of one crew member; lr: peak, decayed to zero at the end of the minutes.
+    """
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path)
+    text = load_clip(work, tokenizer).text_model
+    latents, facts = np.load(work / "latents.npy", mmap_mode="r"), pool.facts(work)
+    captions = Captions(tokenizer, [f["caption"] for f in facts], [f["noun"] for f in facts])
+    scheduler = build_scheduler()
+    alpha = scheduler.alphas_cumprod.sqrt().to(device())
+    sigma = (1 - scheduler.alphas_cumprod).sqrt().to(device())
+    torch.manual_seed(2)
+    model = build().to(device(), memory_format=torch.channels_last)
+    trainer = Trainer(stage, model, work, minutes, lr, muon=muon, ema=0.999)
+    torch.manual_seed(1000 * trainer.step + crew_rank())
+
+    def loss_of_step(step):
+        rng = stream_of(4, step)
+        rows = rng.integers(len(latents), size=batch)
+        tokens = captions.take(rows, rng)
+        tokens[rng.random(batch) < 0.1] = captions.empty
+        clean = torch.from_numpy(latents[rows]).to(device()).float().contiguous(memory_format=torch.channels_last)
+        noise, t = torch.randn_like(clean), torch.from_numpy(timesteps(batch, rng)).to(device())
+        a, s = alpha[t, None, None, None], sigma[t, None, None, None]
+        with torch.no_grad():
+            context = text(torch.from_numpy(tokens).to(device())).last_hidden_state
+        with autocast():
+            found = trainer.model(a * clean + s * noise, t, context).sample
+        error = (found.float() - (a * noise - s * clean)).square().mean(dim=(1, 2, 3))
+        return error.mean(), {"noisy_half": error[t >= 500].mean()}
+
+    trainer.run(loss_of_step, every=100)

@@ -1,0 +1,131 @@
+"""The two evaluation encoders: a CLIP-style pair and an identity ViT, and their contrastive training.
+
+The pair's text tower is also the base's text encoder, frozen from then on, as in Stable Diffusion.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dbtrain.tiny import pool
+from dbtrain.tiny.loops import Trainer, autocast, crew_rank, device, stream_of
+from dbtrain.tiny.vocabulary import MAX_LENGTH, Captions
+
+WIDTH = 128
+TOWER = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "hidden_act": "gelu"}
+PATCHES = {"image_size": 64, "patch_size": 8}
+
+
+def build_clip(tokenizer):
+    """A fresh `CLIPModel` (text 2 layers, vision 4 layers, 128 wide, 8-pixel patches)."""
+    from transformers import CLIPConfig, CLIPModel
+
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = {**TOWER, **special, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH, "num_hidden_layers": 2, "projection_dim": WIDTH}
+    vision = {**TOWER, **PATCHES, "num_hidden_layers": 4, "projection_dim": WIDTH}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+
+
+def build_identity():
+    """A fresh `ViTModel` (4 layers, 128 wide, 8-pixel patches, no pooler): the embedding is the [CLS] state."""
+    from transformers import ViTConfig, ViTModel
+
+    return ViTModel(ViTConfig(**TOWER, **PATCHES, num_hidden_layers=4), add_pooling_layer=False)
+
+
+def clip_loss(model, tokens: torch.Tensor, pixels: torch.Tensor) -> tuple:
+    """(symmetric InfoNCE, image-to-text accuracy); equal captions are each other's positives."""
+    with autocast():
+        found = model(input_ids=tokens, pixel_values=pixels)
+    logits = model.logit_scale.exp().clamp(max=100) * found.image_embeds.float() @ found.text_embeds.float().T
+    same = (tokens[:, None] == tokens[None]).all(-1).float()
+    share = same / same.sum(1, keepdim=True)
+    loss = -(share * F.log_softmax(logits, 1)).sum(1).mean() - (share.T * F.log_softmax(logits, 0)).sum(0).mean()
+    return 0.5 * loss, (same.gather(1, logits.argmax(1, keepdim=True))).mean()
+
+
+def train_clip(work: Path, minutes: float, tokenizer_path: str, batch: int = 128, lr: float = 1.5e-3) -> None:
+    """Train the pair on the pool; the checkpoint is `work`/clip.pt."""
+    from transformers import CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path)
+    images, facts = pool.pictures(work), pool.facts(work)
+    captions = Captions(tokenizer, [f["caption"] for f in facts], [f["noun"] for f in facts])
+    trainer = Trainer("clip", build_clip(tokenizer).to(device()), work, minutes, lr, muon=True, ema=0.995)
+    torch.manual_seed(1000 * trainer.step + crew_rank())
+    held, told, known = pool.held_out(256)
+    told = Captions(tokenizer, told, [f["noun"] for f in known]).rows
+
+    def loss_of_step(step):
+        rng = stream_of(2, step)
+        rows = np.sort(rng.choice(len(images), size=batch, replace=False))
+        tokens = torch.from_numpy(captions.take(rows, rng)).to(device())
+        loss, hits = clip_loss(trainer.model, tokens, pool.to_tensor(images[rows]))
+        return loss, {"hits": hits}
+
+    def watch(average, step):
+        with torch.no_grad():
+            loss, hits = clip_loss(average, torch.from_numpy(told).to(device()), pool.to_tensor(held))
+        return {"held_loss": float(loss), "held_hits": float(hits)}
+
+    trainer.run(loss_of_step, every=100, watch=watch)
+
+
+def identity_rows(facts: list) -> dict:
+    """(sprite, colour) -> pool indices: the scenes that show one individual, in the photo style only."""
+    found = {}
+    for index, fact in enumerate(facts):
+        if fact["style"] is None and fact["view"] != "upside-down":
+            found.setdefault((fact["sprite"], fact["colour"]), []).append(index)
+    return {key: np.asarray(rows) for key, rows in found.items() if len(rows) >= 4}
+
+
+def augment(pixels: torch.Tensor, rng) -> torch.Tensor:
+    """Light changes of one view: mirror, shift and zoom up to 12%, brightness and contrast up to 10%."""
+    n = len(pixels)
+    scale = torch.from_numpy(rng.uniform(0.88, 1.12, n)).float()
+    flip = torch.from_numpy(np.where(rng.random(n) < 0.5, -1.0, 1.0)).float()
+    shift = torch.from_numpy(rng.uniform(-0.12, 0.12, (n, 2))).float()
+    theta = torch.stack([torch.stack([scale * flip, 0 * scale, shift[:, 0]], 1), torch.stack([0 * scale, scale, shift[:, 1]], 1)], 1)
+    grid = F.affine_grid(theta.to(pixels.device), list(pixels.shape), align_corners=False)
+    moved = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    gain = torch.from_numpy(rng.uniform(0.9, 1.1, (n, 1, 1, 1))).float().to(pixels.device)
+    lift = torch.from_numpy(rng.uniform(-0.1, 0.1, (n, 1, 1, 1))).float().to(pixels.device)
+    return moved * gain + lift
+
+
+def identity_loss(model, first: torch.Tensor, second: torch.Tensor, temperature: float = 0.1) -> tuple:
+    """(InfoNCE over individuals, accuracy): row b of both views shows individual b, all others are negatives."""
+    with autocast():
+        states = model(pixel_values=torch.cat([first, second])).last_hidden_state[:, 0]
+    a, b = F.normalize(states.float(), dim=-1).chunk(2)
+    logits = a @ b.T / temperature
+    target = torch.arange(len(a), device=a.device)
+    loss = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+    return loss, (logits.argmax(1) == target).float().mean()
+
+
+def train_identity(work: Path, minutes: float, batch: int = 96, lr: float = 1.5e-3) -> None:
+    """Train the identity encoder on the pool; half of each batch is of two classes, so that classmates are told apart."""
+    torch.manual_seed(1)
+    images, facts = pool.pictures(work), pool.facts(work)
+    rows = identity_rows(facts)
+    keys = list(rows)
+    noun = np.asarray([facts[rows[k][0]]["noun"] for k in keys])
+    trainer = Trainer("identity", build_identity().to(device()), work, minutes, lr, muon=True, ema=0.995)
+    torch.manual_seed(1000 * trainer.step + crew_rank())
+
+    def loss_of_step(step):
+        rng = stream_of(3, step)
+        mates = np.flatnonzero(np.isin(noun, rng.choice(np.unique(noun), 2, replace=False)))
+        mates = rng.permutation(mates)[: batch // 2]
+        rest = rng.choice(np.setdiff1d(np.arange(len(keys)), mates), batch - len(mates), replace=False)
+        pairs = np.stack([rng.choice(rows[keys[k]], 2, replace=False) for k in np.concatenate([mates, rest])])
+        first, second = (augment(pool.to_tensor(images[pairs[:, view]]), rng) for view in (0, 1))
+        loss, hits = identity_loss(trainer.model, first, second)
+        return loss, {"hits": hits}
+
+    trainer.run(loss_of_step, every=100)

@@ -1,0 +1,94 @@
+"""`python -m dbtrain.tiny.recipe STAGE --work DIR [--minutes M]`: builds the embedded base from the packages.
+
+Stages, in order: atlas, demo (both need the downloaded sources), pool, tokenizer, clip, vae, identity, latents,
+unet, decoder, export. The training stages resume from their checkpoint in DIR: run the same command again; a finished stage
+goes on when it is granted more minutes. On an accelerator the same commands run there.
+"""
+
+import argparse
+from pathlib import Path
+
+from dbtrain.tiny import ASSETS, BASE
+
+MINUTES = {"clip": 8.0, "vae": 25.0, "identity": 6.0, "unet": 60.0, "decoder": 20.0}
+"""Default minutes of the training stages on two free CPU cores."""
+
+
+def _atlas(options) -> None:
+    from dbtrain.tiny import sprites
+
+    training = tuple(vendor for vendor in sprites.VENDORS if vendor not in sprites.HELD_OUT)
+    print("training sprites:", sprites.build(options.packages, training, ASSETS / "atlas" / "train"))
+    print("held-out sprites:", sprites.build(options.packages, sprites.HELD_OUT, ASSETS / "atlas" / "heldout"))
+
+
+def _demo(options) -> None:
+    from dbtrain.tiny import demo
+
+    demo.build_drawn()
+    if options.dataset:
+        demo.build_real(options.dataset)
+
+
+def _pool(options) -> None:
+    from dbtrain.tiny import pool
+
+    pool.draw(options.work, options.scenes, workers=options.crew)
+
+
+def _tokenizer(options) -> None:
+    from dbtrain.tiny import vocabulary
+
+    print("tokens:", len(vocabulary.build(BASE / "tokenizer")))
+
+
+def _train(options) -> None:
+    from dbtrain.tiny import autoencoder, denoiser, encoders
+    from dbtrain.tiny.loops import with_crew
+
+    minutes, tokenizer = options.minutes or MINUTES[options.stage], str(BASE / "tokenizer")
+    stage, *arguments = {
+        "clip": (encoders.train_clip, minutes, tokenizer),
+        "vae": (autoencoder.train, minutes),
+        "identity": (encoders.train_identity, minutes),
+        "unet": (denoiser.train, minutes, tokenizer),
+        "decoder": (autoencoder.train_decoder, minutes),
+    }[options.stage]
+    with_crew(stage, options.work, *arguments, size=options.crew)
+
+
+def _latents(options) -> None:
+    from dbtrain.tiny import denoiser
+
+    denoiser.write_latents(options.work)
+
+
+def _export(options) -> None:
+    from dbtrain.tiny import export
+
+    export.export(options.work)
+
+
+STAGES = {
+    "atlas": _atlas, "demo": _demo, "pool": _pool, "tokenizer": _tokenizer, "clip": _train, "vae": _train,
+    "identity": _train, "latents": _latents, "unet": _train, "decoder": _train, "export": _export,
+}
+
+
+def main(arguments: list | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m dbtrain.tiny.recipe", description=__doc__)
+    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("--work", type=Path, default=Path("tinybuild"), help="folder of pools, checkpoints and the log")
+    parser.add_argument("--minutes", type=float, help=f"wall-clock minutes of a training stage in all, resumed time included {MINUTES}")
+    parser.add_argument("--crew", type=int, default=2, help="single-threaded processes that share a stage's batch on a CPU")
+    parser.add_argument("--scenes", type=int, default=60_000, help="scenes in the pool")
+    parser.add_argument("--packages", type=Path, help="the unpacked @iconify-json folder (stage atlas)")
+    parser.add_argument("--dataset", type=Path, help="the google/dreambooth data set (stage demo, real subjects)")
+    options = parser.parse_args(arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
+    STAGES[options.stage](options)
+
+
+if __name__ == "__main__":
+    main()
