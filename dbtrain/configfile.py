@@ -6,7 +6,7 @@ what is wanted, what to do. YAML is read as version 1.2 (`1e-4` is a number, `on
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,7 +262,7 @@ def _finding(draft: _Draft, key: str, message: str) -> str:
     return f"{where}: {message}" if where.startswith("override ") else f"{where}: {_key(key)}: {message}"
 
 
-def _problem(key: str, index: str, problem: dict[str, Any]) -> str:
+def _problem(key: str, index: str, problem: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         return f"unknown setting{_hint(key, known_keys())}"
     got = problem["input"]

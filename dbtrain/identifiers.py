@@ -17,6 +17,8 @@ from typing import Any, Literal
 from dbtrain.batch import Subject
 from dbtrain.errors import ConfigError
 
+Verdict = Literal["good", "has a meaning", "splits into common letters"]
+
 MAX_TOKENS = 3
 T5_RANGE = range(5000, 10_001)
 """Token ids that the paper samples for T5-XXL."""
@@ -72,7 +74,7 @@ class Explanation:
     text: str
     tokens: tuple[str, ...]
     ranks: tuple[int, ...]
-    verdict: Literal["good", "has a meaning", "splits into common letters"]
+    verdict: Verdict
     reason: str
 
     @property
@@ -187,7 +189,9 @@ def _assign(level: _Level, waiting: list[str], names: dict[str, str], taken: set
     """
     tried: set[int] = set()
     attempt = 0
-    while waiting and len(tried) < level.size:
+    # A small level is searched to its end. In a large one only an unusual tokenizer refuses this many spellings.
+    attempts = 64 + (8 * level.size if level.size <= 4096 else 0)
+    while waiting and len(tried) < level.size and attempt < attempts:
         left = []
         for subject in waiting:
             number = _hash(seed, subject, level.length, attempt) % level.size
@@ -216,7 +220,7 @@ def explain(tokenizer: Any, text: str) -> Explanation:
     return Explanation(text, tuple(lexicon.names.get(rank, "?") for rank in ids), tuple(ids), verdict, reason)
 
 
-def _judge(lexicon: _Lexicon, text: str, ids: list[int]) -> tuple[str, str]:
+def _judge(lexicon: _Lexicon, text: str, ids: list[int]) -> tuple[Verdict, str]:
     meant = next(_meaningful(lexicon, text), None)
     if meant:
         return "has a meaning", f"{meant}; the model would mix it with the subject"

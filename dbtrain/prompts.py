@@ -80,9 +80,10 @@ def fill(template: str, *, identifier: str | None = None, class_noun: str) -> st
         if name not in values:
             raise ConfigError(f"caption or prompt {template!r}: unknown placeholder {place[0]}, "
                               "want {identifier}, {class}, {subject} or [trigger]")
-        if values[name] is None:
+        filled = values[name]
+        if filled is None:
             raise ConfigError(f"caption or prompt {template!r}: {place[0]} has no value, because the class as such "
                               "has no identifier; use {class} or {subject}")
-        return values[name]
+        return filled
 
     return _PLACE.sub(value, template)

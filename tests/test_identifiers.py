@@ -188,6 +188,16 @@ def test_a_tokenizer_without_rare_tokens_is_an_error_with_advice():
         identifiers.allocate(Plain(), [subject("a"), subject("b")])
 
 
+def test_a_tokenizer_that_merges_everything_is_given_up_on_soon():
+    class Merging(T5Sized):
+        def __call__(self, texts, add_special_tokens=True):
+            return {"input_ids": [[self.vocab.get("▁" + word, 0) for word in text.split()] if len(text) < 4
+                                  or text.endswith((" of", " dog")) else [0] for text in texts]}
+
+    with pytest.raises(ConfigError, match="1 of 1 subjects got none"):
+        identifiers.allocate(Merging(), [subject("a")], tokens=2)
+
+
 @pytest.mark.parametrize(("text", "verdict"), [
     ("unique", "has a meaning"), ("dog", "has a meaning"), ("the", "has a meaning"),
     ("xxy5syt00", "splits into common letters"), ("e", "splits into common letters"),
