@@ -89,7 +89,7 @@ def read_photo(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
                 raise DataError(f"{path}: is not a regular file; give a JPEG, PNG or WebP file")
             if status.st_size > max_bytes:
                 raise DataError(_too_many_bytes(path, status.st_size, max_bytes))
-            content = file.read(max_bytes + 1)
+            content = file.read(status.st_size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     if not content:

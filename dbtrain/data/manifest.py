@@ -7,7 +7,6 @@ separated by semicolons. All defects are found in one pass; nothing is ever writ
 
 import difflib
 import glob
-import math
 import re
 import string
 from collections.abc import Callable
@@ -203,7 +202,7 @@ def _whole(low: int, high: int) -> Callable[[Any, Path], int]:
 def _rate(cell: Any, _: Path) -> float:
     try:
         value = float(cell) if isinstance(cell, str) else cell
-        if isinstance(value, bool) or not (math.isfinite(value) and 0 < value < 1):
+        if not 0 < value < 1:
             raise ValueError
     except (TypeError, ValueError):
         raise _CellError(

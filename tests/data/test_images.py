@@ -143,7 +143,7 @@ BAD = {
     "animated png": (animated("PNG"), "is an animation of 2 frames"),
     "animated webp": (animated("WEBP"), "is an animation of 2 frames"),
     "bomb": (bomb(20_000, 20_000), "pixels"),
-    "100 megapixels": (bomb(10_000, 10_000), "has 10000x10000 pixels, the cap is 50 million"),
+    "120 megapixels": (bomb(10_000, 12_000), "has 10000x12000 pixels, the cap is 50 million"),
     "tiny": (png(picture(15, 40)), "the short side needs 16"),
     "ribbon": (png(picture(400, 20)), "longer than 10:1"),
 }
@@ -236,4 +236,4 @@ def test_pixels_and_flip():
 
 def test_stored_png_carries_nothing_but_pixels():
     image = images.open_photo(jpeg(picture(), exif=stored_turned(6)[1], icc_profile=b"secret" * 40, comment=b"secret"))
-    assert b"secret" not in images.encode(image)[0]
+    assert Image.open(io.BytesIO(images.encode(image)[0])).info == {}

@@ -56,6 +56,7 @@ def test_every_field_is_checked(photo_folder, subject, place):
     subject = Subject(**{**vars(subject), "images": images})
     found = preflight([Subject("rex", "cat", (photo,), steps=101), subject], WARM, lambda text: len(text.split()))
     assert [finding.file for finding in found] == [place]
+    assert ("differs only by case" in found[0].what) == (subject.id == "REX")
 
 
 def test_memory_stays_flat(tmp_path: Path):

@@ -190,6 +190,11 @@ def test_hostile_members_are_refused_though_every_digest_is_right(tmp_path, name
         list(read_samples(tmp_path, Index.load(tmp_path).rows))
 
 
+@pytest.mark.parametrize("name", list(HOSTILE)[: list(HOSTILE).index("empty provenance")])
+def test_hostile_members_never_reach_webdataset(name):
+    assert tar.problem(HOSTILE[name], "cat-0-0")
+
+
 def test_packing_is_judged_sound():
     sample = next(make_samples())
     assert tar.problem(tar.pack(sample), sample.key) is None
