@@ -47,7 +47,8 @@ def matching_layers(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     """Paths of the linear layers and 1x1 convolutions whose end matches a pattern, in model order."""
     patterns = tuple(patterns)
     return [
-        path for path, module in model.named_modules()
+        path
+        for path, module in model.named_modules()
         if _adaptable(module) and any(fnmatchcase(path, p) or fnmatchcase(path, f"*.{p}") for p in patterns)
     ]
 
@@ -63,8 +64,10 @@ def attach(model: nn.Module, patterns: Iterable[str], subjects: int, rank: int, 
     model.requires_grad_(False)
     paths = matching_layers(model, patterns)
     if not paths:
-        raise ConfigError(f"lora.targets: no layer of {type(model).__name__} matches {', '.join(patterns)}; "
-                          "`dbtrain doctor --layers MODEL` lists the layers that can carry an adapter")
+        raise ConfigError(
+            f"lora.targets: no layer of {type(model).__name__} matches {', '.join(patterns)}; "
+            "`dbtrain doctor --layers MODEL` lists the layers that can carry an adapter"
+        )
     for path in paths:
         model.set_submodule(path, StackedLora(model.get_submodule(path), subjects, rank, alpha / rank))
     return [layer for _, layer in layers(model)]
@@ -167,7 +170,7 @@ KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2"
 
 
 def to_kohya(weights: LoraWeights) -> dict[str, Tensor]:
-    """State dict with the names of kohya-ss and ComfyUI: `lora_unet_<path with _>.lora_down.weight`, `.lora_up`, `.alpha`.
+    """The names of kohya-ss and ComfyUI: `lora_unet_<path with _>.lora_down.weight`, `.lora_up`, `.alpha`.
 
     Two text encoders are `lora_te1` and `lora_te2`. transformers >= 5.6 dropped CLIP's `text_model.`; kohya keeps it.
     """

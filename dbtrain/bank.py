@@ -1,4 +1,4 @@
-"""Where data meets the model: a subject's images as cached VAE moments or stored bytes, and its captions, ready to draw.
+"""Where data meets the model: a subject's images as cached VAE moments or stored bytes, and its captions.
 
 A bank holds one subject's instance and prior samples. `Bank.batch` is a pure function of (step, slots): which sample,
 mirrored or not, cropped where, comes from counter-based randomness, so it is the same at any number of ranks.
@@ -33,8 +33,8 @@ class Item:
 class Bank:
     """A subject's samples by role, drawn by (step, slot).
 
-    moments: float32 [n, variants, 2C, h, w] by role on the device, or None where pixels are made each step; variant 1 is
-    the mirror image. captions: every distinct caption once, as `Conditioning` or `Tokens`.
+    moments: float32 [n, variants, 2C, h, w] by role on the device; empty where pixels are made each step; variant 1 is
+    the mirror image. texts: every distinct caption once.
     """
 
     def __init__(self, items: dict[Role, list[Item]], data: DataConfig, seed: int, subject: str, batch: int):
@@ -42,10 +42,13 @@ class Bank:
         self.key = stream_key(seed, subject)
         self.texts = list(dict.fromkeys(item.caption for role in items for item in items[role]))
         self.moments: dict[Role, Tensor] = {}
-        self.sizes = {role: torch.tensor([_size_ids(item.sample, data.resolution) for item in group], dtype=torch.float32)
-                      for role, group in items.items()}
-        self.caption_rows = {role: torch.tensor([self.texts.index(item.caption) for item in group])
-                             for role, group in items.items()}
+        self.sizes = {
+            role: torch.tensor([_size_ids(item.sample, data.resolution) for item in group], dtype=torch.float32)
+            for role, group in items.items()
+        }
+        self.caption_rows = {
+            role: torch.tensor([self.texts.index(item.caption) for item in group]) for role, group in items.items()
+        }
         self.readers = ThreadPoolExecutor(2)
 
     @torch.no_grad()
@@ -62,8 +65,10 @@ class Bank:
 
     def batch(self, step: int, instance_slots: Sequence[int], device: str) -> Batch:
         """The micro-batch of these instance draw slots and, where there are priors, as many prior slots."""
-        parts = [self._draw(role, step, torch.tensor([slot + int(role) * self.batch_size for slot in instance_slots]))
-                 for role in self.items]
+        parts = [
+            self._draw(role, step, torch.tensor([slot + int(role) * self.batch_size for slot in instance_slots]))
+            for role in self.items
+        ]
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in Batch.__dataclass_fields__}
         return Batch(**joined).to(device)
 
@@ -73,7 +78,11 @@ class Bank:
         first = int(positions.min())
         span = order(len(items), first, int(positions.max()) - first + 1, self.seed, self.subject, role)
         pick_B = torch.tensor([span[int(position) - first] for position in positions])
-        flip_B = (uniforms(self.key, Purpose.FLIP, step, slot_B) < 0.5) if self.data.flip else torch.zeros(len(slot_B), dtype=torch.bool)
+        flip_B = (
+            (uniforms(self.key, Purpose.FLIP, step, slot_B) < 0.5)
+            if self.data.flip
+            else torch.zeros(len(slot_B), dtype=torch.bool)
+        )
         images, sizes = self._images(role, step, slot_B, pick_B, flip_B)
         return Batch(images, self.caption_rows[role][pick_B], torch.full_like(slot_B, int(role)), slot_B, sizes)
 
@@ -85,8 +94,10 @@ class Bank:
         if self.data.crop == "random":
             top_B, left_B = (uniforms(self.key, Purpose.CROP, step, 2 * slot_B + axis) for axis in (0, 1))
             crops = list(zip(top_B.tolist(), left_B.tolist()))
-        work = [(self.items[role][pick], crop, mirrored)
-                for pick, crop, mirrored in zip(pick_B.tolist(), crops, flip_B.tolist())]
+        work = [
+            (self.items[role][pick], crop, mirrored)
+            for pick, crop, mirrored in zip(pick_B.tolist(), crops, flip_B.tolist())
+        ]
         pixels = list(self.readers.map(lambda job: self._pixels(*job), work))
         sizes = torch.tensor([_size_ids(item.sample, self.data.resolution, crop) for item, crop, _ in work])
         return torch.stack(pixels), sizes
@@ -106,7 +117,9 @@ def _size_ids(sample: Sample, resolution: int, crop: tuple[float, float] = (0.5,
 
 
 @torch.no_grad()
-def encode_captions(family: Family, models: Models, texts: Sequence[str], device: str, cached: bool) -> Conditioning | Tokens:
+def encode_captions(
+    family: Family, models: Models, texts: Sequence[str], device: str, cached: bool
+) -> Conditioning | Tokens:
     """The captions as conditioning (encoded once, in fp32), or as tokens for a text encoder that trains."""
     tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
     return family.encode_tokens(models.text_encoders, tokens) if cached else tokens

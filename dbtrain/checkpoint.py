@@ -61,8 +61,10 @@ def latest_checkpoint(root: Path, run: str) -> tuple[Checkpoint | None, list[str
             continue
         checkpoint = read_checkpoint(folder)
         if checkpoint.run != run:
-            raise DataError(f"{folder}: belongs to a run with other settings or data (run {checkpoint.run[:12]}, "
-                            f"this one is {run[:12]}); use another --out, or delete the folder to start afresh")
+            raise DataError(
+                f"{folder}: belongs to a run with other settings or data (run {checkpoint.run[:12]}, "
+                f"this one is {run[:12]}); use another --out, or delete the folder to start afresh"
+            )
         return checkpoint, passed_over
     return None, passed_over
 

@@ -48,7 +48,7 @@ class DataConfig(Section):
     resolution: Annotated[int, Field(ge=16, le=4096, multiple_of=8)] = 512
     """Side of the square training image, in pixels."""
     crop: Literal["center", "random"] = "center"
-    """Square crop after the short side is resized; `random` draws a new crop every step and switches latent caching off."""
+    """Square crop after the short side is resized; `random` draws anew every step, with latent caching off."""
     flip: bool = False
     """Mirror a sample left-right with probability 1/2. Leave off for subjects with text or a handed shape."""
     caption: Template = "a photo of {identifier} {class}"
@@ -88,7 +88,7 @@ class TrainConfig(Section):
     batch: Positive = 1
     """Instance samples in one optimizer step, over all ranks together; as many prior samples come on top."""
     micro_batch: Positive | None = None
-    """Instance samples in one forward pass of one rank; None is all that a rank has. Smaller means gradient accumulation."""
+    """Instance samples in one forward pass of one rank; None is all that a rank has. Fewer means accumulation."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Global gradient norm above which gradients are scaled down; None never clips."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -100,7 +100,7 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW's decoupled weight decay."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the trained weights, which is then what is published; None keeps none."""
+    """Decay of an exponential moving average of the trained weights, which is then published; None keeps none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision. Master weights and optimizer moments are fp32 either way."""
     gradient_checkpointing: bool = False
@@ -193,7 +193,11 @@ class SampleConfig(Section):
 
     every_steps: Count = 0
     """Steps between sample grids during training; 0 draws them at the end only."""
-    prompts: tuple[Template, ...] = ("a photo of {subject}", "a photo of {subject} in the jungle", "a photo of {subject} on the beach")
+    prompts: tuple[Template, ...] = (
+        "a photo of {subject}",
+        "a photo of {subject} in the jungle",
+        "a photo of {subject} on the beach",
+    )
     """Prompts; `{subject}` is the identifier and class noun."""
     images: Count = 2
     """Images for each prompt; 0 draws none."""
@@ -250,23 +254,50 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
     """Pairs (dotted key, message) for settings that are right alone and wrong together; empty when all is well."""
     train, zero, data = config.train, config.engine.zero, config.data
     rules = [
-        ("train.warmup_steps", train.warmup_steps >= train.steps and train.warmup_steps > 0,
-         f"is {train.warmup_steps}, but train.steps is {train.steps}; the learning rate would never reach its peak"),
-        ("train.micro_batch", train.micro_batch is not None and train.batch % train.micro_batch != 0,
-         f"is {train.micro_batch}, which does not divide train.batch = {train.batch}"),
-        ("engine.zero.offload_optimizer", zero.offload_optimizer and zero.stage == 0,
-         "needs engine.zero.stage 1, 2 or 3"),
-        ("engine.zero.offload_parameters", zero.offload_parameters and zero.stage != 3,
-         f"needs engine.zero.stage 3, got {zero.stage}"),
-        ("train.text_encoder_lr", train.text_encoder_lr is not None and not train.text_encoder,
-         "is set, but train.text_encoder is false, so it would have no effect"),
-        ("data.caption", "{identifier}" not in data.caption,
-         f"must contain {{identifier}}, got {data.caption!r}; without it nothing names the subject"),
-        ("data.class_caption", "{identifier}" in data.class_caption,
-         "must not contain {identifier}; priors show the class, not the subject"),
-        ("prior.images", config.prior.weight > 0 and config.prior.images == 0,
-         "is 0 while prior.weight is above 0; set prior.weight=0 to train without prior preservation"),
-        ("lora.targets", train.method == "lora" and not config.lora.targets,
-         "is empty; a LoRA needs at least one layer pattern"),
+        (
+            "train.warmup_steps",
+            train.warmup_steps >= train.steps and train.warmup_steps > 0,
+            f"is {train.warmup_steps}, but train.steps is {train.steps}; the learning rate would never reach its peak",
+        ),
+        (
+            "train.micro_batch",
+            train.micro_batch is not None and train.batch % train.micro_batch != 0,
+            f"is {train.micro_batch}, which does not divide train.batch = {train.batch}",
+        ),
+        (
+            "engine.zero.offload_optimizer",
+            zero.offload_optimizer and zero.stage == 0,
+            "needs engine.zero.stage 1, 2 or 3",
+        ),
+        (
+            "engine.zero.offload_parameters",
+            zero.offload_parameters and zero.stage != 3,
+            f"needs engine.zero.stage 3, got {zero.stage}",
+        ),
+        (
+            "train.text_encoder_lr",
+            train.text_encoder_lr is not None and not train.text_encoder,
+            "is set, but train.text_encoder is false, so it would have no effect",
+        ),
+        (
+            "data.caption",
+            "{identifier}" not in data.caption,
+            f"must contain {{identifier}}, got {data.caption!r}; without it nothing names the subject",
+        ),
+        (
+            "data.class_caption",
+            "{identifier}" in data.class_caption,
+            "must not contain {identifier}; priors show the class, not the subject",
+        ),
+        (
+            "prior.images",
+            config.prior.weight > 0 and config.prior.images == 0,
+            "is 0 while prior.weight is above 0; set prior.weight=0 to train without prior preservation",
+        ),
+        (
+            "lora.targets",
+            train.method == "lora" and not config.lora.targets,
+            "is empty; a LoRA needs at least one layer pattern",
+        ),
     ]
     return [(key, message) for key, wrong, message in rules if wrong]

@@ -1,18 +1,24 @@
-"""Prompts and seeds to images: the stock diffusers pipeline over a base that stays loaded."""
+"""Prompts and seeds to images: the stock diffusers pipeline over a loaded base, many adapters in turn."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from dbtrain.config import SampleConfig
-from dbtrain.families import Family, Models
+from dbtrain.adapters import LoraWeights, attach, detach, write_rows
+from dbtrain.config import ModelConfig, RunConfig, SampleConfig
+from dbtrain.configfile import load
+from dbtrain.errors import DataError
+from dbtrain.families import FAMILIES, Family, Models, load_models
 from dbtrain.families.pipelines import assemble
+from dbtrain.prompts import fill
+from dbtrain.publish import CONFIG_FILE, LORA_FILE, MODEL_FOLDER, publish_sheet, read_lora, read_record
 
 SAMPLERS = {"ddpm": "DDPMScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler", "ddim": "DDIMScheduler"}
 
@@ -29,8 +35,16 @@ def image_seed(*names: object) -> int:
 
 
 @torch.no_grad()
-def generate(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], resolution: int, steps: int, guidance: float,
-             precision: str = "fp32", batch: int = 8) -> Iterator[Image.Image]:
+def generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    resolution: int,
+    steps: int,
+    guidance: float,
+    precision: str = "fp32",
+    batch: int = 8,
+) -> Iterator[Image.Image]:
     """One RGB image for each (prompt, seed), in order.
 
     Every image has its own CPU generator, so its noise does not depend on the batch it is drawn in or on the device.
@@ -40,33 +54,25 @@ def generate(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], resolu
         chunk = slice(start, start + batch)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]]
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            yield from pipeline(list(prompts[chunk]), generator=generators, height=resolution, width=resolution,
-                                num_inference_steps=steps, guidance_scale=guidance, output_type="pil").images
+            yield from pipeline(
+                list(prompts[chunk]),
+                generator=generators,
+                height=resolution,
+                width=resolution,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="pil",
+            ).images
 
 
-def draw_samples(pipeline: Any, prompts: Sequence[str], settings: SampleConfig, resolution: int,
-                 precision: str = "fp32") -> list[list[Image.Image]]:
+def draw_samples(
+    pipeline: Any, prompts: Sequence[str], settings: SampleConfig, resolution: int, precision: str = "fp32"
+) -> list[list[Image.Image]]:
     """A row of `settings.images` images for each prompt; image i of every row has seed `settings.seed` + i."""
     flat = [prompt for prompt in prompts for _ in range(settings.images)]
     seeds = [settings.seed + i for _ in prompts for i in range(settings.images)]
     images = list(generate(pipeline, flat, seeds, resolution, settings.steps, settings.guidance, precision))
-    return [images[i * settings.images:(i + 1) * settings.images] for i in range(len(prompts))]
-
-
-def grid(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str] | None = None, cell: int | None = None) -> Image.Image:
-    """One sheet of image rows on white, each row under its caption; `cell` is the side of an image in pixels."""
-    cell = cell or rows[0][0].width
-    gap, header = 4, 16 if captions else 0
-    width = max(len(row) for row in rows) * (cell + gap) + gap
-    sheet = Image.new("RGB", (width, len(rows) * (cell + gap + header) + gap), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, row in enumerate(rows):
-        top = gap + i * (cell + gap + header)
-        if captions:
-            pen.text((gap, top + 1), captions[i][: width // 6], fill="black")
-        for j, image in enumerate(row):
-            sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (gap + j * (cell + gap), top + header))
-    return sheet
+    return [images[i * settings.images : (i + 1) * settings.images] for i in range(len(prompts))]
 
 
 @contextmanager
@@ -81,3 +87,55 @@ def sampling_mode(models: Models) -> Iterator[None]:
     finally:
         for module, training in zip(modules, before):
             module.train(training)
+
+
+@contextmanager
+def adapter(family: Family, models: Models, weights: LoraWeights) -> Iterator[None]:
+    """The base with an adapter on it; afterwards the base as it was."""
+    components = models.components(family.denoiser_name)
+    for name, matrices in weights.matrices.items():
+        attach(components[name], matrices, 1, weights.rank, weights.alpha)
+    try:
+        write_rows(components, 0, weights)
+        yield
+    finally:
+        for module in components.values():
+            detach(module)
+
+
+def generate_finished(
+    folders: Sequence[Path], prompts: Sequence[str] | None, overrides: Sequence[str], name: str
+) -> Iterator[Path]:
+    """The sheet drawn for each finished subject folder; adapters of one base share it, loaded once.
+
+    prompts: templates with `{subject}`; None are those of the subject's own recipe. overrides: `a.b=c` settings.
+    Raises DataError for a folder that holds no finished subject.
+    """
+    warm: tuple[ModelConfig, Models] | None = None
+    for folder in folders:
+        record, config = read_record(folder), finished_config(folder, overrides)
+        if record is None:
+            raise DataError(f"{folder}: holds no finished subject (no record.json); give a folder under OUT/subjects/")
+        family = FAMILIES[config.model.family]
+        texts = [
+            fill(prompt, identifier=record["identifier"], class_noun=record["class"])
+            for prompt in prompts or config.sample.prompts
+        ]
+        if (folder / LORA_FILE).exists():
+            if warm is None or warm[0] != config.model:
+                warm = config.model, load_models(family, config.model)
+            with adapter(family, warm[1], read_lora(folder)[0]):
+                rows = draw_samples(make_pipeline(family, warm[1]), texts, config.sample, config.data.resolution)
+        else:
+            model = config.model.model_copy(update={"path": str(folder / MODEL_FOLDER)})
+            rows = draw_samples(
+                make_pipeline(family, load_models(family, model)), texts, config.sample, config.data.resolution
+            )
+        yield publish_sheet(folder, rows, texts, name)
+
+
+def finished_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
+    """The configuration that a subject was trained with, and overrides."""
+    if not (folder / CONFIG_FILE).exists():
+        raise DataError(f"{folder}: has no {CONFIG_FILE}; give a folder under OUT/subjects/")
+    return load(folder / CONFIG_FILE, overrides)

@@ -1,4 +1,4 @@
-"""Class priors: images of `a photo of a <class>` from the frozen base, made once and shared by all subjects of the class.
+"""Class priors: images of `a photo of a <class>` from the frozen base, made once for all its subjects.
 
 The store's folder for a class is named by everything that decides the images. It grows block by block; a block is a
 shard folder of its own, whole or absent.
@@ -57,26 +57,48 @@ def slug(text: str) -> str:
 def prior_key(config: RunConfig, models: Models, class_noun: str) -> PriorKey:
     """The key of a class's priors under a run's settings."""
     prior = config.prior
-    return PriorKey(base_digest(models), fill(config.data.class_caption, class_noun=class_noun), prior.sampler, prior.steps,
-                    prior.guidance, config.data.resolution, config.train.precision, prior.seed)
+    return PriorKey(
+        base_digest(models),
+        fill(config.data.class_caption, class_noun=class_noun),
+        prior.sampler,
+        prior.steps,
+        prior.guidance,
+        config.data.resolution,
+        config.train.precision,
+        prior.seed,
+    )
 
 
 def missing_blocks(folder: Path, images: int) -> list[range]:
     """Ranges of image numbers below `images` that no block holds yet."""
     starts = range(0, images, BLOCK)
-    return [range(start, min(start + BLOCK, images)) for start in starts if _held(folder, start) < min(BLOCK, images - start)]
+    return [
+        range(start, min(start + BLOCK, images))
+        for start in starts
+        if _held(folder, start) < min(BLOCK, images - start)
+    ]
 
 
 def _held(folder: Path, start: int) -> int:
-    found = [int(path.name.split("-")[2]) for path in folder.glob(f"block-{start:06d}-*") if (path / INDEX_NAME).exists()]
+    found = [
+        int(path.name.split("-")[2]) for path in folder.glob(f"block-{start:06d}-*") if (path / INDEX_NAME).exists()
+    ]
     return max(found, default=0)
 
 
-def make_priors(store: Path, key: PriorKey, images: int, family: Family, models: Models, world: World, batch: int,
-                report: Callable[[str], None] = lambda line: None) -> int:
+def make_priors(
+    store: Path,
+    key: PriorKey,
+    images: int,
+    family: Family,
+    models: Models,
+    world: World,
+    batch: int,
+    report: Callable[[str], None] = lambda line: None,
+) -> int:
     """Number of images this rank drew; the ranks share the missing blocks. Afterwards (and a barrier) all are there."""
     folder = store / key.name
-    todo = missing_blocks(folder, images)[world.rank::world.size]
+    todo = missing_blocks(folder, images)[world.rank :: world.size]
     if not todo:
         return 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,12 +112,21 @@ def make_priors(store: Path, key: PriorKey, images: int, family: Family, models:
 
 def _draw(pipeline, key: PriorKey, block: range, batch: int) -> Iterator[Sample]:
     seeds = [image_seed(key.name, number) for number in block]
-    images = generate(pipeline, [key.prompt] * len(block), seeds, key.resolution, key.steps, key.guidance, key.precision, batch)
+    images = generate(
+        pipeline, [key.prompt] * len(block), seeds, key.resolution, key.steps, key.guidance, key.precision, batch
+    )
     for number, image in zip(block, images):
         data = io.BytesIO()
         image.save(data, "PNG")
-        yield Sample(f"{slug(key.prompt)}-{int(Role.PRIOR)}-{number}", slug(key.prompt), Role.PRIOR, key.prompt,
-                     data.getvalue(), "png", {"height": image.height, "width": image.width, "seed": seeds[number - block.start]})
+        yield Sample(
+            f"{slug(key.prompt)}-{int(Role.PRIOR)}-{number}",
+            slug(key.prompt),
+            Role.PRIOR,
+            key.prompt,
+            data.getvalue(),
+            "png",
+            {"height": image.height, "width": image.width, "seed": seeds[number - block.start]},
+        )
 
 
 def read_priors(store: Path, key: PriorKey, images: int) -> list[Sample]:

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from dbtrain import __version__
 from dbtrain.adapters import LoraWeights, to_diffusers, to_kohya
 from dbtrain.atomic import write_file
 from dbtrain.checkpoint import file_digest
 from dbtrain.config import RunConfig
-from dbtrain.generate import grid
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora.safetensors"
 MODEL_FOLDER = "model"
 RECORD = "record.json"
 CARD = "README.md"
+CONFIG_FILE = "config.yaml"
 
 
 def save_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
@@ -51,8 +51,12 @@ def publish_lora(folder: Path, weights: LoraWeights, provenance: dict[str, str],
 
 def export_kohya(path: Path, weights: LoraWeights, provenance: dict[str, str]) -> Path:
     """The adapter written with kohya's key names and `ss_*` metadata."""
-    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(weights.rank),
-                "ss_network_alpha": str(weights.alpha), **provenance}
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(weights.rank),
+        "ss_network_alpha": str(weights.alpha),
+        **provenance,
+    }
     save_safetensors(path, to_kohya(weights), metadata)
     return path
 
@@ -68,32 +72,66 @@ def read_lora(path: Path) -> tuple[LoraWeights, dict[str, str]]:
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
-            state = {name: opened.get_tensor(name) for name in opened.keys()}
+            state = {name: opened.get_tensor(name) for name in list(opened.keys())}
     except Exception as error:
-        raise DataError(f"{file}: cannot be read as an adapter ({error}); give a folder or file that "
-                        "`dbtrain train` wrote") from error
+        raise DataError(
+            f"{file}: cannot be read as an adapter ({error}); give a folder or file that `dbtrain train` wrote"
+        ) from error
     settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     alpha = next((value for key, value in settings.items() if key.endswith(".lora_alpha")), None)
     return from_diffusers(state, alpha), metadata
 
 
+def grid(
+    rows: Sequence[Sequence[Image.Image]], captions: Sequence[str] | None = None, cell: int | None = None
+) -> Image.Image:
+    """One sheet of image rows on white, each row under its caption; `cell` is the side of an image in pixels."""
+    cell = cell or rows[0][0].width
+    gap, header = 4, 16 if captions else 0
+    width = max(len(row) for row in rows) * (cell + gap) + gap
+    sheet = Image.new("RGB", (width, len(rows) * (cell + gap + header) + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, row in enumerate(rows):
+        top = gap + i * (cell + gap + header)
+        if captions:
+            pen.text((gap, top + 1), captions[i][: width // 6], fill="black")
+        for j, image in enumerate(row):
+            sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (gap + j * (cell + gap), top + header))
+    return sheet
+
+
 def publish_card(folder: Path, record: dict[str, Any], config: RunConfig, recipe_yaml: str) -> None:
-    """README.md: a model card with usage, recipe and provenance; the front matter is what hubs index."""
+    """README.md, a model card with usage, recipe and provenance, and config.yaml; hubs index the front matter."""
+    write_file(folder / CONFIG_FILE, recipe_yaml.encode())
     lora = config.train.method == "lora"
-    front = yaml.safe_dump({
-        "base_model": record["base"], "library_name": "diffusers", "instance_prompt": record["caption"],
-        "tags": ["text-to-image", "dreambooth", "dbtrain", *(["lora"] if lora else [])],
-    }, sort_keys=False, allow_unicode=True)
-    load = (f'pipe = DiffusionPipeline.from_pretrained({record["base"]!r})\npipe.load_lora_weights(".")' if lora
-            else f'pipe = DiffusionPipeline.from_pretrained("{MODEL_FOLDER}")')
-    rows = "\n".join(f"| {key} | `{_cell(record[key])}` |" for key in
-                     ("identifier", "class", "steps", "seed", "base", "base_digest", "data_digest", "run", "dbtrain"))
-    write_file(folder / CARD, f"""---
+    front = yaml.safe_dump(
+        {
+            "base_model": record["base"],
+            "library_name": "diffusers",
+            "instance_prompt": record["caption"],
+            "tags": ["text-to-image", "dreambooth", "dbtrain", *(["lora"] if lora else [])],
+        },
+        sort_keys=False,
+        allow_unicode=True,
+    )
+    load = (
+        f'pipe = DiffusionPipeline.from_pretrained({record["base"]!r})\npipe.load_lora_weights(".")'
+        if lora
+        else f'pipe = DiffusionPipeline.from_pretrained("{MODEL_FOLDER}")'
+    )
+    rows = "\n".join(
+        f"| {key} | `{_cell(record[key])}` |"
+        for key in ("identifier", "class", "steps", "seed", "base", "base_digest", "data_digest", "run", "dbtrain")
+    )
+    write_file(
+        folder / CARD,
+        f"""---
 {front}---
 
 # {_cell(record["subject"])}: {_cell(record["class"])}
 
-`{_cell(record["identifier"])} {_cell(record["class"])}` names this subject. Trained with dbtrain {__version__} (DreamBooth, arXiv 2208.12242).
+`{_cell(record["identifier"])} {_cell(record["class"])}` names this subject.
+Trained with dbtrain {__version__} (DreamBooth, arXiv 2208.12242).
 
 ![samples](samples.png)
 
@@ -112,10 +150,11 @@ image = pipe({record["caption"]!r}).images[0]
 
 ```yaml
 {recipe_yaml}```
-""".encode())
+""".encode(),
+    )
 
 
-def publish_samples(folder: Path, rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str], name: str) -> Path:
+def publish_sheet(folder: Path, rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str], name: str) -> Path:
     """A captioned sheet `name`.png of sample images, and each image alone under `samples/`."""
     separate = folder / "samples" / name
     separate.mkdir(parents=True, exist_ok=True)

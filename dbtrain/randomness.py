@@ -8,8 +8,9 @@ import hashlib
 from enum import IntEnum
 
 import torch
-from dbtrain_kernels.philox import normal, philox, uniform
 from torch import Tensor
+
+from dbtrain_kernels.philox import normal, philox, uniform
 
 
 class Purpose(IntEnum):

@@ -23,8 +23,9 @@ class TrainingStep(nn.Module):
     stream. All randomness is named by (key, step, slot), so it is the same at any number of ranks.
     """
 
-    def __init__(self, family: Family, models: Models, config: RunConfig, key: tuple[int, int],
-                 captions: Conditioning | Tokens):
+    def __init__(
+        self, family: Family, models: Models, config: RunConfig, key: tuple[int, int], captions: Conditioning | Tokens
+    ):
         super().__init__()
         self.family, self.config, self.key, self.captions = family, config, key, captions
         self.denoiser = models.denoiser
@@ -40,10 +41,15 @@ class TrainingStep(nn.Module):
         noise = self.noise(batch, step, clean.shape[1:])
         index_B = self.timesteps(batch, step)
         x_t = add_noise(clean, noise, self.schedule, index_B)
-        with torch.autocast(clean.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16",
-                            cache_enabled=self.config.engine.zero.stage != 3):
+        with torch.autocast(
+            clean.device.type,
+            torch.bfloat16,
+            enabled=self.config.train.precision == "bf16",
+            cache_enabled=self.config.engine.zero.stage != 3,
+        ):
             prediction = self.family.denoise(
-                self.denoiser, x_t, self.schedule.time_S[index_B], self.conditioning(batch), batch)
+                self.denoiser, x_t, self.schedule.time_S[index_B], self.conditioning(batch), batch
+            )
         alpha, sigma = (per_sample(table, index_B, clean) for table in (self.schedule.alpha_S, self.schedule.sigma_S))
         target = TARGETS[self.schedule.parameterization](clean, noise, alpha, sigma)
         per_sample_B = (prediction.to(target.dtype) - target).square().flatten(1).mean(1)
@@ -71,8 +77,14 @@ class TrainingStep(nn.Module):
         """Schedule index of each sample; prior samples have their own, independent of the instance samples'."""
         objective, count = self.config.objective, self.config.train.batch
         rotation = uniforms(self.key, Purpose.STRATUM, step, torch.zeros(1, dtype=torch.long)).item()
-        draw = Draw(uniforms(self.key, Purpose.TIMESTEP, step, batch.slot_B), batch.slot_B % count, count, rotation,
-                    objective.logit_mean, objective.logit_std)
+        draw = Draw(
+            uniforms(self.key, Purpose.TIMESTEP, step, batch.slot_B),
+            batch.slot_B % count,
+            count,
+            rotation,
+            objective.logit_mean,
+            objective.logit_std,
+        )
         return timestep_index(objective.timesteps, draw, len(self.schedule.alpha_S))
 
     def conditioning(self, batch: Batch) -> Conditioning:

@@ -1,4 +1,4 @@
-"""Measurements and where they go: a JSON-lines file always, TensorBoard, wandb or trackio when asked, and the screen."""
+"""Measurements and where they go: a JSON-lines file, TensorBoard, wandb or trackio, and the screen."""
 
 from __future__ import annotations
 
@@ -74,8 +74,10 @@ class Tracker:
         try:
             self.api = __import__(module)
         except ImportError as error:
-            raise ConfigError(f"track.{module}: {module} is not installed; pip install 'dbtrain[trackers]', "
-                              f"or set track.{module}=null") from error
+            raise ConfigError(
+                f"track.{module}: {module} is not installed; pip install 'dbtrain[trackers]', "
+                f"or set track.{module}=null"
+            ) from error
         self.project = project
 
     def start(self, run: str, settings: dict) -> None:
@@ -114,7 +116,7 @@ class Stages:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def __call__(self, name: str) -> "_Timer":
+    def __call__(self, name: str) -> _Timer:
         """A context manager that adds its duration to a stage."""
         return _Timer(self, name)
 
@@ -151,8 +153,12 @@ class Meter:
         """Means of the values, and images/s, steps/s and the share of time spent waiting for data."""
         passed = max(time.perf_counter() - self.start, 1e-9)
         means = {name: total / self.steps for name, total in self.sums.items()}
-        return {**means, "images_per_s": self.images / passed, "steps_per_s": self.steps / passed,
-                "data_wait_share": self.wait_s / passed}
+        return {
+            **means,
+            "images_per_s": self.images / passed,
+            "steps_per_s": self.steps / passed,
+            "data_wait_share": self.wait_s / passed,
+        }
 
 
 def peak_memory_gib(device: str) -> float:
@@ -178,8 +184,14 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Live
 
-        live = Live(TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                    TextColumn("{task.fields[status]}"), TimeRemainingColumn(), console=Console(stderr=True))
+        live = Live(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
         self.task = live.add_task(self.subject, total=self.steps, completed=done, status="")
         live.start()
         return live
@@ -192,8 +204,10 @@ class Progress:
     def report(self, step: int, values: dict[str, float]) -> None:
         """Show a log interval's values."""
         eta_s = (self.steps - step) / values["steps_per_s"]
-        status = (f"loss {values['loss']:.4f}  lr {values['lr']:.1e}  {values['images_per_s']:.1f} images/s  "
-                  f"wait {values['data_wait_share']:.0%}  {values['memory_gib']:.1f} GiB")
+        status = (
+            f"loss {values['loss']:.4f}  lr {values['lr']:.1e}  {values['images_per_s']:.1f} images/s  "
+            f"wait {values['data_wait_share']:.0%}  {values['memory_gib']:.1f} GiB"
+        )
         if self.bar:
             self.bar.update(self.task, completed=step, status=status)
         elif not self.quiet:

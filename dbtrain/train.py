@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import difflib
 import math
-import signal
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,79 +15,32 @@ import torch.distributed as dist
 
 from dbtrain import __version__
 from dbtrain.bank import Bank, Item, encode_captions
-from dbtrain.batch import Batch, Conditioning, Role, Sample, StepLoss, Subject
+from dbtrain.batch import Batch, Role, Sample, StepLoss, Subject
 from dbtrain.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from dbtrain.config import RunConfig
 from dbtrain.configfile import render
-from dbtrain.data.shards import shard_manifest
 from dbtrain.data.index import Index
+from dbtrain.data.manifest import read_manifest
 from dbtrain.data.stream import read_samples
-from dbtrain.engines.engine import BatchPlan, World, lr_scale, plan_batches
-from dbtrain.engines.zero import ZeroEngine, start_world
+from dbtrain.engines.engine import BatchPlan, lr_scale, plan_batches
+from dbtrain.engines.zero import ZeroEngine
 from dbtrain.errors import DataError, EngineError
-from dbtrain.families import FAMILIES, Family, Models, load_models
-from dbtrain.families.attention import engage_attention
 from dbtrain.families.load import base_digest
 from dbtrain.generate import draw_samples, make_pipeline, sampling_mode
-from dbtrain.identifiers import allocate
 from dbtrain.priors import make_priors, prior_key, read_priors
 from dbtrain.prompts import fill
-from dbtrain.publish import publish_card, publish_samples, read_record, write_record
+from dbtrain.publish import publish_card, publish_sheet, read_record, write_record
 from dbtrain.randomness import stream_key
+from dbtrain.session import Session, data_digest, load_base, open_session, restore_base, run_digest, subject_config
 from dbtrain.step import TrainingStep
 from dbtrain.telemetry import Meter, Progress, Stages, open_sinks, peak_memory_gib
 from dbtrain.trainables import final_weights, make_trainable, publish_weights
-
-IRRELEVANT = {"track", "sample", "checkpoint", "publish", "engine"}
-"""Sections of the configuration that do not change what is learnt."""
 
 
 class StopRequested(EngineError):
     """SIGTERM or SIGUSR1 came: the step was finished and checkpointed; running the same command again goes on."""
 
     exit_code = 75
-
-
-@dataclass
-class Session:
-    """What stays warm between subjects."""
-
-    config: RunConfig
-    out: Path
-    world: World
-    family: Family
-    models: Models
-    identifiers: dict[str, str]
-    shards: Path
-    stages: Stages = field(default_factory=Stages)
-    quiet: bool = False
-    stop: bool = False
-
-    def say(self, line: str) -> None:
-        """One line for the person who watches, from the first rank."""
-        if self.world.first and not self.quiet:
-            print(line, file=sys.stderr, flush=True)
-
-
-def open_session(config: RunConfig, subjects: Sequence[Subject], manifest: Path, out: Path, quiet: bool = False) -> Session:
-    """Load the base and shard the photos, once for all subjects."""
-    world, stages = start_world(), Stages()
-    plan_batches(config.train.batch, config.train.micro_batch, world.size)
-    family = FAMILIES[config.model.family]
-    with stages("load"):
-        models = load_models(family, config.model).to(torch.device(world.device))
-        engage_attention(models.denoiser, config.model.attention, torch.device(world.device).type)
-    shards = out / "shards"
-    with stages("shard"):
-        if world.first:
-            shard_manifest(manifest, shards, config, lambda line: None if quiet else print(line, file=sys.stderr))
-        dist.barrier()
-    tokenizer = next(iter(models.tokenizers.values()))
-    identifiers = allocate(tokenizer, subjects, config.identifier.tokens, config.seed)
-    session = Session(config, out, world, family, models, identifiers, shards, stages, quiet)
-    for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, lambda *_: setattr(session, "stop", True))
-    return session
 
 
 def train_subject(session: Session, subject: Subject) -> dict[str, Any]:
@@ -113,26 +63,6 @@ def train_subject(session: Session, subject: Subject) -> dict[str, Any]:
     return job.run_to_end()
 
 
-def subject_config(config: RunConfig, subject: Subject) -> RunConfig:
-    """The run's configuration with a subject's overrides."""
-    train = {key: value for key in ("steps", "lr") if (value := getattr(subject, key)) is not None}
-    seed = {} if subject.seed is None else {"seed": subject.seed}
-    return config.model_copy(update={"train": config.train.model_copy(update=train), **seed})
-
-
-def run_digest(config: RunConfig, subject: Subject, session: Session, instances: Sequence[Sample]) -> str:
-    """One sha256 of everything that decides the result: resuming is allowed only where it agrees."""
-    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in IRRELEVANT}
-    about = {"settings": settings, "base": base_digest(session.models), "subject": subject.id, "class": subject.class_noun,
-             "identifier": session.identifiers[subject.id], "caption": subject.caption, "data": data_digest(instances)}
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def data_digest(samples: Sequence[Sample]) -> str:
-    """One sha256 of a subject's stored images, in order."""
-    return hashlib.sha256(b"".join(hashlib.sha256(sample.image).digest() for sample in samples)).hexdigest()
-
-
 def fill_bank(session: Session, subject: Subject, config: RunConfig, instances: Sequence[Sample]) -> Bank:
     """A subject's photos and its class's priors, with captions, encoded if latents are cached."""
     identifier, data = session.identifiers[subject.id], config.data
@@ -142,8 +72,16 @@ def fill_bank(session: Session, subject: Subject, config: RunConfig, instances: 
         store = Path(config.prior.store) if config.prior.store else session.out / "priors"
         key = prior_key(config, session.models, subject.class_noun)
         with session.stages("prior"), sampling_mode(session.models):
-            make_priors(store, key, config.prior.images, session.family, session.models, session.world,
-                        config.prior.batch, session.say)
+            make_priors(
+                store,
+                key,
+                config.prior.images,
+                session.family,
+                session.models,
+                session.world,
+                config.prior.batch,
+                session.say,
+            )
             dist.barrier()
             priors = read_priors(store, key, config.prior.images)
         items[Role.PRIOR] = [Item(sample, key.prompt) for sample in priors]
@@ -173,7 +111,9 @@ class Job:
             cached = config.data.cache_text and not config.train.text_encoder
             captions = encode_captions(session.family, session.models, self.bank.texts, session.world.device, cached)
             groups = make_trainable(session.family, session.models, config, self.subject.id)
-            module = TrainingStep(session.family, session.models, config, stream_key(config.seed, self.subject.id), captions)
+            module = TrainingStep(
+                session.family, session.models, config, stream_key(config.seed, self.subject.id), captions
+            )
             engine = ZeroEngine(module, groups, config, plan, session.world)
         try:
             start = self.resume(engine)
@@ -203,7 +143,9 @@ class Job:
         try:
             for step in range(start, steps):
                 with session.stages("train"):
-                    measured, wait_s = train_step(engine, self.bank, plan, step, session, lr_scale(step, config.train, steps))
+                    measured, wait_s = train_step(
+                        engine, self.bank, plan, step, session, lr_scale(step, config.train, steps)
+                    )
                 meter.add(self.images_a_step, wait_s, measured)
                 progress.advance(step + 1)
                 if (step + 1) % config.track.every_steps == 0 or step + 1 == steps:
@@ -231,9 +173,13 @@ class Job:
             with self.session.stages("save"):
                 state = engine.state()
                 if self.session.world.first:
-                    save_checkpoint(self.folder / "checkpoints", Checkpoint(done, self.run, state), self.config.checkpoint.keep)
+                    save_checkpoint(
+                        self.folder / "checkpoints", Checkpoint(done, self.run, state), self.config.checkpoint.keep
+                    )
         if stop:
-            raise StopRequested(f"{self.subject.id}: stopped on request after step {done}; run the same command to go on")
+            raise StopRequested(
+                f"{self.subject.id}: stopped on request after step {done}; run the same command to go on"
+            )
         if sample_every and done % sample_every == 0 and done < self.config.train.steps:
             with self.session.stages("sample"):
                 self.sample(f"step-{done:06d}")
@@ -244,18 +190,25 @@ class Job:
         if not settings.images or not (session.world.first or self.config.engine.zero.stage == 3):
             return None
         identifier = session.identifiers[self.subject.id]
-        prompts = [fill(prompt, identifier=identifier, class_noun=self.subject.class_noun) for prompt in settings.prompts]
+        prompts = [
+            fill(prompt, identifier=identifier, class_noun=self.subject.class_noun) for prompt in settings.prompts
+        ]
         with sampling_mode(session.models):
-            rows = draw_samples(make_pipeline(session.family, session.models), prompts, settings,
-                                self.config.data.resolution, self.config.train.precision)
-        return publish_samples(self.folder, rows, prompts, name) if session.world.first else None
+            rows = draw_samples(
+                make_pipeline(session.family, session.models),
+                prompts,
+                settings,
+                self.config.data.resolution,
+                self.config.train.precision,
+            )
+        return publish_sheet(self.folder, rows, prompts, name) if session.world.first else None
 
     def publish(self, state: dict, values: dict[str, float]) -> dict[str, Any]:
         """Write the artefacts and the record; give the base back as it was."""
         session, config = self.session, self.config
         record = self.record(values)
         if config.engine.zero.stage == 3:
-            session.models = load_models(session.family, config.model).to(torch.device(session.world.device))
+            session.models = load_base(config, session.world)
             make_trainable(session.family, session.models, config, self.subject.id)
         if session.world.first:
             final_weights(session.family, session.models, state, session.world.device)
@@ -275,19 +228,31 @@ class Job:
         """Who was trained, from what, how, and how it went."""
         session, config = self.session, self.config
         return {
-            "subject": self.subject.id, "class": self.subject.class_noun,
-            "identifier": session.identifiers[self.subject.id], "caption": self.bank.items[Role.INSTANCE][0].caption,
-            "run": self.run, "base": config.model.path, "base_digest": base_digest(session.models),
+            "subject": self.subject.id,
+            "class": self.subject.class_noun,
+            "identifier": session.identifiers[self.subject.id],
+            "caption": self.bank.items[Role.INSTANCE][0].caption,
+            "run": self.run,
+            "base": config.model.path,
+            "base_digest": base_digest(session.models),
             "data_digest": data_digest([item.sample for item in self.bank.items[Role.INSTANCE]]),
-            "method": config.train.method, "steps": config.train.steps, "seed": config.seed, "lr": config.train.lr,
-            "loss": values["loss"], "world_size": session.world.size, "zero_stage": config.engine.zero.stage,
-            "peak_memory_gib": peak_memory_gib(session.world.device), "dbtrain": __version__, "torch": torch.__version__,
+            "method": config.train.method,
+            "steps": config.train.steps,
+            "seed": config.seed,
+            "lr": config.train.lr,
+            "loss": values["loss"],
+            "world_size": session.world.size,
+            "zero_stage": config.engine.zero.stage,
+            "peak_memory_gib": peak_memory_gib(session.world.device),
+            "dbtrain": __version__,
+            "torch": torch.__version__,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
 
-def train_step(engine: ZeroEngine, bank: Bank, plan: BatchPlan, step: int, session: Session,
-               scale: float) -> tuple[dict[str, float], float]:
+def train_step(
+    engine: ZeroEngine, bank: Bank, plan: BatchPlan, step: int, session: Session, scale: float
+) -> tuple[dict[str, float], float]:
     """One optimizer step; its measured values (losses over the global batch) and the seconds spent waiting for data."""
     totals, wait_s = torch.zeros(4, dtype=torch.float64), 0.0
     for turn in range(plan.accumulation):
@@ -300,8 +265,10 @@ def train_step(engine: ZeroEngine, bank: Bank, plan: BatchPlan, step: int, sessi
         if turn == plan.accumulation - 1:
             dist.all_reduce(totals)
             if not math.isfinite(totals[0]):
-                raise EngineError(f"step {step + 1}: the loss is {totals[0].item()}; the last checkpoint is kept. "
-                                  "Lower train.lr, set train.clip_norm, or train in fp32")
+                raise EngineError(
+                    f"step {step + 1}: the loss is {totals[0].item()}; the last checkpoint is kept. "
+                    "Lower train.lr, set train.clip_norm, or train in fp32"
+                )
         engine.backward(loss.loss)
     norm = engine.step(scale)
     names = ("loss", "loss_instance", "loss_prior", "stop")
@@ -315,13 +282,28 @@ def role_sums(loss: StepLoss, batch: Batch, count: int) -> torch.Tensor:
     return torch.stack([loss.loss.detach().double(), errors[~prior_B].sum(), errors[prior_B].sum()]).cpu()
 
 
-def restore_base(session: Session) -> None:
-    """Make the loaded base what it was before the subject."""
-    from dbtrain.adapters import detach
+def train_manifest(
+    manifest: Path, config: RunConfig, out: Path, chosen: Sequence[str] | None, quiet: bool = False
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The records of the chosen subjects (None is all), and a reason for each that failed; the others are not affected.
 
-    if session.config.train.method == "lora" and session.config.engine.zero.stage < 3:
-        for module in session.models.components(session.family.denoiser_name).values():
-            detach(module)
-        return
-    session.models = load_models(session.family, session.config.model).to(torch.device(session.world.device))
-    engage_attention(session.models.denoiser, session.config.model.attention, torch.device(session.world.device).type)
+    Raises DataError for unknown ids, and StopRequested when the process was asked to stop.
+    """
+    subjects = read_manifest(manifest)
+    known = {subject.id: subject for subject in subjects}
+    unknown = [name for name in chosen or () if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        raise DataError(f"{manifest}: has no subject {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    session = open_session(config, subjects, manifest, out, quiet)
+    records, failed = [], {}
+    for name in chosen or known:
+        try:
+            records.append(train_subject(session, known[name]))
+        except StopRequested:
+            raise
+        except EngineError as error:
+            failed[name] = str(error)
+            session.say(f"{name}: failed: {error}")
+            restore_base(session)
+    return records, failed

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dbtrain.adapters import attach, layers, read_rows, reset_row
 from dbtrain.config import RunConfig
@@ -28,10 +28,10 @@ def make_trainable(family: Family, models: Models, config: RunConfig, subject: s
         is_denoiser = component == family.denoiser_name
         if train.method == "lora":
             rank = config.lora.rank
-            attach(module, config.lora.targets if is_denoiser else config.lora.text_targets, 1, rank, lora_alpha(config))
+            attach(
+                module, config.lora.targets if is_denoiser else config.lora.text_targets, 1, rank, lora_alpha(config)
+            )
             reset_row(module, component, 0, config.seed, subject)
-            if train.precision == "bf16":
-                _store_frozen(module, torch.bfloat16)
         else:
             module.requires_grad_(True)
         module.train()
@@ -48,12 +48,6 @@ def lora_alpha(config: RunConfig) -> float:
     return config.lora.rank if config.lora.alpha is None else config.lora.alpha
 
 
-def _store_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    for param in module.parameters():
-        if not param.requires_grad:
-            param.data = param.data.to(dtype)
-
-
 @torch.no_grad()
 def final_weights(family: Family, models: Models, state: EngineState, device: str) -> None:
     """Put the trained weights (their EMA, where one was kept) into the models; nothing on ranks without the state."""
@@ -64,11 +58,15 @@ def final_weights(family: Family, models: Models, state: EngineState, device: st
                 param.data = final[f"{component}.{name}"].to(device=device, dtype=param.dtype)
 
 
-def publish_weights(folder: Path, family: Family, models: Models, config: RunConfig, record: dict[str, Any]) -> list[Path]:
+def publish_weights(
+    folder: Path, family: Family, models: Models, config: RunConfig, record: dict[str, Any]
+) -> list[Path]:
     """The weight files written for a finished subject: an adapter, or a diffusers folder."""
     components = models.components(family.denoiser_name)
     if config.train.method == "lora":
-        provenance = {key: str(record[key]) for key in ("subject", "identifier", "class", "base_digest", "run", "dbtrain")}
+        provenance = {
+            key: str(record[key]) for key in ("subject", "identifier", "class", "base_digest", "run", "dbtrain")
+        }
         trained = {name: module for name, module in components.items() if layers(module)}
         return publish_lora(folder, read_rows(trained, 0, lora_alpha(config)), provenance, config.publish.kohya)
     dtype = DTYPES[config.publish.dtype]
@@ -78,5 +76,3 @@ def publish_weights(folder: Path, family: Family, models: Models, config: RunCon
     for module in components.values():
         module.float()
     return sorted(path for path in (folder / MODEL_FOLDER).rglob("*") if path.is_file())
-
-

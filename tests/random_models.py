@@ -9,23 +9,46 @@ from dbtrain.tiny import BASE
 
 
 def _text_config(projection: int | None = None, width: int = 32) -> dict:
-    return dict(vocab_size=8192, hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-                **({"projection_dim": projection} if projection else {}))
+    return dict(
+        vocab_size=8192,
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        **({"projection_dim": projection} if projection else {}),
+    )
 
 
 def _vae():
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1,
-                         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=32)
+    return AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
 
 
 def _scheduler(parameterization: str):
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                         set_alpha_to_one=False, steps_offset=1, prediction_type=parameterization)
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=parameterization,
+    )
 
 
 def make_sd(folder: Path, parameterization: str = "epsilon") -> Path:
@@ -35,13 +58,27 @@ def make_sd(folder: Path, parameterization: str = "epsilon") -> Path:
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32, attention_head_dim=4)
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+    )
     pipeline = StableDiffusionPipeline(
-        vae=_vae(), text_encoder=CLIPTextModel(CLIPTextConfig(**_text_config())), unet=unet,
-        tokenizer=CLIPTokenizer.from_pretrained(BASE / "tokenizer"), scheduler=_scheduler(parameterization),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        vae=_vae(),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**_text_config())),
+        unet=unet,
+        tokenizer=CLIPTokenizer.from_pretrained(BASE / "tokenizer"),
+        scheduler=_scheduler(parameterization),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.save_pretrained(folder)
     return folder
 
@@ -53,16 +90,33 @@ def make_sdxl(folder: Path) -> Path:
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=80, attention_head_dim=(2, 4), use_linear_projection=True, transformer_layers_per_block=(1, 2),
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=48 + 6 * 8)
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=80,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=48 + 6 * 8,
+    )
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
     pipeline = StableDiffusionXLPipeline(
-        vae=_vae(), unet=unet, scheduler=_scheduler("epsilon"), tokenizer=tokenizer, tokenizer_2=tokenizer,
+        vae=_vae(),
+        unet=unet,
+        scheduler=_scheduler("epsilon"),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
         text_encoder=CLIPTextModel(CLIPTextConfig(**_text_config(width=32))),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**_text_config(projection=48, width=48))),
-        force_zeros_for_empty_prompt=True)
+        force_zeros_for_empty_prompt=True,
+    )
     pipeline.save_pretrained(folder)
     shutil.rmtree(folder / "feature_extractor", ignore_errors=True)
     return folder

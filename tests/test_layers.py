@@ -35,7 +35,7 @@ LAYERS = {
         "dbtrain.checkpoint",
         "dbtrain.telemetry",
     ],
-    2: ["dbtrain.priors", "dbtrain.bank", "dbtrain.generate", "dbtrain.step", "dbtrain.publish", "dbtrain.trainables"],
+    2: ["dbtrain.priors", "dbtrain.bank", "dbtrain.generate", "dbtrain.step", "dbtrain.publish", "dbtrain.trainables", "dbtrain.session"],
     3: ["dbtrain.train", "dbtrain.evaluate", "dbtrain.doctor"],
     4: ["dbtrain.fleet", "dbtrain.report", "dbtrain.bench", "dbtrain.tiny", "dbtrain.demo"],
     5: ["dbtrain.cli", "dbtrain.__main__"],

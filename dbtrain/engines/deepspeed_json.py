@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,53 @@ from dbtrain.config import RunConfig
 from dbtrain.engines.engine import BatchPlan
 from dbtrain.errors import ConfigError
 
-OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-        "fp16", "bf16", "optimizer", "scheduler", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+OURS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "fp16",
+    "bf16",
+    "optimizer",
+    "scheduler",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+)
 """Top-level keys that the run's configuration decides."""
 
-THEIRS = ("zero_optimization", "steps_per_print", "wall_clock_breakdown", "prescale_gradients",
-          "gradient_predivide_factor", "communication_data_type", "sparse_gradients", "dump_state", "comms_logger",
-          "flops_profiler", "monitor_config", "tensorboard", "wandb", "csv_monitor", "comet", "activation_checkpointing",
-          "aio", "checkpoint", "memory_breakdown", "seq_parallel_communication_data_type", "data_types",
-          "disable_allgather", "zero_gather_16bit_weights_on_model_save")
+THEIRS = (
+    "zero_optimization",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "communication_data_type",
+    "sparse_gradients",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+    "monitor_config",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "comet",
+    "activation_checkpointing",
+    "aio",
+    "checkpoint",
+    "memory_breakdown",
+    "seq_parallel_communication_data_type",
+    "data_types",
+    "disable_allgather",
+    "zero_gather_16bit_weights_on_model_save",
+)
 """Top-level keys that a user may set; DeepSpeed itself passes an unknown one silently."""
 
 
-def deepspeed_config(config: RunConfig, plan: BatchPlan, world_size: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration; raises ConfigError with every problem of the user's file at once."""
+def deepspeed_config(config: RunConfig, plan: BatchPlan, zero_keys: Collection[str]) -> dict[str, Any]:
+    """The complete DeepSpeed configuration; raises ConfigError with every problem of the user's file at once.
+
+    zero_keys: what this DeepSpeed knows under `zero_optimization`.
+    """
     zero = config.engine.zero
     cpu = {"device": "cpu", "pin_memory": False}
     decided: dict[str, Any] = {
@@ -43,21 +77,21 @@ def deepspeed_config(config: RunConfig, plan: BatchPlan, world_size: int) -> dic
     }
     if config.engine.deepspeed is None:
         return decided
-    return merge_user_file(Path(config.engine.deepspeed), decided)
+    return merge_user_file(Path(config.engine.deepspeed), decided, zero_keys)
 
 
-def merge_user_file(path: Path, decided: dict[str, Any]) -> dict[str, Any]:
-    """A user's DeepSpeed JSON under dbtrain's decisions: "auto" is resolved, disagreement and unknown keys are errors."""
+def merge_user_file(path: Path, decided: dict[str, Any], zero_keys: Collection[str]) -> dict[str, Any]:
+    """A user's DeepSpeed JSON under dbtrain's decisions: "auto" is resolved; disagreement, unknown keys are errors."""
     user = _read_json(path)
     findings = [_unknown(path, key, OURS + THEIRS) for key in user if key not in OURS + THEIRS]
     user_zero = user.get("zero_optimization", {})
-    known_zero = _zero_keys()
-    findings += [_unknown(path, f"zero_optimization.{key}", known_zero) for key in user_zero if key not in known_zero]
+    findings += [_unknown(path, f"zero_optimization.{key}", zero_keys) for key in user_zero if key not in zero_keys]
     for name, section, ours in (("", user, decided), ("zero_optimization.", user_zero, decided["zero_optimization"])):
         findings += [
             f"{path}: {name}{key}: got {section[key]!r}, but the run decides {ours.get(key, 'that it is off')!r}; "
-            "remove the key, write \"auto\", or change the run's configuration"
-            for key in section if _disagrees(key, section[key], ours, top=not name)
+            'remove the key, write "auto", or change the run\'s configuration'
+            for key in section
+            if _disagrees(key, section[key], ours, top=not name)
         ]
     if findings:
         raise ConfigError(findings)
@@ -78,14 +112,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _zero_keys() -> tuple[str, ...]:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    fields = DeepSpeedZeroConfig.model_fields
-    return tuple(fields) + tuple(field.alias for field in fields.values() if field.alias)
-
-
-def _unknown(path: Path, key: str, known: tuple[str, ...]) -> str:
+def _unknown(path: Path, key: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(key.split(".")[-1], known, 1)
     return f"{path}: {key}: unknown DeepSpeed key" + (f"; did you mean {near[0]}?" if near else "")
 
@@ -97,7 +124,7 @@ def _disagrees(key: str, value: Any, ours: dict[str, Any], top: bool) -> bool:
         return value.get("enabled", False) not in (False, "auto")
     if key in ours:
         return not _agrees(value, ours[key])
-    return (top and key in OURS) or key.startswith("offload_") and value not in (None, {"device": "none"})
+    return (top and key in OURS) or (key.startswith("offload_") and value not in (None, {"device": "none"}))
 
 
 def _agrees(value: Any, ours: Any) -> bool:

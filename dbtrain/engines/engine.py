@@ -47,11 +47,15 @@ def plan_batches(batch: int, micro: int | None, world_size: int) -> BatchPlan:
     """The plan for a world; raises ConfigError when the global batch does not divide."""
     per_rank, rest = divmod(batch, world_size)
     if rest or per_rank == 0:
-        raise ConfigError(f"train.batch: {batch} instance samples cannot be shared by {world_size} ranks; "
-                          f"use a multiple of {world_size}")
+        raise ConfigError(
+            f"train.batch: {batch} instance samples cannot be shared by {world_size} ranks; "
+            f"use a multiple of {world_size}"
+        )
     micro = micro or per_rank
     if per_rank % micro:
-        raise ConfigError(f"train.micro_batch: {micro} does not divide the {per_rank} samples of each of {world_size} ranks")
+        raise ConfigError(
+            f"train.micro_batch: {micro} does not divide the {per_rank} samples of each of {world_size} ranks"
+        )
     return BatchPlan(batch, micro, per_rank // micro)
 
 
@@ -60,7 +64,9 @@ def lr_scale(step: int, config: TrainConfig, steps: int) -> float:
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[config.schedule]
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
+        config.schedule
+    ]
 
 
 class Engine(Protocol):

@@ -53,6 +53,14 @@ def stop_world() -> None:
         dist.destroy_process_group()
 
 
+def zero_keys() -> set[str]:
+    """The keys that this DeepSpeed knows under `zero_optimization`."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = DeepSpeedZeroConfig.model_fields
+    return set(known) | {field.alias for field in known.values() if field.alias}
+
+
 @dataclass(frozen=True)
 class ParamGroup:
     """Parameters that share a peak learning rate, by their names in checkpoints."""
@@ -74,10 +82,14 @@ class ZeroEngine:
         on_gpu = world.device != "cpu" and not config.engine.zero.offload_optimizer
         optimizer = torch.optim.AdamW(
             [{"params": list(group.params.values()), "lr": group.lr} for group in groups],
-            betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay, fused=on_gpu,
+            betas=(train.beta1, train.beta2),
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+            fused=on_gpu,
         )
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(config, plan, world.size))
+            model=module, optimizer=optimizer, config=deepspeed_config(config, plan, zero_keys())
+        )
         self.adamw = optimizer
         self._start_moments()
 
@@ -115,8 +127,10 @@ class ZeroEngine:
         """Put back a state taken after `step` steps, from any world size or stage."""
         missing = self.names.keys() ^ state["master"].keys()
         if missing:
-            raise EngineError(f"checkpoint and model differ in trained parameters, such as {sorted(missing)[0]}; "
-                              "was train.method, lora.targets or lora.rank changed?")
+            raise EngineError(
+                f"checkpoint and model differ in trained parameters, such as {sorted(missing)[0]}; "
+                "was train.method, lora.targets or lora.rank changed?"
+            )
         for name, param in self.names.items():
             for kind, tensors in state.items():
                 self._write(param, kind, tensors[name].to(self.world.device))

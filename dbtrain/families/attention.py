@@ -25,10 +25,12 @@ def engage_attention(denoiser: nn.Module, choice: str, device_type: str) -> str:
 
 def _require_xformers(device_type: str) -> None:
     if device_type != "cuda":
-        raise ConfigError("model.attention: xformers needs a CUDA device, and this run is on "
-                          f"{device_type}; use model.attention=auto")
+        raise ConfigError(
+            f"model.attention: xformers needs a CUDA device, and this run is on {device_type}; use model.attention=auto"
+        )
     try:
         import xformers.ops  # noqa: F401
     except ImportError as error:
-        raise ConfigError("model.attention: xformers is not installed; pip install 'dbtrain[gpu]', "
-                          "or use model.attention=auto") from error
+        raise ConfigError(
+            "model.attention: xformers is not installed; pip install 'dbtrain[gpu]', or use model.attention=auto"
+        ) from error

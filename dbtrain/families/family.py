@@ -64,8 +64,13 @@ class Family:
     def tokenize(self, models: Models, captions: Sequence[str]) -> Tokens:
         """Token ids of the captions, padded and cut to each text encoder's length."""
         return tuple(
-            tokenizer(list(captions), padding="max_length", max_length=tokenizer.model_max_length,
-                      truncation=True, return_tensors="pt").input_ids
+            tokenizer(
+                list(captions),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
             for tokenizer in models.tokenizers.values()
         )
 

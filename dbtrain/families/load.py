@@ -32,29 +32,43 @@ def load_models(family: Family, config: ModelConfig) -> Models:
 
     Raises ConfigError when the source is missing or is no model of this family.
     """
+    quiet_libraries()
     source = source_of(config.path)
     if source.endswith((".safetensors", ".ckpt")):
         return _load_single_file(family, config, source)
     try:
         index = _component_index(source, config)
-        parts = {name: _load_component(source, name, index, config)
-                 for name in (family.denoiser_name, "vae", *family.text_components)}
-        tokenizers = {name: _load_part_tokenizer(source, name.replace("text_encoder", "tokenizer"), config)
-                      for name in family.text_components}
+        parts = {
+            name: _load_component(source, name, index, config)
+            for name in (family.denoiser_name, "vae", *family.text_components)
+        }
+        tokenizers = {
+            name: _load_part_tokenizer(source, name.replace("text_encoder", "tokenizer"), config)
+            for name in family.text_components
+        }
         scheduler = _load_scheduler(source, index, config)
-    except (OSError, KeyError, ValueError, EnvironmentError) as error:
-        raise ConfigError(f"model.path: cannot load {config.path!r} as {family.name}: {_first_line(error)}; "
-                          "give a diffusers folder, a hub id that is in the cache, or a .safetensors file") from error
+    except (OSError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"model.path: cannot load {config.path!r} as {family.name}: {_first_line(error)}; "
+            "give a diffusers folder, a hub id that is in the cache, or a .safetensors file"
+        ) from error
     return _assemble(family, config, source, parts, tokenizers, scheduler)
 
 
-def _assemble(family: Family, config: ModelConfig, source: str, parts: dict, tokenizers: dict, scheduler: Any) -> Models:
+def _assemble(
+    family: Family, config: ModelConfig, source: str, parts: dict, tokenizers: dict, scheduler: Any
+) -> Models:
     for module in parts.values():
         module.requires_grad_(False).eval()
     return Models(
-        denoiser=parts[family.denoiser_name], vae=parts["vae"],
-        text_encoders={name: parts[name] for name in family.text_components}, tokenizers=tokenizers,
-        scheduler=scheduler, schedule=schedule_of(scheduler, config), source=config.path, digests=digests_of(source),
+        denoiser=parts[family.denoiser_name],
+        vae=parts["vae"],
+        text_encoders={name: parts[name] for name in family.text_components},
+        tokenizers=tokenizers,
+        scheduler=scheduler,
+        schedule=schedule_of(scheduler, config),
+        source=config.path,
+        digests=digests_of(source),
     )
 
 
@@ -72,8 +86,9 @@ def _load_component(source: str, name: str, index: dict, config: ModelConfig) ->
     library, attribute = CLASSES[class_name]
     loader = getattr(__import__(library), attribute)
     variant = {"variant": config.variant} if config.variant else {}
-    return loader.from_pretrained(source, subfolder=name, revision=config.revision, use_safetensors=True,
-                                  torch_dtype=torch.float32, **variant)
+    return loader.from_pretrained(
+        source, subfolder=name, revision=config.revision, use_safetensors=True, torch_dtype=torch.float32, **variant
+    )
 
 
 def _load_part_tokenizer(source: str, name: str, config: ModelConfig) -> Any:
@@ -85,20 +100,26 @@ def _load_part_tokenizer(source: str, name: str, config: ModelConfig) -> Any:
 def _load_scheduler(source: str, index: dict, config: ModelConfig) -> Any:
     import diffusers
 
-    return getattr(diffusers, index["scheduler"][1]).from_pretrained(source, subfolder="scheduler", revision=config.revision)
+    return getattr(diffusers, index["scheduler"][1]).from_pretrained(
+        source, subfolder="scheduler", revision=config.revision
+    )
 
 
 def _load_single_file(family: Family, config: ModelConfig, source: str) -> Models:
     import diffusers
 
     if not source.endswith(".safetensors") or not is_local(source):
-        raise ConfigError(f"model.path: {config.path!r} must be an existing .safetensors file; .ckpt files can run code")
+        raise ConfigError(
+            f"model.path: {config.path!r} must be an existing .safetensors file; .ckpt files can run code"
+        )
     layout = {"config": source_of(config.single_file_layout)} if config.single_file_layout else {}
     try:
         pipeline = getattr(diffusers, family.pipeline).from_single_file(source, torch_dtype=torch.float32, **layout)
     except Exception as error:
-        raise ConfigError(f"model.path: cannot read {config.path!r} as {family.name}: {_first_line(error)}; "
-                          "offline, set model.single_file_layout to a diffusers folder of the same architecture") from error
+        raise ConfigError(
+            f"model.path: cannot read {config.path!r} as {family.name}: {_first_line(error)}; "
+            "offline, set model.single_file_layout to a diffusers folder of the same architecture"
+        ) from error
     parts = {name: getattr(pipeline, name) for name in (family.denoiser_name, "vae", *family.text_components)}
     tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_components}
     return _assemble(family, config, source, parts, tokenizers, pipeline.scheduler)
@@ -110,14 +131,28 @@ def schedule_of(scheduler: Any, config: ModelConfig) -> Schedule:
 
     kept = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     kept["rescale_betas_zero_snr"] = False
-    parameterization = kept.get("prediction_type", "epsilon") if config.parameterization == "auto" else config.parameterization
+    parameterization = (
+        kept.get("prediction_type", "epsilon") if config.parameterization == "auto" else config.parameterization
+    )
     rescale = scheduler.config.get("rescale_betas_zero_snr", False)
     if config.zero_terminal_snr != "auto":
         rescale = config.zero_terminal_snr
     if rescale and parameterization == "epsilon":
-        raise ConfigError("model.zero_terminal_snr: an epsilon model learns nothing at zero SNR; "
-                          "set model.parameterization=v_prediction or model.zero_terminal_snr=false")
+        raise ConfigError(
+            "model.zero_terminal_snr: an epsilon model learns nothing at zero SNR; "
+            "set model.parameterization=v_prediction or model.zero_terminal_snr=false"
+        )
     return discrete_schedule(DDPMScheduler.from_config(kept).alphas_cumprod, parameterization, bool(rescale))
+
+
+def quiet_libraries() -> None:
+    """Switch off progress bars and advice of diffusers and transformers: they are about their own internals."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def load_tokenizer(path: str) -> Any:
@@ -130,7 +165,9 @@ def load_tokenizer(path: str) -> Any:
             return CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: no tokenizer found: {_first_line(error)}; give a model or tokenizer folder") from error
+        raise DataError(
+            f"{path}: no tokenizer found: {_first_line(error)}; give a model or tokenizer folder"
+        ) from error
 
 
 def digests_of(source: str) -> dict[str, str]:

@@ -30,7 +30,7 @@ class Schedule:
 
 
 def discrete_schedule(alpha_bar_S: Tensor, parameterization: str, zero_terminal_snr: bool = False) -> Schedule:
-    """The variance-preserving schedule of DDPM (arXiv 2006.11239) from alpha_bar = prod(1 - beta): alpha^2 = alpha_bar."""
+    """The variance-preserving schedule of DDPM (arXiv 2006.11239), from alpha_bar = prod(1 - beta) = alpha^2."""
     alpha_S = alpha_bar_S.double().sqrt()
     if zero_terminal_snr:
         alpha_S = rescale_to_zero_terminal_snr(alpha_S)

@@ -29,7 +29,7 @@ def uniform(draw: Draw) -> Tensor:
 
 
 def stratified(draw: Draw) -> Tensor:
-    """One sample in each of `slots` equal strata, rotated from step to step (low discrepancy; arXiv 2107.00630, C.1)."""
+    """One sample in each of `slots` equal strata, rotated from step to step (arXiv 2107.00630, appendix I.1)."""
     return (draw.slot_B.double() / draw.slots + draw.uniform_B / draw.slots + draw.rotation) % 1.0
 
 

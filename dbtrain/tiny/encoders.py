@@ -46,24 +46,40 @@ def clip_loss(model, tokens: torch.Tensor, pixels: torch.Tensor) -> tuple:
     return 0.5 * loss, (same.gather(1, logits.argmax(1, keepdim=True))).mean()
 
 
-def train_clip(work: Path, minutes: float, tokenizer_path: str, batch: int = 128, lr: float = 1.5e-3) -> None:
-    """Train the pair on the pool; the checkpoint is `work`/clip.pt."""
+def _open_clip(work: Path, tokenizer, text_frozen: bool):
+    """A fresh pair, or the trained one with its text tower frozen."""
+    model = build_clip(tokenizer).to(device())
+    if text_frozen:
+        model.load_state_dict(torch.load(work / "clip.pt", map_location=device(), weights_only=True)["average"])
+        model.text_model.requires_grad_(False)
+        model.text_projection.requires_grad_(False)
+    return model
+
+
+def train_clip(work: Path, minutes: float, tokenizer_path: str, text_frozen: bool = False, batch: int = 128, lr: float = 1.5e-3) -> None:
+    """Train the pair on the pool: `work`/clip.pt; with `text_frozen`, its vision tower only: `work`/vision.pt.
+
+    The second form lets the vision tower go on learning, with augmentation, while the base is already
+    being trained on the text tower.
+    """
     from transformers import CLIPTokenizer
 
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_path)
     images, facts = pool.pictures(work), pool.facts(work)
     captions = Captions(tokenizer, [f["caption"] for f in facts], [f["noun"] for f in facts])
-    trainer = Trainer("clip", build_clip(tokenizer).to(device()), work, minutes, lr, muon=True, ema=0.995)
+    model = _open_clip(work, tokenizer, text_frozen)
+    trainer = Trainer("vision" if text_frozen else "clip", model, work, minutes, lr, muon=True, ema=0.995)
     torch.manual_seed(1000 * trainer.step + crew_rank())
     held, told, known = pool.held_out(256)
     told = Captions(tokenizer, told, [f["noun"] for f in known]).rows
 
     def loss_of_step(step):
-        rng = stream_of(2, step)
+        rng = stream_of(6 if text_frozen else 2, step)
         rows = np.sort(rng.choice(len(images), size=batch, replace=False))
         tokens = torch.from_numpy(captions.take(rows, rng)).to(device())
-        loss, hits = clip_loss(trainer.model, tokens, pool.to_tensor(images[rows]))
+        pixels = pool.to_tensor(images[rows])
+        loss, hits = clip_loss(trainer.model, tokens, augment(pixels, rng) if text_frozen else pixels)
         return loss, {"hits": hits}
 
     def watch(average, step):

@@ -16,10 +16,9 @@ def _average(path: Path, model):
     return model.eval().half()
 
 
-def _vae(work: Path):
-    """The folded VAE, with the decoder's further training when that stage has run."""
-    found = [path for path in (work / "decoder.pt", work / "vae-folded.pt") if path.exists()]
-    return _average(found[0] if found else work / "vae-folded.pt", autoencoder.build())
+def _latest(work: Path, *names: str) -> Path:
+    """The first of the checkpoints that exists, else the last name: a later stage's file supersedes an earlier one's."""
+    return next((work / name for name in names if (work / name).exists()), work / names[-1])
 
 
 def _processor(kind: str):
@@ -41,7 +40,7 @@ def _load_as_fp32(folder: Path) -> None:
 
 def export_encoders(work: Path, tokenizer) -> None:
     """Write assets/clip and assets/identity."""
-    clip = _average(work / "clip.pt", encoders.build_clip(tokenizer))
+    clip = _average(_latest(work, "vision.pt", "clip.pt"), encoders.build_clip(tokenizer))
     clip.save_pretrained(CLIP)
     tokenizer.save_pretrained(CLIP)
     _processor("clip").save_pretrained(CLIP)
@@ -60,7 +59,7 @@ def pipeline(work: Path, tokenizer, unet_stage: str = "unet"):
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict(clip.text_model.state_dict())
     return StableDiffusionPipeline(
-        vae=_vae(work), text_encoder=text.eval().half(), tokenizer=tokenizer,
+        vae=_average(_latest(work, "decoder.pt", "vae-folded.pt"), autoencoder.build()), text_encoder=text.eval().half(), tokenizer=tokenizer,
         unet=_average(work / f"{unet_stage}.pt", denoiser.build()), scheduler=denoiser.build_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )

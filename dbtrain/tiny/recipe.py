@@ -1,7 +1,7 @@
 """`python -m dbtrain.tiny.recipe STAGE --work DIR [--minutes M]`: builds the embedded base from the packages.
 
 Stages, in order: atlas, demo (both need the downloaded sources), pool, tokenizer, clip, vae, identity, latents,
-unet, decoder, export. The training stages resume from their checkpoint in DIR: run the same command again; a finished stage
+unet, decoder, vision, export (decoder and vision may run beside unet). The training stages resume from their checkpoint in DIR: run the same command again; a finished stage
 goes on when it is granted more minutes. On an accelerator the same commands run there.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dbtrain.tiny import ASSETS, BASE
 
-MINUTES = {"clip": 8.0, "vae": 25.0, "identity": 6.0, "unet": 60.0, "decoder": 20.0}
+MINUTES = {"clip": 8.0, "vae": 25.0, "identity": 6.0, "vision": 12.0, "unet": 60.0, "decoder": 20.0}
 """Default minutes of the training stages on two free CPU cores."""
 
 
@@ -49,6 +49,7 @@ def _train(options) -> None:
     minutes, tokenizer = options.minutes or MINUTES[options.stage], str(BASE / "tokenizer")
     stage, *arguments = {
         "clip": (encoders.train_clip, minutes, tokenizer),
+        "vision": (encoders.train_clip, minutes, tokenizer, True),
         "vae": (autoencoder.train, minutes),
         "identity": (encoders.train_identity, minutes),
         "unet": (denoiser.train, minutes, tokenizer),
@@ -71,7 +72,7 @@ def _export(options) -> None:
 
 STAGES = {
     "atlas": _atlas, "demo": _demo, "pool": _pool, "tokenizer": _tokenizer, "clip": _train, "vae": _train,
-    "identity": _train, "latents": _latents, "unet": _train, "decoder": _train, "export": _export,
+    "identity": _train, "vision": _train, "latents": _latents, "unet": _train, "decoder": _train, "export": _export,
 }
 
 

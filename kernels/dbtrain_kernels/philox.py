@@ -49,6 +49,10 @@ def normal(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     u0, u1, u2, u3 = (uniform(word) for word in words)
     radius_a, radius_b = torch.sqrt(-2 * torch.log(u0)), torch.sqrt(-2 * torch.log(u2))
     angle_a, angle_b = 2 * torch.pi * u1, 2 * torch.pi * u3
-    parts = (radius_a * torch.cos(angle_a), radius_a * torch.sin(angle_a),
-             radius_b * torch.cos(angle_b), radius_b * torch.sin(angle_b))
+    parts = (
+        radius_a * torch.cos(angle_a),
+        radius_a * torch.sin(angle_a),
+        radius_b * torch.cos(angle_b),
+        radius_b * torch.sin(angle_b),
+    )
     return torch.stack(parts, -1).float()

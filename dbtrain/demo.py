@@ -1,0 +1,64 @@
+"""`dbtrain demo`: the main job on the embedded base, for every demo subject, with a table and one sheet at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dbtrain.configfile import load
+from dbtrain.data.manifest import read_manifest
+from dbtrain.publish import grid
+from dbtrain.telemetry import peak_memory_gib
+from dbtrain.tiny import DEMO, DEMO_REAL
+from dbtrain.train import train_manifest
+
+
+def run_demo(out: Path, recipe: str, overrides: Sequence[str], real: bool = True) -> dict[str, Any]:
+    """Records of the drawn and the real subjects, the sheets' paths, and the whole demo's seconds and peak memory."""
+    start = time.perf_counter()
+    config = load(recipe, [f"prior.store={out / 'priors'}", *overrides])
+    records, sheets = [], []
+    for manifest, folder in [(DEMO, out), *([(DEMO_REAL, out / "real")] if real else [])]:
+        done, failed = train_manifest(manifest, config, folder, None)
+        records += done
+        sheets.append(_sheet(manifest, folder))
+        for subject, reason in failed.items():
+            records.append({"subject": subject, "failed": reason})
+    return {
+        "records": records,
+        "sheets": sheets,
+        "seconds": time.perf_counter() - start,
+        "peak_memory_gib": peak_memory_gib("cpu"),
+    }
+
+
+def _sheet(manifest: Path, folder: Path) -> Path:
+    """One row a subject: its photos, then its samples."""
+    rows, captions = [], []
+    for subject in read_manifest(manifest):
+        samples = sorted((folder / "subjects" / subject.id / "samples" / "samples").glob("*.png"))
+        images = [Image.open(path).convert("RGB") for path in [*subject.images[:4], *samples]]
+        rows.append([image.resize((64, 64), Image.Resampling.LANCZOS) for image in images])
+        captions.append(f"{subject.id} ({subject.class_noun}): {min(4, len(subject.images))} photos, then samples")
+    path = folder / "demo.png"
+    grid(rows, captions, cell=96).save(path)
+    return path
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The records as a plain text table."""
+    lines = [f"{'subject':<18}{'class':<16}{'identifier':<12}{'steps':>6}{'loss':>9}{'seconds':>9}"]
+    for record in records:
+        if "failed" in record:
+            lines.append(f"{record['subject']:<18}failed: {record['failed']}")
+            continue
+        seconds = sum(record["stages_s"].values())
+        lines.append(
+            f"{record['subject']:<18}{record['class']:<16}{record['identifier']:<12}{record['steps']:>6}"
+            f"{record['loss']:>9.4f}{seconds:>9.1f}"
+        )
+    return "\n".join(lines)
