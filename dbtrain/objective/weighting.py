@@ -36,8 +36,8 @@ def soft_min_snr(snr_S: Tensor, factor_S: Tensor, gamma: float) -> Tensor:
 
 
 def debiased(snr_S: Tensor, factor_S: Tensor, gamma: float) -> Tensor:
-    """sqrt(SNR) on x0, that is 1/sqrt(SNR) for eps (arXiv 2310.08442, eq. 13), with SNR held in [1e-3, 1e3]."""
-    return snr_S.clamp(1e-3, 1e3).sqrt() * factor_S
+    """sqrt(SNR) on x0, that is 1/sqrt(SNR) for eps (arXiv 2310.08442, eq. 13), held in [1/sqrt(1e3), sqrt(1e3)]."""
+    return snr_S * snr_S.clamp(1e-3, 1e3).rsqrt() * factor_S
 
 
 WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
