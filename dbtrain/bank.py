@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbtrain.batch import Batch, Conditioning, Role, Sample
 from dbtrain.config import DataConfig
@@ -51,17 +51,13 @@ class Bank:
         }
         self.readers = ThreadPoolExecutor(2)
 
-    @torch.no_grad()
-    def cache(self, models: Models, device: str) -> None:
-        """Encode every image once (and its mirror image if samples are flipped)."""
-        for role, group in self.items.items():
-            rows = []
-            for item in group:
-                array = square(open_photo(item.sample.image), self.data.resolution)
-                variants = [array, flip(array)] if self.data.flip else [array]
-                pixels = torch.stack([to_pixels(variant) for variant in variants]).to(device)
-                rows.append(torch.stack([encode_images(models.vae, one[None])[0] for one in pixels]))
-            self.moments[role] = torch.stack(rows)
+    def cache(self, role: Role, vae: nn.Module, device: str) -> Tensor:
+        """The moments of a role's images (and of their mirror images if samples are flipped), encoded once."""
+        arrays = [square(open_photo(item.sample.image), self.data.resolution) for item in self.items[role]]
+        variants = [arrays, [flip(array) for array in arrays]] if self.data.flip else [arrays]
+        encoded = [encode_all(vae, [to_pixels(array) for array in variant], device) for variant in variants]
+        self.moments[role] = torch.stack(encoded, 1)
+        return self.moments[role]
 
     def batch(self, step: int, instance_slots: Sequence[int], device: str) -> Batch:
         """The micro-batch of these instance draw slots and, where there are priors, as many prior slots."""
@@ -114,6 +110,13 @@ def _size_ids(sample: Sample, resolution: int, crop: tuple[float, float] = (0.5,
     spare = [max(0, round(side * scale) - resolution) for side in (height, width)]
     offsets = [min(int(share * (room + 1)), room) for share, room in zip(crop, spare)]
     return [float(value) for value in (height, width, *offsets, resolution, resolution)]
+
+
+@torch.no_grad()
+def encode_all(vae: nn.Module, images: Sequence[Tensor], device: str, batch: int = 8) -> Tensor:
+    """VAE moments [n, 2C, h, w] of n images [3, H, W], encoded `batch` at a time."""
+    chunks = [torch.stack(images[start : start + batch]) for start in range(0, len(images), batch)]
+    return torch.cat([encode_images(vae, chunk.to(device)) for chunk in chunks])
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dbtrain.adapters import detach
 from dbtrain.batch import Sample, Subject
@@ -24,7 +25,7 @@ from dbtrain.families import FAMILIES, Family, Models, load_models
 from dbtrain.families.attention import engage_attention
 from dbtrain.families.load import base_digest
 from dbtrain.identifiers import allocate
-from dbtrain.priors import make_priors, prior_key
+from dbtrain.priors import PriorKey, make_priors, prior_key
 from dbtrain.telemetry import Stages
 
 IRRELEVANT: dict[str, set[str] | bool] = {
@@ -51,6 +52,8 @@ class Session:
     stages: Stages = field(default_factory=Stages)
     quiet: bool = False
     stop: bool = False
+    encoded_priors: dict[tuple[PriorKey, int], Tensor] = field(default_factory=dict)
+    """Moments of the last class's priors, which its next subject uses again."""
 
     def say(self, line: str) -> None:
         """One line for the person who watches, from the first rank."""

@@ -27,7 +27,7 @@ from dbtrain.engines.zero import ZeroEngine
 from dbtrain.errors import DataError, EngineError
 from dbtrain.families.load import base_digest
 from dbtrain.generate import draw_samples, make_pipeline, sampling_mode
-from dbtrain.priors import make_priors, prior_key, read_priors
+from dbtrain.priors import PriorKey, make_priors, prior_key, read_priors
 from dbtrain.prompts import fill
 from dbtrain.publish import publish_card, publish_sheet, read_record, write_record
 from dbtrain.randomness import stream_key
@@ -69,27 +69,30 @@ def fill_bank(session: Session, subject: Subject, config: RunConfig, instances: 
     caption = subject.caption or fill(data.caption, identifier=identifier, class_noun=subject.class_noun)
     items = {Role.INSTANCE: [Item(sample, caption) for sample in instances]}
     if config.prior.weight > 0:
-        store = Path(config.prior.store) if config.prior.store else session.out / "priors"
         key = prior_key(config, session.models, subject.class_noun)
-        with session.stages("prior"), sampling_mode(session.models):
-            make_priors(
-                store,
-                key,
-                config.prior.images,
-                session.family,
-                session.models,
-                session.world,
-                config.prior.batch,
-                session.say,
-            )
-            dist.barrier()
-            priors = read_priors(store, key, config.prior.images)
-        items[Role.PRIOR] = [Item(sample, key.prompt) for sample in priors]
+        items[Role.PRIOR] = [Item(sample, key.prompt) for sample in ensure_priors(session, config, key)]
     bank = Bank(items, data, config.seed, subject.id, config.train.batch)
     if data.cache_latents and data.crop == "center":
         with session.stages("encode"):
-            bank.cache(session.models, session.world.device)
+            bank.cache(Role.INSTANCE, session.models.vae, session.world.device)
+            if Role.PRIOR in items:
+                wanted = (key, config.prior.images)
+                if wanted not in session.encoded_priors:
+                    moments = bank.cache(Role.PRIOR, session.models.vae, session.world.device)
+                    session.encoded_priors = {wanted: moments}
+                bank.moments[Role.PRIOR] = session.encoded_priors[wanted]
     return bank
+
+
+def ensure_priors(session: Session, config: RunConfig, key: PriorKey) -> list[Sample]:
+    """A class's priors from the store, which all ranks first complete together."""
+    prior = config.prior
+    store = Path(prior.store) if prior.store else session.out / "priors"
+    with session.stages("prior"), sampling_mode(session.models):
+        family, models, world = session.family, session.models, session.world
+        make_priors(store, key, prior.images, family, models, world, prior.batch, session.say)
+        dist.barrier()
+        return read_priors(store, key, prior.images)
 
 
 @dataclass

@@ -109,6 +109,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"engine.deepspeed: {path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"engine.deepspeed: {path} must hold a JSON object, got {type(value).__name__}")
+    zero = value.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"{path}: zero_optimization: got {zero!r}, want a JSON object such as {{\"stage\": 2}}")
     return value
 
 

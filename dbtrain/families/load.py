@@ -73,9 +73,11 @@ def _assemble(
 
 
 def _component_index(source: str, config: ModelConfig) -> dict[str, list[str]]:
-    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
 
-    index = DiffusionPipeline.load_config(source, revision=config.revision)
+    name = "model_index.json"
+    path = Path(source) / name if is_local(source) else Path(hf_hub_download(source, name, revision=config.revision))
+    index = json.loads(path.read_text())
     return {name: entry for name, entry in index.items() if isinstance(entry, (list, tuple))}
 
 
