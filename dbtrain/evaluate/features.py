@@ -1,0 +1,235 @@
+"""Features of images and texts by any transformers encoder, from a folder, a hub id, or the small ones that ship.
+
+Every value is a float32 tensor of unit rows on the CPU: a dot product of two rows is their cosine.
+Pictures are prepared with PIL and torch from the encoder's own preprocessor_config.json, as its authors' PIL
+processor does it; torchvision's resampling gives other pixels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dbtrain.errors import ConfigError
+from dbtrain.tiny import CLIP, IDENTITY
+
+EMBEDDED = "embedded"
+"""Names the encoders that ship with dbtrain; others are a folder or a hub id, such as `facebook/dino-vits16`."""
+SHORT_SIDE_TYPES = ("CLIP", "Bit", "Convnext", "DINOv3")
+"""Image processors for which a bare number as `size` is the short side; for all others it is a square."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an encoder wants its pictures: RGB, resized (None keeps the size), centre-cropped, scaled, normalized.
+
+    resize: (height, width), or one number for the short side. crop: (height, width). resample: PIL's number.
+    """
+
+    resize: tuple[int, int] | int | None
+    crop: tuple[int, int] | None
+    resample: int
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Iterable[Image.Image]) -> Tensor:
+        """Normalized pixels [B, 3, H, W], float32."""
+        return torch.stack([self._one(image) for image in images])
+
+    def _one(self, image: Image.Image) -> Tensor:
+        image = image.convert("RGB")
+        if self.resize is not None:
+            image = image.resize(self._resized(image.size), Image.Resampling(self.resample))
+        if self.crop is not None:
+            image = _centre(image, self.crop)
+        raw_HWC = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+        pixels_CHW = raw_HWC.permute(2, 0, 1).float() * self.scale
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (pixels_CHW - mean) / std
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) after resizing a picture of this (width, height)."""
+        if isinstance(self.resize, tuple):
+            return self.resize[1], self.resize[0]
+        assert self.resize is not None
+        short, long = min(size), max(size)
+        grown = int(self.resize * long / short)
+        return (self.resize, grown) if size[0] <= size[1] else (grown, self.resize)
+
+
+def _centre(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
+    """The middle of a picture; beyond its borders the canvas is black."""
+    top, left = (image.height - crop[0]) // 2, (image.width - crop[1]) // 2
+    return image.crop((left, top, left + crop[1], top + crop[0]))
+
+
+def read_preprocess(source: str) -> Preprocess:
+    """The preprocessing that an encoder's preprocessor_config.json asks for, older forms of the file included."""
+    config = _preprocessor_config(source)
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    resize = _size(config.get("size", 224), kind) if config.get("do_resize", True) else None
+    crop = _size(config.get("crop_size", 224), "") if config.get("do_center_crop", False) else None
+    scale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
+    plain = not config.get("do_normalize", True)
+    mean = (0.0,) * 3 if plain else tuple(config.get("image_mean", (0.5,) * 3))
+    std = (1.0,) * 3 if plain else tuple(config.get("image_std", (0.5,) * 3))
+    if len(mean) != 3 or len(std) != 3 or isinstance(crop, int):
+        raise ConfigError(f"{source}: preprocessor_config.json describes no RGB pictures (mean {mean}, crop {crop})")
+    return Preprocess(resize, crop, int(config.get("resample", 2)), scale, mean, std)
+
+
+def _preprocessor_config(source: str) -> dict[str, Any]:
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(source, "preprocessor_config.json")
+        return json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{source}: no readable preprocessor_config.json ({_first_line(error)}); "
+            "give an image encoder's folder with that file, or a hub id that is in the cache"
+        ) from error
+
+
+def _size(size: Any, kind: str) -> tuple[int, int] | int:
+    """A `size` entry as (height, width) or the short side; ConfigError for the rarer forms."""
+    if isinstance(size, int):
+        return size if kind.startswith(SHORT_SIDE_TYPES) else (size, size)
+    if isinstance(size, dict) and {"height", "width"} <= size.keys():
+        return int(size["height"]), int(size["width"])
+    if isinstance(size, dict) and list(size) == ["shortest_edge"]:
+        return int(size["shortest_edge"])
+    raise ConfigError(
+        f"preprocessor_config.json: size {size!r} is not known, want a number, height and width, or shortest_edge"
+    )
+
+
+@dataclass
+class Encoder:
+    """A loaded encoder. `name` is what reports call it; `tokenizer` is None where it knows no texts."""
+
+    name: str
+    model: Any
+    preprocess: Preprocess
+    tokenizer: Any = None
+
+    @torch.no_grad()
+    def images(self, images: Sequence[Image.Image], batch: int = 64) -> Tensor:
+        """Unit features [N, D] of pictures: the projected image embedding, or the last layer's [CLS]."""
+        found = [self._pixels(self.preprocess(images[i : i + batch])) for i in range(0, len(images), batch)]
+        return self._unit(found)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str], batch: int = 256) -> Tensor:
+        """Unit features [N, D] of texts in the space of the pictures; longer texts are cut to the encoder's length."""
+        if self.tokenizer is None:
+            raise ConfigError(f"{self.name}: knows no texts; give a CLIP-style encoder")
+        found = [self._tokens(list(texts[i : i + batch])) for i in range(0, len(texts), batch)]
+        return self._unit(found)
+
+    def _pixels(self, pixels_BCHW: Tensor) -> Tensor:
+        pixels_BCHW = pixels_BCHW.to(self.model.device, self.model.dtype)
+        if self.tokenizer is not None:
+            return _embedding(self.model.get_image_features(pixel_values=pixels_BCHW))
+        return self.model(pixel_values=pixels_BCHW).last_hidden_state[:, 0]
+
+    def _tokens(self, texts: list[str]) -> Tensor:
+        longest = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
+        tokens = self.tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+        known = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask") if key in tokens}
+        return _embedding(self.model.get_text_features(**known))
+
+    def _unit(self, parts: list[Tensor]) -> Tensor:
+        features_ND = torch.cat(parts).float().cpu() if parts else torch.zeros(0, 1)
+        if not features_ND.isfinite().all():
+            raise ConfigError(f"{self.name}: gives features that are not finite; its weights are damaged or overflow")
+        return torch.nn.functional.normalize(features_ND, dim=-1)
+
+
+def load_pair(source: str = EMBEDDED, device: str = "cpu") -> Encoder:
+    """A CLIP-style encoder of pictures and texts: CLIP-I, CLIP-T and zero-shot accuracy."""
+    encoder = _load(source, CLIP, device)
+    if encoder.tokenizer is None:
+        kind = type(encoder.model).__name__
+        raise ConfigError(f"{source}: is a {kind}, which has no text side; give a CLIP-style encoder")
+    return encoder
+
+
+def load_identity(source: str = EMBEDDED, device: str = "cpu") -> Encoder:
+    """The encoder that tells this dog from a dog: DINO's role (`facebook/dino-vits16` in the paper)."""
+    return _load(source, IDENTITY, device)
+
+
+def _load(source: str, embedded: Path, device: str) -> Encoder:
+    """An encoder in fp32 and evaluation mode; no code of its authors is run."""
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    path = str(embedded) if source == EMBEDDED else source
+    preprocess = read_preprocess(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        # A pooler that the file lacks would be drawn at random, with a warning, and is not used.
+        pooler = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModel.from_pretrained(path, dtype=torch.float32, **pooler)
+        tokenizer = AutoTokenizer.from_pretrained(path) if hasattr(model, "get_text_features") else None
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{source}: cannot be loaded as an encoder ({_first_line(error)}); "
+            "give a transformers folder, a hub id that is in the cache, or `embedded`"
+        ) from error
+    name = f"{EMBEDDED}/{embedded.name}" if source == EMBEDDED else source
+    return Encoder(name, model.to(device).eval().requires_grad_(False), preprocess, tokenizer)
+
+
+def choose(pair: Encoder, images: Sequence[Image.Image], options: Sequence[Sequence[str]]) -> Tensor:
+    """For each picture the number [N] of the nearest of its own texts; all pictures have equally many."""
+    distinct = list(dict.fromkeys(text for row in options for text in row))
+    place = {text: i for i, text in enumerate(distinct)}
+    texts_ND = pair.texts(distinct)
+    rows_NK = torch.tensor([[place[text] for text in row] for row in options], dtype=torch.long)
+    return torch.einsum("nd,nkd->nk", pair.images(images), texts_ND[rows_NK]).argmax(1)
+
+
+def zero_shot(
+    pair: Encoder, images: Sequence[Image.Image], options: Sequence[Sequence[str]], truth: Sequence[int]
+) -> Tensor:
+    """Hits [N] (1 or 0, float64) of zero-shot recognition: the nearest of a picture's texts is the true one."""
+    return (choose(pair, images, options) == torch.tensor(truth)).double()
+
+
+def load_lpips(net: str = "alex") -> Callable[[Sequence[Image.Image]], Tensor] | None:
+    """LPIPS distances of all pairs of equally large pictures, or None where the optional `lpips` is not installed."""
+    if importlib.util.find_spec("lpips") is None:
+        return None
+    import lpips
+
+    metric = lpips.LPIPS(net=net, verbose=False).eval()
+    to_pixels = Preprocess(None, None, 0, 1 / 255, (0.5,) * 3, (0.5,) * 3)
+
+    @torch.no_grad()
+    def distances(images: Sequence[Image.Image]) -> Tensor:
+        pixels_NCHW = to_pixels(images)
+        pairs = [metric(pixels_NCHW[i : i + 1], pixels_NCHW[j : j + 1]) for i, j in combinations(range(len(images)), 2)]
+        return torch.cat([pair.flatten() for pair in pairs]).double() if pairs else torch.zeros(0, dtype=torch.float64)
+
+    return distances
+
+
+def _embedding(found: Any) -> Tensor:
+    """The projected embedding: transformers 5 wraps it in an output object, 4 returns it."""
+    return getattr(found, "pooler_output", found)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
