@@ -79,7 +79,7 @@ def verify_checkpoint(folder: Path) -> str | None:
         for name, digest in digests.items():
             if file_digest(folder / name) != digest:
                 return f"{name} differs from its digest"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"unreadable ({error})"
     return None
 
