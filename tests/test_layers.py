@@ -38,7 +38,7 @@ LAYERS = {
     2: ["dbtrain.priors", "dbtrain.bank", "dbtrain.generate", "dbtrain.step", "dbtrain.publish", "dbtrain.trainables", "dbtrain.session"],
     3: ["dbtrain.train", "dbtrain.evaluate", "dbtrain.doctor"],
     4: ["dbtrain.fleet", "dbtrain.report", "dbtrain.bench", "dbtrain.tiny", "dbtrain.demo"],
-    5: ["dbtrain.cli", "dbtrain.__main__"],
+    5: ["dbtrain.cli", "dbtrain.jobs", "dbtrain.terminal", "dbtrain.__main__"],
     6: ["dbtrain_launchers"],
 }
 # Modules that count differently from the package they stand in.

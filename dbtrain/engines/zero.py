@@ -6,6 +6,7 @@ holds at every stage. The base weights that do not train are stored in the compu
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -38,6 +39,7 @@ def start_world() -> World:
         torch.cuda.set_device(local_rank)
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
+        atexit.register(stop_world)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group(backend)
         else:
