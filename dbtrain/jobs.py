@@ -45,7 +45,7 @@ def shard_verb(
     """Write a manifest's photos as WebDataset shards with an index, or verify a folder of them.
 
     \b
-    Examples:
+    Example:
       dbtrain shard photos.csv --out shards --config sd15_lora
       dbtrain shard shards --verify
     """
@@ -98,7 +98,7 @@ def train_verb(
     """Personalize the base model for subjects of a manifest. The same command again resumes or does nothing.
 
     \b
-    Examples:
+    Example:
       dbtrain train photos.csv --subject rex --config sd15_lora --out runs/rex train.steps=600
       deepspeed --num_gpus 2 launchers/train.py photos.csv --subjects all --config sdxl_lora --out runs/all
     """
