@@ -245,6 +245,10 @@ class Bench:
 
     def measure_one(self, name: str, subject: Subject, seed: int, record: dict | None) -> tuple[dict, dict]:
         """The row and the pictures by group of one variant (the base for None) of one subject."""
+        if record and record["base_digest"] != base_digest(self.base):
+            raise SystemExit(
+                f"{subject.id}, {name}: trained from another base than the one now loaded; use another --out"
+            )
         begin, at = time.perf_counter(), Path(f"seed-{seed}") / name.replace(" ", "-")
         variant = VARIANTS[name] if record else None
         named = f"{record['identifier']} {noun_of(variant, subject)}".strip() if record else article(subject.class_noun)

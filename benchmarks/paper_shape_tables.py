@@ -81,10 +81,10 @@ DETAILS = (("with prior", "pres"), ("without prior", "pres"), ("with prior", "sc
 
 NOTES = f"""\
 Means over subjects of each subject's mean (macro). Identity and CLIP-I: `a photo of [V] <class>` against all of the
-subject's photos. Placed: {len(PLACES)} scenes, one picture each. The base row draws `a photo of a <class>`; its PRES equals its
-identity. The right class noun of Table 4 is the row `with prior`; `no class noun` keeps the right class's priors and
-has `a photo of [V]` as caption and prompt; `wrong class noun` has another demo class in caption, prompt and priors.
-The first table compares subject by subject; in the last one columns named only by a row are identity."""
+subject's photos. Placed: {len(PLACES)} scenes, one picture each. The base row draws `a photo of a <class>`; its PRES
+equals its identity. The right class noun of Table 4 is the row `with prior`; `no class noun` keeps the right class's
+priors and has `a photo of [V]` as caption and prompt; `wrong class noun` has another demo class in caption, prompt and
+priors. The first table compares subject by subject; in the last one columns named only by a row are identity."""
 
 
 def report(found: dict, rows: list[dict]) -> str:
