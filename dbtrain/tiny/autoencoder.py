@@ -22,9 +22,17 @@ def build(channels: tuple = CHANNELS):
 
     levels = len(channels)
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=LATENT_CHANNELS, block_out_channels=channels, layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-        norm_num_groups=8, sample_size=64, scaling_factor=1.0, shift_factor=None,
+        in_channels=3,
+        out_channels=3,
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=1.0,
+        shift_factor=None,
     )
 
 

@@ -38,7 +38,9 @@ def pictures(subject: str, places: tuple = SCENES) -> list:
     """One 64 x 64 picture of a drawn subject in each place; size, side and spot vary with the place."""
     noun, vendor, name = SUBJECTS[subject]
     sprite, seed = find(noun, vendor, name), 50_000 + 100 * list(SUBJECTS).index(subject)
-    return [world.render(Facts(noun, sprite, place), world.stream(seed + i), "heldout") for i, place in enumerate(places)]
+    return [
+        world.render(Facts(noun, sprite, place), world.stream(seed + i), "heldout") for i, place in enumerate(places)
+    ]
 
 
 def build_drawn() -> None:

@@ -18,9 +18,16 @@ def build(context_width: int = 128):
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=8, in_channels=autoencoder.LATENT_CHANNELS, out_channels=autoencoder.LATENT_CHANNELS,
-        layers_per_block=1, block_out_channels=WIDTHS, cross_attention_dim=context_width, attention_head_dim=HEADS,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2, norm_num_groups=8,
+        sample_size=8,
+        in_channels=autoencoder.LATENT_CHANNELS,
+        out_channels=autoencoder.LATENT_CHANNELS,
+        layers_per_block=1,
+        block_out_channels=WIDTHS,
+        cross_attention_dim=context_width,
+        attention_head_dim=HEADS,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        norm_num_groups=8,
     )
 
 
@@ -29,8 +36,15 @@ def build_scheduler():
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=True, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
         steps_offset=1,
     )
 
@@ -68,8 +82,15 @@ def timesteps(count: int, rng) -> np.ndarray:
     return rng.permutation(((np.arange(count) + rng.random(count)) * 1000 / count).astype(np.int64))
 
 
-def train(work: Path, minutes: float, tokenizer_path: str, batch: int = 32, lr: float = 1.2e-3, muon: bool = True,
-          stage: str = "unet") -> None:
+def train(
+    work: Path,
+    minutes: float,
+    tokenizer_path: str,
+    batch: int = 32,
+    lr: float = 1.2e-3,
+    muon: bool = True,
+    stage: str = "unet",
+) -> None:
     """Train on the pool's latents with mean |v - v_theta|^2, 10% empty captions; checkpoint `work`/`stage`.pt.
 
     batch: samples of one crew member; lr: peak, decayed to zero at the end of the minutes.

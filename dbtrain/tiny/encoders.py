@@ -22,8 +22,19 @@ def build_clip(tokenizer):
     """A fresh `CLIPModel` (text 2 layers, vision 4 layers, 128 wide, 8-pixel patches)."""
     from transformers import CLIPConfig, CLIPModel
 
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = {**TOWER, **special, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH, "num_hidden_layers": 2, "projection_dim": WIDTH}
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = {
+        **TOWER,
+        **special,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": MAX_LENGTH,
+        "num_hidden_layers": 2,
+        "projection_dim": WIDTH,
+    }
     vision = {**TOWER, **PATCHES, "num_hidden_layers": 4, "projection_dim": WIDTH}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
@@ -56,7 +67,9 @@ def _open_clip(work: Path, tokenizer, text_frozen: bool):
     return model
 
 
-def train_clip(work: Path, minutes: float, tokenizer_path: str, text_frozen: bool = False, batch: int = 128, lr: float = 1.5e-3) -> None:
+def train_clip(
+    work: Path, minutes: float, tokenizer_path: str, text_frozen: bool = False, batch: int = 128, lr: float = 1.5e-3
+) -> None:
     """Train the pair on the pool: `work`/clip.pt; with `text_frozen`, its vision tower only: `work`/vision.pt.
 
     The second form lets the vision tower go on learning, with augmentation, while the base is already
@@ -105,7 +118,9 @@ def augment(pixels: torch.Tensor, rng) -> torch.Tensor:
     scale = torch.from_numpy(rng.uniform(0.88, 1.12, n)).float()
     flip = torch.from_numpy(np.where(rng.random(n) < 0.5, -1.0, 1.0)).float()
     shift = torch.from_numpy(rng.uniform(-0.12, 0.12, (n, 2))).float()
-    theta = torch.stack([torch.stack([scale * flip, 0 * scale, shift[:, 0]], 1), torch.stack([0 * scale, scale, shift[:, 1]], 1)], 1)
+    theta = torch.stack(
+        [torch.stack([scale * flip, 0 * scale, shift[:, 0]], 1), torch.stack([0 * scale, scale, shift[:, 1]], 1)], 1
+    )
     grid = F.affine_grid(theta.to(pixels.device), list(pixels.shape), align_corners=False)
     moved = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
     gain = torch.from_numpy(rng.uniform(0.9, 1.1, (n, 1, 1, 1))).float().to(pixels.device)
@@ -125,7 +140,7 @@ def identity_loss(model, first: torch.Tensor, second: torch.Tensor, temperature:
 
 
 def train_identity(work: Path, minutes: float, batch: int = 96, lr: float = 1.5e-3) -> None:
-    """Train the identity encoder on the pool; half of each batch is of two classes, so that classmates are told apart."""
+    """Train the identity encoder on the pool; half of a batch is of two classes, so that classmates are told apart."""
     torch.manual_seed(1)
     images, facts = pool.pictures(work), pool.facts(work)
     rows = identity_rows(facts)

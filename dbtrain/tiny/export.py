@@ -17,7 +17,7 @@ def _average(path: Path, model):
 
 
 def _latest(work: Path, *names: str) -> Path:
-    """The first of the checkpoints that exists, else the last name: a later stage's file supersedes an earlier one's."""
+    """The first of the checkpoints that exists, else the last: a later stage's file supersedes an earlier one's."""
     return next((work / name for name in names if (work / name).exists()), work / names[-1])
 
 
@@ -27,7 +27,9 @@ def _processor(kind: str):
 
     norm = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     if kind == "clip":
-        return transformers.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, **norm)
+        return transformers.CLIPImageProcessor(
+            size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, **norm
+        )
     return transformers.ViTImageProcessor(size={"height": 64, "width": 64}, resample=3, **norm)
 
 
@@ -59,9 +61,14 @@ def pipeline(work: Path, tokenizer, unet_stage: str = "unet"):
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict(clip.text_model.state_dict())
     return StableDiffusionPipeline(
-        vae=_average(_latest(work, "decoder.pt", "vae-folded.pt"), autoencoder.build()), text_encoder=text.eval().half(), tokenizer=tokenizer,
-        unet=_average(work / f"{unet_stage}.pt", denoiser.build()), scheduler=denoiser.build_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=_average(_latest(work, "decoder.pt", "vae-folded.pt"), autoencoder.build()),
+        text_encoder=text.eval().half(),
+        tokenizer=tokenizer,
+        unet=_average(work / f"{unet_stage}.pt", denoiser.build()),
+        scheduler=denoiser.build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 

@@ -42,7 +42,9 @@ def total(tensors: list) -> None:
         return
     flat = torch.cat([t.reshape(-1) for t in tensors])
     dist.all_reduce(flat)
-    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)])
+    torch._foreach_copy_(
+        tensors, [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+    )
 
 
 def _enlist(rank: int, size: int, stage, work: Path, arguments: tuple) -> None:
@@ -108,7 +110,9 @@ class Muon(torch.optim.Optimizer):
 
 def _is_matrix(name: str, param: torch.Tensor) -> bool:
     """Whether Muon drives this parameter: hidden matrices and convolutions, no embeddings."""
-    return param.ndim >= 2 and "embedding" not in name and "embeddings" not in name and min(param.flatten(1).shape) >= 16
+    return (
+        param.ndim >= 2 and "embedding" not in name and "embeddings" not in name and min(param.flatten(1).shape) >= 16
+    )
 
 
 def optimizers(model: torch.nn.Module, lr: float, muon: bool) -> list:
@@ -138,7 +142,9 @@ class Log:
 
     def write(self, **record) -> None:
         """Append one record and echo it."""
-        line = json.dumps({"stage": self.stage, **{k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}})
+        line = json.dumps(
+            {"stage": self.stage, **{k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}}
+        )
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)
@@ -147,8 +153,18 @@ class Log:
 class Trainer:
     """One stage's training: `run(loss_of_step)` until the granted minutes are spent, from the last checkpoint on."""
 
-    def __init__(self, stage: str, model: torch.nn.Module, work: Path, minutes: float, lr: float,
-                 muon: bool = False, ema: float = 0.999, warmup_steps: int = 100, clip: float = 1.0):
+    def __init__(
+        self,
+        stage: str,
+        model: torch.nn.Module,
+        work: Path,
+        minutes: float,
+        lr: float,
+        muon: bool = False,
+        ema: float = 0.999,
+        warmup_steps: int = 100,
+        clip: float = 1.0,
+    ):
         self.stage, self.model, self.minutes, self.lr = stage, model, minutes, lr
         self.decay, self.warmup_steps, self.clip = ema, warmup_steps, clip
         self.average = deepcopy(model).eval().requires_grad_(False)
@@ -168,8 +184,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint (model, average, optimizers, step, seconds spent) by atomic rename."""
-        state = {"model": self.model.state_dict(), "average": self.average.state_dict(), "step": self.step,
-                 "spent_s": self.spent_s, "optimizers": [o.state_dict() for o in self.optimizers]}
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "step": self.step,
+            "spent_s": self.spent_s,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+        }
         part = self.path.with_suffix(".part")
         torch.save(state, part)
         os.replace(part, self.path)
@@ -177,7 +198,7 @@ class Trainer:
     @torch.no_grad()
     def _follow(self) -> None:
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        averages = [p for p in self.average.parameters()]
+        averages = list(self.average.parameters())
         torch._foreach_lerp_(averages, [p.detach() for p in self.model.parameters()], 1 - decay)
 
     def _update(self, loss: torch.Tensor) -> None:
@@ -201,7 +222,10 @@ class Trainer:
         return float(clock)
 
     def run(self, loss_of_step, every: int = 200, save_s: float = 60.0, watch=None):
-        """Train on `loss_of_step(step) -> (loss, {name: tensor})`; `watch(average, step)` at each log line. The EMA model."""
+        """The EMA model after training on `loss_of_step(step) -> (loss, {name: tensor})`, from the last checkpoint on.
+
+        watch: `watch(average, step) -> {name: float}`, called at each log line, every `every` steps.
+        """
         last, kept, sums, count = time.monotonic(), time.monotonic(), {}, 0
         while self.spent_s < 60 * self.minutes:
             loss, parts = loss_of_step(self.step)

@@ -1,7 +1,7 @@
 """Pools: scenes drawn once to disk and read by the training stages.
 
-    pictures.npy  uint8 (N, 64, 64, 3)      facts.json  [[caption, sprite, colour, class, place, style, accessory], ...]
-    latents.npy   float16 (N, 16, 8, 8)     normalized means of the VAE's posterior
+pictures.npy  uint8 (N, 64, 64, 3)      facts.json  [[caption, sprite, colour, class, place, style, accessory], ...]
+latents.npy   float16 (N, 16, 8, 8)     normalized means of the VAE's posterior
 """
 
 import json
@@ -47,7 +47,9 @@ def pictures(work: Path) -> np.ndarray:
 
 def facts(work: Path) -> list:
     """The pool's facts as dicts with `caption`."""
-    return [dict(zip(("caption", *FACTS), row, strict=True)) for row in json.loads((work / "facts.json").read_text("utf-8"))]
+    return [
+        dict(zip(("caption", *FACTS), row, strict=True)) for row in json.loads((work / "facts.json").read_text("utf-8"))
+    ]
 
 
 def held_out(count: int, first: int = 0, split: str = "train") -> tuple:

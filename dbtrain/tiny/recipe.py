@@ -1,8 +1,9 @@
 """`python -m dbtrain.tiny.recipe STAGE --work DIR [--minutes M]`: builds the embedded base from the packages.
 
 Stages, in order: atlas, demo (both need the downloaded sources), pool, tokenizer, clip, vae, identity, latents,
-unet, decoder, vision, export (decoder and vision may run beside unet). The training stages resume from their checkpoint in DIR: run the same command again; a finished stage
-goes on when it is granted more minutes. On an accelerator the same commands run there.
+unet, decoder, vision, export; decoder and vision may run beside unet. The training stages resume from their
+checkpoint in DIR: run the same command again; a finished stage goes on when it is granted more minutes.
+On an accelerator the same commands run there.
 """
 
 import argparse
@@ -71,8 +72,18 @@ def _export(options) -> None:
 
 
 STAGES = {
-    "atlas": _atlas, "demo": _demo, "pool": _pool, "tokenizer": _tokenizer, "clip": _train, "vae": _train,
-    "identity": _train, "vision": _train, "latents": _latents, "unet": _train, "decoder": _train, "export": _export,
+    "atlas": _atlas,
+    "demo": _demo,
+    "pool": _pool,
+    "tokenizer": _tokenizer,
+    "clip": _train,
+    "vae": _train,
+    "identity": _train,
+    "vision": _train,
+    "latents": _latents,
+    "unet": _train,
+    "decoder": _train,
+    "export": _export,
 }
 
 
@@ -81,8 +92,12 @@ def main(arguments: list | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dbtrain.tiny.recipe", description=__doc__)
     parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("--work", type=Path, default=Path("tinybuild"), help="folder of pools, checkpoints and the log")
-    parser.add_argument("--minutes", type=float, help=f"wall-clock minutes of a training stage in all, resumed time included {MINUTES}")
-    parser.add_argument("--crew", type=int, default=2, help="single-threaded processes that share a stage's batch on a CPU")
+    parser.add_argument(
+        "--minutes", type=float, help=f"wall-clock minutes of a training stage in all, resumed time included {MINUTES}"
+    )
+    parser.add_argument(
+        "--crew", type=int, default=2, help="single-threaded processes that share a stage's batch on a CPU"
+    )
     parser.add_argument("--scenes", type=int, default=60_000, help="scenes in the pool")
     parser.add_argument("--packages", type=Path, help="the unpacked @iconify-json folder (stage atlas)")
     parser.add_argument("--dataset", type=Path, help="the google/dreambooth data set (stage demo, real subjects)")

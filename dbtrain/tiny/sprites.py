@@ -5,6 +5,7 @@ Two atlases exist, each a PNG sheet and a JSON list: `train` (four vendors) and 
 model of `dbtrain.tiny` is ever trained on; they give the demo's subjects and the held-out measurements).
 """
 
+import io
 import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -86,16 +87,20 @@ class Sprite:
 
 def _wanted(vendors: tuple) -> list:
     """(noun, vendor, emoji name) of every drawing asked for, classes first."""
-    return [(noun, vendor, name) for noun, names in {**CLASSES, **ACCESSORIES}.items() for name in names for vendor in vendors]
+    return [
+        (noun, vendor, name)
+        for noun, names in {**CLASSES, **ACCESSORIES}.items()
+        for name in names
+        for vendor in vendors
+    ]
 
 
 def _render(body: str, width: int, height: int) -> Image.Image:
     """One SVG body as a CELL x CELL RGBA picture, trimmed to its ink and centred."""
-    import io
-
     import resvg_py
 
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {width} {height}">{body}</svg>'
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    svg = f'<svg {names} viewBox="0 0 {width} {height}">{body}</svg>'
     raw = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256))
     image = Image.open(io.BytesIO(raw)).convert("RGBA")
     image = image.crop(image.getchannel("A").point(lambda a: 255 if a > 24 else 0).getbbox())

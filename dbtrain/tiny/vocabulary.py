@@ -63,8 +63,13 @@ def _merges() -> list:
 
     raw = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=6000, min_frequency=2, end_of_word_suffix="</w>", show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=6000,
+        min_frequency=2,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     raw.train_from_iterator(corpus(), trainer)
     return [tuple(m) for m in json.loads(raw.to_str())["model"]["merges"]]
 
@@ -81,7 +86,13 @@ def build(target: Path):
 
     merges = _merges()
     symbols = _byte_characters()
-    tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *symbols,
+        *(s + "</w>" for s in symbols),
+        *("".join(m) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
     tokenizer.save_pretrained(target)
@@ -93,7 +104,9 @@ def build(target: Path):
 
 def rare_ids(tokenizer) -> list:
     """Ids of the whole-word tokens of at most three letters that no caption uses: the identifiers' stock."""
-    known = {token for seed in range(3000) for token in tokenizer(world.scene(HELD_OUT_SEED - 1 - seed)[1])["input_ids"]}
+    known = {
+        token for seed in range(3000) for token in tokenizer(world.scene(HELD_OUT_SEED - 1 - seed)[1])["input_ids"]
+    }
     short = re.compile(r"[a-z]{2,3}</w>")
     return sorted(i for token, i in tokenizer.get_vocab().items() if short.fullmatch(token) and i not in known)
 

@@ -97,7 +97,11 @@ def tell(facts: Facts, rng, identifier: str = "") -> str:
         opening = _pick(rng, STYLES[facts.style])
     else:
         opening = VIEWS[facts.view][0] if facts.view else _pick(rng, OPENINGS)
-    worn = f"wearing {article(facts.accessory) if facts.accessory != 'sunglasses' else 'sunglasses'}" if facts.accessory else ""
+    worn = (
+        f"wearing {article(facts.accessory) if facts.accessory != 'sunglasses' else 'sunglasses'}"
+        if facts.accessory
+        else ""
+    )
     place = _pick(rng, SCENES[facts.place][1])
     tail = (place, worn) if rng.random() < 0.5 else (worn, place)
     return " ".join(word for word in (opening, article(noun), view, *tail) if word)
@@ -107,7 +111,9 @@ def tint(image: Image.Image, colour: str) -> Image.Image:
     """The sprite in one colour: its lightness kept, stretched, and mapped black -> colour -> white."""
     alpha = image.getchannel("A")
     grey = ImageOps.autocontrast(image.convert("L"), cutoff=1, mask=alpha.point(lambda a: 255 if a > 128 else 0))
-    toned = ImageOps.colorize(grey, (16, 12, 20), (255, 250, 246), mid=COLOURS[colour], blackpoint=0, midpoint=150, whitepoint=255)
+    toned = ImageOps.colorize(
+        grey, (16, 12, 20), (255, 250, 246), mid=COLOURS[colour], blackpoint=0, midpoint=150, whitepoint=255
+    )
     toned.putalpha(alpha)
     return toned
 

@@ -34,9 +34,12 @@ def test_caption_tells_the_facts(seed):
 def test_a_fact_changes_the_picture():
     plain = world.Facts("dog", sprites.of_noun("dog")[0])
     changed = [
-        world.Facts("dog", plain.sprite, place="beach"), world.Facts("dog", plain.sprite, colour="red"),
-        world.Facts("dog", plain.sprite, accessory="hat"), world.Facts("dog", plain.sprite, style="sketch"),
-        world.Facts("dog", plain.sprite, view="far"), world.Facts("dog", sprites.of_noun("dog")[1]),
+        world.Facts("dog", plain.sprite, place="beach"),
+        world.Facts("dog", plain.sprite, colour="red"),
+        world.Facts("dog", plain.sprite, accessory="hat"),
+        world.Facts("dog", plain.sprite, style="sketch"),
+        world.Facts("dog", plain.sprite, view="far"),
+        world.Facts("dog", sprites.of_noun("dog")[1]),
     ]
     base = np.asarray(world.render(plain, world.stream(1)), float)
     for facts in changed:
@@ -50,13 +53,20 @@ def test_red_is_red():
 
 
 def test_article():
-    assert [world.article(w) for w in ("dog", "owl", "orange cat", "umbrella")] == ["a dog", "an owl", "an orange cat", "an umbrella"]
+    assert [world.article(w) for w in ("dog", "owl", "orange cat", "umbrella")] == [
+        "a dog",
+        "an owl",
+        "an orange cat",
+        "an umbrella",
+    ]
 
 
 def test_training_atlas_has_no_held_out_art():
     assert not {row.vendor for row in sprites.load("train")[0]} & set(sprites.HELD_OUT)
     assert {row.vendor for row in sprites.load("heldout")[0]} == set(sprites.HELD_OUT)
-    assert {facts["vendor"] for seed in range(300) for facts in [world.scene(seed)[2]]} <= set(sprites.VENDORS) - set(sprites.HELD_OUT)
+    assert {facts["vendor"] for seed in range(300) for facts in [world.scene(seed)[2]]} <= set(sprites.VENDORS) - set(
+        sprites.HELD_OUT
+    )
 
 
 def test_every_class_and_accessory_has_art_in_both_splits():
