@@ -77,6 +77,8 @@ def read_lora(path: Path) -> tuple[LoraWeights, dict[str, str]]:
         raise DataError(
             f"{file}: cannot be read as an adapter ({error}); give a folder or file that `dbtrain train` wrote"
         ) from error
+    if not any(name.endswith(".lora_A.weight") for name in state):
+        raise DataError(f"{file}: holds no adapter with diffusers' names; give the file that `dbtrain train` wrote")
     settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     alpha = next((value for key, value in settings.items() if key.endswith(".lora_alpha")), None)
     return from_diffusers(state, alpha), metadata
