@@ -8,19 +8,20 @@ import torch
 from dbtrain.tiny import BASE
 
 
-def _text_config(projection: int | None = None, width: int = 32) -> dict:
-    return dict(
-        vocab_size=8192,
-        hidden_size=width,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=77,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
+def _text_config(tokenizer, projection: int | None = None, width: int = 32) -> dict:
+    """The tokenizer's own special tokens: CLIP's pooled embedding is taken at the end-of-text token."""
+    return {
+        "vocab_size": 8192,
+        "hidden_size": width,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 77,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
         **({"projection_dim": projection} if projection else {}),
-    )
+    }
 
 
 def _vae():
@@ -69,11 +70,12 @@ def make_sd(folder: Path, parameterization: str = "epsilon") -> Path:
         cross_attention_dim=32,
         attention_head_dim=4,
     )
+    tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
     pipeline = StableDiffusionPipeline(
         vae=_vae(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**_text_config())),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**_text_config(tokenizer))),
         unet=unet,
-        tokenizer=CLIPTokenizer.from_pretrained(BASE / "tokenizer"),
+        tokenizer=tokenizer,
         scheduler=_scheduler(parameterization),
         safety_checker=None,
         feature_extractor=None,
@@ -113,8 +115,8 @@ def make_sdxl(folder: Path) -> Path:
         scheduler=_scheduler("epsilon"),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        text_encoder=CLIPTextModel(CLIPTextConfig(**_text_config(width=32))),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**_text_config(projection=48, width=48))),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**_text_config(tokenizer))),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**_text_config(tokenizer, projection=48, width=48))),
         force_zeros_for_empty_prompt=True,
     )
     pipeline.save_pretrained(folder)
