@@ -274,6 +274,11 @@ def train_step(
                 )
         engine.backward(loss.loss)
     norm = engine.step(scale)
+    if not 0 <= norm < math.inf:  # DeepSpeed gives -1 for infinite and NaN
+        raise EngineError(
+            f"step {step + 1}: the gradient is not finite; the last checkpoint is kept. "
+            "Lower train.lr, set train.clip_norm, or train in fp32"
+        )
     names = ("loss", "loss_instance", "loss_prior", "stop")
     return {**dict(zip(names, totals.tolist())), "grad_norm": norm, "lr": engine.groups[0].lr * scale}, wait_s
 

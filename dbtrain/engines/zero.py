@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,7 +105,10 @@ class ZeroEngine:
             self.deepspeed.step()
 
     def step(self, scale: float) -> float:
-        """Clip and update with `scale` times the peak learning rates; the gradient norm before clipping."""
+        """Clip and update with `scale` times the peak learning rates; the gradient norm before clipping.
+
+        A norm that is not finite is NaN, infinite or -1; one that a DeepSpeed JSON switched off is 0.
+        """
         for settings, group in zip(self.deepspeed.optimizer.param_groups, self.groups):
             settings["lr"] = group.lr * scale
         # DeepSpeed tells no norm at stage 0, and frees the gradients in its step.
@@ -114,7 +116,7 @@ class ZeroEngine:
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
         self._update_ema()
-        return math.nan if norm is None else float(norm)
+        return 0.0 if norm is None else float(norm)
 
     def state(self) -> EngineState:
         """Masters, moments and EMA, whole, in fp32 on the CPU of the first rank."""
