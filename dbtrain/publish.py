@@ -31,7 +31,17 @@ def save_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> Non
     """Write tensors with string metadata, whole or not at all."""
     from safetensors.torch import save
 
-    write_file(path, save(tensors, metadata))
+    write_file(path, _in_order(save(tensors, metadata)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library's order changes by process, and digests with it."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def publish_lora(folder: Path, weights: LoraWeights, provenance: dict[str, str], kohya: bool) -> list[Path]:
