@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rank, rest = split_local_rank(sys.argv[1:] if arguments is None else arguments)
     if rank is not None:
         os.environ.setdefault("LOCAL_RANK", rank)
+    if os.environ.get("RANK", "0") != "0":
+        # The result is printed once: JSON from several ranks would be no JSON.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     from dbtrain.cli import main as dbtrain  # the command line is above the launchers' own parsing
 
     dbtrain(["train", *rest])
