@@ -70,13 +70,15 @@ def prior_key(config: RunConfig, models: Models, class_noun: str) -> PriorKey:
 
 
 def missing_blocks(folder: Path, images: int) -> list[range]:
-    """Ranges of image numbers below `images` that no block holds yet."""
-    starts = range(0, images, BLOCK)
-    return [
-        range(start, min(start + BLOCK, images))
-        for start in starts
-        if _held(folder, start) < min(BLOCK, images - start)
-    ]
+    """Ranges of image numbers below `images` that no block holds yet; none crosses a multiple of BLOCK."""
+    missing, start = [], 0
+    while start < images:
+        held = _held(folder, start)
+        stop = start + held if held else min(start - start % BLOCK + BLOCK, images)
+        if not held:
+            missing.append(range(start, stop))
+        start = stop
+    return missing
 
 
 def _held(folder: Path, start: int) -> int:
@@ -98,7 +100,8 @@ def make_priors(
 ) -> int:
     """Number of images this rank drew; the ranks share the missing blocks. Afterwards (and a barrier) all are there."""
     folder = store / key.name
-    todo = missing_blocks(folder, images)[world.rank :: world.size]
+    # By number, not by place in the list: a slower rank already sees the blocks of the others.
+    todo = [block for block in missing_blocks(folder, images) if block.start // BLOCK % world.size == world.rank]
     if not todo:
         return 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +135,8 @@ def _draw(pipeline, key: PriorKey, block: range, batch: int) -> Iterator[Sample]
 def read_priors(store: Path, key: PriorKey, images: int) -> list[Sample]:
     """The first `images` priors, verified."""
     folder, samples = store / key.name, []
-    for start in range(0, images, BLOCK):
+    while len(samples) < images:
+        start = len(samples)
         block = folder / f"block-{start:06d}-{_held(folder, start):03d}"
         samples += read_samples(block, Index.load(block).rows)
     return samples[:images]
