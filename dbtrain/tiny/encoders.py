@@ -105,7 +105,7 @@ def train_clip(
 
 def identity_rows(facts: list) -> dict:
     """(sprite, colour) -> pool indices: the scenes that show one individual, in the photo style only."""
-    found = {}
+    found: dict[tuple, list] = {}
     for index, fact in enumerate(facts):
         if fact["style"] is None and fact["view"] != "upside-down":
             found.setdefault((fact["sprite"], fact["colour"]), []).append(index)

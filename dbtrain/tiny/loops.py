@@ -226,7 +226,8 @@ class Trainer:
 
         watch: `watch(average, step) -> {name: float}`, called at each log line, every `every` steps.
         """
-        last, kept, sums, count = time.monotonic(), time.monotonic(), {}, 0
+        last, kept, count = time.monotonic(), time.monotonic(), 0
+        sums: dict[str, float] = {}
         while self.spent_s < 60 * self.minutes:
             loss, parts = loss_of_step(self.step)
             self._update(loss)

@@ -144,7 +144,7 @@ def _wear(figure: Image.Image, index: int, split: str, noun: str, worn: int, wor
 def _place(canvas: Image.Image, figure: Image.Image, facts: Facts, rng) -> None:
     """Paste the figure onto the canvas: scale, side and spot drawn from `rng`."""
     side = canvas.width
-    low, high = {"far": (0.30, 0.38), "close": (1.15, 1.35)}.get(facts.view, (0.62, 0.84))
+    low, high = {"far": (0.30, 0.38), "close": (1.15, 1.35)}.get(facts.view or "", (0.62, 0.84))
     size = rng.uniform(low, high) * side
     scale = size / max(figure.size)
     figure = figure.resize((max(1, round(figure.width * scale)), max(1, round(figure.height * scale))), Image.BICUBIC)
