@@ -19,6 +19,12 @@ VALUES = {"loss": 0.5, "lr": 1e-4, "images_per_s": 8.0, "steps_per_s": 2.0, "dat
 @pytest.fixture
 def clock(monkeypatch):
     now = SimpleNamespace(s=100.0)
+
+    def fail_after(seconds):
+        now.s += seconds
+        raise ValueError
+
+    now.fail_after = fail_after
     monkeypatch.setattr(telemetry.time, "perf_counter", lambda: now.s)
     return now
 
@@ -47,8 +53,7 @@ def test_stages_add_up_even_when_they_fail(clock):
     stages = Stages()
     for _ in range(2):
         with pytest.raises(ValueError), stages("train"):
-            clock.s += 1.5
-            raise ValueError
+            clock.fail_after(1.5)
     with stages("save"):
         clock.s += 0.25
     assert stages.seconds == {"train": 3.0, "save": 0.25}

@@ -1,0 +1,146 @@
+"""The verbs of the main job, one after another as a user types them, in one process."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from dbtrain import cli, generate
+from dbtrain.generate import generate_finished
+from tests.main_job import sd_folder, small_config, write_job
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def run(*words):
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """(folder, words of the train command): two subjects trained by `dbtrain train --subjects all`."""
+    folder = tmp_path_factory.mktemp("cli")
+    words = write_job(folder, "train.steps=2")
+    result = run("train", *words, "--subjects", "all", "--out", folder / "out", "--quiet", "--json")
+    assert result.exit_code == 0, result.output
+    assert [record["subject"] for record in json.loads(result.stdout[result.stdout.index("[\n") :])] == ["rex", "tom"]
+    return folder, words
+
+
+@pytest.mark.parametrize("words", [(), ("--subject", "rex", "--subjects", "all"), ("--subjects", "rex")])
+def test_which_subjects_must_be_said_once(job, tmp_path, words):
+    result = run("train", *job[1], *words, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "give --subject ID (it repeats), or --subjects all" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_subject_is_3_with_a_hint(job, tmp_path):
+    result = run("train", *job[1], "--subject", "rax", "--out", tmp_path / "out")
+    assert result.exit_code == 3
+    assert "no subject 'rax'; did you mean 'rex'?" in result.stderr
+
+
+def test_a_bad_setting_is_2_before_anything_is_loaded(job, tmp_path):
+    result = run("train", *job[1], "--subject", "rex", "--out", tmp_path / "out", "train.step=3", "lora.rank=0")
+    assert result.exit_code == 2
+    assert "did you mean train.steps" in result.stderr and "lora.rank" in result.stderr
+
+
+def test_a_missing_model_is_2_and_a_missing_manifest_3(job, tmp_path):
+    words = ["--config", job[1][2], "--subject", "rex", "--out", tmp_path / "out"]
+    missing = run("train", job[1][0], *words, f"model.path={tmp_path / 'none'}")
+    assert (missing.exit_code, "model.path" in missing.stderr) == (2, True), missing.output
+    missing = run("train", tmp_path / "none.csv", *words, f"model.path={sd_folder()}")
+    assert (missing.exit_code, "none.csv" in missing.stderr) == (3, True), missing.output
+
+
+def test_a_failed_subject_is_4_and_the_others_are_printed(job, tmp_path, monkeypatch):
+    from dbtrain import train
+
+    finish = train.train_subject
+
+    def fail_one(session, subject):
+        if subject.id == "rex":
+            raise train.EngineError("step 1: the loss is nan")
+        return finish(session, subject)
+
+    monkeypatch.setattr(train, "train_subject", fail_one)
+    result = run("train", *job[1], "--subjects", "all", "--out", job[0] / "out", "--quiet")
+    assert result.exit_code == 4
+    assert "error: rex: step 1: the loss is nan" in result.stderr
+    assert "tom: `" in result.stdout and "rex: `" not in result.stdout
+
+
+def test_shards_are_verified(job):
+    shards = job[0] / "more-shards"
+    assert run("shard", job[1][0], "--out", shards, "--config", job[1][2]).exit_code == 0
+    sound = run("shard", shards, "--verify")
+    assert (sound.exit_code, sound.stdout) == (0, f"{shards}: sound\n")
+    tar = shards / "train-000000.tar"
+    bad = bytearray(tar.read_bytes())
+    bad[700] ^= 1
+    tar.write_bytes(bad)
+    damaged = run("shard", shards, "--verify")
+    assert damaged.exit_code == 3
+    assert "train-000000.tar" in damaged.stderr
+    assert run("shard", job[1][0]).exit_code == 2
+
+
+def test_priors_are_drawn_once_a_class(job):
+    store = job[0] / "store"
+    words = ("prior", job[1][0], "--out", store, "--config", job[1][2], job[1][3], "prior.images=2")
+    assert run(*words).stdout.splitlines()[-2:] == [
+        "cat: 2 images drawn, 2 in the store",
+        "dog: 2 images drawn, 2 in the store",
+    ]
+    assert run(*words).stdout.splitlines()[-1] == "dog: 0 images drawn, 2 in the store"
+
+
+def test_two_adapters_share_one_warm_base_and_leave_it_as_it_was(job, monkeypatch):
+    folders = [job[0] / "out" / "subjects" / name for name in ("rex", "tom")]
+    loads, load_models = [], generate.load_models
+
+    def count(*words):
+        loads.append(load_models(*words))
+        return loads[-1]
+
+    monkeypatch.setattr(generate, "load_models", count)
+    result = run("generate", *folders, "--prompt", "a photo of {subject}", "--name", "two", "--set", "sample.seed=7")
+    assert result.exit_code == 0, result.output
+    assert len(loads) == 1
+    base = load_models(generate.FAMILIES["sd"], small_config().model)
+    assert all(torch.equal(a, b) for a, b in zip(loads[0].denoiser.parameters(), base.denoiser.parameters()))
+    alone = next(iter(generate_finished(folders[1:], ["a photo of {subject}"], ["sample.seed=7"], "alone")))
+    images = [Image.open(path).tobytes() for path in (folders[1] / "two.png", alone, folders[0] / "two.png")]
+    assert images[0] == images[1] != images[2]
+
+
+def test_published_samples_can_be_drawn_again(job):
+    """The sheet made at the end of training and the one of the published adapter: the same pixels."""
+    folder = job[0] / "out" / "subjects" / "rex"
+    sheet = next(iter(generate_finished([folder], None, (), "again")))
+    assert Image.open(sheet).tobytes() == Image.open(folder / "samples.png").tobytes()
+
+
+def test_generate_refuses_what_is_not_finished(job, tmp_path):
+    (tmp_path / "x").mkdir()
+    result = run("generate", tmp_path / "x")
+    assert result.exit_code == 3
+    assert "give a folder under OUT/subjects/" in result.stderr
+
+
+def test_export_writes_kohyas_names_and_never_the_published_file(job, tmp_path):
+    folder = job[0] / "out" / "subjects" / "rex"
+    before = (folder / LORA).read_bytes()
+    for source in (folder, folder / LORA):
+        assert run("export", source, "--out", tmp_path / "rex.safetensors").exit_code == 0
+        names = load_file(tmp_path / "rex.safetensors")
+        assert all(name.startswith("lora_unet_") for name in names)
+        assert len(names) == 3 * len(load_file(folder / LORA)) // 2
+    assert (folder / LORA).read_bytes() == before
+    (tmp_path / "no.safetensors").write_bytes(b"no adapter")
+    assert run("export", tmp_path / "no.safetensors", "--out", tmp_path / "y").exit_code == 3

@@ -1,0 +1,229 @@
+"""The main job in one process, from a manifest to artefacts: what comes out, and how one bad subject ends."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dbtrain.checkpoint import file_digest
+from dbtrain.configfile import load
+from dbtrain.data.manifest import read_manifest
+from dbtrain.engines.engine import BatchPlan, World
+from dbtrain.engines.zero import ZeroEngine
+from dbtrain.errors import DataError
+from dbtrain.publish import read_lora, read_record
+from dbtrain.session import subject_config
+from dbtrain.step import TrainingStep
+from dbtrain.train import train_manifest
+from tests.main_job import sd_folder, small_config, write_job
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    import signal
+
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    write_job(folder, subjects="rex:dog tom:cat ben:dog")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(job):
+    """(output folder, records) of two subjects of one class and one of another."""
+    config = small_config("publish.kohya=true", "sample.every_steps=2", "track.tensorboard=true")
+    records, failed = train_manifest(job / "photos.csv", config, job / "out", None, quiet=True)
+    assert not failed
+    return job / "out", records
+
+
+def test_every_subject_leaves_valid_artefacts(finished):
+    out, records = finished
+    assert [record["subject"] for record in records] == ["rex", "tom", "ben"]
+    assert len({record["identifier"] for record in records}) == 3
+    for record in records:
+        folder = out / "subjects" / record["subject"]
+        assert read_record(folder) == {**record, "files": read_record(folder)["files"]}
+        names = {LORA, "kohya_lora.safetensors", "samples.png"}
+        assert read_record(folder)["files"] == {name: file_digest(folder / name) for name in names}
+        weights, metadata = read_lora(folder)
+        assert weights.rank == 2 and metadata["identifier"] == record["identifier"]
+        state = load_file(folder / LORA)
+        assert all(tensor.isfinite().all() for tensor in state.values())
+        assert any(tensor.abs().max() > 0 for name, tensor in state.items() if ".lora_B." in name)
+        assert Image.open(folder / "step-000002.png").size[0] >= 128
+        assert (folder / "samples" / "samples" / "prompt-00-image-00.png").exists()
+        assert f"`{record['identifier']} {record['class']}`" in (folder / "README.md").read_text()
+        assert load(folder / "config.yaml") == small_config(
+            "publish.kohya=true", "sample.every_steps=2", "track.tensorboard=true"
+        )
+        assert list((folder / "tensorboard").glob("events.*"))
+
+
+def test_the_log_is_strict_json_with_a_line_a_step(finished):
+    out, records = finished
+
+    def refuse(name):
+        raise ValueError(name)
+
+    for record in records:
+        lines = (out / "subjects" / record["subject"] / "log.jsonl").read_text().splitlines()
+        rows = [json.loads(line, parse_constant=refuse) for line in lines]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+        for row in rows:
+            assert row["loss"] == pytest.approx(row["loss_instance"] + row["loss_prior"], rel=1e-5)
+            assert row["grad_norm"] > 0 and row["lr"] == 1e-3
+        assert record["loss"] == rows[-1]["loss"]
+
+
+def test_a_subject_does_not_depend_on_its_neighbours(finished, job):
+    """Trained third or alone, in fp32: the same bytes, so nothing of a neighbour stays in the base."""
+    out, _ = finished
+    config = small_config("publish.kohya=true", "sample.every_steps=0")
+    train_manifest(job / "photos.csv", config, job / "alone", ["ben"], quiet=True)
+    assert file_digest(job / "alone/subjects/ben" / LORA) == file_digest(out / "subjects/ben" / LORA)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_neighbours_leave_no_trace_in_bf16_or_in_trained_weights(job, tmp_path, method):
+    words = (f"train.method={method}", "train.precision=bf16", "train.steps=2", "publish.dtype=fp32", "sample.images=0")
+    for out, names in (("both", ["rex", "tom"]), ("alone", ["tom"])):
+        train_manifest(job / "photos.csv", small_config(*words), tmp_path / out, names, quiet=True)
+    name = LORA if method == "lora" else "model/unet/diffusion_pytorch_model.safetensors"
+    both, alone = (load_file(tmp_path / out / "subjects" / "tom" / name) for out in ("both", "alone"))
+    assert all(torch.equal(both[key], alone[key]) for key in alone)
+
+
+def test_a_full_model_loads_in_diffusers_with_the_trained_weights(job, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    config = small_config("train.method=full", "train.steps=2", "train.ema=0.5", "prior.weight=0")
+    (record,), _ = train_manifest(job / "photos.csv", config, tmp_path, ["rex"], quiet=True)
+    folder = tmp_path / "subjects" / "rex"
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float16)
+    base = StableDiffusionPipeline.from_pretrained(sd_folder(), torch_dtype=torch.float16)
+    changed = {
+        part: any(
+            not torch.equal(a, b)
+            for a, b in zip(getattr(pipeline, part).parameters(), getattr(base, part).parameters())
+        )
+        for part in ("unet", "vae", "text_encoder")
+    }
+    assert changed == {"unet": True, "vae": False, "text_encoder": False}
+    assert not (tmp_path / "priors").exists()
+    assert all(file_digest(folder / name) == digest for name, digest in read_record(folder)["files"].items())
+    assert "model/unet/diffusion_pytorch_model.safetensors" in read_record(folder)["files"]
+    assert 'from_pretrained("model")' in (folder / "README.md").read_text()
+    assert record["method"] == "full"
+
+
+def poison(monkeypatch, subject: str, step: int, forward=TrainingStep.forward) -> None:
+    """From `step` on, the loss of one subject is NaN."""
+    from dbtrain.randomness import stream_key
+
+    key = stream_key(0, subject)
+
+    def poisoned(self, batch, now):
+        loss = forward(self, batch, now)
+        return (
+            loss
+            if self.key != key or now < step
+            else type(loss)(loss.loss * math.nan, loss.per_sample_B, loss.weight_B)
+        )
+
+    monkeypatch.setattr(TrainingStep, "forward", poisoned)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_nan_stops_its_subject_at_the_last_good_state_and_no_other(job, tmp_path, monkeypatch, method):
+    poison(monkeypatch, "rex", 2)
+    config = small_config(f"train.method={method}", "checkpoint.every_steps=1", "sample.images=0", "publish.dtype=fp32")
+    records, failed = train_manifest(job / "photos.csv", config, tmp_path, ["rex", "ben"], quiet=True)
+    assert [record["subject"] for record in records] == ["ben"]
+    assert failed.keys() == {"rex"}
+    assert "step 3: the loss is nan" in failed["rex"] and "Lower train.lr" in failed["rex"]
+    assert sorted(path.name for path in (tmp_path / "subjects/rex/checkpoints").iterdir()) == [
+        "step-00000001",
+        "step-00000002",
+    ]
+    assert read_record(tmp_path / "subjects" / "rex") is None
+    monkeypatch.undo()
+    train_manifest(job / "photos.csv", config, tmp_path / "alone", ["ben"], quiet=True)
+    name = LORA if method == "lora" else "model/unet/diffusion_pytorch_model.safetensors"
+    got, want = (load_file(root / "subjects" / "ben" / name) for root in (tmp_path, tmp_path / "alone"))
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_a_non_finite_gradient_stops_too(job, tmp_path, monkeypatch):
+    """A finite loss can have an infinite gradient: the weights it would make must not become the result."""
+    step = ZeroEngine.step
+
+    def overflow(self, scale):
+        next(iter(self.names.values())).grad.fill_(math.inf)
+        return step(self, scale)
+
+    monkeypatch.setattr(ZeroEngine, "step", overflow)
+    config = small_config("checkpoint.every_steps=1", "sample.images=0", "train.steps=2")
+    records, failed = train_manifest(job / "photos.csv", config, tmp_path, ["rex"], quiet=True)
+    assert not records
+    assert "step 1" in failed["rex"]
+    assert not (tmp_path / "subjects/rex/checkpoints").exists()
+
+
+def test_an_unknown_subject_gets_a_hint_before_anything_is_loaded(job, tmp_path):
+    with pytest.raises(DataError, match="no subject 'rxe'; did you mean 'rex'"):
+        train_manifest(job / "photos.csv", small_config(), tmp_path / "out", ["tom", "rxe"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_subjects_own_settings_hold_for_it_alone(tmp_path):
+    write_job(tmp_path)
+    (tmp_path / "photos.csv").write_text(
+        "subject,class,images,steps,lr,seed,caption\n"
+        "rex,dog,rex,2,2e-3,5,a drawing of {identifier} dog\n"
+        "tom,cat,tom,,,,\n"
+    )
+    config = small_config()
+    rex, tom = read_manifest(tmp_path / "photos.csv")
+    own = subject_config(config, rex)
+    assert (own.train.steps, own.train.lr, own.seed) == (2, 2e-3, 5)
+    assert subject_config(config, tom) == config
+
+
+def test_the_stop_flag_of_any_rank_reaches_all(monkeypatch):
+    """The flag is summed with the losses, so that no rank stops alone; here one process plays the sum."""
+    from types import SimpleNamespace
+
+    from dbtrain import train
+
+    monkeypatch.setattr(train.dist, "all_reduce", lambda totals: totals.add_(torch.tensor([0.0, 0, 0, 1])))
+    loss = SimpleNamespace(loss=torch.ones(()), per_sample_B=torch.ones(2))
+    engine = SimpleNamespace(backward=lambda loss: None, step=lambda scale: 1.0, groups=[SimpleNamespace(lr=1.0)])
+    batch = SimpleNamespace(role_B=torch.tensor([0, 1]))
+
+    class Engine(SimpleNamespace):
+        def __call__(self, *_):
+            return loss
+
+    values, _ = train.train_step(
+        Engine(**vars(engine)),
+        SimpleNamespace(batch=lambda *_: batch),
+        BatchPlan(1, 1, 1),
+        0,
+        SimpleNamespace(world=World(0, 1, "cpu"), stop=False),
+        1.0,
+    )
+    assert values["stop"] == 1
+    assert values["loss"] == 1
