@@ -66,6 +66,13 @@ def test_purposes_steps_slots_and_subjects_share_nothing():
     assert correlation.max().item() < 6 / math.sqrt(256)
 
 
+def test_uniforms_of_other_purposes_and_steps_are_others():
+    named = [
+        tuple(uniforms(KEY, purpose, step, torch.arange(4)).tolist()) for purpose in Purpose for step in (0, 1, 2**31)
+    ]
+    assert len({number for row in named for number in row}) == 4 * 3 * len(Purpose)
+
+
 def test_far_steps_and_slots_are_distinct():
     a = uniforms(KEY, Purpose.NOISE, 2**31, torch.tensor([2**31 + 5]))
     b = uniforms(KEY, Purpose.NOISE, 0, torch.tensor([5]))
