@@ -6,7 +6,7 @@ TESTS ?= tests
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -q --progress-bar off -c constraints.txt
 RUN := env HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
-BENCH ?= $(wildcard benchmarks/*.py)
+BENCH ?= benchmarks/tiny_quality.py benchmarks/paper_shape.py benchmarks/ops.py
 
 .PHONY: help demo test lint gpu bench install clean
 .DEFAULT_GOAL := help
@@ -27,7 +27,7 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 gpu: $(VENV)/.installed  ## the tests that need a CUDA device
 	$(RUN) $(BIN)/python -m pytest -p no:cacheprovider -q -m gpu $(TESTS)
 
-bench: $(VENV)/.installed  ## every script of benchmarks/, or BENCH="a.py b.py"
+bench: $(VENV)/.installed  ## the benchmarks that need no peer, or BENCH="a.py b.py"
 	@for script in $(BENCH); do echo "== $$script"; $(RUN) $(BIN)/python $$script || exit 1; done
 
 install: $(VENV)/.installed  ## only the virtual environment, with dbtrain editable in it
