@@ -180,14 +180,20 @@ def _load(source: str, embedded: Path, device: str) -> Encoder:
         config = AutoConfig.from_pretrained(path)
         # A pooler that the file lacks would be drawn at random, with a warning, and is not used.
         pooler = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
-        with torch.random.fork_rng(devices=[]):
-            model = AutoModel.from_pretrained(path, dtype=torch.float32, **pooler)
+        model, loading = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **pooler)
         tokenizer = AutoTokenizer.from_pretrained(path) if hasattr(model, "get_text_features") else None
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{source}: cannot be loaded as an encoder ({_first_line(error)}); "
             "give a transformers folder, a hub id that is in the cache, or `embedded`"
         ) from error
+    # transformers draws missing weights at random, and scores would then mean nothing.
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise ConfigError(
+            f"{source}: its file lacks {len(missing)} weights of a {type(model).__name__} (such as {missing[0]}); "
+            "give a complete encoder"
+        )
     name = f"{EMBEDDED}/{embedded.name}" if source == EMBEDDED else source
     return Encoder(name, model.to(device).eval().requires_grad_(False), preprocess, tokenizer)
 

@@ -197,6 +197,19 @@ def test_encoders_from_folders(tmp_path):
         identity.texts(["a"])
 
 
+def test_missing_weights_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    vit = tiny_models(tmp_path)[1]
+    weights = load_file(f"{vit}/model.safetensors")
+    left_out = next(key for key in weights if key.endswith("layernorm.weight"))
+    save_file(
+        {key: value for key, value in weights.items() if key != left_out}, f"{vit}/model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ConfigError, match=f"lacks 1 weights of a ViTModel .such as {left_out}"):
+        load_identity(vit)
+
+
 def test_damaged_weights_are_named(tmp_path):
     identity = load_identity(tiny_models(tmp_path)[1])
     identity.model.layernorm.weight[0] = torch.nan

@@ -180,3 +180,6 @@ def test_closed_share_is_of_the_means():
     assert closed_share([0.2], [0.2], [0.9]).value == 0
     assert closed_share([0.2], [0.9], [0.9]).value == pytest.approx(1)
     assert math.isnan(closed_share([0.2], [0.5], [0.2]).value)
+    # Half of the resamples hold one subject only, and those of the first have no gap; they say nothing.
+    found = closed_share([0.0, 0.5], [0.2, 0.6], [0.0, 1.0])
+    assert found.value == pytest.approx(0.6) and found.low == pytest.approx(0.2) and found.high == pytest.approx(0.6)
