@@ -67,7 +67,7 @@ def export_kohya(path: Path, weights: LoraWeights, provenance: dict[str, str]) -
         "ss_network_alpha": str(weights.alpha),
         **provenance,
     }
-    save_safetensors(path, to_kohya(weights), metadata)
+    save_safetensors(path, to_kohya(weights, provenance.get("family", "sd")), metadata)
     return path
 
 

@@ -66,7 +66,7 @@ def train_subject(session: Session, subject: Subject) -> dict[str, Any]:
 def fill_bank(session: Session, subject: Subject, config: RunConfig, instances: Sequence[Sample]) -> Bank:
     """A subject's photos and its class's priors, with captions, encoded if latents are cached."""
     identifier, data = session.identifiers[subject.id], config.data
-    caption = subject.caption or fill(data.caption, identifier=identifier, class_noun=subject.class_noun)
+    caption = fill(subject.caption or data.caption, identifier=identifier, class_noun=subject.class_noun)
     items = {Role.INSTANCE: [Item(sample, caption) for sample in instances]}
     if config.prior.weight > 0:
         key = prior_key(config, session.models, subject.class_noun)
@@ -237,6 +237,7 @@ class Job:
             "caption": self.bank.items[Role.INSTANCE][0].caption,
             "run": self.run,
             "base": config.model.path,
+            "family": config.model.family,
             "base_digest": base_digest(session.models),
             "data_digest": data_digest([item.sample for item in self.bank.items[Role.INSTANCE]]),
             "method": config.train.method,

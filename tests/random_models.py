@@ -95,7 +95,7 @@ def make_sdxl(folder: Path) -> Path:
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        layers_per_block=1,
+        layers_per_block=2,
         block_out_channels=(16, 32),
         norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),

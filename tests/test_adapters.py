@@ -228,7 +228,7 @@ def random_weights(family, models, patterns=WITH_CONV, alpha=2.0, rank=4):
 @pytest.mark.parametrize("models", FAMILIES, indirect=True)
 def test_kohya_keys_are_the_golden_list(models):
     family, models = models
-    state = to_kohya(random_weights(family, models))
+    state = to_kohya(random_weights(family, models), family.name)
     got = [f"{name} {'x'.join(map(str, tensor.shape)) or 'scalar'}" for name, tensor in sorted(state.items())]
     assert got == (GOLDEN / f"kohya_{family.name}.txt").read_text().splitlines()
     assert all(float(state[name]) == 2.0 for name in state if name.endswith(".alpha"))

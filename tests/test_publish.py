@@ -96,7 +96,7 @@ def test_diffusers_reads_the_kohya_file_alike(name, bases, model_folders, tmp_pa
     """diffusers' converter of kohya names is the independent reader; it multiplies alpha / rank into the matrices, so
     float32 sums round apart: at most one step of 255."""
     family, models = FAMILIES[name], bases[name]
-    publish_lora(tmp_path, random_adapter(family, models, 1.5, True), PROVENANCE, kohya=True)
+    publish_lora(tmp_path, random_adapter(family, models, 1.5, True), PROVENANCE | {"family": name}, kohya=True)
     images = []
     for file in (LORA_FILE, KOHYA_FILE):
         pipeline = stock_pipeline(family, model_folders[name])
