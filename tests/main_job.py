@@ -100,7 +100,7 @@ def start(words: list[str], **options) -> subprocess.Popen:
 def dbtrain(words: list[str]) -> SimpleNamespace:
     """`dbtrain WORDS` to its end: returncode, stdout, stderr; never a traceback."""
     process = start(words)
-    stdout, stderr = process.communicate(timeout=200)
+    stdout, stderr = process.communicate(timeout=800)
     assert "Traceback" not in stderr, stderr
     return SimpleNamespace(returncode=process.returncode, stdout=stdout, stderr=stderr)
 
