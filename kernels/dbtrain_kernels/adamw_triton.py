@@ -1,0 +1,99 @@
+"""Triton kernels of AdamW over rows: partial norms, factors of each row, the update. No host sync, no atomics."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NORM_BLOCK = 8192
+BLOCK = 1024
+FACTORS = 5
+"""Numbers that `row_factors` leaves for `update_rows`: clip, keep, rate, spread, whether the row is updated."""
+
+
+@triton.jit
+def squared_norms(grad, partial, elements, BLOCK: tl.constexpr):
+    """partial[row, chunk] = sum of grad^2 over a chunk."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = chunk * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(grad + row * elements + place, mask=place < elements, other=0.0)
+    tl.store(partial + row * tl.num_programs(1) + chunk, tl.sum(g * g, 0))
+
+
+@triton.jit
+def row_factors(
+    partial, norm, step, lr, clip, decay, active, factors, chunks,
+    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, FACTORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """norm, and the row's scalars, in float64 because 1 - beta^t cancels; counts the row's step up."""
+    row = tl.program_id(0)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, chunks, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        sums += tl.load(partial + row.to(tl.int64) * chunks + place, mask=place < chunks, other=0.0)
+    length = tl.sqrt_rn(tl.sum(sums, 0))
+    tl.store(norm + row, length)
+    update = (tl.load(active + row) != 0) & (length <= 3.4028234663852886e38)
+    made = tl.load(step + row)
+    count = made + update.to(made.dtype)
+    tl.store(step + row, count)
+    t = count.to(tl.float64)
+    rate = tl.load(lr + row).to(tl.float64)
+    limit = tl.load(clip + row).to(tl.float64) / (length.to(tl.float64) + 1e-6)
+    at = factors + row * FACTORS
+    tl.store(at, tl.where(limit < 1.0, limit, 1.0).to(tl.float32))
+    tl.store(at + 1, (1.0 - rate * tl.load(decay + row).to(tl.float64)).to(tl.float32))
+    tl.store(at + 2, (rate / (1.0 - tl.exp(t * LOG_BETA1))).to(tl.float32))
+    tl.store(at + 3, (1.0 / tl.sqrt(1.0 - tl.exp(t * LOG_BETA2))).to(tl.float32))
+    tl.store(at + 4, update.to(tl.float32))
+
+
+@triton.jit
+def update_rows(
+    master, grad, exp_avg, exp_avg_sq, ema, factors, elements,
+    BETA2: tl.constexpr, REST1: tl.constexpr, REST2: tl.constexpr, EPS: tl.constexpr, EMA_REST: tl.constexpr,
+    EMA: tl.constexpr, FACTORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """AdamW and EMA of one block of a row; a row that is not updated is neither read nor written."""
+    row = tl.program_id(0).to(tl.int64)
+    at = factors + row * FACTORS
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < tl.where(tl.load(at + 4) > 0.5, elements, 0)
+    place = row * elements + place
+    g = tl.load(grad + place, mask=inside, other=0.0) * tl.load(at)
+    mean = tl.load(exp_avg + place, mask=inside, other=0.0)
+    mean += (g - mean) * REST1
+    square = tl.load(exp_avg_sq + place, mask=inside, other=0.0) * BETA2 + g * g * REST2
+    value = tl.load(master + place, mask=inside, other=0.0)
+    denominator = tl.sqrt_rn(square) * tl.load(at + 3) + EPS
+    value = value * tl.load(at + 1) - tl.div_rn(tl.load(at + 2) * mean, denominator)
+    tl.store(exp_avg + place, mean, mask=inside)
+    tl.store(exp_avg_sq + place, square, mask=inside)
+    tl.store(master + place, value, mask=inside)
+    if EMA:
+        average = tl.load(ema + place, mask=inside, other=0.0)
+        tl.store(ema + place, average + (value - average) * EMA_REST, mask=inside)
+
+
+def launch(
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step_N: Tensor, lr_N: Tensor, clip_N: Tensor,
+    decay_N: Tensor, active_N: Tensor, beta1: float, beta2: float, eps: float, ema: Tensor | None, ema_decay: float,
+) -> Tensor:  # fmt: skip
+    """norm_N after the update in place of contiguous arenas; see `adamw.adamw_op`."""
+    rows, elements = master.shape
+    chunks = triton.cdiv(elements, NORM_BLOCK)
+    partial, norm_N = master.new_empty((rows, chunks)), master.new_empty(rows)
+    factors = master.new_empty((rows, FACTORS))
+    squared_norms[(rows, chunks)](grad, partial, elements, BLOCK=NORM_BLOCK, num_warps=8)
+    row_factors[(rows,)](
+        partial, norm_N, step_N, lr_N, clip_N, decay_N, active_N.view(torch.uint8), factors, chunks,
+        LOG_BETA1=math.log(beta1), LOG_BETA2=math.log(beta2), FACTORS=FACTORS, BLOCK=1024,
+    )  # fmt: skip
+    update_rows[(rows, triton.cdiv(elements, BLOCK))](
+        master, grad, exp_avg, exp_avg_sq, master if ema is None else ema, factors, elements,
+        BETA2=beta2, REST1=1 - beta1, REST2=1 - beta2, EPS=eps, EMA_REST=1 - ema_decay,
+        EMA=ema is not None, FACTORS=FACTORS, BLOCK=BLOCK,
+    )  # fmt: skip
+    return norm_N

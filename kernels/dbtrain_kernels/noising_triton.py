@@ -1,0 +1,171 @@
+"""Triton kernels of fused noising: Philox words bit for bit as `philox.philox`, normal numbers in fp32.
+
+Only +, -, *, IEEE division and IEEE square root make the normal numbers from the words, with ranges reduced on the
+integers. So no library's log, sin or cos enters, each number has a relative error bound, and devices differ by the
+contraction of a*b + c only.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 256
+"""Philox counters of a program; each makes four elements."""
+
+
+@triton.jit
+def philox_words(k0, k1, c0, c1, c2, c3):
+    """Philox4x32-10: the four uint32 words of `philox.philox`, from uint32 words that broadcast together."""
+    zero = c0 * 0
+    k0, k1, c1, c2, c3 = k0 + zero, k1 + zero, c1 + zero, c2 + zero, c3 + zero
+    a, b = zero + 0xD2511F53, zero + 0xCD9E8D57
+    for _ in tl.static_range(10):
+        high_a, low_a = tl.umulhi(c0, a), c0 * a
+        high_b, low_b = tl.umulhi(c2, b), c2 * b
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def minus_log_uniform(word):
+    """-log((word + 1/2) / 2^32) with a relative error below 8 * 2^-24.
+
+    Above 1/2 from the distance to 1, which the word's complement gives without cancellation; below from exponent and
+    mantissa. Both end in -log m = 2 atanh((1 - m) / (1 + m)), whose argument is at most 1/3.
+    """
+    high = word >= 0x80000000
+    distance = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23  # 0x3F3504F3 is sqrt(1/2): mantissas lie in [sqrt(1/2), sqrt(2))
+    mantissa = (bits - exponent * 8388608).to(tl.float32, bitcast=True)
+    s = tl.div_rn(tl.where(high, distance, 1.0 - mantissa), tl.where(high, 2.0 - distance, 1.0 + mantissa))
+    q = s * s
+    series = 1.0 / 13 + q * (1.0 / 15)
+    series = 1.0 / 9 + q * (1.0 / 11 + q * series)
+    series = 1.0 / 5 + q * (1.0 / 7 + q * series)
+    series = 1.0 + q * (1.0 / 3 + q * series)
+    return 2.0 * s * series - tl.where(high, 0, exponent).to(tl.float32) * 0.6931471805599453
+
+
+@triton.jit
+def cos_sin_turn(word):
+    """cos and sin of 2 pi (word + 1/2) / 2^32, each with a relative error below 6 * 2^-24.
+
+    The quadrant is taken off the integer, exactly; Taylor polynomials serve the rest, |x| <= pi/4.
+    """
+    shifted = word + 0x20000000
+    quadrant = shifted >> 30
+    rest = (shifted & 0x3FFFFFFF).to(tl.int32) - 0x20000000
+    x = (rest.to(tl.float32) + 0.5) * 1.4629180792671596e-09  # 2 pi / 2^32
+    q = x * x
+    sine = x + x * q * (-1.0 / 6 + q * (1.0 / 120 + q * (-1.0 / 5040 + q * (1.0 / 362880))))
+    cosine = 1.0 + q * (-0.5 + q * (1.0 / 24 + q * (-1.0 / 720 + q * (1.0 / 40320 + q * (-1.0 / 3628800)))))
+    odd = (quadrant & 1) == 1
+    a, b = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
+    return tl.where((quadrant == 1) | (quadrant == 2), -a, a), tl.where(quadrant >= 2, -b, b)
+
+
+@triton.jit
+def four_normals(k0, k1, c0, c1, c2, c3):
+    """The four standard normal numbers of a counter, as `philox.normal` of its words."""
+    w0, w1, w2, w3 = philox_words(k0, k1, c0, c1, c2, c3)
+    radius_a, radius_b = tl.sqrt_rn(2.0 * minus_log_uniform(w0)), tl.sqrt_rn(2.0 * minus_log_uniform(w2))
+    cos_a, sin_a = cos_sin_turn(w1)
+    cos_b, sin_b = cos_sin_turn(w3)
+    return radius_a * cos_a, radius_a * sin_a, radius_b * cos_b, radius_b * sin_b
+
+
+@triton.jit
+def in_element_order(z0, z1, z2, z3, SIZE: tl.constexpr):
+    """[4 * SIZE]: z0[0], z1[0], z2[0], z3[0], z0[1], ..."""
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [4 * SIZE])
+
+
+@triton.jit
+def noise_latents(
+    moments, row, key, slot, step, alpha, sigma, clean, noise, noisy, elements, plane, scale, shift, noise_offset,
+    POSTERIOR: tl.constexpr, NOISE: tl.constexpr, CONSTANT: tl.constexpr,
+    ROWS: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """clean, noise and noisy [B, elements] of one sample's 4 * BLOCK elements."""
+    sample = tl.program_id(0).to(tl.int64)
+    source = sample
+    if ROWS:
+        source = tl.load(row + sample)
+    k0, k1 = tl.load(key + 2 * sample).to(tl.uint32), tl.load(key + 2 * sample + 1).to(tl.uint32)
+    c1, c2 = tl.load(slot + sample).to(tl.uint32), tl.load(step + sample).to(tl.uint32)
+    counter = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.uint32)
+    place = tl.program_id(1) * BLOCK * 4 + tl.arange(0, 4 * BLOCK)
+    inside = place < elements
+
+    z0, z1, z2, z3 = four_normals(k0, k1, counter, c1, c2, POSTERIOR)
+    z = in_element_order(z0, z1, z2, z3, BLOCK)
+    e0, e1, e2, e3 = four_normals(k0, k1, counter, c1, c2, NOISE)
+    eps = in_element_order(e0, e1, e2, e3, BLOCK)
+    if OFFSET:
+        channel = place // plane
+        o0, o1, o2, o3 = four_normals(k0, k1, (channel // 4).to(tl.uint32), c1, c2, CONSTANT)
+        which = channel % 4
+        constant = tl.where(which < 2, tl.where(which == 0, o0, o1), tl.where(which == 2, o2, o3))
+        eps += noise_offset * constant
+
+    mean = tl.load(moments + source * 2 * elements + place, mask=inside, other=0.0)
+    logvar = tl.load(moments + source * 2 * elements + elements + place, mask=inside, other=0.0)
+    x = (mean + tl.exp(0.5 * logvar) * z - shift) * scale
+    x_t = tl.load(alpha + sample) * x + tl.load(sigma + sample) * eps
+    at = sample * elements + place
+    tl.store(clean + at, x, mask=inside)
+    tl.store(noise + at, eps, mask=inside)
+    tl.store(noisy + at, x_t, mask=inside)
+
+
+@triton.jit
+def store_words(key, counter, words, normals, count, BLOCK: tl.constexpr):
+    """Words [4, count] and normal numbers [4, count] of counters [4, count] under one key: for tests of the draws."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    k0, k1 = tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
+    c0 = tl.load(counter + i, mask=inside, other=0).to(tl.uint32)
+    c1 = tl.load(counter + count + i, mask=inside, other=0).to(tl.uint32)
+    c2 = tl.load(counter + 2 * count + i, mask=inside, other=0).to(tl.uint32)
+    c3 = tl.load(counter + 3 * count + i, mask=inside, other=0).to(tl.uint32)
+    w0, w1, w2, w3 = philox_words(k0, k1, c0, c1, c2, c3)
+    z0, z1, z2, z3 = four_normals(k0, k1, c0, c1, c2, c3)
+    tl.store(words + i, w0.to(tl.int64), mask=inside)
+    tl.store(words + count + i, w1.to(tl.int64), mask=inside)
+    tl.store(words + 2 * count + i, w2.to(tl.int64), mask=inside)
+    tl.store(words + 3 * count + i, w3.to(tl.int64), mask=inside)
+    tl.store(normals + i, z0, mask=inside)
+    tl.store(normals + count + i, z1, mask=inside)
+    tl.store(normals + 2 * count + i, z2, mask=inside)
+    tl.store(normals + 3 * count + i, z3, mask=inside)
+
+
+def draw(key: tuple[int, int], counter_4n: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel's words [4, n] (int64) and normal numbers [4, n] (float32) for counters [4, n] (int64)."""
+    count = counter_4n.shape[1]
+    words, normals = torch.empty_like(counter_4n), torch.empty_like(counter_4n, dtype=torch.float32)
+    key_2 = torch.tensor(key, device=counter_4n.device)
+    store_words[(triton.cdiv(count, 1024),)](key_2, counter_4n.contiguous(), words, normals, count, BLOCK=1024)
+    return words, normals
+
+
+def launch(
+    moments: Tensor, key_B2: Tensor, slot_B: Tensor, step_B: Tensor, alpha_B: Tensor, sigma_B: Tensor,
+    purposes: list[int], scale: float, shift: float, noise_offset: float, row_B: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(clean, noise, noisy) of contiguous tensors; see `noising.noising_op`."""
+    shape = (len(slot_B), moments.shape[1] // 2, *moments.shape[2:])
+    clean, noise, noisy = (moments.new_empty(shape) for _ in range(3))
+    elements = moments[0].numel() // 2
+    posterior, noise_purpose, constant = purposes
+    noise_latents[(len(slot_B), triton.cdiv(elements, 4 * BLOCK))](
+        moments, slot_B if row_B is None else row_B, key_B2, slot_B, step_B, alpha_B, sigma_B, clean, noise, noisy,
+        elements, elements // shape[1], scale, shift, noise_offset,
+        POSTERIOR=posterior, NOISE=noise_purpose, CONSTANT=constant,
+        ROWS=row_B is not None, OFFSET=noise_offset != 0, BLOCK=BLOCK,
+    )  # fmt: skip
+    return clean, noise, noisy

@@ -1,0 +1,205 @@
+"""Contract of a fused operation: its float64 specification at odd shapes, forward, backward, in every option.
+
+On a CPU these run through plain PyTorch; `test_interpreter.py` runs this file again with Triton's interpreter on, which
+must be so before Triton is imported, and then the kernels answer. The same table runs on a GPU where there is one.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+from dbtrain_kernels import OPS
+from dbtrain_kernels.cases import BOUNDS, on
+from dbtrain_kernels.select import choose, interpreting
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+CASES = [pytest.param(name, case, id=f"{name}-{case.name}") for name in OPS for case in OPS[name].load("cases")()]
+RAW = {"loss": "loss:loss_op", "noising": "noising:noising_op", "adamw": "adamw:adamw_op"}
+anywhere = pytest.mark.parametrize("device", DEVICES)
+every_case = pytest.mark.parametrize("name, case", CASES)
+fused_only = pytest.mark.skipif(
+    not interpreting() and not torch.cuda.is_available(), reason="needs the kernels: see test_interpreter.py"
+)
+
+
+def evaluate(name, function, inputs):
+    """Every result of a call by name: outputs, arguments changed in place, gradients for fixed cotangents."""
+    op = OPS[name]
+    tracked = [key for key in op.differentiable if inputs.get(key) is not None]
+    for key in tracked:
+        inputs[key].requires_grad_()
+    output = function(**inputs)
+    fields = output._asdict() if hasattr(output, "_asdict") else {"output": output}
+    results = {key: value.detach() for key, value in fields.items()}
+    results |= {f"{key} afterwards": inputs[key] for key in op.mutated if inputs.get(key) is not None}
+    if tracked:
+        heads = [value for value in fields.values() if value.requires_grad]
+        cotangents = [
+            torch.linspace(0.5, 2, max(head.numel(), 1), dtype=head.dtype, device=head.device).view(head.shape)
+            for head in heads
+        ]
+        gradients = torch.autograd.grad(heads, [inputs[key] for key in tracked], cotangents)
+        results |= {f"d {key}": gradient for key, gradient in zip(tracked, gradients)}
+    return results
+
+
+def distance(got, want):
+    """|got - want| / |want| in 2-norms; 0 for two zeros."""
+    got, want = got.double(), want.double()
+    error = torch.linalg.vector_norm(got - want).item()
+    return error / torch.linalg.vector_norm(want).item() if error else 0.0
+
+
+def far_off(got, want):
+    """The results that are further from the float64 results than their dtype allows."""
+    assert got.keys() == want.keys()
+    found = {}
+    for key, value in got.items():
+        assert value.shape == want[key].shape, key
+        if not value.is_floating_point():
+            assert torch.equal(value, want[key]), key
+        elif not distance(value, want[key]) <= BOUNDS[value.dtype]:
+            found[key] = distance(value, want[key])
+    return found
+
+
+def oracle(name, case, device, **changes):
+    return evaluate(name, OPS[name].load("reference"), on(device, case.inputs(), torch.float64) | changes)
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Memory from torch.empty is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@anywhere
+@every_case
+def test_float64_reference(name, case, device):
+    with poisoned():
+        got = evaluate(name, OPS[name].load("fused"), on(device, case.inputs()))
+    assert far_off(got, oracle(name, case, device)) == {}
+
+
+@anywhere
+@every_case
+def test_same_bits_on_repetition(name, case, device):
+    first, second = (evaluate(name, OPS[name].load("fused"), on(device, case.inputs())) for _ in range(2))
+    assert {key: torch.equal(first[key], second[key]) for key in first} == dict.fromkeys(first, True)
+
+
+@anywhere
+@every_case
+def test_only_the_mutated_arguments_change(name, case, device):
+    inputs, before = on(device, case.inputs()), on(device, case.inputs())
+    OPS[name].load("fused")(**inputs)
+    tensors = [key for key, value in inputs.items() if isinstance(value, torch.Tensor)]
+    changed = {key for key in tensors if not torch.equal(inputs[key], before[key])}
+    assert changed <= set(OPS[name].mutated)
+
+
+def raw_arguments(name, inputs):
+    """Positional arguments of the registered operator."""
+    operator = OPS[name].__class__(RAW[name], "", "").load("fused")
+    schema = operator._opoverload._schema.arguments
+    if "with_gradient" in [argument.name for argument in schema]:
+        inputs["with_gradient"] = True
+        inputs["prediction"].requires_grad_()
+    defaults = {"subjects": 1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "ema_decay": 0.0}
+    defaults |= {"scale": 1.0, "shift": 0.0, "noise_offset": 0.0}
+    values = [inputs.get(argument.name, defaults.get(argument.name)) for argument in schema]
+    return operator, tuple(list(value) if isinstance(value, tuple) else value for value in values)
+
+
+@fused_only
+@anywhere
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("which", [0, -1])
+def test_opcheck(name, which, device):
+    operator, values = raw_arguments(name, on(device, OPS[name].load("cases")()[which].inputs()))
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"]
+    checked = torch.library.opcheck(operator, values, test_utils=tests)
+    assert set(checked.values()) == {"SUCCESS"}
+
+
+@anywhere
+@pytest.mark.parametrize("name", OPS)
+def test_compiles_without_a_graph_break(name, device):
+    fused, case = OPS[name].load("fused"), OPS[name].load("cases")()[-1]
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=False)
+    got, want = (evaluate(name, function, on(device, case.inputs())) for function in (compiled, fused))
+    assert {key: torch.equal(got[key], want[key]) for key in got} == dict.fromkeys(got, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPS)
+def test_cuda_graph_replays_the_same_bits(name):
+    fused, case = OPS[name].load("fused"), OPS[name].load("cases")()[-1]
+    with torch.no_grad():
+        want = fused(**on("cuda", case.inputs()))  # also compiles, which a capture must not
+        inputs = on("cuda", case.inputs())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # records without running
+            got = fused(**inputs)
+        graph.replay()
+    torch.cuda.synchronize()
+    pairs = zip(got, want) if isinstance(got, tuple) else [(got, want)]
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if OPS[name].differentiable])
+def test_gradcheck_of_the_reference(name):
+    for case in OPS[name].load("cases")():
+        inputs = on("cpu", case.inputs(), torch.float64)
+        if sum(value.numel() for value in inputs.values() if isinstance(value, torch.Tensor)) > 2000:
+            continue
+
+        def heads(*values, inputs=inputs):
+            output = OPS[name].load("reference")(**inputs | dict(zip(OPS[name].differentiable, values)))
+            return tuple(value for value in output if value.requires_grad)
+
+        assert torch.autograd.gradcheck(heads, [inputs[key].requires_grad_() for key in OPS[name].differentiable])
+
+
+MUTANTS = {
+    "v for eps": ("loss", "epsilon", lambda inputs: {"parameterization": "v_prediction"}),
+    "eps for v": ("loss", "v_prediction", lambda inputs: {"parameterization": "epsilon"}),
+    "flow with the sign of v": ("loss", "flow", lambda inputs: {"parameterization": "v_prediction"}),
+    "mean for sum": ("loss", "subjects", lambda inputs: {"weight_B": inputs["weight_B"] / len(inputs["weight_B"])}),
+    "mask dropped": ("loss", "mask", lambda inputs: {"mask": None}),
+    "neighbour's weight": ("loss", "subjects", lambda inputs: {"weight_B": inputs["weight_B"].roll(1)}),
+    "alpha for sigma": ("noising", "plain", lambda inputs: {"sigma_B": inputs["alpha_B"]}),
+    "one stream for both draws": ("noising", "plain", lambda inputs: {"purposes": (1, 1, 4)}),
+    "key words swapped": ("noising", "plain", lambda inputs: {"key_B2": inputs["key_B2"].flip(1)}),
+    "row b of the bank": ("noising", "bank rows", lambda inputs: {"row_B": torch.arange(3)}),
+    "global clip": ("adamw", "plain", lambda inputs: {"clip_N": inputs["clip_N"].mean().expand(3)}),
+    "step off by one": ("adamw", "plain", lambda inputs: {"step_N": inputs["step_N"] + 1}),
+    "decay forgotten": ("adamw", "plain", lambda inputs: {"decay_N": torch.zeros(3)}),
+    "no rest": ("adamw", "a resting row", lambda inputs: {"active_N": torch.ones(3, dtype=torch.bool)}),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_caught(mutant):
+    """The comparison above has the power to see each of these mistakes, at a thousand times its bound."""
+    name, which, change = MUTANTS[mutant]
+    (case,) = (case for case in OPS[name].load("cases")() if case.name == which)
+    inputs = on("cpu", case.inputs())
+    got = evaluate(name, OPS[name].load("fused"), inputs | change(inputs))
+    want = oracle(name, case, "cpu")
+    floats = [key for key in got if got[key].is_floating_point()]
+    assert max(distance(got[key], want[key]) for key in floats) > 1e-3
+    with pytest.raises(AssertionError):
+        assert far_off(got, want) == {}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_row_is_whole(name):
+    assert all(callable(OPS[name].load(part)) for part in ("fused", "reference", "cases"))
+    assert choose(name, "cpu").fused == interpreting()

@@ -1,0 +1,102 @@
+"""AdamW over rows against torch.optim.AdamW, clipping and EMA run alone for each row, in float64."""
+
+import pytest
+import torch
+
+from dbtrain_kernels.adamw import adamw
+from dbtrain_kernels.cases import on
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ROWS, ELEMENTS, STEPS = 3, 37, 6
+LR, CLIP, DECAY, EMA = [0.03, 0.01, 0.1], [0.5, 2.0, torch.inf], [0.1, 0.0, 0.01], 0.9
+CLOSE = STEPS * 1e-6
+"""Each step stays within 1e-6 of float64 (cases.BOUNDS), and errors of the steps add up."""
+
+
+def gradients():
+    return torch.randn((STEPS, ROWS, ELEMENTS), generator=torch.Generator().manual_seed(8))
+
+
+def arenas(rows=ROWS):
+    """Arenas between guard rows, so that a write past a row's end shows."""
+    guarded = {name: torch.full((rows + 2, ELEMENTS), 77.0) for name in ("master", "exp_avg", "exp_avg_sq", "ema")}
+    start = torch.randn((rows, ELEMENTS), generator=torch.Generator().manual_seed(9))
+    for name, value in guarded.items():
+        value[1:-1] = start if name in ("master", "ema") else 0
+    return guarded
+
+
+def settings(rows=slice(None)):
+    named = {"lr_N": LR, "clip_N": CLIP, "decay_N": DECAY}
+    return {name: torch.tensor(values, dtype=torch.float64)[rows] for name, values in named.items()}
+
+
+def ours(device, active=lambda step: [True] * ROWS, spoil=None, rows=slice(None)):
+    guarded = on(device, arenas())
+    views = {name: value[1:-1][rows] for name, value in guarded.items()}
+    step_N = torch.zeros(len(views["master"]), dtype=torch.long, device=device)
+    norms = []
+    for step, grad in enumerate(gradients()):
+        if spoil is not None:
+            grad[spoil] = torch.nan
+        active_N = torch.tensor(active(step), device=device)[rows]
+        options = on(device, settings(rows)) | {"active_N": active_N, "ema_decay": EMA}
+        norms.append(adamw(grad=grad[rows].to(device), step_N=step_N, **views, **options).cpu())
+    assert all((value[[0, -1]] == 77).all() for value in guarded.values())
+    return {name: value.cpu() for name, value in views.items()} | {"norm": torch.stack(norms), "step": step_N.cpu()}
+
+
+def alone(row, steps=range(STEPS), clip_norm=None):
+    """One row by torch.optim.AdamW and clip_grad_norm_ in float64."""
+    param = torch.nn.Parameter(arenas()["master"][1 + row].double())
+    average = param.detach().clone()
+    optimizer = torch.optim.AdamW([param], lr=LR[row], weight_decay=DECAY[row])
+    for step in steps:
+        param.grad = gradients()[step, row].double()
+        torch.nn.utils.clip_grad_norm_([param], CLIP[row] if clip_norm is None else clip_norm)
+        optimizer.step()
+        average = EMA * average + (1 - EMA) * param.detach()
+    return {"master": param.detach(), "ema": average, **optimizer.state[param]}
+
+
+def distance(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_each_row_is_torchs_adamw_alone(device):
+    got = ours(device)
+    for row in range(ROWS):
+        want = alone(row)
+        for name in ("master", "ema", "exp_avg", "exp_avg_sq"):
+            assert distance(got[name][row], want[name]) < CLOSE, (row, name)
+    assert torch.allclose(got["norm"].double(), gradients().double().norm(dim=2), rtol=1e-6)
+
+
+def test_one_clip_for_all_rows_is_far_off():
+    """Clipping bites in rows 0 and 1: with it inactive, Adam would hide the gradient's scale."""
+    got = ours("cpu")["exp_avg"][0]
+    assert distance(got, alone(0, clip_norm=2.0)["exp_avg"]) > 0.1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_resting_row_keeps_every_bit_and_its_clock(device):
+    got = ours(device, active=lambda step: [True, step < 2, True])
+    assert distance(got["master"][1], alone(1, range(2))["master"]) < CLOSE
+    assert got["step"].tolist() == [STEPS, 2, STEPS]
+    never = ours(device, active=lambda step: [True, False, True])
+    assert torch.equal(never["master"][1], arenas()["master"][2]) and never["exp_avg"][1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_nan_stays_in_its_row_and_changes_nothing_there(device):
+    got, clean = ours(device, spoil=1), ours(device)
+    assert torch.equal(got["master"][1], arenas()["master"][2]) and got["norm"][:, 1].isnan().all()
+    for name in ("master", "exp_avg", "exp_avg_sq", "ema"):
+        assert torch.equal(got[name][[0, 2]], clean[name][[0, 2]])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_does_not_depend_on_its_neighbours(device):
+    whole, part = ours(device), ours(device, rows=slice(1, 2))
+    assert all(torch.equal(part[name][0], whole[name][1]) for name in ("master", "exp_avg", "exp_avg_sq", "ema"))

@@ -1,0 +1,107 @@
+"""Fused noising: Philox words bit for bit, normals within their bound, latents as the training step draws them."""
+
+import pytest
+import torch
+
+from dbtrain.families.family import sample_latents
+from dbtrain.randomness import Purpose, normals, stream_key
+from dbtrain_kernels.cases import on
+from dbtrain_kernels.noising import noising
+from dbtrain_kernels.philox import philox, uniform
+from dbtrain_kernels.select import interpreting
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NORMAL_BOUND = 13 * 2.0**-24
+"""Relative: half of 8 roundings for the logarithm, 1/2 for the root, 6 for cos or sin, 1 for the product, and slack."""
+PURPOSES = (int(Purpose.POSTERIOR), int(Purpose.NOISE), int(Purpose.OFFSET))
+EDGES = [0, 1, 2, 2**29 - 1, 2**29, 2**30 - 1, 2**30, 2**31 - 1, 2**31, 2**31 + 1, 3 * 2**30, 2**32 - 2, 2**32 - 1]
+
+
+def true_normals(words):
+    """Box-Muller in float64, in the order of `philox.normal`."""
+    u0, u1, u2, u3 = (uniform(word) for word in words)
+    radii = (-2 * torch.log(u0)).sqrt(), (-2 * torch.log(u2)).sqrt()
+    angles = 2 * torch.pi * u1, 2 * torch.pi * u3
+    return torch.stack([f(angle) * radius for radius, angle in zip(radii, angles) for f in (torch.cos, torch.sin)])
+
+
+class Vae:
+    """Only what `sample_latents` reads."""
+
+    class config:
+        scaling_factor = 0.18215
+        shift_factor = 0.0609
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_as_the_training_step_draws(device):
+    """Through `randomness` and `sample_latents`, which know nothing of the operation."""
+    key, other, step = stream_key(7, "rex"), stream_key(7, "tom"), 41
+    slots = torch.tensor([0, 3, 4])
+    moments = torch.randn((3, 8, 5, 3), generator=torch.Generator().manual_seed(0))
+    alpha_B, sigma_B = torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0.4, 0.8, 0.99])
+    inputs = {
+        "moments": moments,
+        "key_B2": torch.tensor([key, key, other]),
+        "slot_B": slots,
+        "step_B": torch.full((3,), step),
+        "alpha_B": alpha_B,
+        "sigma_B": sigma_B,
+    }
+    got = noising(**on(device, inputs), purposes=PURPOSES, scale=0.18215, shift=0.0609, noise_offset=0.1)
+    for b, stream in enumerate((key, key, other)):
+        row = slots[b : b + 1]
+        z = normals(stream, Purpose.POSTERIOR, step, row, (4, 5, 3))
+        clean = sample_latents(Vae, moments[b : b + 1], z)
+        noise = normals(stream, Purpose.NOISE, step, row, (4, 5, 3))
+        noise = noise + 0.1 * normals(stream, Purpose.OFFSET, step, row, (4, 1, 1))
+        for mine, want in zip(got, (clean, noise, alpha_B[b] * clean + sigma_B[b] * noise)):
+            # Fewer than 16 roundings of terms no larger than 4 times the largest result, which is below 6.
+            assert (mine[b].cpu() - want[0]).abs().max() < 16 * 24 * 2.0**-24
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sample_does_not_depend_on_its_neighbours(device):
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "moments": torch.randn((4, 8, 5, 7), generator=generator),
+        "key_B2": torch.randint(0, 2**32, (4, 2), generator=generator),
+        "slot_B": torch.arange(4),
+        "step_B": torch.tensor([1, 5, 5, 9]),
+        "alpha_B": torch.rand(4, generator=generator),
+        "sigma_B": torch.rand(4, generator=generator),
+    }
+    whole = noising(**on(device, inputs), purposes=PURPOSES)
+    order = torch.tensor([2, 0])
+    some = noising(**on(device, {name: value[order] for name, value in inputs.items()}), purposes=PURPOSES)
+    assert all(torch.equal(a, b[order]) for a, b in zip(some, whole))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_words_are_the_specification_bit_for_bit(device):
+    _needs_kernels(device)
+    from dbtrain_kernels.noising_triton import draw
+
+    generator = torch.Generator().manual_seed(2)
+    counter = torch.randint(0, 2**32, (4, 2000), generator=generator)
+    edges = torch.tensor(EDGES)
+    counter[0, : len(EDGES)] = counter[1, : len(EDGES)] = counter[2, : len(EDGES)] = counter[3, : len(EDGES)] = edges
+    for key in ((0, 0), (2**32 - 1, 2**31), (0x9E3779B9, 17)):
+        assert torch.equal(draw(key, counter.to(device))[0].cpu(), torch.stack(philox(key, tuple(counter))))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_normals_are_within_the_bound(device):
+    _needs_kernels(device)
+    from dbtrain_kernels.noising_triton import draw
+
+    counter = torch.zeros((4, 30000), dtype=torch.long)
+    counter[0] = torch.arange(30000)
+    words, got = (value.cpu() for value in draw((1, 2), counter.to(device)))
+    want = true_normals(words)
+    assert ((got.double() - want) / want).abs().max() < NORMAL_BOUND
+
+
+def _needs_kernels(device):
+    if device == "cpu" and not interpreting():
+        pytest.skip("needs the kernels: see test_interpreter.py")
