@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from dbtrain_kernels import OPS  # noqa: E402
-from dbtrain_kernels.select import choose  # noqa: E402
+from dbtrain_kernels.dispatch import choose  # noqa: E402
 
 PACKS = {"SD1.5 512px, 1+1": (2, 4, 64, 64), "SD1.5 512px, 16 subjects": (32, 4, 64, 64), "SDXL, 1+1": (2, 4, 128, 128)}
 ROWS = {"SD1.5 LoRA r16, 1": (1, 3_190_000), "SD1.5 LoRA r16, 16": (16, 3_190_000)}

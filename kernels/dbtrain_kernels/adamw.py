@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dbtrain_kernels import reference
-from dbtrain_kernels.select import choose, dtype_problem
+from dbtrain_kernels.dispatch import choose, dtype_problem
 
 
 def adamw(

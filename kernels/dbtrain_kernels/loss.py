@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from dbtrain_kernels import reference
+from dbtrain_kernels.dispatch import choose, dtype_problem
 from dbtrain_kernels.reference import Loss
-from dbtrain_kernels.select import choose, dtype_problem
 
 FLOATS = (torch.float32, torch.bfloat16)
 

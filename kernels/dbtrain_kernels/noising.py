@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from dbtrain_kernels import reference
+from dbtrain_kernels.dispatch import choose, dtype_problem
 from dbtrain_kernels.reference import Noised
-from dbtrain_kernels.select import choose, dtype_problem
 
 
 def noising(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dbtrain_kernels.select import interpreting
+from dbtrain_kernels.dispatch import interpreting
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ["tests/contracts/test_op.py", *(f"tests/kernels/test_{name}.py" for name in ("loss", "noising", "adamw"))]

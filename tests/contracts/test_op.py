@@ -11,7 +11,7 @@ import torch
 
 from dbtrain_kernels import OPS
 from dbtrain_kernels.cases import BOUNDS, on
-from dbtrain_kernels.select import choose, interpreting
+from dbtrain_kernels.dispatch import choose, interpreting
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CASES = [pytest.param(name, case, id=f"{name}-{case.name}") for name in OPS for case in OPS[name].load("cases")()]

@@ -6,9 +6,9 @@ import torch
 from dbtrain.families.family import sample_latents
 from dbtrain.randomness import Purpose, normals, stream_key
 from dbtrain_kernels.cases import on
+from dbtrain_kernels.dispatch import interpreting
 from dbtrain_kernels.noising import noising
 from dbtrain_kernels.philox import philox, uniform
-from dbtrain_kernels.select import interpreting
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NORMAL_BOUND = 13 * 2.0**-24

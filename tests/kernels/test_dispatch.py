@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from dbtrain_kernels import cases, select
+from dbtrain_kernels import cases, dispatch
+from dbtrain_kernels.dispatch import choose, dtype_problem
 from dbtrain_kernels.loss import loss
-from dbtrain_kernels.select import choose, dtype_problem
 
 
 def test_a_cpu_runs_plain_pytorch_and_says_so():
@@ -19,7 +19,7 @@ def test_a_cpu_runs_plain_pytorch_and_says_so():
 
 
 def test_a_gpu_runs_the_kernel_where_triton_loads(monkeypatch):
-    monkeypatch.setattr(select, "triton_problem", lambda: None)
+    monkeypatch.setattr(dispatch, "triton_problem", lambda: None)
     assert choose("loss", "cuda") == (True, "Triton kernel")
 
 
@@ -54,7 +54,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_the_operations_load_no_triton():
-    modules = "loss, noising, adamw, reference, philox, select, cases"
+    modules = "loss, noising, adamw, reference, philox, dispatch, cases"
     assert "triton" not in loaded_by(f"from dbtrain_kernels import {modules}")
 
 
@@ -94,7 +94,7 @@ COMPILE = """
 import importlib, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from tests.kernels.test_select import SIGNATURES
+from tests.kernels.test_dispatch import SIGNATURES
 for name, (types, constants) in SIGNATURES.items():
     module, function = name.split(".")
     kernel = getattr(importlib.import_module(f"dbtrain_kernels.{module}"), function)
