@@ -170,9 +170,11 @@ class Job:
         return self.config.train.batch * len(self.bank.items)
 
     def after_step(self, engine: ZeroEngine, done: int, stop: bool) -> None:
-        """Checkpoint and sample when they are due, or when the process was asked to stop."""
+        """Checkpoint and sample when they are due, or when the process was asked to stop; after the last step, publish."""
         every, sample_every = self.config.checkpoint.every_steps, self.config.sample.every_steps
-        if stop or (every and done % every == 0 and done < self.config.train.steps):
+        if done == self.config.train.steps:
+            return
+        if stop or (every and done % every == 0):
             with self.session.stages("save"):
                 state = engine.state()
                 if self.session.world.first:
@@ -183,7 +185,7 @@ class Job:
             raise StopRequested(
                 f"{self.subject.id}: stopped on request after step {done}; run the same command to go on"
             )
-        if sample_every and done % sample_every == 0 and done < self.config.train.steps:
+        if sample_every and done % sample_every == 0:
             with self.session.stages("sample"):
                 self.sample(f"step-{done:06d}")
 
