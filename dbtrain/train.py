@@ -170,7 +170,7 @@ class Job:
         return self.config.train.batch * len(self.bank.items)
 
     def after_step(self, engine: ZeroEngine, done: int, stop: bool) -> None:
-        """Checkpoint and sample when they are due, or when the process was asked to stop; after the last step, publish."""
+        """Checkpoint and sample when they are due, or when asked to stop; the last step needs neither."""
         every, sample_every = self.config.checkpoint.every_steps, self.config.sample.every_steps
         if done == self.config.train.steps:
             return

@@ -65,7 +65,8 @@ def publish_weights(
     components = models.components(family.denoiser_name)
     if config.train.method == "lora":
         provenance = {
-            key: str(record[key]) for key in ("subject", "identifier", "class", "family", "base_digest", "run", "dbtrain")
+            key: str(record[key])
+            for key in ("subject", "identifier", "class", "family", "base_digest", "run", "dbtrain")
         }
         trained = {name: module for name, module in components.items() if layers(module)}
         return publish_lora(folder, read_rows(trained, 0, lora_alpha(config)), provenance, config.publish.kohya)
