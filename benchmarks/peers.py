@@ -61,10 +61,12 @@ def theirs(method: str, script: str, steps: int, work: Path, photos: Path, class
     shutil.rmtree(out, ignore_errors=True)
     return [sys.executable, script, "--pretrained_model_name_or_path", str(BASE), "--instance_data_dir", str(photos),
             "--instance_prompt", f"a photo of sks {class_noun}", "--class_data_dir", str(work / "class"),
-            "--class_prompt", f"a photo of a {class_noun}", "--with_prior_preservation", "--num_class_images", str(PRIORS),
-            "--resolution", str(RESOLUTION), "--center_crop", "--train_batch_size", str(BATCH), "--max_train_steps", str(steps),
-            "--learning_rate", str(RECIPES[method][1]), "--lr_warmup_steps", "0", "--lr_scheduler", "constant", "--seed", "0",
-            "--checkpointing_steps", "100000", "--dataloader_num_workers", "0", "--output_dir", str(out), "--mixed_precision", "no",
+            "--class_prompt", f"a photo of a {class_noun}", "--with_prior_preservation",
+            "--num_class_images", str(PRIORS), "--resolution", str(RESOLUTION), "--center_crop",
+            "--train_batch_size", str(BATCH), "--max_train_steps", str(steps),
+            "--learning_rate", str(RECIPES[method][1]), "--lr_warmup_steps", "0", "--lr_scheduler", "constant",
+            "--seed", "0", "--checkpointing_steps", "100000", "--dataloader_num_workers", "0",
+            "--output_dir", str(out), "--mixed_precision", "no",
             *(["--rank", str(RANK)] if method == "lora" else [])]
 
 
@@ -91,7 +93,8 @@ def compare(method: str, script: str, arguments: argparse.Namespace, work: Path)
             rows.setdefault(("ours", steps), []).append(timed(ours(method, steps, work, subject.id), []))
             command = theirs(method, script, steps, work, subject.images[0].parent, subject.class_noun)
             rows.setdefault(("theirs", steps), []).append(timed(command, arguments.peer_path))
-            print(method, turn, steps, *(f"{who} {rows[who, steps][-1][1]:.1f} s" for who in ("ours", "theirs")), flush=True)
+            walls = (f"{who} {rows[who, steps][-1][1]:.1f} s" for who in ("ours", "theirs"))
+            print(method, turn, steps, *walls, flush=True)
     result: dict = {"script": Path(script).name, "runs": {f"{who} {steps}": rows[who, steps] for who, steps in rows}}
     for who in ("ours", "theirs"):
         low, high = (statistics.median(cpu for _, cpu in rows[who, steps]) for steps in (short, long))
@@ -120,10 +123,12 @@ def main() -> None:
     import diffusers
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     about = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread used",
              "torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit,
-             "steps": arguments.steps, "runs": arguments.runs, "batch": f"{BATCH} instance + {BATCH} prior at {RESOLUTION} px"}
+             "steps": arguments.steps, "runs": arguments.runs,
+             "batch": f"{BATCH} instance + {BATCH} prior at {RESOLUTION} px"}
     arguments.out.with_suffix(".json").write_text(json.dumps({"about": about, **results}, indent=1))
     arguments.out.with_suffix(".md").write_text(markdown(about, results))
     print(markdown(about, results))

@@ -1,5 +1,6 @@
 """The verbs that work on subjects: preflight, shard, prior, train, generate, export, demo."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -177,7 +178,7 @@ def demo_verb(
         typer.echo(f"look at {sheet}")
 
 
-VERBS = {
+VERBS: dict[str, Callable[..., None]] = {
     "preflight": preflight_verb,
     "shard": shard_verb,
     "prior": prior_verb,

@@ -134,7 +134,8 @@ def _draw(pipeline, key: PriorKey, block: range, batch: int) -> Iterator[Sample]
 
 def read_priors(store: Path, key: PriorKey, images: int) -> list[Sample]:
     """The first `images` priors, verified."""
-    folder, samples = store / key.name, []
+    folder = store / key.name
+    samples: list[Sample] = []
     while len(samples) < images:
         start = len(samples)
         block = folder / f"block-{start:06d}-{_held(folder, start):03d}"

@@ -141,7 +141,8 @@ class Meter:
 
     def reset(self) -> None:
         """Start a new interval."""
-        self.start, self.wait_s, self.images, self.steps, self.sums = time.perf_counter(), 0.0, 0, 0, {}
+        self.start, self.wait_s, self.images, self.steps = time.perf_counter(), 0.0, 0, 0
+        self.sums: dict[str, float] = {}
 
     def add(self, images: int, wait_s: float, values: dict[str, float]) -> None:
         """Count one step."""

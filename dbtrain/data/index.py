@@ -8,7 +8,7 @@ a million samples near 200 MB.
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,7 +102,7 @@ class Index:
             "columns": COLUMNS,
             "shards": shards,
         }
-        lines = [header]
+        lines: list[object] = [header]
         lines += [[numbers[r.shard], r.key, r.offset, r.length, r.sha256, r.caption] for r in self.rows]
         body = "".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines).encode()
         return body + _closing(body)
@@ -206,7 +206,7 @@ def _check(rows: tuple[Row, ...], shards: tuple[Shard, ...]) -> None:
         raise ValueError("more rows than the shards hold")
 
 
-def _fill(shard: Shard, rows: Iterable[Row]) -> int:
+def _fill(shard: Shard, rows: Iterator[Row]) -> int:
     """The end of the last of the next `shard.count` rows, which must follow each other from the shard's start."""
     end = 0
     for _ in range(shard.count):

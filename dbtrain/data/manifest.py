@@ -81,7 +81,7 @@ def natural_key(text: str) -> tuple:
 
 def _check_row(row: Row, folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """(values of the sound cells, defects as (what, remedy)) of one row."""
-    defects = [tuple(problem.split("; ", 1)) for problem in row.problems]
+    defects = [(what, remedy) for what, remedy in (problem.split("; ", 1) for problem in row.problems)]
     if row.problems and not row.cells:
         return {}, defects
     defects += [(f"column {shown(name)}: is unknown", _hint(name)) for name in row.cells if name not in COLUMNS]
@@ -238,8 +238,8 @@ def _photos(text: str, folder: Path) -> list[Path]:
     if ";" in text:
         return [photo for part in text.split(";") if part.strip() for photo in _photos(part.strip(), folder)]
     if glob.has_magic(text):
-        listed = sorted(glob.glob(text, root_dir=folder, recursive=True), key=natural_key)
-        return _only_photos([folder / name for name in listed], f"the pattern {shown(text)}")
+        names = sorted(glob.glob(text, root_dir=folder, recursive=True), key=natural_key)
+        return _only_photos([folder / name for name in names], f"the pattern {shown(text)}")
     raise _CellError(f"got {shown(text)}, which does not exist", *WANTED["images"])
 
 

@@ -55,7 +55,9 @@ def _fields(subjects: list[Subject], config: RunConfig) -> Iterator[Finding]:
 
 
 def _captions(subjects: list[Subject], config: RunConfig, tokens: Callable[[str], int] | None) -> Iterator[Finding]:
-    for subject in subjects if tokens else ():
+    if not tokens:
+        return
+    for subject in subjects:
         names = {"identifier": subject.identifier or "", "class": subject.class_noun}
         count = tokens((subject.caption or config.data.caption).format_map(names))
         if count > MAX_TOKENS:

@@ -74,7 +74,11 @@ def write_shards(
         shards: list[Shard] = []
         while packed.peek() is not None:
             name = f"train-{len(shards):06d}.tar"
-            write_file(out / name, lambda file, name=name: shards.append(_fill(file, name, packed, max_bytes, rows)))
+
+            def write(file: BinaryIO, name: str = name) -> None:
+                shards.append(_fill(file, name, packed, max_bytes, rows))
+
+            write_file(out / name, write)
         if not rows:
             raise DataError(f"{out}: no samples to write; check the manifest")
         index = Index(tuple(rows), tuple(shards), source)
@@ -150,10 +154,12 @@ class _Peeking:
             self._next.append(next(self._items, None))
         return self._next[0]
 
-    def take(self) -> tuple[Sample, bytes] | None:
-        """The next item; None at the end."""
-        self.peek()
-        return self._next.popleft()
+    def take(self) -> tuple[Sample, bytes]:
+        """The next item, which must be there."""
+        item = self.peek()
+        assert item is not None
+        self._next.popleft()
+        return item
 
 
 def _fill(file: BinaryIO, name: str, packed: _Peeking, max_bytes: int, rows: list[Row]) -> Shard:

@@ -105,6 +105,7 @@ def _verified(folder: Path, run: list[Row]) -> Iterator[bytes]:
 
 def _row_problem(row: Row, content: bytes) -> str | None:
     """One line on what is wrong with a row's bytes; None if they are what the index says."""
+    problem: str | None
     if len(content) < row.length:
         problem = f"is cut short ({len(content)} of {row.length} bytes)"
     elif hashlib.sha256(content).hexdigest() != row.sha256:
@@ -116,8 +117,12 @@ def _row_problem(row: Row, content: bytes) -> str | None:
 
 def _sample(row: Row | None, group: dict | None) -> Sample:
     """The sample of a row out of the members webdataset grouped; DataError unless they agree in every point."""
-    if row is None or group is None:
-        raise DataError(f"shard {row.shard if row else group['__url__']}: other samples than in the index; {REMEDY}")
+    others = f"other samples than in the index; {REMEDY}"
+    if row is None:
+        assert group is not None, "zip_longest pairs nothing with nothing"
+        raise DataError(f"shard {group['__url__']}: {others}")
+    if group is None:
+        raise DataError(f"shard {row.shard}: {others}")
     try:
         (extension,) = [name for name in tar.IMAGE_EXTENSIONS if name in group]
         sample = tar.unpack(group["__key__"], group[extension], extension, group[tar.META])

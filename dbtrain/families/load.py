@@ -78,7 +78,7 @@ def _component_index(source: str, config: ModelConfig) -> dict[str, list[str]]:
     name = "model_index.json"
     path = Path(source) / name if is_local(source) else Path(hf_hub_download(source, name, revision=config.revision))
     index = json.loads(path.read_text())
-    return {name: entry for name, entry in index.items() if isinstance(entry, (list, tuple))}
+    return {name: entry for name, entry in index.items() if isinstance(entry, list)}
 
 
 def _load_component(source: str, name: str, index: dict, config: ModelConfig) -> torch.nn.Module:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def loss() -> list[Case]:
             "parameterization": "v_prediction",
         },
     }
-    return [Case(name, lambda call=call: _loss_inputs(**call)) for name, call in calls.items()]
+    return [Case(name, partial(_loss_inputs, **call)) for name, call in calls.items()]
 
 
 def _noising_inputs(shape: tuple[int, ...] = (3, 4, 5, 7), rows: int | None = None, **options: float) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def noising() -> list[Case]:
         "noise offset": {"shape": (2, 5, 3, 3), "noise_offset": 0.1},
         "all options": {"shape": (4, 6, 9, 5), "rows": 2, "scale": 1.5, "shift": -0.3, "noise_offset": 0.05},
     }
-    return [Case(name, lambda call=call: _noising_inputs(**call)) for name, call in calls.items()]
+    return [Case(name, partial(_noising_inputs, **call)) for name, call in calls.items()]
 
 
 def _adamw_inputs(rows: int = 3, elements: int = 1037, ema: bool = False, **options: Any) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def adamw() -> list[Case]:
         "ema": {"ema": True},
         "other constants": {"beta1": 0.5, "beta2": 0.99, "eps": 1e-3},
     }
-    return [Case(name, lambda call=call: _adamw_inputs(**call)) for name, call in calls.items()]
+    return [Case(name, partial(_adamw_inputs, **call)) for name, call in calls.items()]
 
 
 def on(device: str, inputs: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:

@@ -51,8 +51,11 @@ def noising_op(
 
     return launch(
         moments.contiguous(),
-        *(words.long().contiguous() for words in (key_B2, slot_B, step_B)),
-        *(level.float().contiguous() for level in (alpha_B, sigma_B)),
+        key_B2.long().contiguous(),
+        slot_B.long().contiguous(),
+        step_B.long().contiguous(),
+        alpha_B.float().contiguous(),
+        sigma_B.float().contiguous(),
         purposes,
         scale,
         shift,
