@@ -40,7 +40,13 @@ def _pool(options) -> None:
 def _tokenizer(options) -> None:
     from dbtrain.tiny import vocabulary
 
-    print("tokens:", len(vocabulary.build(BASE / "tokenizer")))
+    target = BASE / "tokenizer"
+    if target.exists():
+        raise SystemExit(
+            f"{target} exists and the shipped weights belong to it: ties in BPE training fall differently each time. "
+            "Remove the folder to train a new tokenizer, and every other stage after it."
+        )
+    print("tokens:", len(vocabulary.build(target)))
 
 
 def _train(options) -> None:

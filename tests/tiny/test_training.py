@@ -90,3 +90,12 @@ def test_trainer_resumes_where_it_stopped(tmp_path):
     second.run(loss_of(second.model))
     assert second.step > first.step
     assert (tmp_path / "log.jsonl").read_text(encoding="utf-8").count("finished") == 2
+
+
+def test_the_shipped_tokenizer_is_not_overwritten(tmp_path):
+    from dbtrain.tiny import recipe
+
+    before = (BASE / "tokenizer" / "vocab.json").read_bytes()
+    with pytest.raises(SystemExit, match="weights belong to it"):
+        recipe.main(["tokenizer", "--work", str(tmp_path)])
+    assert (BASE / "tokenizer" / "vocab.json").read_bytes() == before
