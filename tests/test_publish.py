@@ -79,7 +79,7 @@ def stock_pipeline(family, folder):
 def test_diffusers_draws_our_image_to_the_bit(name, text, alpha, bases, model_folders, tmp_path):
     family, models = FAMILIES[name], bases[name]
     weights = random_adapter(family, models, alpha, text)
-    publish_lora(tmp_path, weights, PROVENANCE, kohya=True)
+    publish_lora(tmp_path, weights, PROVENANCE | {"family": name}, kohya=True)
     plain = pixels(make_pipeline(family, models))
     with adapter(family, models, read_lora(tmp_path)[0]):
         ours = pixels(make_pipeline(family, models))
