@@ -173,9 +173,10 @@ def load_tokenizer(path: str) -> Any:
 
 
 def digests_of(source: str) -> dict[str, str]:
-    """sha256 of every weight file of a local model by its relative path; empty for hub ids."""
+    """sha256 of every weight, tokenizer and scheduler file of a local model by its relative path; empty for hub ids."""
     root = Path(source)
-    files = [root] if root.is_file() else sorted(root.rglob("*.safetensors")) if root.is_dir() else []
+    kinds = ("*/*.safetensors", "tokenizer*/*", "scheduler/*.json")
+    files = [root] if root.is_file() else sorted({path for kind in kinds for path in root.glob(kind) if path.is_file()})
     return {file.name if root.is_file() else file.relative_to(root).as_posix(): _sha256(file) for file in files}
 
 
