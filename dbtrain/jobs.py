@@ -161,6 +161,7 @@ def export_verb(
 def demo_verb(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-out"),
     recipe: Recipe = "tiny",
+    everything: Annotated[bool, typer.Option("--all", help="Every demo subject, not just the first ones.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Personalize the embedded base for its demo subjects, drawn and real, on this machine as it is.
@@ -171,7 +172,7 @@ def demo_verb(
     """
     from dbtrain.demo import run_demo, table
 
-    result = run_demo(out, recipe, overrides or ())
+    result = run_demo(out, recipe, overrides or (), everything)
     typer.echo(table(result["records"]))
     typer.echo(f"{result['seconds']:.0f} s in all, at most {result['peak_memory_gib']:.1f} GiB of memory")
     for sheet in result["sheets"]:
