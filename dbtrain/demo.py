@@ -17,7 +17,6 @@ from dbtrain.telemetry import peak_memory_gib
 from dbtrain.tiny import DEMO, DEMO_REAL
 from dbtrain.train import train_manifest
 
-
 COUNTS = {DEMO: 8, DEMO_REAL: 1}
 """Subjects of each demo manifest that fit into five minutes on two cores; `--all` takes every one."""
 
