@@ -4,15 +4,20 @@ Every writer here goes: temporary name in the same folder, fsync, rename, fsync 
 leaves behind is a hidden `.name.<random>.tmp`, which no reader opens; `sweep` removes it.
 """
 
+import fcntl
+import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".tmp"
 """Suffix of everything that is not finished."""
+LOCK = ".lock"
+"""File by which a process holds a folder."""
 
 
 def write_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
@@ -60,6 +65,32 @@ def replace_dir(temporary: Path, final: Path) -> None:
         shutil.rmtree(aside)
 
 
+@contextmanager
+def held(lock: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process now has the sole right to what a lock file stands for; False if another has it.
+
+    `wait` waits for it instead. The right ends with the block or with the process, however that ends. The file is empty
+    and stays: removing it would let two processes hold two files of one name.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        ours = True
+    except BlockingIOError:
+        ours = False
+    try:
+        yield ours
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync_tree(folder: Path) -> None:
     """Nothing; afterwards every file and folder below `folder` is on the disk."""
     for root, _, names in os.walk(folder):
@@ -73,9 +104,10 @@ def sync_folder(folder: Path) -> None:
     _sync(folder)
 
 
-def sweep(folder: Path, name: str) -> list[Path]:
-    """The remains of killed writers of `name`, removed from `folder`. Only for when nobody is writing it."""
-    found = [path for path in Path(folder).iterdir() if is_remains(path.name, name)]
+def sweep(folder: Path, name: str | None = None) -> list[Path]:
+    """The remains of killed writers of `name` (None is any), removed from `folder`. Only where nobody is writing it."""
+    names = [path.name for path in Path(folder).iterdir() if path.name.endswith(TEMPORARY)]
+    found = [Path(folder) / entry for entry in names if is_remains(entry, name or entry[1:].rsplit(".", 2)[0])]
     for path in found:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.batch import Batch, Conditioning, Role, Sample
-from dbtrain.config import DataConfig
+from dbtrain.config import DataConfig, RunConfig
 from dbtrain.data.images import flip, open_photo, square, to_pixels
 from dbtrain.data.index import order
 from dbtrain.families import Family, Models, encode_images
@@ -61,12 +61,15 @@ class Bank:
 
     def batch(self, step: int, instance_slots: Sequence[int], device: str) -> Batch:
         """The micro-batch of these instance draw slots and, where there are priors, as many prior slots."""
+        return self.draw(step, instance_slots).to(device)
+
+    def draw(self, step: int, instance_slots: Sequence[int]) -> Batch:
+        """The same where its parts lie: cached moments on their device, everything else on the CPU."""
         parts = [
             self._draw(role, step, torch.tensor([slot + int(role) * self.batch_size for slot in instance_slots]))
             for role in self.items
         ]
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in Batch.__dataclass_fields__}
-        return Batch(**joined).to(device)
+        return join_batches(parts)
 
     def _draw(self, role: Role, step: int, slot_B: Tensor) -> Batch:
         items = self.items[role]
@@ -103,6 +106,12 @@ class Bank:
         return to_pixels(flip(array) if mirrored else array)
 
 
+def join_batches(parts: Sequence[Batch]) -> Batch:
+    """One batch of the samples of several, in order; those of a pack keep no subject rows."""
+    names = [name for name in Batch.__dataclass_fields__ if name != "subject_B"]
+    return Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
 def _size_ids(sample: Sample, resolution: int, crop: tuple[float, float] = (0.5, 0.5)) -> list[float]:
     """Original height and width, crop top and left in the resized image, target height and width, in pixels."""
     height, width = sample.meta.get("height", resolution), sample.meta.get("width", resolution)
@@ -126,3 +135,10 @@ def encode_captions(
     """The captions as conditioning (encoded once, in fp32), or as tokens for a text encoder that trains."""
     tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
     return family.encode_tokens(models.text_encoders, tokens) if cached else tokens
+
+
+def captions_of(
+    family: Family, models: Models, config: RunConfig, texts: Sequence[str], device: str
+) -> Conditioning | Tokens:
+    """The captions as a run's settings want them: encoded once, or as tokens for a text encoder that trains."""
+    return encode_captions(family, models, texts, device, config.data.cache_text and not config.train.text_encoder)

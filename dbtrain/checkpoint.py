@@ -6,27 +6,32 @@ They know nothing of world size or ZeRO stage. A checkpoint is a folder `step-00
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from dbtrain.atomic import replace_dir, sweep
+from dbtrain.atomic import TEMPORARY, file_digest, replace_dir, sweep
 from dbtrain.engines.engine import EngineState
 from dbtrain.errors import DataError
 
-STEP_FOLDER = re.compile(r"step-(\d{8})")
+STATE, ABOUT, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+STEP_FOLDER = re.compile(r"step-[0-9]{8}")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: the engine's state after `step` steps, and whose it is."""
+    """What a checkpoint holds: the engine's state after `step` steps, and whose it is.
+
+    average: the photos' error that `train.stop_loss` looks at, where an engine keeps it.
+    """
 
     step: int
     run: str
     state: EngineState
+    average: float = 0.0
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -35,16 +40,21 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{checkpoint.step:08d}"
-    sweep(root, final.name)
-    temporary = root / f".{final.name}.00000000.tmp"
+    sweep(root)
+    temporary = root / f".{final.name}.00000000{TEMPORARY}"
     temporary.mkdir()
-    flat = {f"{kind}/{name}": tensor for kind, group in checkpoint.state.items() for name, tensor in group.items()}
-    save_file(flat, temporary / "state.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": checkpoint.step, "run": checkpoint.run}))
-    digests = {name: file_digest(temporary / name) for name in ("state.safetensors", "state.json")}
-    (temporary / "manifest.json").write_text(json.dumps(digests, indent=1))
-    replace_dir(temporary, final)
-    _retire(root, keep)
+    try:
+        flat = {f"{kind}/{name}": tensor for kind, group in checkpoint.state.items() for name, tensor in group.items()}
+        save_file(flat, temporary / STATE)
+        about = {"step": checkpoint.step, "run": checkpoint.run, "average": checkpoint.average}
+        (temporary / ABOUT).write_text(json.dumps(about))
+        digests = {name: file_digest(temporary / name) for name in (STATE, ABOUT)}
+        (temporary / MANIFEST).write_text(json.dumps(digests, indent=1))
+        replace_dir(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    tidy_checkpoints(root, keep)
     return final
 
 
@@ -53,33 +63,53 @@ def latest_checkpoint(root: Path, run: str) -> tuple[Checkpoint | None, list[str
 
     Raises DataError for a good checkpoint of another run: resuming from it would mix two trainings.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for folder in _folders(root):
         defect = verify_checkpoint(folder)
-        if defect:
-            passed_over.append(f"{folder}: {defect}; falling back to the one before")
-            continue
-        checkpoint = read_checkpoint(folder)
-        if checkpoint.run != run:
-            raise DataError(
-                f"{folder}: belongs to a run with other settings or data (run {checkpoint.run[:12]}, "
-                f"this one is {run[:12]}); use another --out, or delete the folder to start afresh"
-            )
-        return checkpoint, passed_over
+        if not defect:
+            return _own(folder, run), passed_over
+        passed_over.append(f"{folder}: {defect}; falling back to the one before")
     return None, passed_over
 
 
+def named_checkpoint(root: Path, name: str, run: str) -> Checkpoint:
+    """The checkpoint that a user asked for by its folder's name; DataError if it is missing, damaged or foreign."""
+    there = ", ".join(folder.name for folder in _folders(root)) or "none"
+    if not (root / name).is_dir():
+        raise DataError(f"checkpoint.resume: {root / name} does not exist (there are: {there}); correct the name")
+    defect = verify_checkpoint(root / name)
+    if defect:
+        raise DataError(f"checkpoint.resume: {root / name}: {defect}; name another (there are: {there}), or `latest`")
+    return _own(root / name, run)
+
+
+def _own(folder: Path, run: str) -> Checkpoint:
+    """The contents of a verified checkpoint; DataError if it is another run's."""
+    checkpoint = read_checkpoint(folder)
+    if checkpoint.run != run:
+        raise DataError(
+            f"{folder}: belongs to a run with other settings or data (run {checkpoint.run[:12]}, "
+            f"this one is {run[:12]}); use another --out, or delete the folder to start afresh"
+        )
+    return checkpoint
+
+
 def verify_checkpoint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None; nothing is parsed but the manifest."""
+    """What is wrong with a checkpoint's files, or None; nothing is parsed before its digest has proved it."""
     try:
-        digests = json.loads((folder / "manifest.json").read_text())
-        names = {"state.safetensors", "state.json"}
-        if not isinstance(digests, dict) or digests.keys() != names:
+        digests = json.loads((folder / MANIFEST).read_text())
+        if not isinstance(digests, dict) or digests.keys() != {STATE, ABOUT}:
             return "its manifest does not list its files"
         for name, digest in digests.items():
             if file_digest(folder / name) != digest:
                 return f"{name} differs from its digest"
-    except (OSError, ValueError, RecursionError) as error:
+        visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        if strange := visible - {STATE, ABOUT, MANIFEST}:
+            return f"holds {min(strange)!r}, which is none of its files"
+        step = json.loads((folder / ABOUT).read_text())["step"]
+        if folder.name != f"step-{step:08d}":
+            return f"holds the state after step {step}"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         return f"unreadable ({error})"
     return None
 
@@ -88,18 +118,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """The contents of a verified checkpoint, on the CPU."""
     from safetensors.torch import load_file
 
-    about = json.loads((folder / "state.json").read_text())
+    about = json.loads((folder / ABOUT).read_text())
     state: EngineState = {}
-    for key, tensor in load_file(folder / "state.safetensors").items():
+    for key, tensor in load_file(folder / STATE).items():
         kind, name = key.split("/", 1)
         state.setdefault(kind, {})[name] = tensor
-    return Checkpoint(about["step"], about["run"], state)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Checkpoint(about["step"], about["run"], state, about.get("average", 0.0))
 
 
 def _folders(root: Path) -> list[Path]:
@@ -107,9 +131,15 @@ def _folders(root: Path) -> list[Path]:
     return sorted(found, reverse=True)
 
 
-def _retire(root: Path, keep: int) -> None:
+def tidy_checkpoints(root: Path, keep: int) -> None:
+    """Nothing; afterwards there are no remains of a killed writer, and no checkpoint older than the `keep` newest good
+    ones. Damaged ones do not count, so that the last good one is never deleted."""
     good = 0
     for folder in _folders(root):
-        good += verify_checkpoint(folder) is None
-        if good > keep:
-            shutil.rmtree(folder)
+        if good >= keep:
+            # Out of sight first: a deletion that is killed leaves no half checkpoint under a real name.
+            os.rename(folder, root / f".{folder.name}.00000000{TEMPORARY}")
+        else:
+            good += verify_checkpoint(folder) is None
+    if root.is_dir():
+        sweep(root)

@@ -1,5 +1,9 @@
 """Errors that a user can act on. Each says what is wrong, where, what was got, what was wanted, what to do."""
 
+import errno
+import os
+import re
+
 
 class DbtrainError(Exception):
     """A failure with a message meant for the user; the command line prints it without a traceback."""
@@ -33,3 +37,44 @@ class FleetError(DbtrainError):
     """The cluster or one of its workers failed in a way that a retry by itself does not mend."""
 
     exit_code = 5
+
+
+class StopRequested(EngineError):
+    """SIGTERM or SIGUSR1 came: what was done is kept, and running the same command again goes on."""
+
+    exit_code = 75
+
+
+DISK_REMEDIES = {
+    "ENOSPC": "free space on that disk",
+    "EDQUOT": "free space in that quota",
+    "EFBIG": "raise the limit on file sizes (ulimit -f)",
+    "EROFS": "it is mounted for reading only; choose a folder that can be written",
+    "EACCES": "this user has no right to it; change its permissions or choose another folder",
+    "EPERM": "this user has no right to it; change its permissions or choose another folder",
+    "EIO": "the disk or network share failed; check it",
+    "ESTALE": "the network share went away; mount it again",
+    "ENAMETOOLONG": "choose a shorter path",
+    "EMFILE": "raise the limit on open files (ulimit -n)",
+}
+"""What to do about a failure of the file system, by the name of its errno."""
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """One line on what the file system refused, if that is what an exception comes from; else None.
+
+    Libraries written in Rust (safetensors) raise errors of their own, which tell the number in their text.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        told = re.search(r"\(os error (\d+)\)", str(seen))
+        number = seen.errno if isinstance(seen, OSError) else int(told[1]) if told else None
+        name = errno.errorcode.get(number or 0, "")
+        if name in DISK_REMEDIES:
+            where = f"{seen.filename}: " if isinstance(seen, OSError) and seen.filename is not None else ""
+            return (
+                f"{where}{os.strerror(number or 0)}; {DISK_REMEDIES[name]}, then run the same command again: "
+                "what was finished is kept"
+            )
+        seen = seen.__cause__
+    return None

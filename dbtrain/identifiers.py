@@ -10,8 +10,9 @@ Candidates are ASCII letters, so that a person can type the identifier into a pr
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from dbtrain.batch import Subject
@@ -138,19 +139,28 @@ def _candidates(lexicon: _Lexicon) -> list[Candidate]:
     return sorted(rarest.values(), key=lambda one: -one.rank)
 
 
-def allocate(tokenizer: Any, subjects: Sequence[Subject], tokens: int = 1, seed: int = 0) -> dict[str, str]:
+def allocate(
+    tokenizer: Any,
+    subjects: Sequence[Subject],
+    tokens: int = 1,
+    seed: int = 0,
+    known: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, str]:
     """An identifier for each subject id, no two alike, independent of the order of `subjects`.
 
     A subject's identifier is a function of (seed, id) unless another subject claims the same one; then a hash of both
     decides who keeps it and the other moves on to its next choice. An explicit `Subject.identifier` is kept as it is
     (several subjects may share one on purpose) and not given to anybody else. When the identifiers of `tokens` tokens
     are used up, longer ones follow, up to three. Several tokens are written without a space where the tokenizer then
-    reads the same rare pieces, else with spaces. Raises ConfigError when a vocabulary has no rare tokens or too few.
+    reads the same rare pieces, else with spaces. `known` are identifiers by subject id that were given out before;
+    their subjects keep them, and nobody else gets them. Raises ConfigError when a vocabulary has too few
+    rare tokens.
     """
     lexicon = _Lexicon(tokenizer)
-    names = {one.id: one.identifier for one in subjects if one.identifier}
-    taken = {name.casefold() for name in names.values()}
-    waiting = sorted((one.id for one in subjects if not one.identifier), key=lambda name: _hash(seed, name))
+    own = {one.id: one.identifier for one in subjects}
+    names = {name: text for name in own if (text := own[name] or known.get(name))}
+    taken = {text.casefold() for text in (*names.values(), *known.values())}
+    waiting = sorted((name for name in own if name not in names), key=lambda name: _hash(seed, name))
     pool = [one.text for one in _candidates(lexicon)] if waiting else []
     for length in range(tokens, MAX_TOKENS + 1):
         waiting = _assign(_Level(lexicon, pool, length), waiting, names, taken, seed)

@@ -1,7 +1,9 @@
 """Class priors: images of `a photo of a <class>` from the frozen base, made once for all its subjects.
 
 The store's folder for a class is named by everything that decides the images. It grows block by block; a block is a
-shard folder of its own, whole or absent.
+shard folder of its own, whole or absent. Whoever draws a block holds its lock, which ends with the process: any number
+of runs can fill one store, and each image is made once. A user's own class images are imported into a folder whose key
+says so. Encoded images lie beside the images, under digests too (`proved.py`).
 """
 
 from __future__ import annotations
@@ -10,23 +12,35 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
+
+from dbtrain.atomic import held, sweep, write_file
 from dbtrain.batch import Role, Sample
 from dbtrain.config import RunConfig
 from dbtrain.data.index import INDEX_NAME, Index
-from dbtrain.data.shards import write_shards
-from dbtrain.data.stream import read_samples
+from dbtrain.data.shards import MARK, write_shards
+from dbtrain.data.stream import read_samples, verify
 from dbtrain.engines.engine import World
+from dbtrain.errors import DataError
 from dbtrain.families import Family, Models
 from dbtrain.families.load import base_digest
 from dbtrain.generate import generate, image_seed, make_pipeline
 from dbtrain.prompts import fill
+from dbtrain.proved import proved_tensor
 
 BLOCK = 16
 """Images of a block: enough to keep a device busy, few enough to lose little when a run is stopped."""
+IMPORTED = "imported"
+"""The sampler of a user's own class images."""
+KEY_FILE = "key.json"
+LATENTS = "latents"
+POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -56,10 +70,12 @@ def slug(text: str) -> str:
 
 def prior_key(config: RunConfig, models: Models, class_noun: str) -> PriorKey:
     """The key of a class's priors under a run's settings."""
-    prior = config.prior
+    prior, prompt = config.prior, fill(config.data.class_caption, class_noun=class_noun)
+    if prior.sampler == IMPORTED:
+        return imported_key(config, class_noun)
     return PriorKey(
         base_digest(models),
-        fill(config.data.class_caption, class_noun=class_noun),
+        prompt,
         prior.sampler,
         prior.steps,
         prior.guidance,
@@ -69,21 +85,43 @@ def prior_key(config: RunConfig, models: Models, class_noun: str) -> PriorKey:
     )
 
 
-def missing_blocks(folder: Path, images: int) -> list[range]:
-    """Ranges of image numbers below `images` that no block holds yet; none crosses a multiple of BLOCK."""
-    missing, start = [], 0
+def imported_key(config: RunConfig, class_noun: str) -> PriorKey:
+    """The key of a class's imported images: no model drew them."""
+    prompt = fill(config.data.class_caption, class_noun=class_noun)
+    return PriorKey("", prompt, IMPORTED, 0, 0.0, config.data.resolution, "", 0)
+
+
+def missing_blocks(folder: Path, images: int, first: int = 0) -> list[range]:
+    """Ranges of image numbers first..images-1 that no block holds yet; none crosses a multiple of BLOCK."""
+    missing, start = [], first
     while start < images:
-        held = _held(folder, start)
-        stop = start + held if held else min(start - start % BLOCK + BLOCK, images)
-        if not held:
+        held_there = _held(folder, start)
+        stop = start + held_there if held_there else min(start - start % BLOCK + BLOCK, images)
+        if not held_there:
             missing.append(range(start, stop))
         start = stop
     return missing
 
 
+def block_folders(folder: Path, images: int | None = None) -> list[Path]:
+    """The blocks that hold the first `images` images (None is all) without a gap, in order."""
+    found, start = [], 0
+    while (images is None or start < images) and (count := _held(folder, start)):
+        found.append(folder / f"block-{start:06d}-{count:03d}")
+        start += count
+    return found
+
+
+def held_images(folder: Path) -> int:
+    """Number of images that a class's folder holds without a gap."""
+    return sum(int(block.name.split("-")[2]) for block in block_folders(folder))
+
+
 def _held(folder: Path, start: int) -> int:
     found = [
-        int(path.name.split("-")[2]) for path in folder.glob(f"block-{start:06d}-*") if (path / INDEX_NAME).exists()
+        int(path.name.split("-")[2])
+        for path in folder.glob(f"block-{start:06d}-*")
+        if (path / INDEX_NAME).exists() and not (path / MARK).exists()
     ]
     return max(found, default=0)
 
@@ -97,20 +135,74 @@ def make_priors(
     world: World,
     batch: int,
     report: Callable[[str], None] = lambda line: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Number of images this rank drew; the ranks share the missing blocks. Afterwards (and a barrier) all are there."""
+    """Number of images this rank drew; the ranks share the blocks. Afterwards (and a barrier) all are there and sound.
+
+    Damaged blocks are drawn anew. Blocks that another run draws at this moment are waited for. `stop` is asked between
+    blocks; when it says so, the rest is left for another time.
+    """
     folder = store / key.name
     # By number, not by place in the list: a slower rank already sees the blocks of the others.
-    todo = [block for block in missing_blocks(folder, images) if block.start // BLOCK % world.size == world.rank]
-    if not todo:
-        return 0
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "key.json").write_text(json.dumps(asdict(key), indent=1))
-    pipeline = make_pipeline(family, models, key.sampler)
+    mine = [start for start in range(0, images, BLOCK) if start // BLOCK % world.size == world.rank]
+    waiting = [start for start in mine if _todo(folder, start, images)]
+    if waiting and key.sampler == IMPORTED:
+        raise DataError(
+            f"{folder}: has {held_images(folder)} sound imported images of {key.prompt!r}, want {images}; "
+            "bring more with `dbtrain prior import`, or lower prior.images"
+        )
+    pipeline, drawn, told = None, 0, False
+    while waiting:
+        pipeline = pipeline or make_pipeline(family, models, key.sampler)
+        busy = []
+        for start in waiting:
+            if stop():
+                return drawn
+            with held(folder / f".block-{start:06d}.lock") as ours:
+                if ours:
+                    drawn += _complete(folder, start, images, key, pipeline, batch, report)
+                else:
+                    busy.append(start)
+        if busy and not told:
+            report(f"priors: {key.prompt!r} images {busy[0]} and on are being drawn by another run; waiting for it")
+            told = True
+        waiting = busy
+        time.sleep(POLL_S if busy else 0)
+    return drawn
+
+
+def _todo(folder: Path, start: int, images: int) -> list[range]:
+    """The ranges of image numbers from `start` to the next multiple of BLOCK that are missing or damaged."""
+    stop = min(start + BLOCK, images)
+    damaged = []
+    for block in block_folders(folder):
+        first, count = (int(part) for part in block.name.split("-")[1:])
+        if start <= first < stop and verify(block):
+            damaged.append(range(first, first + count))
+    return damaged + missing_blocks(folder, stop, start)
+
+
+def _complete(
+    folder: Path, start: int, images: int, key: PriorKey, pipeline, batch: int, report: Callable[[str], None]
+) -> int:
+    """Number of images drawn so that the BLOCK from `start` is whole; its lock is held."""
+    todo = _todo(folder, start, images)
+    if todo:
+        write_key(folder, key)
     for block in todo:
         report(f"priors: {key.prompt!r} images {block.start}-{block.stop - 1} of {images}")
-        write_shards(_draw(pipeline, key, block, batch), folder / f"block-{block.start:06d}-{len(block):03d}")
+        place = folder / f"block-{block.start:06d}-{len(block):03d}"
+        write_shards(_draw(pipeline, key, block, batch), place, remake=True)
     return sum(len(block) for block in todo)
+
+
+def write_key(folder: Path, key: PriorKey) -> None:
+    """Nothing; afterwards a class's folder says what its images were made with."""
+    content = json.dumps(asdict(key), indent=1).encode()
+    with held(folder / f".{KEY_FILE}.lock", wait=True):
+        sweep(folder, KEY_FILE)
+        if not (folder / KEY_FILE).exists() or (folder / KEY_FILE).read_bytes() != content:
+            write_file(folder / KEY_FILE, content)
 
 
 def _draw(pipeline, key: PriorKey, block: range, batch: int) -> Iterator[Sample]:
@@ -121,23 +213,56 @@ def _draw(pipeline, key: PriorKey, block: range, batch: int) -> Iterator[Sample]
     for number, image in zip(block, images):
         data = io.BytesIO()
         image.save(data, "PNG")
-        yield Sample(
-            f"{slug(key.prompt)}-{int(Role.PRIOR)}-{number}",
-            slug(key.prompt),
-            Role.PRIOR,
-            key.prompt,
-            data.getvalue(),
-            "png",
-            {"height": image.height, "width": image.width, "seed": seeds[number - block.start]},
-        )
+        meta = {"height": image.height, "width": image.width, "seed": seeds[number - block.start]}
+        yield prior_sample(key, number, data.getvalue(), "png", meta)
+
+
+def prior_sample(key: PriorKey, number: int, image: bytes, extension: str, meta: dict) -> Sample:
+    """The number-th class image of a key, as it is stored."""
+    name = slug(key.prompt)
+    return Sample(f"{name}-{int(Role.PRIOR)}-{number}", name, Role.PRIOR, key.prompt, image, extension, meta)
 
 
 def read_priors(store: Path, key: PriorKey, images: int) -> list[Sample]:
     """The first `images` priors, verified."""
-    folder = store / key.name
-    samples: list[Sample] = []
-    while len(samples) < images:
-        start = len(samples)
-        block = folder / f"block-{start:06d}-{_held(folder, start):03d}"
-        samples += read_samples(block, Index.load(block).rows)
+    samples = [sample for block in block_folders(store / key.name, images) for sample in read_block(block)]
+    if len(samples) < images:
+        raise DataError(f"{store / key.name}: has {len(samples)} of {images} images; run `dbtrain prior make` again")
     return samples[:images]
+
+
+def read_block(block: Path) -> Iterator[Sample]:
+    """The samples of a block, verified."""
+    try:
+        yield from read_samples(block, Index.load(block).rows)
+    except DataError as error:
+        defect = str(error).partition(";")[0]
+        raise DataError(f"{block}: {defect}; run the same command again, which draws it anew") from error
+
+
+def images_digest(store: Path, key: PriorKey, images: int) -> str:
+    """SHA-256 of the index entries of the first `images` images: names imported images, which no key can."""
+    rows = [row for block in block_folders(store / key.name, images) for row in Index.load(block).rows]
+    return hashlib.sha256("".join(row.sha256 for row in rows[:images]).encode()).hexdigest()
+
+
+def prior_moments(
+    store: Path,
+    key: PriorKey,
+    samples: Sequence[Sample],
+    about: dict,
+    encode: Callable[[Sequence[Sample]], torch.Tensor],
+) -> torch.Tensor:
+    """The samples' encoded images, kept beside the images and encoded once for all runs on one kind of device.
+
+    They are encoded in groups of BLOCK from number 0, so a larger set adds groups and changes none. `about` is what
+    else decides them: model digest, resolution, mirror images, device.
+    """
+    about = {**about, "torch": torch.__version__}
+    parts = []
+    for start in range(0, len(samples), BLOCK):
+        group = samples[start : start + BLOCK]
+        digest = hashlib.sha256(b"".join(hashlib.sha256(one.image).digest() for one in group)).hexdigest()
+        place = store / key.name / LATENTS
+        parts.append(proved_tensor(place, {**about, "images": digest}, partial(encode, group)))
+    return torch.cat(parts)

@@ -15,8 +15,7 @@ from PIL import Image, ImageDraw
 
 from dbtrain import __version__
 from dbtrain.adapters import LoraWeights, to_diffusers, to_kohya
-from dbtrain.atomic import write_file
-from dbtrain.checkpoint import file_digest
+from dbtrain.atomic import file_digest, write_file
 from dbtrain.config import RunConfig
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -89,9 +88,12 @@ def read_lora(path: Path) -> tuple[LoraWeights, dict[str, str]]:
         ) from error
     if not any(name.endswith(".lora_A.weight") for name in state):
         raise DataError(f"{file}: holds no adapter with diffusers' names; give the file that `dbtrain train` wrote")
-    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    alpha = next((value for key, value in settings.items() if key.endswith(".lora_alpha")), None)
-    return from_diffusers(state, alpha), metadata
+    try:
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        alpha = next((float(value) for key, value in settings.items() if key.endswith(".lora_alpha")), None)
+        return from_diffusers(state, alpha), metadata
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{file}: is no adapter of diffusers' layout ({error!r}); train it again") from error
 
 
 def grid(
@@ -172,11 +174,15 @@ def publish_sheet(folder: Path, rows: Sequence[Sequence[Image.Image]], prompts: 
     separate.mkdir(parents=True, exist_ok=True)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            image.save(separate / f"prompt-{i:02d}-image-{j:02d}.png")
-    sheet = grid(rows, prompts, cell=max(128, rows[0][0].width))
+            save_png(separate / f"prompt-{i:02d}-image-{j:02d}.png", image)
     path = folder / f"{name}.png"
-    sheet.save(path)
+    save_png(path, grid(rows, prompts, cell=max(128, rows[0][0].width)))
     return path
+
+
+def save_png(path: Path, image: Image.Image) -> None:
+    """Write an image, whole or not at all."""
+    write_file(path, lambda file: image.save(file, "PNG"))
 
 
 def write_record(folder: Path, record: dict[str, Any], artefacts: Sequence[Path]) -> None:

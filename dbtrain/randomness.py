@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     ADAPTER = 8
     STRATUM = 9
     AUGMENT = 10
+    ROUNDING = 11
 
 
 def stream_key(seed: int, subject: str, *names: object) -> tuple[int, int]:
@@ -35,18 +36,24 @@ def stream_key(seed: int, subject: str, *names: object) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def normals(key: tuple[int, int], purpose: Purpose, step: int, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal float32 [B, *shape] for the draw slots [B] of a step, on the slots' device."""
+Key = tuple[int, int] | tuple[Tensor, Tensor]
+"""Philox key of a subject's stream, or the two words [B] of each sample's own."""
+
+
+def normals(key: Key, purpose: Purpose, step: int | Tensor, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal float32 [B, *shape] for the draw slots [B] of a step (or of each sample's), on their device."""
     count = 1
     for side in shape:
         count *= side
     blocks = torch.arange((count + 3) // 4, device=slots.device)
-    words = philox(key, (blocks[None, :], slots[:, None], step, int(purpose)))
+    low, high = (word[:, None] if isinstance(word, Tensor) else word for word in key)
+    turn = step[:, None] if isinstance(step, Tensor) else step
+    words = philox((low, high), (blocks[None, :], slots[:, None], turn, int(purpose)))
     return normal(words).flatten(1)[:, :count].reshape(len(slots), *shape)
 
 
-def uniforms(key: tuple[int, int], purpose: Purpose, step: int, slots: Tensor) -> Tensor:
-    """Uniform float64 [B] in (0, 1) for the draw slots [B] of a step."""
+def uniforms(key: Key, purpose: Purpose, step: int | Tensor, slots: Tensor) -> Tensor:
+    """Uniform float64 [B] in (0, 1) for the draw slots [B] of a step, or of each sample's own step."""
     return uniform(philox(key, (0, slots, step, int(purpose)))[0])
 
 

@@ -24,7 +24,7 @@ def bank(priors=True, subject="rex", seed=0, **data) -> Bank:
 
 def rows(batch: Batch) -> dict[int, tuple]:
     """Slot -> everything else of the sample."""
-    names = [name for name in Batch.__dataclass_fields__ if name != "slot_B"]
+    names = [name for name in Batch.__dataclass_fields__ if name not in ("slot_B", "subject_B")]
     return {
         int(slot): tuple(getattr(batch, name)[i].numpy().tobytes() for name in names)
         for i, slot in enumerate(batch.slot_B)

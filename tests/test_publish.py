@@ -230,7 +230,7 @@ def test_a_full_model_folder_loads_as_it_is(name, model_folders, tmp_path):
     with torch.no_grad():
         next(models.denoiser.parameters()).mul_(1.5)
     config = RunConfig(model=model, train=TrainConfig(method="full"), publish=PublishConfig(dtype="fp32"))
-    written = publish_weights(tmp_path, family, models, config, RECORD)
+    written = publish_weights(tmp_path, family, models, config, RECORD, {})
     assert tmp_path / MODEL_FOLDER / "model_index.json" in written
     theirs = pixels(stock_pipeline(family, tmp_path / MODEL_FOLDER))
     ours = pixels(make_pipeline(family, models))
@@ -244,7 +244,7 @@ def test_half_precision_folders_have_half_the_numbers(dtype, model_folders, tmp_
     models = load_models(FAMILIES["sd"], model)
     before = models.denoiser.conv_in.weight.clone()
     config = RunConfig(model=model, train=TrainConfig(method="full"), publish=PublishConfig(dtype=dtype))
-    publish_weights(tmp_path, FAMILIES["sd"], models, config, RECORD)
+    publish_weights(tmp_path, FAMILIES["sd"], models, config, RECORD, {})
     with safe_open(tmp_path / MODEL_FOLDER / "unet" / "diffusion_pytorch_model.safetensors", "pt") as opened:
         stored = opened.get_tensor("conv_in.weight")
     assert stored.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]

@@ -8,7 +8,7 @@ a million samples near 200 MB.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 from dbtrain.atomic import write_file
 from dbtrain.batch import SUBJECT_ID, Role
 from dbtrain.data.finding import shown
+from dbtrain.data.place import place_of
 from dbtrain.errors import DataError
 from dbtrain.randomness import permutation
 
@@ -71,13 +72,14 @@ class Index:
     source: str = ""
 
     @classmethod
-    def load(cls, directory: Path) -> "Index":
+    def load(cls, directory: Path | str, schemes: Collection[str] = ()) -> "Index":
         """The verified index of a folder; DataError if it is missing, damaged, or at odds with itself."""
-        path = local_folder(directory) / INDEX_NAME
+        path = f"{directory}/{INDEX_NAME}"
         try:
-            content = path.read_bytes()
+            with place_of(directory, schemes).open(INDEX_NAME) as file:
+                content = file.read()
         except OSError as error:
-            what = f"{path}: cannot be read ({error.strerror})"
+            what = f"{path}: cannot be read ({error.strerror or error})"
             raise DataError(f"{what}; make the folder with `dbtrain shard MANIFEST --out {directory}`") from error
         try:
             index = _parse(content)
@@ -140,13 +142,13 @@ def order(count: int, start: int, n: int, seed: int, subject: str, role: Role = 
     return [epochs[p // count][p % count] for p in range(start, start + n)]
 
 
-def slots(step: int, rank: int, world: int, batch: int) -> range:
-    """The draws that a rank makes in a step: its contiguous part of the global batch step*batch..(step+1)*batch-1.
+def share(rows: Sequence[Row], worker: int, workers: int) -> Sequence[Row]:
+    """A worker's contiguous part of rows, to read on its own.
 
-    Parts differ by one draw at most; in rank order they are the whole batch.
+    Parts differ by one row at most, however uneven the shards are; in the workers' order they are all the rows. A
+    rank's workers share the rank's share.
     """
-    first = step * batch
-    return range(first + batch * rank // world, first + batch * (rank + 1) // world)
+    return rows[len(rows) * worker // workers : len(rows) * (worker + 1) // workers]
 
 
 def make_key(subject: str, role: Role, number: int) -> str:
@@ -160,13 +162,6 @@ def split_key(key: str) -> tuple[str, Role, int]:
     if match is None:
         raise ValueError(f"{key!r} is no sample key")
     return match[1], Role(int(match[2])), int(match[3])
-
-
-def local_folder(directory: Path | str) -> Path:
-    """The folder as a path; DataError for addresses, which would be fetched or run by other readers."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", str(directory)):
-        raise DataError(f"{shown(str(directory))}: is an address; give a folder on this machine")
-    return Path(directory)
 
 
 def _closing(body: bytes) -> bytes:

@@ -1,8 +1,8 @@
 """The manifest: which subjects there are, what class each is of, and where its photos lie.
 
 Columns: `subject`, `class`, `images` (a folder, a glob, or a list; relative to the manifest's folder), and optionally
-`caption`, `identifier`, `seed`, `steps`, `lr`. An empty cell means that the run's configuration holds. In CSV a list is
-separated by semicolons. All defects are found in one pass; nothing is ever written.
+`caption`, `identifier`, `seed`, `steps`, `lr`, `rank`, `prior_weight`. An empty cell means that the run's configuration
+holds. In CSV a list is separated by semicolons. All defects are found in one pass; nothing is ever written.
 """
 
 import difflib
@@ -211,6 +211,16 @@ def _rate(cell: Any, _: Path) -> float:
     return float(value)
 
 
+def _factor(cell: Any, _: Path) -> float:
+    try:
+        value = float(cell) if isinstance(cell, str) else cell
+        if isinstance(value, bool) or not 0 < value < float("inf"):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise _CellError(f"got {shown(cell)}", "a number above 0", "correct it, or leave it empty") from None
+    return float(value)
+
+
 def _images(cell: Any, folder: Path) -> tuple[Path, ...]:
     cells = cell if isinstance(cell, list) else [cell]
     if not all(isinstance(part, str) and part and "\0" not in part for part in cells):
@@ -283,4 +293,6 @@ COLUMNS: dict[str, Callable[[Any, Path], Any]] = {
     "seed": _whole(0, 2**63),
     "steps": _whole(1, 10**9),
     "lr": _rate,
+    "rank": _whole(1, 1025),
+    "prior_weight": _factor,
 }

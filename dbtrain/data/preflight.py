@@ -2,25 +2,51 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from dbtrain.batch import SUBJECT_ID, Subject
 from dbtrain.config import RunConfig
 from dbtrain.data.ahead import ahead
 from dbtrain.data.finding import Finding, shown
 from dbtrain.data.images import open_photo
+from dbtrain.data.manifest import scan_manifest
 from dbtrain.errors import DataError
+from dbtrain.prompts import fill
 
 MAX_TOKENS = 75
 """Caption tokens that CLIP reads, without its start and end marks."""
 
 
-def preflight(subjects: list[Subject], config: RunConfig, tokens: Callable[[str], int] | None = None) -> list[Finding]:
+def preflight(
+    subjects: list[Subject], config: RunConfig, tokens: Callable[[str], int] | None = None, limit: int = MAX_TOKENS
+) -> list[Finding]:
     """All defects of the subjects' fields and photos, in the subjects' order; empty means that training can begin.
 
     Photos are decoded in full, one after another, in flat memory. `tokens` counts a filled-in caption's tokens in the
-    base model's tokenizer; None leaves caption lengths unchecked.
+    base model's tokenizer, of which its text encoder reads `limit`; None leaves caption lengths unchecked.
     """
-    return [*_identity(subjects), *_fields(subjects, config), *_captions(subjects, config, tokens), *_photos(subjects)]
+    found = [*_identity(subjects), *_fields(subjects, config), *_photos(subjects)]
+    return found + (list(_captions(subjects, config, tokens, limit)) if tokens else [])
+
+
+def sift(
+    manifest: Path, config: RunConfig, tokens: Callable[[str], int] | None = None, limit: int = MAX_TOKENS
+) -> tuple[list[Subject], list[Finding]]:
+    """(subjects of a manifest without a finding, all findings): what `--skip-bad` goes on with, and why."""
+    subjects, findings = scan_manifest(manifest)
+    findings += preflight(subjects, config, tokens, limit)
+    # A row whose id is none cannot be told apart from others by it, but it is no subject either.
+    bad = {finding.subject.casefold() for finding in findings}
+    return [subject for subject in subjects if subject.id.casefold() not in bad], findings
+
+
+def caption_tokens(tokenizer: Any) -> tuple[Callable[[str], int], int]:
+    """(counter of a caption's tokens, number that the text encoder reads besides its start and end marks)."""
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    return count, tokenizer.model_max_length - 2
 
 
 def _identity(subjects: list[Subject]) -> Iterator[Finding]:
@@ -54,14 +80,15 @@ def _fields(subjects: list[Subject], config: RunConfig) -> Iterator[Finding]:
         yield from (Finding(subject.id, name, what, remedy) for name, wrong, what, remedy in rules if wrong)
 
 
-def _captions(subjects: list[Subject], config: RunConfig, tokens: Callable[[str], int] | None) -> Iterator[Finding]:
-    if not tokens:
-        return
+def _captions(
+    subjects: list[Subject], config: RunConfig, tokens: Callable[[str], int], limit: int
+) -> Iterator[Finding]:
     for subject in subjects:
-        names = {"identifier": subject.identifier or "", "class": subject.class_noun}
-        count = tokens((subject.caption or config.data.caption).format_map(names))
-        if count > MAX_TOKENS:
-            yield Finding(subject.id, "caption", f"has {count} tokens, {MAX_TOKENS} are read", "shorten it")
+        # Identifiers are given out later, as one token where nothing else is asked for.
+        identifier = subject.identifier or "sks " * config.identifier.tokens
+        text = fill(subject.caption or config.data.caption, identifier=identifier, class_noun=subject.class_noun)
+        if (count := tokens(text)) > limit:
+            yield Finding(subject.id, "caption", f"has {count} tokens, {limit} are read", "shorten it")
 
 
 def _photos(subjects: list[Subject]) -> Iterator[Finding]:

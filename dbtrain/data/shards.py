@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from dbtrain.atomic import TEMPORARY, sync_folder, write_file
 from dbtrain.batch import SUBJECT_ID, Role, Sample, Subject
@@ -26,8 +26,8 @@ from dbtrain.data.finding import shown
 from dbtrain.data.images import encode, open_photo, read_photo, shorten
 from dbtrain.data.index import FORMAT, INDEX_NAME, SHARD_NAME, TAR_END, VERSION, Index, Row, Shard, make_key
 from dbtrain.data.manifest import read_manifest
-from dbtrain.data.preflight import preflight
-from dbtrain.data.stream import verify
+from dbtrain.data.preflight import caption_tokens, sift
+from dbtrain.data.stream import SKIPPED, verify
 from dbtrain.errors import DataError
 
 MAX_BYTES = 256 * 2**20
@@ -35,26 +35,43 @@ MAX_BYTES = 256 * 2**20
 MARK = ".writing"
 
 
-def shard_manifest(manifest: Path, out: Path, config: RunConfig, say: Callable[[str], None] = print) -> Index:
+def shard_manifest(
+    manifest: Path,
+    out: Path,
+    config: RunConfig,
+    say: Callable[[str], None] = print,
+    skip_bad: bool = False,
+    tokenizer: Any = None,
+) -> Index:
     """The index of the shards that hold a manifest's photos at `data.resolution`.
 
     Run again on the same input it changes nothing, or remakes what is damaged, and says so; a folder made from other
-    input is refused. Bad photos are all named in one DataError before anything is written.
+    input is refused. Bad photos are all named in one DataError before anything is written. With `skip_bad`, subjects
+    with findings are left out: each is told, and named with its reasons in `skipped.json`. `tokenizer`: the base
+    model's, to check the length of captions.
     """
-    subjects, resolution = read_manifest(manifest), config.data.resolution
-    made = Index.load(out) if (Path(out) / INDEX_NAME).exists() and not (Path(out) / MARK).exists() else None
-    if made is None:
-        findings = preflight(subjects, config)
-        if findings:
+    out, resolution = Path(out), config.data.resolution
+    made = Index.load(out) if (out / INDEX_NAME).exists() and not (out / MARK).exists() else None
+    left_out: dict[str, list[str]] = {}
+    if made is None or skip_bad:
+        subjects, findings = sift(manifest, config, *(caption_tokens(tokenizer) if tokenizer else ()))
+        if findings and not (skip_bad and subjects):
             raise DataError("\n".join(finding.line() for finding in findings))
+        for finding in findings:
+            left_out.setdefault(finding.subject, []).append(finding.line())
+            say(f"left out: {finding.line()}")
+    else:
+        subjects = read_manifest(manifest)
     source = source_digest(subjects, resolution)
     if made is not None:
         damage = _repair_reason(made, source, out)
         if not damage:
+            _name_left_out(out, left_out)
             say(f"{out}: is up to date, {len(made.rows)} samples of {len(made.subjects)} subjects; nothing to do")
             return made
         say("\n".join([*damage, f"{out}: is damaged; remaking it"]))
     index = write_shards(_photo_samples(subjects, resolution), out, source=source, remake=made is not None)
+    _name_left_out(out, left_out)
     say(f"{out}: {len(index.rows)} samples of {len(subjects)} subjects in {len(index.shards)} shards")
     return index
 
@@ -131,6 +148,11 @@ def _photo_sample(subject: Subject, number: int, path: Path, resolution: int) ->
     }
     key = make_key(subject.id, Role.INSTANCE, number)
     return Sample(key, subject.id, Role.INSTANCE, subject.caption or "", stored, extension, meta)
+
+
+def _name_left_out(out: Path, left_out: dict[str, list[str]]) -> None:
+    if left_out:
+        write_file(out / SKIPPED, json.dumps(left_out, indent=1).encode())
 
 
 def _repair_reason(made: Index, source: str, out: Path) -> list[str]:
@@ -241,7 +263,7 @@ def _is_ours(name: str) -> bool:
     whole = name
     if name.startswith(".") and name.endswith(TEMPORARY):
         whole = name[1:].removesuffix(TEMPORARY).rpartition(".")[0]
-    return SHARD_NAME.fullmatch(whole) is not None or whole == INDEX_NAME
+    return SHARD_NAME.fullmatch(whole) is not None or whole in (INDEX_NAME, SKIPPED)
 
 
 def _sweep(out: Path) -> None:

@@ -6,9 +6,7 @@ WDS_SECURE says. What it would pass over in silence is compared with the index: 
 """
 
 import hashlib
-import os
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import BinaryIO
@@ -19,22 +17,25 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from dbtrain.batch import Sample
 from dbtrain.data import tar
 from dbtrain.data.ahead import ahead
-from dbtrain.data.index import SHARD_NAME, TAR_END, Index, Row, Shard, local_folder
+from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Index, Row, Shard
+from dbtrain.data.place import Place, place_of
 from dbtrain.errors import DataError
 
 PIECE = 1 << 20
+SKIPPED = "skipped.json"
+"""File of a shard folder that names the subjects left out of it, each with its reasons."""
 REMEDY = "remake with `dbtrain shard MANIFEST --out DIR`"
 
 
-def read_samples(directory: Path, rows: Iterable[Row]) -> Iterator[Sample]:
-    """The samples of index rows, in storage order; ranges that touch are read as one.
+def read_samples(directory: Path | str, rows: Iterable[Row], schemes: Collection[str] = ()) -> Iterator[Sample]:
+    """The samples of index rows, in storage order; ranges that touch are read as one. `schemes`: see `place_of`.
 
     A DataError names the shard and the sample that is missing, damaged, or not what the index says; the samples before
     it have come out by then, and they are sound.
     """
-    folder = local_folder(directory)
+    place = place_of(directory, schemes)
     ordered = sorted(set(rows), key=lambda row: (row.shard, row.offset))
-    sources = ({"url": run[0].shard, "stream": _RangeReader(_verified(folder, run))} for run in _runs(ordered))
+    sources = ({"url": run[0].shard, "stream": _RangeReader(_verified(place, run))} for run in _runs(ordered))
     members = tar_file_expander(sources, handler=reraise_exception)
     groups = group_by_keys(members, handler=reraise_exception)
     try:
@@ -45,20 +46,20 @@ def read_samples(directory: Path, rows: Iterable[Row]) -> Iterator[Sample]:
         raise DataError(error.args[0]) from None
 
 
-def verify(directory: Path) -> list[str]:
-    """All damage in a shard folder, one line each: index, whole shards, samples, stray shards. Empty means sound."""
+def verify(directory: Path | str, schemes: Collection[str] = ()) -> list[str]:
+    """All damage in a shard folder, one line each: index, whole shards, samples, stray files. Empty means sound."""
     try:
-        folder = local_folder(directory)
-        index = Index.load(folder)
+        place = place_of(directory, schemes)
+        index = Index.load(directory, schemes)
     except DataError as error:
         return [str(error)]
-    known = {shard.name for shard in index.shards}
-    stray = sorted(path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name) and path.name not in known)
-    rows: dict[str, list[Row]] = {name: [] for name in known}
+    known = {shard.name for shard in index.shards} | {INDEX_NAME, SKIPPED}
+    stray = sorted(name for name in place.names() if name not in known and not name.startswith("."))
+    rows: dict[str, list[Row]] = {shard.name: [] for shard in index.shards}
     for row in index.rows:
         rows[row.shard].append(row)
-    damage = ahead(lambda shard: _shard_damage(folder, shard, rows[shard.name]), index.shards)
-    return [f"shard {name}: is not in the index; take it out" for name in stray] + [
+    damage = ahead(lambda shard: _shard_damage(place, shard, rows[shard.name]), index.shards)
+    return [f"{name}: is not in the index; take it out" for name in stray] + [
         line for lines in damage for line in lines
     ]
 
@@ -90,9 +91,9 @@ def _runs(rows: list[Row]) -> Iterator[list[Row]]:
         yield run
 
 
-def _verified(folder: Path, run: list[Row]) -> Iterator[bytes]:
+def _verified(place: Place, run: list[Row]) -> Iterator[bytes]:
     """The bytes of touching rows, one row at a time and each after its proof; then the end of a tar file."""
-    with _open(folder, run[0].shard) as file:
+    with _open(place, run[0].shard) as file:
         file.seek(run[0].offset)
         for row in run:
             content = file.read(row.length)
@@ -134,20 +135,20 @@ def _sample(row: Row | None, group: dict | None) -> Sample:
     return sample
 
 
-def _shard_damage(folder: Path, shard: Shard, rows: list[Row]) -> list[str]:
+def _shard_damage(place: Place, shard: Shard, rows: list[Row]) -> list[str]:
     """One line for each damage of a shard, in one pass over its bytes."""
     whole, found = hashlib.sha256(), []
     try:
-        with _open(folder, shard.name) as file:
-            size = os.fstat(file.fileno()).st_size
+        with _open(place, shard.name) as file:
             for row in rows:
                 content = file.read(row.length)
                 whole.update(content)
                 found.append(_row_problem(row, content))
             while piece := file.read(PIECE):
                 whole.update(piece)
+            size = file.tell()
     except OSError as error:
-        found.append(f"shard {shard.name}: cannot be read ({error.strerror}); {REMEDY}")
+        found.append(f"shard {shard.name}: cannot be read ({error.strerror or error}); {REMEDY}")
     except DataError as error:
         return [str(error)]
     else:
@@ -158,15 +159,14 @@ def _shard_damage(folder: Path, shard: Shard, rows: list[Row]) -> list[str]:
     return [line for line in found if line is not None]
 
 
-def _open(folder: Path, name: str) -> BinaryIO:
-    """A shard's file for reading; DataError unless it is a regular file that bears this very name."""
+def _open(place: Place, name: str) -> BinaryIO:
+    """A shard's file for reading; DataError unless it is a plain file that bears this very name."""
     if not SHARD_NAME.fullmatch(name):
         raise DataError(f"shard {name!r}: is no shard name; {REMEDY}")
     try:
-        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return place.open(name)
     except OSError as error:
-        raise DataError(f"shard {name}: cannot be opened ({error.strerror}), or is a link; {REMEDY}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DataError(f"shard {name}: is not a regular file; {REMEDY}")
-    return open(descriptor, "rb")
+        problem = error.strerror or type(error).__name__
+        raise DataError(f"shard {name}: cannot be opened ({problem}), or is a link; {REMEDY}") from error
+    except DataError as error:
+        raise DataError(f"shard {error}; {REMEDY}") from error

@@ -1,12 +1,15 @@
 import dataclasses
 import json
+import math
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbtrain.batch import Role
-from dbtrain.data.index import INDEX_NAME, Index, make_key, order, slots, split_key
+from dbtrain.data.index import INDEX_NAME, Index, make_key, order, share, split_key
+from dbtrain.engines.engine import World, plan_batches
 from dbtrain.errors import DataError
 
 COUNTS = st.integers(1, 12)
@@ -44,13 +47,41 @@ def test_every_sample_comes_first_in_some_epoch():
     assert all(25 <= firsts.count(sample) <= 80 for sample in range(4))  # 50 expected, sd 6
 
 
-@settings(max_examples=80, deadline=None)
-@given(steps=st.integers(1, 6), world=st.integers(1, 9), batch=st.integers(1, 10))
-def test_ranks_together_draw_the_same_sequence_at_any_world_size(steps, world, batch):
-    parts = [slots(step, rank, world, batch) for step in range(steps) for rank in range(world)]
-    assert [draw for part in parts for draw in part] == list(range(steps * batch))
-    sizes = [len(part) for part in parts]
-    assert max(sizes) - min(sizes) <= 1
+@settings(max_examples=100, deadline=None)
+@given(
+    count=st.integers(1, 9),
+    data=st.data(),
+    turns=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4),
+)
+def test_every_photo_is_used_exactly_once_an_epoch_though_ranks_come_and_go(count, data, turns):
+    """Each turn runs some steps at another number of ranks and accumulation; together they draw the one sequence."""
+    batch = math.lcm(*(ranks * parts for ranks, parts, _ in turns))
+    used, step = [], 0
+    for ranks, parts, steps in turns:
+        plan = plan_batches(batch, batch // ranks // parts, ranks)
+        for _ in range(steps):
+            slots = [
+                step * batch + slot
+                for turn in range(plan.accumulation)
+                for rank in range(ranks)
+                for slot in plan.slots(World(rank, ranks, "cpu"), turn)
+            ]
+            used += [order(count, slot, 1, 7, "rex")[0] for slot in data.draw(st.permutations(slots))]
+            assert sorted(slots) == list(range(step * batch, (step + 1) * batch))
+            step += 1
+    epochs, rest = divmod(len(used), count)
+    assert set(Counter(used).values()) <= {epochs, epochs + bool(rest)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(0, 9), max_size=6), ranks=st.integers(1, 5), workers=st.integers(1, 4))
+def test_ranks_and_workers_read_uneven_shards_exactly_once(sizes, ranks, workers):
+    """Five uneven shards over four ranks gave [17, 10, 10, 3] with WebDataset; here parts differ by one."""
+    rows = [(shard, number) for shard, size in enumerate(sizes) for number in range(size)]
+    parts = [share(rows, rank, ranks) for rank in range(ranks)]
+    read = [row for part in parts for worker in range(workers) for row in share(part, worker, workers)]
+    assert read == rows
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_nothing_to_draw_from_is_an_error():

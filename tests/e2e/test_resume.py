@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dbtrain.checkpoint import file_digest
+from dbtrain.atomic import file_digest
 from tests.main_job import dbtrain, start, write_job
 
 # Seconds each on an idle machine; a busy one has shown thirty times that.

@@ -1,0 +1,47 @@
+"""A part of the fault campaigns; `python benchmarks/faults.py` runs all of them."""
+
+import pytest
+
+from dbtrain.data.shards import shard_manifest
+from tests.faults import campaigns
+from tests.main_job import small_config
+
+
+@pytest.fixture(scope="module")
+def works(tmp_path_factory):
+    return campaigns.Works(tmp_path_factory.mktemp("works") / "works")
+
+
+def clean(tally: campaigns.Tally, at_least: int) -> None:
+    assert tally.wrong == []
+    assert tally.cases >= at_least
+
+
+@pytest.mark.parametrize("action, forever", [("kill", False), ("cut", False), ("ENOSPC", True)])
+@pytest.mark.parametrize("part, stride, cases", [("shards", 1, 15), ("checkpoints", 5, 10), ("import_priors", 3, 8)])
+def test_struck_work_done_again_is_the_undisturbed_work(works, tmp_path, part, stride, cases, action, forever):
+    work = getattr(works, part)(tmp_path / "root")
+    clean(campaigns.disturb(part, work, tmp_path / "root", action, stride, forever), cases)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_whole_run_struck_here_and_there_ends_in_the_same_files(works, tmp_path):
+    work = works.train(tmp_path / "root")
+    tally = campaigns.disturb("train", work, tmp_path / "root", "kill", 41)
+    clean(tally, 3)
+    assert tally.operations > 100
+
+
+def test_no_damage_to_checkpoints_is_silent(tmp_path):
+    clean(campaigns.damage_checkpoints(tmp_path / "root", 60, 30), 100)
+
+
+def test_no_damage_to_shards_is_silent(works, tmp_path):
+    shard_manifest(works.manifest, tmp_path / "shards", small_config(), str)
+    clean(campaigns.damage_shards(tmp_path / "shards", 30), 90)
+
+
+def test_no_damage_to_a_prior_store_is_silent(works, tmp_path):
+    works.import_priors(tmp_path)()
+    clean(campaigns.damage_priors(tmp_path / "store", 30), 90)
