@@ -5,7 +5,8 @@ PEFT/diffusers and kohya; in memory a layer is known by its path in the model.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 
 from dbtrain.errors import ConfigError
 from dbtrain.randomness import Purpose, stream_key, uniform_range
+from dbtrain_kernels.lora import lora
+
+ALL_ROWS = slice(None)
 
 
 class StackedLora(nn.Module):
     """A frozen linear layer or 1x1 convolution with N low-rank updates: y = base(x) + scale_n B_n A_n x.
 
     down_NRD [N, rank, in], up_NDR [N, out, rank]: the trained matrices, fp32. scale_N: alpha / rank of each subject.
+    rows: the subjects whose samples come in; all of them, but for a look at one alone or (empty) at the bare base.
     """
 
     def __init__(self, base: nn.Linear | nn.Conv2d, subjects: int, rank: int, scale: float):
@@ -30,18 +35,19 @@ class StackedLora(nn.Module):
         self.down_NRD = nn.Parameter(torch.zeros(subjects, rank, in_features, device=device))
         self.up_NDR = nn.Parameter(torch.zeros(subjects, out_features, rank, device=device))
         self.register_buffer("scale_N", torch.full((subjects,), scale, device=device), persistent=False)
-        self.enabled = True
+        self.rows = ALL_ROWS
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, of the base layer's shape."""
         base = self.base(x)
-        if not self.enabled:
+        down_NRD, up_NDR, scale_N = self.down_NRD, self.up_NDR, self.scale_N
+        if self.rows != ALL_ROWS:  # a slice of everything would still cost copies in backward
+            down_NRD, up_NDR, scale_N = down_NRD[self.rows], up_NDR[self.rows], scale_N[self.rows]
+        if not len(scale_N):
             return base
-        tokens = x.movedim(1, -1) if isinstance(self.base, nn.Conv2d) else x
-        x_NTD = tokens.reshape(len(self.scale_N), -1, tokens.shape[-1])
-        delta_NTD = (x_NTD @ self.down_NRD.mT.to(x.dtype)) @ self.up_NDR.mT.to(x.dtype)
-        delta = (delta_NTD * self.scale_N.to(x.dtype)[:, None, None]).reshape(*tokens.shape[:-1], -1)
-        return base + (delta.movedim(-1, 1) if isinstance(self.base, nn.Conv2d) else delta)
+        if isinstance(self.base, nn.Conv2d):
+            return lora(x.movedim(1, -1), base.movedim(1, -1), down_NRD, up_NDR, scale_N).movedim(-1, 1)
+        return lora(x, base, down_NRD, up_NDR, scale_N)
 
 
 def matching_layers(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -85,14 +91,38 @@ def layers(model: nn.Module) -> list[tuple[str, StackedLora]]:
     return [(path, module) for path, module in model.named_modules() if isinstance(module, StackedLora)]
 
 
+@contextmanager
+def only_row(models: Iterable[nn.Module], row: int) -> Iterator[None]:
+    """The stacks as if they held one subject alone; afterwards all of them again."""
+    stacks = [layer for model in models for _, layer in layers(model)]
+    for layer in stacks:
+        layer.rows = slice(row, row + 1)
+    try:
+        yield
+    finally:
+        for layer in stacks:
+            layer.rows = slice(None)
+
+
+def fresh_row(model: nn.Module, prefix: str, rank: int, seed: int, subject: str) -> dict[str, Tensor]:
+    """A subject's adapter before training, as [1, ...] float64 by name: A uniform in +-1/sqrt(in) as PEFT and nn.Linear
+    do, B zero."""
+    started = {}
+    for path, layer in layers(model):
+        width, out = layer.down_NRD.shape[2], layer.up_NDR.shape[1]
+        draws = uniform_range(stream_key(seed, subject, prefix, path), Purpose.ADAPTER, rank * width)
+        started[f"{prefix}.{path}.down_NRD"] = ((2 * draws - 1) * width**-0.5).view(1, rank, width)
+        started[f"{prefix}.{path}.up_NDR"] = torch.zeros(1, out, rank, dtype=torch.float64)
+    return started
+
+
 @torch.no_grad()
 def reset_row(model: nn.Module, prefix: str, row: int, seed: int, subject: str) -> None:
-    """Start a subject afresh in a row: A uniform in +-1/sqrt(in) as PEFT and nn.Linear do, B zero."""
-    for path, layer in layers(model):
-        rank, width = layer.down_NRD.shape[1:]
-        draws = uniform_range(stream_key(seed, subject, prefix, path), Purpose.ADAPTER, rank * width)
-        bound = width**-0.5
-        layer.down_NRD[row] = ((2 * draws - 1) * bound).view(rank, width).to(layer.down_NRD)
+    """Start a subject afresh in a row, at the rank of the stack."""
+    found = layers(model)
+    started = fresh_row(model, prefix, found[0][1].down_NRD.shape[1], seed, subject)
+    for path, layer in found:
+        layer.down_NRD[row] = started[f"{prefix}.{path}.down_NRD"][0].to(layer.down_NRD)
         layer.up_NDR[row] = 0
 
 
@@ -122,6 +152,20 @@ def read_rows(components: dict[str, nn.Module], row: int, alpha: float) -> LoraW
         }
         conv |= {f"{component}.{path}" for path, layer in found if isinstance(layer.base, nn.Conv2d)}
         rank = found[0][1].down_NRD.shape[1]
+    return LoraWeights(matrices, alpha, rank, frozenset(conv))
+
+
+def from_state(trained: dict[str, Tensor], components: dict[str, nn.Module], alpha: float) -> LoraWeights:
+    """A subject's adapter in an engine state: [1, ...] matrices by `<component>.<path>.down_NRD` and `.up_NDR`."""
+    matrices: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    conv, rank = set(), 0
+    for component, model in components.items():
+        for path, layer in layers(model):
+            down, up = (trained[f"{component}.{path}.{kind}"][0].float().cpu() for kind in ("down_NRD", "up_NDR"))
+            matrices.setdefault(component, {})[path] = down, up
+            rank = len(down)
+            if isinstance(layer.base, nn.Conv2d):
+                conv.add(f"{component}.{path}")
     return LoraWeights(matrices, alpha, rank, frozenset(conv))
 
 

@@ -41,6 +41,8 @@ class Subject:
     seed: int | None = None
     steps: int | None = None
     lr: float | None = None
+    rank: int | None = None
+    prior_weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Batch(Tensors):
     images_BCHW: VAE moments (mean and log-variance stacked along C), or pixels where latents are not cached.
     caption_B: row of each sample's caption in the bank. role_B: `Role`. slot_B: draw slot in the global batch; instance
     samples have slots 0..batch-1, prior samples batch..2*batch-1. size_B6: original height and width, crop top and
-    left, target height and width in pixels (SDXL's micro-conditioning, arXiv 2307.01952, section 2.2).
+    left, target height and width in pixels (SDXL's micro-conditioning, arXiv 2307.01952, section 2.2). subject_B: each
+    sample's row in a pack, subject-major; None where there is one subject.
     """
 
     images_BCHW: Tensor
@@ -99,6 +102,7 @@ class Batch(Tensors):
     role_B: Tensor
     slot_B: Tensor
     size_B6: Tensor
+    subject_B: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,23 @@ from torch import Tensor, nn
 
 from dbtrain.batch import Batch, Conditioning, Role, StepLoss
 from dbtrain.config import RunConfig
-from dbtrain.families import Family, Models, encode_images, sample_latents
-from dbtrain.families.family import Tokens
-from dbtrain.objective.noise import add_noise, per_sample
-from dbtrain.objective.target import TARGETS
-from dbtrain.objective.timesteps import Draw, timestep_index
+from dbtrain.families import Family, Models, encode_images
+from dbtrain.families.family import Tokens, latent_scale
+from dbtrain.objective.timesteps import first_words
 from dbtrain.objective.weighting import weight_table
-from dbtrain.randomness import Purpose, normals, uniforms
+from dbtrain.randomness import Purpose
+from dbtrain_kernels.loss import loss
+from dbtrain_kernels.noising import noising
+from dbtrain_kernels.reference import Noised
+
+PURPOSES = (
+    int(Purpose.POSTERIOR),
+    int(Purpose.NOISE),
+    int(Purpose.OFFSET),
+    int(Purpose.TIMESTEP),
+    int(Purpose.STRATUM),
+)
+"""Counter words of a sample's random numbers, in the order in which `noising` takes them."""
 
 
 class TrainingStep(nn.Module):
@@ -21,71 +31,86 @@ class TrainingStep(nn.Module):
 
     captions: cached `Conditioning` of every caption, or `Tokens` to encode anew each step. key: the subject's random
     stream. All randomness is named by (key, step, slot), so it is the same at any number of ranks.
+
+    A pack is the same step over a batch that says whose each sample is: key [N, 2] and lambda [N] of every subject, and
+    a step [N] of each. Its loss is the sum of the subjects' own losses, and no sample is touched by another's.
     """
 
     def __init__(
-        self, family: Family, models: Models, config: RunConfig, key: tuple[int, int], captions: Conditioning | Tokens
+        self,
+        family: Family,
+        models: Models,
+        config: RunConfig,
+        key: tuple[int, int] | Tensor,
+        captions: Conditioning | Tokens,
+        prior_weight: float | Tensor | None = None,
     ):
         super().__init__()
-        self.family, self.config, self.key, self.captions = family, config, key, captions
+        self.family, self.config, self.captions = family, config, captions
+        self.prior_weight = config.prior.weight if prior_weight is None else prior_weight
         self.denoiser = models.denoiser
         self.text_encoders = nn.ModuleDict(models.text_encoders if isinstance(captions, tuple) else {})
         self.schedule = models.schedule
         self.weight_S = weight_table(config.objective.weighting, self.schedule, config.objective.snr_gamma)
+        device = self.weight_S.device
+        self.key_N2 = key if isinstance(key, Tensor) else torch.tensor([key], device=device)
+        self.first_S = first_words(config.objective, len(self.weight_S), device)
         # The VAE is fixed and never sharded, so it is kept out of the registered modules.
         object.__setattr__(self, "vae", models.vae)
 
-    def forward(self, batch: Batch, step: int) -> StepLoss:
+    def forward(self, batch: Batch, step: int | Tensor) -> StepLoss:
         """The loss of a micro-batch at optimizer step `step`, as this rank's part of the global sum."""
-        clean = self.latents(batch, step)
-        noise = self.noise(batch, step, clean.shape[1:])
-        index_B = self.timesteps(batch, step)
-        x_t = add_noise(clean, noise, self.schedule, index_B)
-        with torch.autocast(
-            clean.device.type,
-            torch.bfloat16,
-            enabled=self.config.train.precision == "bf16",
-            cache_enabled=self.config.engine.zero.stage != 3,
-        ):
-            prediction = self.family.denoise(
-                self.denoiser, x_t, self.schedule.time_S[index_B], self.conditioning(batch), batch
-            )
-        alpha, sigma = (per_sample(table, index_B, clean) for table in (self.schedule.alpha_S, self.schedule.sigma_S))
-        target = TARGETS[self.schedule.parameterization](clean, noise, alpha, sigma)
-        per_sample_B = (prediction.to(target.dtype) - target).square().flatten(1).mean(1)
-        weight_B = self.weights(batch, index_B).to(per_sample_B.dtype)
-        return StepLoss((per_sample_B * weight_B).sum(), per_sample_B, weight_B)
+        drawn = self.noised(batch, step)
+        time_B = self.schedule.time_S[drawn.index_B]
+        if self.in_bf16:
+            x_t, told = drawn.noisy.bfloat16(), self.conditioning(batch).to(torch.bfloat16)
+            prediction = self.family.denoise(self.denoiser, x_t, time_B, told, batch)
+        else:
+            with self.autocast(drawn.noisy.device.type):
+                prediction = self.family.denoise(self.denoiser, drawn.noisy, time_B, self.conditioning(batch), batch)
+        alpha_B, sigma_B = (table_S[drawn.index_B] for table_S in (self.schedule.alpha_S, self.schedule.sigma_S))
+        weight_B = self.weights(batch, drawn.index_B).to(drawn.clean.dtype)
+        parameterization = self.schedule.parameterization
+        result = loss(prediction, drawn.clean, drawn.noise, alpha_B, sigma_B, weight_B, parameterization)
+        return StepLoss(result.total, result.per_sample_B, weight_B)
 
-    def latents(self, batch: Batch, step: int) -> Tensor:
-        """Clean latents, drawn anew each step from cached moments or from pixels encoded now."""
+    @property
+    def in_bf16(self) -> bool:
+        """Whether every weight is bf16, as in a pack, whose adapters are copies of fp32 masters: nothing is then cast
+        from call to call, which autocast would do around every norm and every adapter."""
+        return {param.dtype for param in self.parameters()} == {torch.bfloat16}
+
+    def autocast(self, device_type: str) -> torch.autocast:
+        """The compute precision of weights that are not all in it."""
+        gathered = self.config.engine.zero.stage == 3  # such a weight must not be cached
+        enabled = self.config.train.precision == "bf16"
+        return torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=not gathered)
+
+    def noised(self, batch: Batch, step: int | Tensor) -> Noised:
+        """Clean latents (drawn anew each step from moments), noise, x_t and t, all named by (key, step, slot)."""
         moments = batch.images_BCHW
         if moments.shape[1] == 3:
             with torch.no_grad():
                 moments = encode_images(self.vae, moments)
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        return sample_latents(self.vae, moments, normals(self.key, Purpose.POSTERIOR, step, batch.slot_B, shape))
-
-    def noise(self, batch: Batch, step: int, shape: tuple[int, ...]) -> Tensor:
-        """eps: standard normal, plus an optional per-channel constant."""
-        noise = normals(self.key, Purpose.NOISE, step, batch.slot_B, shape)
-        if self.config.objective.noise_offset:
-            constant = normals(self.key, Purpose.OFFSET, step, batch.slot_B, (shape[0], 1, 1))
-            noise = noise + self.config.objective.noise_offset * constant
-        return noise
-
-    def timesteps(self, batch: Batch, step: int) -> Tensor:
-        """Schedule index of each sample; prior samples have their own, independent of the instance samples'."""
-        objective, count = self.config.objective, self.config.train.batch
-        rotation = uniforms(self.key, Purpose.STRATUM, step, torch.zeros(1, dtype=torch.long)).item()
-        draw = Draw(
-            uniforms(self.key, Purpose.TIMESTEP, step, batch.slot_B),
-            batch.slot_B % count,
-            count,
-            rotation,
-            objective.logit_mean,
-            objective.logit_std,
+        if batch.subject_B is None:
+            key_B2, step_B = self.key_N2.expand(len(batch.slot_B), 2), torch.full_like(batch.slot_B, step)
+        else:
+            key_B2, step_B = self.key_N2[batch.subject_B], torch.as_tensor(step)[batch.subject_B]
+        scale, shift = latent_scale(self.vae)
+        return noising(
+            moments,
+            key_B2,
+            batch.slot_B,
+            step_B,
+            self.schedule.alpha_S,
+            self.schedule.sigma_S,
+            PURPOSES,
+            scale,
+            shift,
+            self.config.objective.noise_offset,
+            first_S=self.first_S,
+            strata=0 if self.first_S is not None else self.config.train.batch,
         )
-        return timestep_index(objective.timesteps, draw, len(self.schedule.alpha_S))
 
     def conditioning(self, batch: Batch) -> Conditioning:
         """Text conditioning of each sample, looked up or encoded with gradients."""
@@ -95,6 +120,8 @@ class TrainingStep(nn.Module):
         return self.family.encode_tokens(dict(self.text_encoders.items()), tokens)
 
     def weights(self, batch: Batch, index_B: Tensor) -> Tensor:
-        """W_B: 1/(samples of the role in the global batch), times lambda for priors, times the SNR weight."""
-        role_B = torch.where(batch.role_B == int(Role.PRIOR), self.config.prior.weight, 1.0)
+        """W_B: 1/(samples of the role in the subject's whole step), times lambda for priors, times the SNR weight."""
+        own = batch.subject_B
+        weight = self.prior_weight if own is None else torch.as_tensor(self.prior_weight)[own]
+        role_B = torch.where(batch.role_B == int(Role.PRIOR), weight, 1.0)
         return role_B / self.config.train.batch * self.weight_S[index_B]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dbtrain.tiny import BASE
+from dbtrain.tiny import BASE, CLIP
 
 
 def _text_config(tokenizer, projection: int | None = None, width: int = 32) -> dict:
@@ -121,4 +121,44 @@ def make_sdxl(folder: Path) -> Path:
     )
     pipeline.save_pretrained(folder)
     shutil.rmtree(folder / "feature_extractor", ignore_errors=True)
+    return folder
+
+
+def random_weights(cls, config, **options):
+    """A model with small random weights, skipping the library's slow initializers."""
+    with torch.device("meta"):
+        model = cls(config, **options)
+    model = model.to_empty(device="cpu").eval()
+    stream = torch.Generator().manual_seed(0)
+    for value in model.parameters():
+        value.detach().normal_(0, 0.02, generator=stream)
+    for name, value in model.named_buffers():
+        assert name.endswith("position_ids")
+        value.copy_(torch.arange(value.numel()).view_as(value))
+    return model
+
+
+def make_vit_s16(folder: Path) -> Path:
+    """A transformers folder of a random ViT-S/16 with DINO's preprocessing."""
+    from transformers import ViTConfig, ViTModel
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    config = ViTConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6)
+    random_weights(ViTModel, config, add_pooling_layer=False).to(torch.float16).save_pretrained(folder)
+    ViTImageProcessorPil(resample=3).save_pretrained(folder)
+    return folder
+
+
+def make_clip_b32(folder: Path) -> Path:
+    """A transformers folder of a random CLIP ViT-B/32; fp16 on disk, half of 600 MB. Its tokenizer is a smaller one."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = AutoTokenizer.from_pretrained(CLIP)
+    # openai/clip-vit-base-patch32; its vocabulary is not at hand, its table's size is kept.
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPConfig(text_config=special, vision_config={"patch_size": 32}, projection_dim=512)
+    random_weights(CLIPModel, config).to(torch.float16).save_pretrained(folder)
+    CLIPImageProcessorPil().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

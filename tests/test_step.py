@@ -31,13 +31,6 @@ class Denoiser(nn.Module):
         return torch.tanh(self.mix(x_t.movedim(1, -1)) + told[:, None, None]).movedim(-1, 1)
 
 
-class Float64Step(TrainingStep):
-    """The step with its float32 draws widened, so that all that follows is float64."""
-
-    def noise(self, batch, step, shape):
-        return super().noise(batch, step, shape).double()
-
-
 class Vae:
     """Only what `sample_latents` reads."""
 
@@ -79,7 +72,7 @@ def captions():
 def step_of(settings, parameterization="epsilon", told=None):
     encoder = nn.Embedding(10, 5).double()
     models = Models(Denoiser(), {"text_encoder": encoder}, {}, Vae, None, schedule(parameterization), "fake")
-    return Float64Step(FAMILY, models, settings, KEY, captions() if told is None else told)
+    return TrainingStep(FAMILY, models, settings, KEY, captions() if told is None else told)
 
 
 def batch_of(prior=True, batch=BATCH):
@@ -108,11 +101,11 @@ def levels(parameterization, t):
     return alpha_bar**0.5, (1 - alpha_bar) ** 0.5, t
 
 
-def weight_of(weighting, parameterization, snr):
+def weight_of(weighting, parameterization, snr, gamma=GAMMA):
     """The published closed forms, one by one."""
     if weighting == "none":
         return 1.0
-    clipped = min(snr, GAMMA) if weighting == "min_snr" else snr * GAMMA / (snr + GAMMA)
+    clipped = min(snr, gamma) if weighting == "min_snr" else snr * gamma / (snr + gamma)
     flow_factor = 1 / (1 + snr**0.5) ** 2  # sigma^2 with alpha = 1 - sigma and snr = (alpha / sigma)^2
     return (
         clipped
@@ -135,7 +128,8 @@ def expected(denoiser, batch, weighting, parameterization, prior, mutant=None):
         )
         is_prior = bool(batch.role_B[b] == Role.PRIOR)
         other = level[(b + BATCH) % count] if mutant == "weight of the other role" else level[b]
-        weight = weight_of(weighting, parameterization, (other[0] / other[1]) ** 2)
+        gamma = float("inf") if mutant == "no clamp" else GAMMA
+        weight = weight_of(weighting, parameterization, (other[0] / other[1]) ** 2, gamma)
         if mutant == "prior unweighted" and is_prior:
             weight = 1.0
         role = prior if is_prior and mutant != "lambda dropped" else 1.0
@@ -168,7 +162,7 @@ def test_loss_and_gradients_are_the_equation(parameterization, weighting, prior)
     assert distance(gradients(out.loss, step.denoiser), gradients(want, step.denoiser)) < CLOSE
 
 
-MUTANTS = ("lambda dropped", "weight of the other role", "mean over all samples", "prior unweighted")
+MUTANTS = ("no clamp", "lambda dropped", "weight of the other role", "mean over all samples", "prior unweighted")
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -196,17 +190,16 @@ def test_micro_batches_add_up_and_order_does_not_matter():
 
 def test_prior_samples_have_their_own_timesteps_and_noise():
     step, batch = step_of(config()), batch_of()
-    t = step.timesteps(batch, STEP)
-    noise = step.noise(batch, STEP, (4, 4, 4))
+    _, noise, _, t = step.noised(batch, STEP)
     assert not set(t[:BATCH].tolist()) & set(t[BATCH:].tolist())
     assert not torch.equal(noise[:BATCH], noise[BATCH:])
-    assert torch.equal(t[:BATCH], step_of(config(prior=0)).timesteps(batch_of(prior=False), STEP))
+    assert torch.equal(t[:BATCH], step_of(config(prior=0)).noised(batch_of(prior=False), STEP).index_B)
 
 
 def test_stratified_covers_the_schedule_by_role():
     count = 8
     settings = config(batch=count, timesteps="stratified")
-    t = step_of(settings).timesteps(batch_of(batch=count), STEP)
+    t = step_of(settings).noised(batch_of(batch=count), STEP).index_B
     rotation = uniforms(KEY, Purpose.STRATUM, STEP, torch.zeros(1, dtype=torch.long)).item()
     for role in (t[:count], t[count:]):
         strata = ((role.double() + 0.5) / 1000 - rotation) % 1 * count  # the middle of a timestep's cell
@@ -218,8 +211,8 @@ def test_stratified_covers_the_schedule_by_role():
 
 def test_noise_offset_adds_one_constant_a_channel():
     batch = batch_of()
-    plain = step_of(config()).noise(batch, STEP, (4, 4, 4))
-    shifted = step_of(config(noise_offset=0.1)).noise(batch, STEP, (4, 4, 4)) - plain
+    plain = step_of(config()).noised(batch, STEP).noise
+    shifted = step_of(config(noise_offset=0.1)).noised(batch, STEP).noise - plain
     constant = 0.1 * normals(KEY, Purpose.OFFSET, STEP, batch.slot_B, (4, 1, 1))
     assert (shifted - constant).abs().max() < 2.0**-21  # the sum was rounded at a size below 8
     assert shifted.abs().max() > 0.05
@@ -251,6 +244,6 @@ def test_cached_captions_keep_the_text_encoder_out_of_the_module():
 def test_the_last_timestep_of_a_zero_snr_schedule_gives_a_finite_gradient(weighting):
     models = Models(Denoiser(), {}, {}, Vae, None, schedule("v_prediction", zero_terminal=True), "fake")
     step = TrainingStep(FAMILY, models, config(weighting), KEY, captions())
-    step.timesteps = lambda batch, number: torch.full_like(batch.slot_B, 999)
+    step.first_S = torch.zeros(1000, dtype=torch.long)  # every word is at least 0, so t is always 999
     loss = step(batch_of(), STEP).loss
     assert torch.isfinite(loss) and torch.isfinite(gradients(loss, step.denoiser)).all()

@@ -26,32 +26,35 @@ OURS = (
 )
 """Top-level keys that the run's configuration decides."""
 
-THEIRS = (
-    "zero_optimization",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "communication_data_type",
-    "sparse_gradients",
-    "dump_state",
-    "comms_logger",
-    "flops_profiler",
-    "monitor_config",
-    "tensorboard",
-    "wandb",
-    "csv_monitor",
-    "comet",
-    "activation_checkpointing",
-    "aio",
-    "checkpoint",
-    "memory_breakdown",
-    "seq_parallel_communication_data_type",
-    "data_types",
-    "disable_allgather",
-    "zero_gather_16bit_weights_on_model_save",
-)
-"""Top-level keys that a user may set; DeepSpeed itself passes an unknown one silently."""
+THEIRS: dict[str, type | tuple[type, ...]] = {
+    "zero_optimization": dict,
+    "steps_per_print": int,
+    "wall_clock_breakdown": bool,
+    "prescale_gradients": bool,
+    "gradient_predivide_factor": (int, float),
+    "communication_data_type": str,
+    "sparse_gradients": bool,
+    "dump_state": bool,
+    "comms_logger": dict,
+    "flops_profiler": dict,
+    "monitor_config": dict,
+    "tensorboard": dict,
+    "wandb": dict,
+    "csv_monitor": dict,
+    "comet": dict,
+    "activation_checkpointing": dict,
+    "aio": dict,
+    "checkpoint": dict,
+    "memory_breakdown": bool,
+    "seq_parallel_communication_data_type": str,
+    "data_types": dict,
+    "disable_allgather": bool,
+    "zero_gather_16bit_weights_on_model_save": bool,
+}
+"""Top-level keys that a user may set, with their types; DeepSpeed passes an unknown key silently, and fails on a wrong
+type deep within."""
+
+JSON_NAMES = {dict: "an object", bool: "true or false", str: "text", int: "a whole number", (int, float): "a number"}
 
 
 def deepspeed_config(config: RunConfig, plan: BatchPlan, zero_keys: Collection[str]) -> dict[str, Any]:
@@ -83,7 +86,12 @@ def deepspeed_config(config: RunConfig, plan: BatchPlan, zero_keys: Collection[s
 def merge_user_file(path: Path, decided: dict[str, Any], zero_keys: Collection[str]) -> dict[str, Any]:
     """A user's DeepSpeed JSON under dbtrain's decisions: "auto" is resolved; disagreement, unknown keys are errors."""
     user = _read_json(path)
-    findings = [_unknown(path, key, OURS + THEIRS) for key in user if key not in OURS + THEIRS]
+    findings = [_unknown(path, key, [*OURS, *THEIRS]) for key in user if key not in OURS and key not in THEIRS]
+    findings += [
+        f"{path}: {key}: got {value!r}, want {JSON_NAMES[THEIRS[key]]}"
+        for key, value in user.items()
+        if key in THEIRS and value != "auto" and not _is_a(value, THEIRS[key])
+    ]
     user_zero = user.get("zero_optimization", {})
     findings += [_unknown(path, f"zero_optimization.{key}", zero_keys) for key in user_zero if key not in zero_keys]
     for name, section, ours in (("", user, decided), ("zero_optimization.", user_zero, decided["zero_optimization"])):
@@ -113,6 +121,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(zero, dict):
         raise ConfigError(f"{path}: zero_optimization: got {zero!r}, want a JSON object such as {{\"stage\": 2}}")
     return value
+
+
+def _is_a(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether a JSON value is of a kind; to Python, true is a number."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _unknown(path: Path, key: str, known: Collection[str]) -> str:

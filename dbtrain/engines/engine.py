@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbtrain.config import TrainConfig
 from dbtrain.errors import ConfigError
@@ -27,6 +27,14 @@ class World:
     def first(self) -> bool:
         """Whether this rank writes files and prints."""
         return self.rank == 0
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that share a peak learning rate, by their names in checkpoints."""
+
+    params: dict[str, nn.Parameter]
+    lr: float
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ holds at every stage. The base weights that do not train are stored in the compu
 from __future__ import annotations
 
 import atexit
+import copy
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from dbtrain.config import RunConfig
 from dbtrain.engines.deepspeed_json import deepspeed_config
-from dbtrain.engines.engine import BatchPlan, EngineState, World
-from dbtrain.errors import EngineError
+from dbtrain.engines.engine import BatchPlan, EngineState, ParamGroup, World
+from dbtrain.errors import ConfigError, EngineError
 
 
 def start_world() -> World:
@@ -62,12 +62,18 @@ def zero_keys() -> set[str]:
     return set(known) | {field.alias for field in known.values() if field.alias}
 
 
-@dataclass(frozen=True)
-class ParamGroup:
-    """Parameters that share a peak learning rate, by their names in checkpoints."""
+def _accepted_config(config: RunConfig, plan: BatchPlan) -> dict:
+    """The DeepSpeed configuration of a run; ConfigError if DeepSpeed itself refuses a value in a user's file."""
+    from deepspeed.runtime.config import DeepSpeedConfig
 
-    params: dict[str, nn.Parameter]
-    lr: float
+    merged = deepspeed_config(config, plan, zero_keys())
+    if config.engine.deepspeed is not None:
+        try:
+            DeepSpeedConfig(copy.deepcopy(merged))
+        except Exception as error:
+            said = " ".join(str(error).split())[:300]
+            raise ConfigError(f"{config.engine.deepspeed}: DeepSpeed refuses it: {said}; correct that value") from error
+    return merged
 
 
 class ZeroEngine:
@@ -89,7 +95,7 @@ class ZeroEngine:
             fused=on_gpu,
         )
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(config, plan, zero_keys())
+            model=module, optimizer=optimizer, config=_accepted_config(config, plan)
         )
         self.adamw = optimizer
         self._start_moments()

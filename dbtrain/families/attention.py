@@ -1,29 +1,133 @@
-"""Attention implementations, chosen once and checked on the processors that will really run."""
+"""Attention: what computes softmax(Q K^T / sqrt(d)) V in a U-Net, by name or by measurement, proved by what ran."""
 
-from torch import nn
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbtrain.errors import ConfigError
 
+KERNELS = (
+    ("_scaled_dot_product_flash_attention", "flash"),
+    ("_scaled_dot_product_efficient_attention", "efficient"),
+    ("_scaled_dot_product_cudnn_attention", "cudnn"),
+    ("xformers", "xformers"),
+    ("_efficient_attention_forward", "xformers"),
+    ("_flash_attention_forward", "xformers"),
+    ("softmax", "math"),
+)
+"""What an operator's name tells of who computes attention; the first match counts."""
 
-def engage_attention(denoiser: nn.Module, choice: str, device_type: str) -> str:
-    """The name of the attention that now runs in every layer of a U-Net; raises ConfigError when it cannot."""
-    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+MAY_RUN = {
+    "sdpa": {"flash", "efficient", "cudnn", "math"},
+    "flash": {"flash"},
+    "math": {"math"},
+    "xformers": {"xformers"},
+}
+"""The kernels that a choice may end in. `sdpa` is PyTorch's own pick."""
 
-    name = "sdpa" if choice == "auto" else choice
-    processors = {"sdpa": AttnProcessor2_0, "math": AttnProcessor, "xformers": XFormersAttnProcessor}
-    if name == "xformers":
-        _require_xformers(device_type)
-        denoiser.enable_xformers_memory_efficient_attention()
-    else:
-        denoiser.set_attn_processor(processors[name]())
-    running = {type(processor) for processor in denoiser.attn_processors.values()}
-    if running != {processors[name]}:
-        found = ", ".join(sorted(kind.__name__ for kind in running))
-        raise ConfigError(f"model.attention: asked for {name}, but these processors run: {found}; choose another one")
-    return name
+CANDIDATES = ("sdpa", "flash", "xformers")
+"""What `auto` compares on a GPU, in the order in which ties go."""
 
 
-def _require_xformers(device_type: str) -> None:
+class Shape(NamedTuple):
+    """One attention: [batch, heads, queries, width] against [batch, heads, keys, width]."""
+
+    device: str
+    dtype: str
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.heads}x{self.queries}x{self.width} on {self.keys} keys, {self.dtype}"
+
+
+MEASURED: dict[Shape, dict[str, float]] = {}
+"""Median ms of forward and backward of every candidate, for each shape that this process has met."""
+
+
+@dataclass
+class Attention:
+    """What runs in every layer of a denoiser, and why. shapes: those that `auto` has met, with the winner of each."""
+
+    name: str
+    reason: str
+    shapes: dict[Shape, str] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """For the record of a run: choice, reason, and the table behind a measured choice."""
+        table = [
+            {**shape._asdict(), "chosen": name, "ms": MEASURED.get(shape, {})} for shape, name in self.shapes.items()
+        ]
+        return {"name": self.name, "reason": self.reason, **({"shapes": table} if table else {})}
+
+    def line(self) -> str:
+        """One line for a person."""
+        found = "; ".join(f"{shape}: {name}" for shape, name in self.shapes.items())
+        return f"attention: {self.name} ({self.reason})" + (f": {found}" if found else "")
+
+
+def engage_attention(denoiser: nn.Module, choice: str, device_type: str, precision: str = "fp32") -> Attention:
+    """What now runs in every attention layer of a U-Net; raises ConfigError, and changes nothing, when it cannot.
+
+    A choice is believed only after a small forward pass of every kind of layer: the operators that ran say who
+    computed it. precision: the compute precision of training.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    before = denoiser.attn_processors
+    if choice == "auto":
+        return _engage_auto(denoiser, device_type, dtype)
+    try:
+        _require(choice, device_type, dtype)
+        denoiser.set_attn_processor(processor_of(choice))
+        ran = prove(denoiser, choice, device_type, dtype)
+    except ConfigError:
+        denoiser.set_attn_processor(before)
+        raise
+    return Attention(choice, f"asked for; {' and '.join(sorted(ran))} ran in every kind of layer")
+
+
+def _engage_auto(denoiser: nn.Module, device_type: str, dtype: torch.dtype) -> Attention:
+    if device_type != "cuda":
+        attention = engage_attention(denoiser, "sdpa", device_type, _precision(dtype))
+        attention.reason = f"auto: nothing else is meant for {device_type}"
+        return attention
+    able, refused = [], []
+    for name in CANDIDATES:
+        try:
+            engage_attention(denoiser, name, device_type, _precision(dtype))
+            able.append(name)
+        except ConfigError as error:
+            refused.append(str(error).removeprefix("model.attention: "))
+    attention = Attention("auto", "fastest for each shape by measurement" + "".join(f"; {why}" for why in refused))
+    denoiser.set_attn_processor(Fastest(able, attention))
+    return attention
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
+
+
+def _require(name: str, device_type: str, dtype: torch.dtype) -> None:
+    if name != "xformers" and not (name == "flash" and device_type == "cuda" and dtype == torch.float32):
+        return
+    if name == "flash":
+        raise ConfigError("model.attention: flash needs bf16 on a GPU; set train.precision=bf16, or use sdpa")
     if device_type != "cuda":
         raise ConfigError(
             f"model.attention: xformers needs a CUDA device, and this run is on {device_type}; use model.attention=auto"
@@ -34,3 +138,159 @@ def _require_xformers(device_type: str) -> None:
         raise ConfigError(
             "model.attention: xformers is not installed; pip install 'dbtrain[gpu]', or use model.attention=auto"
         ) from error
+
+
+@cache
+def processor_of(name: str) -> Any:
+    """The diffusers processor that asks for an implementation; one object serves all layers."""
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+
+    class FlashProcessor(AttnProcessor2_0):
+        """PyTorch's SDPA with nothing but its FlashAttention allowed."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return super().__call__(*args, **kwargs)
+
+    kinds = {
+        "sdpa": AttnProcessor2_0,
+        "math": AttnProcessor,
+        "xformers": XFormersAttnProcessor,
+        "flash": FlashProcessor,
+    }
+    return kinds[name]()
+
+
+class Ran(TorchDispatchMode):
+    """Collects in `kernels` who computed the attention inside the block: flash, efficient, cudnn, xformers, math."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        self.kernels.update([kernel for part, kernel in KERNELS if part in name][:1])
+        return func(*args, **(kwargs or {}))
+
+
+def attention_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Every module that has an attention processor, by its path."""
+    return {path: module for path, module in denoiser.named_modules() if hasattr(module, "processor")}
+
+
+def prove(denoiser: nn.Module, name: str, device_type: str, dtype: torch.dtype) -> set[str]:
+    """The kernels that ran in one small call of every kind of layer; raises ConfigError where others than asked did."""
+    kinds: dict[tuple, nn.Module] = {}
+    for layer in attention_layers(denoiser).values():
+        sides = (layer.heads, layer.to_q.in_features, layer.to_k.in_features, layer.is_cross_attention)
+        kinds.setdefault((*sides, type(layer.processor)), layer)
+    found: set[str] = set()
+    for layer in kinds.values():
+        ran = _ran_in(layer, name, device_type, dtype)
+        if not ran or ran - MAY_RUN[name]:
+            raise ConfigError(
+                f"model.attention: asked for {name}, but {' and '.join(sorted(ran)) or 'no known kernel'} runs in "
+                f"{type(layer.processor).__name__} at {layer.heads} heads; choose another one, or model.attention=auto"
+            )
+        found |= ran
+    return found
+
+
+def _ran_in(layer: nn.Module, name: str, device_type: str, dtype: torch.dtype) -> set[str]:
+    weight = layer.to_q.weight
+    x = torch.zeros(1, 16, layer.to_q.in_features, device=weight.device, dtype=weight.dtype)
+    told = x.new_zeros(1, 16, layer.to_k.in_features) if layer.is_cross_attention else None
+    autocast = torch.autocast(device_type, dtype) if dtype != weight.dtype else nullcontext()
+    with warnings.catch_warnings(record=True) as reasons, torch.no_grad(), autocast, Ran() as ran:
+        warnings.simplefilter("always")
+        try:
+            layer(x, encoder_hidden_states=told)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            why = "; ".join(str(one.message) for one in reasons) or str(error).splitlines()[0]
+            width = layer.to_q.out_features // layer.heads
+            raise ConfigError(
+                f"model.attention: {name} cannot run {layer.heads} heads of {width} in {dtype} on {device_type}: "
+                f"{why}; use model.attention=auto"
+            ) from error
+    return ran.kernels
+
+
+class Fastest:
+    """A processor that runs, for each shape, the implementation that a short measurement found fastest there.
+
+    A shape is measured when it is first met, which must not be inside a CUDA graph's capture or a compiled region: let
+    a step run first. Steps are alike in bits only if their choices are; a fixed name makes sure of it.
+    """
+
+    def __init__(self, names: list[str], attention: Attention):
+        self.names, self.attention = names, attention
+
+    def __call__(self, layer: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *a, **k):
+        """The layer's output."""
+        shape = _shape(layer, hidden_states, encoder_hidden_states)
+        name = self.attention.shapes.get(shape)
+        if name is None:
+            name = self.attention.shapes[shape] = fastest(self.names, shape)
+        return processor_of(name)(layer, hidden_states, encoder_hidden_states, *a, **k)
+
+
+def _shape(layer: nn.Module, x: Tensor, told: Tensor | None) -> Shape:
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    device = torch.cuda.get_device_name(x.device) if kind == "cuda" else kind
+    tokens = x.shape[1] if x.dim() == 3 else x[0, 0].numel()
+    keys, width = tokens if told is None else told.shape[1], layer.to_q.out_features // layer.heads
+    return Shape(device, str(dtype).removeprefix("torch."), len(x), layer.heads, tokens, keys, width)
+
+
+def fastest(names: list[str], shape: Shape) -> str:
+    """The name with the smallest median time of forward and backward at a shape, kept in MEASURED."""
+    if shape not in MEASURED:
+        MEASURED[shape] = {name: measure(CORES[name], shape) for name in names}
+    times = {name: MEASURED[shape].get(name, float("inf")) for name in names}
+    return min(names, key=times.__getitem__)
+
+
+def measure(core: Callable[[Tensor, Tensor, Tensor], Tensor], shape: Shape, warm: int = 3, turns: int = 10) -> float:
+    """Median ms of one forward and backward of an attention of this shape."""
+    device = "cpu" if shape.device == "cpu" else "cuda"
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    sides = (shape.queries, shape.keys, shape.keys)
+    dtype, lead = getattr(torch, shape.dtype), (shape.batch, shape.heads)
+    taken_ms = []
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        q, k, v = (torch.randn(*lead, n, shape.width, device=device, dtype=dtype, requires_grad=True) for n in sides)
+        cotangent = torch.randn_like(q)
+        for turn in range(warm + turns):
+            wait()
+            begin = time.perf_counter()
+            torch.autograd.grad(core(q, k, v), (q, k, v), cotangent)
+            wait()
+            if turn >= warm:
+                taken_ms.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(taken_ms)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+CORES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "sdpa": F.scaled_dot_product_attention,
+    "flash": _flash,
+    "math": _math,
+    "xformers": _xformers,
+}
+"""Attention of [B, H, T, D] tensors by each implementation, for measurements."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.batch import Batch, Conditioning
+from dbtrain.families.attention import Attention
 from dbtrain.objective.noise import Schedule
 
 Tokens = tuple[Tensor, ...]
@@ -33,6 +34,8 @@ class Models:
     schedule: Schedule
     source: str
     digests: dict[str, str] = field(default_factory=dict)
+    attention: Attention | None = None
+    """What computes the denoiser's attention, once that is engaged."""
 
     def components(self, denoiser_name: str = "unet") -> dict[str, nn.Module]:
         """The trainable components by their names on disk."""
@@ -84,8 +87,13 @@ def encode_images(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:
 def sample_latents(vae: nn.Module, moments_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
     """Latents [B, C, h, w] in the denoiser's scale, drawn from moments with the given standard normal noise."""
     mean, logvar = moments_BCHW.chunk(2, 1)
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (mean + torch.exp(0.5 * logvar) * noise_BCHW - shift) * vae.config.scaling_factor
+    scale, shift = latent_scale(vae)
+    return (mean + torch.exp(0.5 * logvar) * noise_BCHW - shift) * scale
+
+
+def latent_scale(vae: nn.Module) -> tuple[float, float]:
+    """(scale, shift) of the denoiser's latents: (VAE latent - shift) * scale."""
+    return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
 
 
 def is_local(source: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dbtrain.atomic import file_digest
 from dbtrain.config import ModelConfig
 from dbtrain.errors import ConfigError, DataError
 from dbtrain.families.family import Family, Models, is_local
@@ -177,18 +178,13 @@ def digests_of(source: str) -> dict[str, str]:
     root = Path(source)
     kinds = ("*/*.safetensors", "tokenizer*/*", "scheduler/*.json")
     files = [root] if root.is_file() else sorted({path for kind in kinds for path in root.glob(kind) if path.is_file()})
-    return {file.name if root.is_file() else file.relative_to(root).as_posix(): _sha256(file) for file in files}
+    return {file.name if root.is_file() else file.relative_to(root).as_posix(): file_digest(file) for file in files}
 
 
 def base_digest(models: Models) -> str:
     """One sha256 that names the base model: of its weight files, or of its hub id where it is not local."""
     text = json.dumps(models.digests or {"source": models.source}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _first_line(error: Exception) -> str:

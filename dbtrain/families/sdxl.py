@@ -16,7 +16,7 @@ def encode_tokens(text_encoders: dict[str, nn.Module], tokens: Tokens) -> Condit
 
 def denoise(unet: nn.Module, x_t_BCHW: Tensor, time_B: Tensor, conditioning: Conditioning, batch: Batch) -> Tensor:
     """The U-Net's prediction [B, C, h, w], told each sample's original size, crop and target size."""
-    added = {"text_embeds": conditioning.pooled_BD, "time_ids": batch.size_B6.to(conditioning.states_BTD.dtype)}
+    added = {"text_embeds": conditioning.pooled_BD, "time_ids": batch.size_B6}
     return unet(x_t_BCHW, time_B, conditioning.states_BTD, added_cond_kwargs=added, return_dict=False)[0]
 
 

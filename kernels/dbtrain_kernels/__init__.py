@@ -32,7 +32,8 @@ OPS = {
         "adamw:adamw",
         "reference:adamw",
         "cases:adamw",
-        mutated=("master", "exp_avg", "exp_avg_sq", "step_N", "ema"),
+        mutated=("master", "exp_avg", "exp_avg_sq", "step_N", "ema", "compute"),
     ),
+    "lora": Op("lora:lora", "reference:lora", "cases:lora", differentiable=("x", "base", "down_NRD", "up_NDR")),
 }
 """Every operation by name. A row gets the contract tests and the benchmark for free."""

@@ -17,13 +17,21 @@ float32: each element takes fewer than 16 roundings of 2^-24, and sums are trees
 kernel rounds its float32 gradient (2^-8; Triton's interpreter truncates: 2^-7), and backward rounds once more (2^-8).
 """
 
+PRODUCT_BOUNDS = {torch.float32: 0.0, torch.bfloat16: 5 * 2.0**-7}
+"""The same for any result of products whose operands are rounded to a dtype on the way: at most two matrices, a small
+factor and the output or the cotangent, each by 2^-8 (truncated, in the interpreter: 2^-7)."""
+
 
 @dataclass(frozen=True)
 class Case:
-    """One call: keyword arguments of an operation, made by `inputs()` anew each time."""
+    """One call: keyword arguments of an operation, made by `inputs()` anew each time.
+
+    products: the dtype in which matrix products take their operands, which bounds float32 results too.
+    """
 
     name: str
     inputs: Callable[[], dict[str, Any]]
+    products: torch.dtype = torch.float32
 
 
 def _loss_inputs(
@@ -76,27 +84,35 @@ def loss() -> list[Case]:
     return [Case(name, partial(_loss_inputs, **call)) for name, call in calls.items()]
 
 
-def _noising_inputs(shape: tuple[int, ...] = (3, 4, 5, 7), rows: int | None = None, **options: float) -> dict[str, Any]:
+def _noising_inputs(
+    shape: tuple[int, ...] = (3, 4, 5, 7), rows: int | None = None, drawn: int = 0, **options: float
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2)
     samples, channels, *sides = shape
-    angle_B = torch.rand(samples, generator=generator) * 1.5
+    steps = drawn or samples
+    angle_S = torch.rand(steps, generator=generator) * 1.5
     inputs: dict[str, Any] = {
         "moments": torch.randn((rows or samples, 2 * channels, *sides), generator=generator),
         "key_B2": torch.randint(0, 2**32, (samples, 2), generator=generator),
         "slot_B": torch.randint(0, 2**31, (samples,), generator=generator),
         "step_B": torch.randint(0, 2**31, (samples,), generator=generator),
-        "alpha_B": angle_B.cos(),
-        "sigma_B": angle_B.sin(),
-        "purposes": (3, 1, 4),
+        "alpha_S": angle_S.cos(),
+        "sigma_S": angle_S.sin(),
+        "purposes": (3, 1, 4, 2, 9),
         **options,
     }
     if rows is not None:
         inputs["row_B"] = torch.randint(0, rows, (samples,), generator=generator)
+    if not drawn:
+        inputs["index_B"] = torch.arange(samples)
+    elif "strata" not in options:
+        inputs["first_S"] = torch.randint(0, 2**32, (steps,), generator=generator).sort().values
+        inputs["first_S"][0] = 0
     return inputs
 
 
 def noising() -> list[Case]:
-    """Elements that are no multiple of four, several blocks, bank rows, and each scalar option."""
+    """Elements that are no multiple of four, several blocks, bank rows, t given and drawn, and each scalar option."""
     calls: dict[str, dict[str, Any]] = {
         "plain": {},
         "one element": {"shape": (1, 1, 1, 1)},
@@ -104,12 +120,21 @@ def noising() -> list[Case]:
         "bank rows": {"rows": 11},
         "scale and shift": {"scale": 0.18215, "shift": 0.0609},
         "noise offset": {"shape": (2, 5, 3, 3), "noise_offset": 0.1},
-        "all options": {"shape": (4, 6, 9, 5), "rows": 2, "scale": 1.5, "shift": -0.3, "noise_offset": 0.05},
-    }
+        "t drawn": {"shape": (9, 1, 3, 3), "drawn": 1000},
+        "t drawn from few": {"shape": (9, 4, 17, 19), "drawn": 3},
+        "t in strata": {"shape": (8, 1, 3, 5), "drawn": 1000, "strata": 4},
+        "all options": {
+            "shape": (4, 6, 9, 5), "rows": 2, "scale": 1.5, "shift": -0.3, "noise_offset": 0.05,
+            "drawn": 77, "strata": 3,
+        },
+    }  # fmt: skip
     return [Case(name, partial(_noising_inputs, **call)) for name, call in calls.items()]
 
 
-def _adamw_inputs(rows: int = 3, elements: int = 1037, ema: bool = False, **options: Any) -> dict[str, Any]:
+def _adamw_inputs(
+    rows: int = 3, elements: int = 1037, ema: bool = False, compute: bool = False, rounding: bool = False,
+    low: tuple[str, ...] = (), **options: Any,
+) -> dict[str, Any]:  # fmt: skip
     generator = torch.Generator().manual_seed(3)
     settings = torch.rand((3, rows), generator=generator)
     inputs = {
@@ -125,6 +150,11 @@ def _adamw_inputs(rows: int = 3, elements: int = 1037, ema: bool = False, **opti
     }
     if ema:
         inputs |= {"ema": torch.randn((rows, elements), generator=generator), "ema_decay": 0.99}
+    if compute:
+        inputs["compute"] = inputs["master"].bfloat16()
+    if rounding:
+        inputs["rounding_N2"] = torch.randint(0, 2**32, (rows, 2), generator=generator)
+    inputs |= {name: inputs[name].bfloat16() for name in low}
     return inputs | options
 
 
@@ -139,9 +169,42 @@ def adamw() -> list[Case]:
         "float64 settings": {"lr_N": torch.tensor([1e-3, 1e-5, 0.0], dtype=torch.float64)},
         "late steps": {"step_N": torch.tensor([10, 1000, 100000])},
         "ema": {"ema": True},
+        "flat": {"rows": 1, "elements": 4099, "compute": True, "low": ("grad",)},
+        "flat, rounded at random": {"rows": 1, "compute": True, "rounding": True, "ema": True},
+        "bf16 masters": {"compute": True, "rounding": True, "low": ("master", "grad")},
         "other constants": {"beta1": 0.5, "beta2": 0.99, "eps": 1e-3},
     }
     return [Case(name, partial(_adamw_inputs, **call)) for name, call in calls.items()]
+
+
+def _lora_inputs(
+    subjects: int = 2, samples: int = 2, tokens: int = 7, wide: int = 9, out: int = 11, rank: int = 3,
+    dtype: torch.dtype = torch.float32, matrices: torch.dtype = torch.float32,
+) -> dict[str, Any]:  # fmt: skip
+    generator = torch.Generator().manual_seed(4)
+    lead = (subjects * samples, tokens)
+    return {
+        "x": torch.randn((*lead, wide), generator=generator).to(dtype),
+        "base": torch.randn((*lead, out), generator=generator).to(dtype),
+        "down_NRD": (torch.randn((subjects, rank, wide), generator=generator) * wide**-0.5).to(matrices),
+        "up_NDR": torch.randn((subjects, out, rank), generator=generator).to(matrices),
+        "scale_N": torch.rand(subjects, generator=generator) + 0.5,
+    }
+
+
+def lora() -> list[Case]:
+    """One of everything, one and several adapters, tiles that are crossed and met, parts of the token sum, bf16."""
+    calls: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "one of everything": {"subjects": 1, "samples": 1, "tokens": 1, "wide": 1, "out": 1, "rank": 1},
+        "several tiles": {"subjects": 3, "samples": 1, "tokens": 67, "wide": 70, "out": 131, "rank": 5},
+        "exact tiles": {"subjects": 2, "samples": 1, "tokens": 64, "wide": 64, "out": 64, "rank": 16},
+        "a high rank": {"subjects": 1, "rank": 33},
+        "several parts": {"subjects": 2, "samples": 1, "tokens": 1024 + 65, "wide": 5, "out": 3, "rank": 2},
+        "bf16 copies": {"samples": 1, "tokens": 1024 + 3, "dtype": torch.bfloat16, "matrices": torch.bfloat16},
+        "bf16": {"subjects": 2, "tokens": 65, "wide": 40, "out": 66, "rank": 4, "dtype": torch.bfloat16},
+    }
+    return [Case(name, partial(_lora_inputs, **call), call.get("dtype", torch.float32)) for name, call in calls.items()]
 
 
 def on(device: str, inputs: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:

@@ -23,6 +23,8 @@ def choose(name: str, device_type: str, problem: str | None = None) -> Choice:
     """
     if device_type == "cpu" and not interpreting():
         return Choice(False, "plain PyTorch is the CPU form")
+    if device_type == "meta" and problem is None:
+        return Choice(True, "shapes only")
     if problem is None and device_type not in ("cpu", "cuda"):
         problem = f"there is no kernel for {device_type} devices"
     problem = problem or triton_problem()

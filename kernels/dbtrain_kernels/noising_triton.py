@@ -85,18 +85,46 @@ def in_element_order(z0, z1, z2, z3, SIZE: tl.constexpr):
 
 
 @triton.jit
-def noise_latents(
-    moments, row, key, slot, step, alpha, sigma, clean, noise, noisy, elements, plane, scale, shift, noise_offset,
-    POSTERIOR: tl.constexpr, NOISE: tl.constexpr, CONSTANT: tl.constexpr,
-    ROWS: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+def place_in_schedule(
+    k0, k1, slot, step, first, steps,
+    TIME: tl.constexpr, ROTATION: tl.constexpr, STRATA: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """clean, noise and noisy [B, elements] of one sample's 4 * BLOCK elements."""
+    """`reference.timesteps` of one sample: by comparing integers, or in float64 without a sum of products."""
+    zero = k0 * 0
+    word, _, _, _ = philox_words(k0, k1, zero, slot.to(tl.uint32), step, zero + TIME)
+    if STRATA > 0:
+        turn, _, _, _ = philox_words(k0, k1, zero, zero, step, zero + ROTATION)
+        u = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+        rotation = (turn.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+        level = (slot % STRATA).to(tl.float64) / STRATA + u / STRATA + rotation
+        index = ((level - tl.floor(level)) * steps).to(tl.int64)
+        return tl.minimum(index, steps - 1)
+    places = tl.arange(0, STEPS)
+    firsts = tl.load(first + places, mask=places < steps, other=1 << 40)
+    return tl.sum((firsts <= word.to(tl.int64)).to(tl.int64), 0) - 1
+
+
+@triton.jit
+def noise_latents(
+    moments, row, key, slot, step, alpha, sigma, index, first, drawn, clean, noise, noisy,
+    elements, plane, steps, scale, shift, noise_offset,
+    POSTERIOR: tl.constexpr, NOISE: tl.constexpr, CONSTANT: tl.constexpr, TIME: tl.constexpr, ROTATION: tl.constexpr,
+    ROWS: tl.constexpr, OFFSET: tl.constexpr, DRAW: tl.constexpr, STRATA: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """clean, noise and noisy [B, elements] of one sample's 4 * BLOCK elements, and its place in the schedule."""
     sample = tl.program_id(0).to(tl.int64)
     source = sample
     if ROWS:
         source = tl.load(row + sample)
     k0, k1 = tl.load(key + 2 * sample).to(tl.uint32), tl.load(key + 2 * sample + 1).to(tl.uint32)
-    c1, c2 = tl.load(slot + sample).to(tl.uint32), tl.load(step + sample).to(tl.uint32)
+    slot_64 = tl.load(slot + sample)
+    c1, c2 = slot_64.to(tl.uint32), tl.load(step + sample).to(tl.uint32)
+    if DRAW:
+        s = place_in_schedule(k0, k1, slot_64, c2, first, steps, TIME, ROTATION, STRATA, STEPS)
+    else:
+        s = tl.load(index + sample)
+    tl.store(drawn + sample, s, mask=tl.program_id(1) == 0)
     counter = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.uint32)
     place = tl.program_id(1) * BLOCK * 4 + tl.arange(0, 4 * BLOCK)
     inside = place < elements
@@ -115,7 +143,7 @@ def noise_latents(
     mean = tl.load(moments + source * 2 * elements + place, mask=inside, other=0.0)
     logvar = tl.load(moments + source * 2 * elements + elements + place, mask=inside, other=0.0)
     x = (mean + tl.exp(0.5 * logvar) * z - shift) * scale
-    x_t = tl.load(alpha + sample) * x + tl.load(sigma + sample) * eps
+    x_t = tl.load(alpha + s) * x + tl.load(sigma + s) * eps
     at = sample * elements + place
     tl.store(clean + at, x, mask=inside)
     tl.store(noise + at, eps, mask=inside)
@@ -154,18 +182,21 @@ def draw(key: tuple[int, int], counter_4n: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def launch(
-    moments: Tensor, key_B2: Tensor, slot_B: Tensor, step_B: Tensor, alpha_B: Tensor, sigma_B: Tensor,
-    purposes: list[int], scale: float, shift: float, noise_offset: float, row_B: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(clean, noise, noisy) of contiguous tensors; see `noising.noising_op`."""
+    moments: Tensor, key_B2: Tensor, slot_B: Tensor, step_B: Tensor, alpha_S: Tensor, sigma_S: Tensor,
+    purposes: list[int], scale: float, shift: float, noise_offset: float,
+    row_B: Tensor | None, index_B: Tensor | None, first_S: Tensor | None, strata: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(clean, noise, noisy, index_B) of contiguous tensors; see `noising.noising_op`."""
     shape = (len(slot_B), moments.shape[1] // 2, *moments.shape[2:])
     clean, noise, noisy = (moments.new_empty(shape) for _ in range(3))
-    elements = moments[0].numel() // 2
-    posterior, noise_purpose, constant = purposes
+    drawn_B = torch.empty_like(slot_B)
+    elements, steps = moments[0].numel() // 2, len(alpha_S)
+    names = ("POSTERIOR", "NOISE", "CONSTANT", "TIME", "ROTATION")
     noise_latents[(len(slot_B), triton.cdiv(elements, 4 * BLOCK))](
-        moments, slot_B if row_B is None else row_B, key_B2, slot_B, step_B, alpha_B, sigma_B, clean, noise, noisy,
-        elements, elements // shape[1], scale, shift, noise_offset,
-        POSTERIOR=posterior, NOISE=noise_purpose, CONSTANT=constant,
-        ROWS=row_B is not None, OFFSET=noise_offset != 0, BLOCK=BLOCK,
+        moments, slot_B if row_B is None else row_B, key_B2, slot_B, step_B, alpha_S, sigma_S,
+        *(slot_B if value is None else value for value in (index_B, first_S)), drawn_B, clean, noise, noisy,
+        elements, elements // shape[1], steps, scale, shift, noise_offset,
+        **dict(zip(names, purposes)), ROWS=row_B is not None, OFFSET=noise_offset != 0, DRAW=index_B is None,
+        STRATA=strata, STEPS=triton.next_power_of_2(steps), BLOCK=BLOCK,
     )  # fmt: skip
-    return clean, noise, noisy
+    return clean, noise, noisy, drawn_B

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dbtrain_kernels.philox import normal, philox
+from dbtrain_kernels.philox import normal, philox, uniform
 
 TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "epsilon": lambda clean, noise, alpha, sigma: noise,
@@ -62,11 +62,12 @@ def loss(
 
 
 class Noised(NamedTuple):
-    """Clean latents x, noise eps and x_t = alpha x + sigma eps, each [B, C, H, W]."""
+    """Clean latents x, noise eps and x_t = alpha x + sigma eps, each [B, C, H, W]; index_B: t."""
 
     clean: Tensor
     noise: Tensor
     noisy: Tensor
+    index_B: Tensor
 
 
 def noising(
@@ -74,32 +75,66 @@ def noising(
     key_B2: Tensor,
     slot_B: Tensor,
     step_B: Tensor,
-    alpha_B: Tensor,
-    sigma_B: Tensor,
-    purposes: tuple[int, int, int],
+    alpha_S: Tensor,
+    sigma_S: Tensor,
+    purposes: tuple[int, int, int, int, int],
     scale: float = 1.0,
     shift: float = 0.0,
     noise_offset: float = 0.0,
     row_B: Tensor | None = None,
+    index_B: Tensor | None = None,
+    first_S: Tensor | None = None,
+    strata: int = 0,
 ) -> Noised:
     """Latents drawn from VAE moments, and noised, with every random number named by (key, purpose, step, slot).
 
     moments: [M, 2C, H, W] mean and log-variance stacked. row_B: each sample's row of moments, or None for row b.
     key_B2: Philox keys as int64 words; slot_B, step_B: int64 counter words. purposes: counter words of the posterior
-    sample, the noise and the noise offset. x = (mean + std z - shift) * scale; eps gets noise_offset times one normal
-    number for each channel.
+    sample, the noise, the noise offset, the time and the rotation of strata. x = (mean + std z - shift) * scale; eps
+    gets noise_offset times one normal number for each channel.
+
+    alpha_S, sigma_S: signal and noise scales of the schedule. index_B: each sample's step of it; where it is None,
+    `timesteps` draws it.
     """
     mean, logvar = (moments if row_B is None else moments[row_B]).chunk(2, 1)
     shape = mean.shape[1:]
-    posterior, noise, constant = purposes
+    posterior, noise, constant, *times = purposes
     z = _normals(key_B2, posterior, step_B, slot_B, shape).to(mean.dtype)
     clean = (mean + torch.exp(0.5 * logvar) * z - shift) * scale
     eps = _normals(key_B2, noise, step_B, slot_B, shape).to(mean.dtype)
     if noise_offset:
         channels = _normals(key_B2, constant, step_B, slot_B, torch.Size((shape[0], 1, 1))).to(mean.dtype)
         eps = eps + noise_offset * channels
-    alpha, sigma = (level.to(mean.dtype).view(-1, 1, 1, 1) for level in (alpha_B, sigma_B))
-    return Noised(clean, eps, alpha * clean + sigma * eps)
+    if index_B is None:
+        index_B = timesteps(key_B2, slot_B, step_B, (times[0], times[1]), len(alpha_S), first_S, strata)
+    alpha, sigma = (table_S[index_B].to(mean.dtype).view(-1, 1, 1, 1) for table_S in (alpha_S, sigma_S))
+    return Noised(clean, eps, alpha * clean + sigma * eps, index_B)
+
+
+def timesteps(
+    key_B2: Tensor,
+    slot_B: Tensor,
+    step_B: Tensor,
+    purposes: tuple[int, int],
+    steps: int,
+    first_S: Tensor | None,
+    strata: int,
+) -> Tensor:
+    """Schedule index [B] in 0..steps-1 of each sample; in integers or exact float64, so equal in every bit anywhere.
+
+    first_S: int64, the smallest Philox word that gives each index, which is any distribution's inverse; not looked at
+    where strata > 0. Then the samples of a step lie one in each of `strata` equal parts of the schedule, rotated
+    together: index = floor(steps * frac((slot % strata) / strata + u / strata + rotation)).
+    """
+    key = key_B2[:, 0], key_B2[:, 1]
+    word_B = philox(key, (0, slot_B, step_B, purposes[0]))[0]
+    if strata:
+        rotation_B = uniform(philox(key, (0, 0, step_B, purposes[1]))[0])
+        level_B = ((slot_B % strata).double() / strata + uniform(word_B) / strata + rotation_B) % 1.0
+        return (level_B * steps).long().clamp_(max=steps - 1)
+    if first_S is None:
+        raise ValueError("noising: got neither index_B nor first_S nor strata, want one of them")
+    return torch.searchsorted(first_S, word_B, right=True) - 1
 
 
 def _normals(key_B2: Tensor, purpose: int, step_B: Tensor, slot_B: Tensor, shape: torch.Size) -> Tensor:
@@ -107,6 +142,10 @@ def _normals(key_B2: Tensor, purpose: int, step_B: Tensor, slot_B: Tensor, shape
     key = key_B2[:, 0, None], key_B2[:, 1, None]
     words = philox(key, (blocks[None, :], slot_B[:, None], step_B[:, None], purpose))
     return normal(words).flatten(1)[:, : shape.numel()].reshape(len(slot_B), *shape)
+
+
+ROUNDING = 11
+"""Counter word of AdamW's stochastic rounding: `dbtrain.randomness.Purpose.ROUNDING`."""
 
 
 @torch.no_grad()
@@ -125,13 +164,20 @@ def adamw(
     eps: float = 1e-8,
     ema: Tensor | None = None,
     ema_decay: float = 0.0,
+    compute: Tensor | None = None,
+    rounding_N2: Tensor | None = None,
 ) -> Tensor:
     """Gradient norm [N] of each row before clipping, after one AdamW step (arXiv 1711.05101, algorithm 2) of each row.
 
     master, grad, exp_avg, exp_avg_sq, ema: [N, P] arenas, changed in place but for grad. step_N: int64 updates made so
     far, counted up here. lr_N, clip_N (inf never clips), decay_N: float settings of each row. A row that is not active,
-    or whose norm is not finite, stays as it is in every bit. Settings act in float64, rounded to the arena's dtype.
+    or whose norm is not finite, stays as it is in every bit. Settings act in float64, rounded to the moments' dtype.
+
+    Full fine-tuning is the flat form, one row: grad may be bf16, compute is a bf16 copy of the weights that follows
+    the masters, and master may itself be bf16 where there are no fp32 masters. rounding_N2: Philox keys; bf16 weights
+    are then rounded up or down at random, in proportion (arXiv 2010.06192), and to the nearest where it is None.
     """
+    grad = grad.to(exp_avg.dtype)
     norm_N = torch.linalg.vector_norm(grad, dim=1)
     update_N = active_N & torch.isfinite(norm_N)
     step_N += update_N
@@ -142,14 +188,44 @@ def adamw(
         lr_N / (1 - beta1**count_N),
         (1 - beta2**count_N).rsqrt(),
     )
-    clip, keep, rate, spread = (factor.to(master.dtype)[:, None] for factor in factors)
+    clip, keep, rate, spread = (factor.to(exp_avg.dtype)[:, None] for factor in factors)
     clipped = grad * clip
     mean = exp_avg + (clipped - exp_avg) * (1 - beta1)
     square = exp_avg_sq * beta2 + clipped * clipped * (1 - beta2)
-    value = master * keep - rate * mean / (square.sqrt() * spread + eps)
+    value = master.to(exp_avg.dtype) * keep - rate * mean / (square.sqrt() * spread + eps)
     changed = [(exp_avg, mean), (exp_avg_sq, square), (master, value)]
     if ema is not None:
         changed.append((ema, ema + (value - ema) * (1 - ema_decay)))
+    if compute is not None:
+        changed.append((compute, value))
     for arena, new in changed:
-        arena.copy_(torch.where(update_N[:, None], new, arena))
+        if rounding_N2 is not None and arena.dtype == torch.bfloat16:
+            new = round_at_random(new, rounding_N2, step_N)
+        arena.copy_(torch.where(update_N[:, None], new.to(arena.dtype), arena))
     return norm_N
+
+
+def round_at_random(value: Tensor, key_N2: Tensor, step_N: Tensor) -> Tensor:
+    """bf16 [N, P]: each fp32 number rounded to one of its two bf16 neighbours, the nearer one more often; unbiased.
+
+    The 16 bits that bf16 drops get 16 random bits added, and are cut off. Element i takes word i % 4 of the Philox
+    counter (i // 4, 0, step, ROUNDING) under its row's key.
+    """
+    blocks = torch.arange((value.shape[1] + 3) // 4, device=value.device)
+    words = philox((key_N2[:, 0, None], key_N2[:, 1, None]), (blocks[None, :], 0, step_N[:, None], ROUNDING))
+    random = torch.stack(words, -1).flatten(1)[:, : value.shape[1]] & 0xFFFF
+    bits = value.float().view(torch.int32)
+    cut = ((bits.long() + random) & 0xFFFF0000).to(torch.int32).view(torch.float32)
+    return torch.where(torch.isfinite(value), cut, value.float()).bfloat16()
+
+
+def lora(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor) -> Tensor:
+    """base + scale_n B_n A_n x: the stacked LoRA update (arXiv 2106.09685) of N adapters, each on its own segment of x.
+
+    x [..., D], subject-major: the first 1/N of its tokens belong to adapter 0, and so on; base [..., O]: the frozen
+    layer's output. down_NRD: A [N, rank, D]; up_NDR: B [N, O, rank]. All act in base's dtype, which under autocast is
+    the compute dtype, whatever x came in.
+    """
+    x_NTD = x.to(base.dtype).reshape(len(scale_N), -1, x.shape[-1])
+    delta_NTO = (x_NTD @ down_NRD.mT.to(base.dtype)) @ up_NDR.mT.to(base.dtype)
+    return base + (delta_NTO * scale_N.to(base.dtype)[:, None, None]).reshape(base.shape)

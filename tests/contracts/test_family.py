@@ -4,14 +4,12 @@ import re
 
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from safetensors.torch import load_file, save_file
 
 from dbtrain.batch import Batch, Conditioning, Role
 from dbtrain.config import ModelConfig
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES, encode_images, load_models, sample_latents
-from dbtrain.families.attention import engage_attention
 from dbtrain.families.load import base_digest, digests_of
 from dbtrain.generate import make_pipeline
 
@@ -118,35 +116,6 @@ def test_denoise_takes_all_it_is_told(loaded):
         swapped = Conditioning(told.states_BTD, told.pooled_BD.flip(0))
         others.append(family.denoise(models.denoiser, x, time, swapped, batch_of(2)))
     assert not any(torch.equal(plain, other) for other in others)
-
-
-@pytest.mark.parametrize("choice, processor", [("math", AttnProcessor), ("sdpa", AttnProcessor2_0)])
-@torch.no_grad()
-def test_attention_is_engaged_on_every_processor(loaded, choice, processor):
-    _, models, _ = loaded
-    assert engage_attention(models.denoiser, choice, "cpu") == choice
-    found = list(models.denoiser.attn_processors.values())
-    assert found and {type(one) for one in found} == {processor}
-
-
-@torch.no_grad()
-def test_math_and_sdpa_agree(loaded):
-    family, models, _ = loaded
-    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    outputs = []
-    for choice in ("math", "sdpa"):
-        engage_attention(models.denoiser, choice, "cpu")
-        told = conditioning(family, models)
-        outputs.append(family.denoise(models.denoiser, x, torch.tensor([10, 700]), told, batch_of(2)))
-    assert (outputs[0] - outputs[1]).abs().max() < 1e-4 * outputs[0].abs().max()  # float32 softmaxes in another order
-
-
-def test_auto_is_sdpa_and_xformers_is_refused_on_a_cpu(loaded):
-    _, models, _ = loaded
-    assert engage_attention(models.denoiser, "auto", "cpu") == "sdpa"
-    with pytest.raises(ConfigError, match=r"model\.attention.*CUDA.*model\.attention=auto"):
-        engage_attention(models.denoiser, "xformers", "cpu")
-    assert {type(one) for one in models.denoiser.attn_processors.values()} == {AttnProcessor2_0}
 
 
 def test_digest_names_the_weights(loaded, tmp_path):

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from dbtrain_kernels import OPS
 from dbtrain_kernels.dispatch import interpreting
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ["tests/contracts/test_op.py", *(f"tests/kernels/test_{name}.py" for name in ("loss", "noising", "adamw"))]
+FILES = ["tests/contracts/test_op.py", *(f"tests/kernels/test_{name}.py" for name in OPS)]
 START = "import sys, triton, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 

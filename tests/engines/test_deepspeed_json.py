@@ -8,7 +8,7 @@ from dbtrain.config import RunConfig, TrainConfig
 from dbtrain.configfile import configs_dir, load
 from dbtrain.engines.deepspeed_json import deepspeed_config
 from dbtrain.engines.engine import plan_batches
-from dbtrain.engines.zero import zero_keys
+from dbtrain.engines.zero import _accepted_config, zero_keys
 from dbtrain.errors import ConfigError
 
 KNOWN = zero_keys()
@@ -145,3 +145,34 @@ def test_shipped_files_fit_their_recipes(file, recipe):
 
 def test_every_shipped_file_is_tried():
     assert {path.name for path in (configs_dir() / "deepspeed").glob("*.json")} == {"zero2.json", "zero3.json"}
+
+
+WRONG_TYPES = {
+    "steps_per_print": "x",
+    "wall_clock_breakdown": "yes",
+    "flops_profiler": 3,
+    "comms_logger": [],
+    "tensorboard": 1,
+    "communication_data_type": 7,
+    "gradient_predivide_factor": True,
+    "prescale_gradients": 1,
+    "memory_breakdown": [],
+    "data_types": None,
+}
+
+
+def test_every_wrong_type_is_named_with_the_wanted_one(given):
+    found = findings(given(WRONG_TYPES))
+    assert len(found) == len(WRONG_TYPES)
+    for finding, (key, value) in zip(found, WRONG_TYPES.items()):
+        assert f"{key}: got {value!r}, want " in finding
+
+
+@pytest.mark.parametrize(
+    "zero", [{"reduce_bucket_size": "many"}, {"overlap_comm": [1]}, {"sub_group_size": None, "stage": "auto"}]
+)
+def test_what_deepspeed_itself_refuses_is_a_settings_error(given, world, zero):
+    path = given({"zero_optimization": zero})
+    config = RunConfig(train=TrainConfig(batch=4), engine={"deepspeed": str(path), "zero": {"stage": 2}})
+    with pytest.raises(ConfigError, match=f"DeepSpeed refuses it: .*{next(iter(zero))}"):
+        _accepted_config(config, plan_batches(4, 2, 1))

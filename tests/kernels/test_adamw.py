@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from dbtrain_kernels.adamw import adamw
+from dbtrain.randomness import Purpose
+from dbtrain_kernels.adamw import _layout_problem, adamw
 from dbtrain_kernels.cases import on
+from dbtrain_kernels.reference import ROUNDING, round_at_random
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ROWS, ELEMENTS, STEPS = 3, 37, 6
@@ -100,3 +102,71 @@ def test_a_nan_stays_in_its_row_and_changes_nothing_there(device):
 def test_a_row_does_not_depend_on_its_neighbours(device):
     whole, part = ours(device), ours(device, rows=slice(1, 2))
     assert all(torch.equal(part[name][0], whole[name][1]) for name in ("master", "exp_avg", "exp_avg_sq", "ema"))
+
+
+def flat(device, grad, rounding=None, start=None, steps=1, lr=0.01):
+    """(masters, bf16 weights, step) of one row after `steps` updates with the same gradient."""
+    elements = len(grad)
+    start = torch.linspace(-3, 3, elements) if start is None else start
+    row = {name: torch.zeros(1, elements) for name in ("exp_avg", "exp_avg_sq")}
+    row |= {"master": start[None].clone(), "compute": start[None].bfloat16(), "grad": grad[None]}
+    named = {"lr_N": lr, "clip_N": 1.0, "decay_N": 0.0}
+    row |= {name: torch.tensor([value]) for name, value in named.items()}
+    row |= {"active_N": torch.tensor([True]), "step_N": torch.zeros(1, dtype=torch.long)}
+    if rounding is not None:
+        row["rounding_N2"] = torch.tensor([rounding])
+    row = on(device, row)
+    for _ in range(steps):
+        adamw(**row)
+    return row["master"][0].cpu(), row["compute"][0].cpu(), row["step_N"].cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_flat_form_is_a_row_with_a_bf16_copy(device):
+    grad = torch.randn(3001, generator=torch.Generator().manual_seed(1))
+    masters, weights, _ = flat(device, grad, steps=3)
+    fields = {"lr_N": 0.01, "clip_N": 1.0, "decay_N": 0.0}
+    row = {name: torch.zeros(1, 3001) for name in ("exp_avg", "exp_avg_sq")}
+    row |= {"master": torch.linspace(-3, 3, 3001)[None].clone(), "grad": grad[None]}
+    row |= {name: torch.tensor([value]) for name, value in fields.items()}
+    row = on(device, row | {"active_N": torch.tensor([True]), "step_N": torch.zeros(1, dtype=torch.long)})
+    for _ in range(3):
+        adamw(**row)
+    assert torch.equal(masters, row["master"][0].cpu())
+    # To the nearest on a GPU and in PyTorch; Triton's interpreter cuts off.
+    assert (weights.float() - masters).abs().max() <= 4 * 2.0**-8 and (weights != 0).any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rounding_at_random_is_the_specification_bit_for_bit(device):
+    grad = torch.randn(1037, generator=torch.Generator().manual_seed(1))
+    masters, weights, step_N = flat(device, grad, rounding=(5, 2**32 - 1))
+    want = round_at_random(masters[None], torch.tensor([(5, 2**32 - 1)]), step_N)
+    assert torch.equal(weights, want[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rounding_at_random_is_unbiased_and_moves_what_the_nearest_would_not(device):
+    """1 + 2^-10 lies an eighth of the way to bf16's next number, 1 + 2^-7; n draws are within 5 standard deviations."""
+    count, share = 20000, 1 / 8
+    value = torch.full((count,), 1 + 2.0**-10)
+    nearest = flat(device, torch.zeros(count), start=value)[1]
+    random = flat(device, torch.zeros(count), start=value, rounding=(1, 2))[1].float()
+    assert (nearest == 1).all() and set(random.tolist()) == {1.0, 1 + 2.0**-7}
+    assert abs((random > 1).float().mean().item() - share) < 5 * (share * (1 - share) / count) ** 0.5
+
+
+def test_rounding_keeps_infinities_and_nan():
+    value = torch.tensor([[torch.inf, -torch.inf, torch.nan, 0.0]])
+    got = round_at_random(value, torch.tensor([[1, 2]]), torch.tensor([1]))[0]
+    assert got[0] == torch.inf and got[1] == -torch.inf and got[2].isnan() and got[3] == 0
+
+
+def test_the_stream_of_rounding_has_its_own_purpose():
+    assert ROUNDING == Purpose.ROUNDING
+
+
+@pytest.mark.parametrize("wrong", ["too long", "not contiguous"])
+def test_what_the_kernel_cannot_take_is_named(wrong):
+    arena = {"too long": torch.empty(1, 2**31, device="meta"), "not contiguous": torch.empty(4, 4).T}[wrong]
+    assert {"too long": "counts to", "not contiguous": "not contiguous"}[wrong] in _layout_problem(master=arena)

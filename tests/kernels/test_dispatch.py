@@ -35,6 +35,7 @@ def test_a_gpu_falls_back_loudly(monkeypatch):
 
 def test_other_devices_have_no_kernel():
     assert choose("loss", "mps") == (False, "there is no kernel for mps devices")
+    assert choose("loss", "meta") == (True, "shapes only")
 
 
 def test_float64_runs_by_the_specification():
@@ -54,7 +55,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_the_operations_load_no_triton():
-    modules = "loss, noising, adamw, reference, philox, dispatch, cases"
+    modules = "loss, noising, adamw, lora, reference, philox, dispatch, cases"
     assert "triton" not in loaded_by(f"from dbtrain_kernels import {modules}")
 
 
@@ -68,8 +69,9 @@ SIGNATURES = {
         {"MANY": True, "CHUNKS": 16},
     ),
     "noising_triton.noise_latents": (
-        "*fp32 *i64 *i64 *i64 *i64 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 fp32 fp32 fp32",
-        {"POSTERIOR": 3, "NOISE": 1, "CONSTANT": 4, "ROWS": True, "OFFSET": False, "BLOCK": 256},
+        "*fp32 *i64 *i64 *i64 *i64 *fp32 *fp32 *i64 *i64 *i64 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 fp32",
+        {"POSTERIOR": 3, "NOISE": 1, "CONSTANT": 4, "TIME": 2, "ROTATION": 9, "ROWS": True, "OFFSET": True}
+        | {"DRAW": True, "STRATA": 0, "STEPS": 1024, "BLOCK": 256},
     ),
     "adamw_triton.squared_norms": ("*fp32 *fp32 i32", {"BLOCK": 8192}),
     "adamw_triton.row_factors": (
@@ -77,7 +79,7 @@ SIGNATURES = {
         {"LOG_BETA1": math.log(0.9), "LOG_BETA2": math.log(0.999), "FACTORS": 5, "BLOCK": 1024},
     ),
     "adamw_triton.update_rows": (
-        "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32",
+        "*fp32 *bf16 *fp32 *fp32 *fp32 *bf16 *i64 *i64 *fp32 i32",
         {
             "BETA2": 0.999,
             "REST1": 0.1,
@@ -85,13 +87,29 @@ SIGNATURES = {
             "EPS": 1e-8,
             "EMA_REST": 0.001,
             "EMA": True,
+            "COMPUTE": True,
+            "RANDOM": True,
+            "ROUNDING": 11,
             "FACTORS": 5,
             "BLOCK": 1024,
         },
     ),
+    "lora_triton.shrink": (
+        "*bf16 *fp32 *fp32 *fp32 i32 i32 i32 i32 i32",
+        {"PRODUCTS": "bf16", "RANK": 16, "TOKENS": 64, "DEEP": 64},
+    ),
+    "lora_triton.expand": (
+        "*fp32 *fp32 *bf16 *bf16 i32 i32 i32 i32 i32",
+        {"PRODUCTS": "bf16", "RANK": 16, "ADD": True, "TOKENS": 64, "WIDE": 64},
+    ),
+    "lora_triton.add_parts": ("*fp32 *bf16 i32 i32", {"BLOCK": 1024}),
+    "lora_triton.outer": (
+        "*fp32 *bf16 *fp32 i32 i32 i32 i32 i32",
+        {"PRODUCTS": "bf16", "RANK": 16, "SPLIT": 1024, "TOKENS": 64, "WIDE": 64},
+    ),
 }
 COMPILE = """
-import importlib, sys
+import importlib, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from tests.kernels.test_dispatch import SIGNATURES
@@ -100,7 +118,8 @@ for name, (types, constants) in SIGNATURES.items():
     kernel = getattr(importlib.import_module(f"dbtrain_kernels.{module}"), function)
     types = iter(types.split())
     signature = {arg: "constexpr" if arg in constants else next(types) for arg in kernel.arg_names}
-    values = {(kernel.arg_names.index(arg),): value for arg, value in constants.items()}
+    dtypes = {"bf16": triton.language.bfloat16}
+    values = {(kernel.arg_names.index(arg),): dtypes.get(value, value) for arg, value in constants.items()}
     built = compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
     print(function, "atom." in built.asm["ptx"], len(built.asm["cubin"]) > 0)
 """

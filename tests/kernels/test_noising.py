@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from dbtrain.config import ObjectiveConfig
 from dbtrain.families.family import sample_latents
-from dbtrain.randomness import Purpose, normals, stream_key
+from dbtrain.objective.timesteps import Draw, first_words, timestep_index
+from dbtrain.randomness import Purpose, normals, stream_key, uniforms
 from dbtrain_kernels.cases import on
 from dbtrain_kernels.dispatch import interpreting
 from dbtrain_kernels.noising import noising
@@ -13,7 +15,7 @@ from dbtrain_kernels.philox import philox, uniform
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NORMAL_BOUND = 13 * 2.0**-24
 """Relative: half of 8 roundings for the logarithm, 1/2 for the root, 6 for cos or sin, 1 for the product, and slack."""
-PURPOSES = (int(Purpose.POSTERIOR), int(Purpose.NOISE), int(Purpose.OFFSET))
+PURPOSES = tuple(map(int, (Purpose.POSTERIOR, Purpose.NOISE, Purpose.OFFSET, Purpose.TIMESTEP, Purpose.STRATUM)))
 EDGES = [0, 1, 2, 2**29 - 1, 2**29, 2**30 - 1, 2**30, 2**31 - 1, 2**31, 2**31 + 1, 3 * 2**30, 2**32 - 2, 2**32 - 1]
 
 
@@ -45,8 +47,9 @@ def test_as_the_training_step_draws(device):
         "key_B2": torch.tensor([key, key, other]),
         "slot_B": slots,
         "step_B": torch.full((3,), step),
-        "alpha_B": alpha_B,
-        "sigma_B": sigma_B,
+        "alpha_S": alpha_B,
+        "sigma_S": sigma_B,
+        "index_B": torch.arange(3),
     }
     got = noising(**on(device, inputs), purposes=PURPOSES, scale=0.18215, shift=0.0609, noise_offset=0.1)
     for b, stream in enumerate((key, key, other)):
@@ -68,12 +71,12 @@ def test_a_sample_does_not_depend_on_its_neighbours(device):
         "key_B2": torch.randint(0, 2**32, (4, 2), generator=generator),
         "slot_B": torch.arange(4),
         "step_B": torch.tensor([1, 5, 5, 9]),
-        "alpha_B": torch.rand(4, generator=generator),
-        "sigma_B": torch.rand(4, generator=generator),
     }
-    whole = noising(**on(device, inputs), purposes=PURPOSES)
+    tables = on(device, {name: torch.rand(50, generator=generator) for name in ("alpha_S", "sigma_S")})
+    tables["first_S"] = torch.arange(50, device=device) * 2**26
+    whole = noising(**on(device, inputs), **tables, purposes=PURPOSES)
     order = torch.tensor([2, 0])
-    some = noising(**on(device, {name: value[order] for name, value in inputs.items()}), purposes=PURPOSES)
+    some = noising(**on(device, {name: value[order] for name, value in inputs.items()}), **tables, purposes=PURPOSES)
     assert all(torch.equal(a, b[order]) for a, b in zip(some, whole))
 
 
@@ -100,6 +103,36 @@ def test_normals_are_within_the_bound(device):
     words, got = (value.cpu() for value in draw((1, 2), counter.to(device)))
     want = true_normals(words)
     assert ((got.double() - want) / want).abs().max() < NORMAL_BOUND
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name, strata", [("uniform", 0), ("logit_normal", 0), ("stratified", 4)])
+def test_t_is_the_training_steps_bit_for_bit(name, strata, device):
+    """Through `objective.timesteps` in float64, which knows nothing of words and thresholds."""
+    key, step, steps = stream_key(3, "rex"), 17, 1000
+    slots = torch.arange(60)
+    rotation = uniforms(key, Purpose.STRATUM, step, torch.zeros(1, dtype=torch.long)).item()
+    draw = Draw(uniforms(key, Purpose.TIMESTEP, step, slots), slots % 4, 4, rotation, 0.3, 1.2)
+    inputs = {
+        "moments": torch.zeros(60, 2, 1, 1),
+        "key_B2": torch.tensor([key]).expand(60, 2),
+        "slot_B": slots,
+        "step_B": torch.full((60,), step),
+        "alpha_S": torch.zeros(steps),
+        "sigma_S": torch.zeros(steps),
+    }
+    if not strata:
+        settings = ObjectiveConfig(timesteps=name, logit_mean=0.3, logit_std=1.2)
+        inputs["first_S"] = first_words(settings, steps, torch.device("cpu"))
+    got = noising(**on(device, inputs), purposes=PURPOSES, strata=strata).index_B
+    assert torch.equal(got.cpu(), timestep_index(name, draw, steps))
+
+
+def test_t_must_come_from_somewhere():
+    inputs = {"moments": torch.zeros(1, 2, 1, 1), "key_B2": torch.zeros(1, 2, dtype=torch.long)}
+    zeros = torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="neither index_B nor first_S nor strata"):
+        noising(**inputs, slot_B=zeros, step_B=zeros, alpha_S=zeros, sigma_S=zeros, purposes=PURPOSES)
 
 
 def _needs_kernels(device):

@@ -1,0 +1,235 @@
+"""What one LoRA training step asks of a GPU, counted exactly on published architectures without their weights.
+
+    python benchmarks/step_counts.py [--out benchmarks/results/step-counts_cpu_202611] [--models sd15 sdxl]
+
+Everything runs on PyTorch's meta device: operators have shapes and no numbers, so the whole step of the real
+architecture is counted on any machine. The counts are operators that compute or copy, backward, clipping and AdamW
+included; a fused operation counts as the kernels that it starts. `peft` is diffusers' training script with PEFT
+adapters; `plain` and `fused` are dbtrain's step with plain PyTorch operations and with its kernels.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from dbtrain import adapters, step  # noqa: E402
+from dbtrain.adapters import attach  # noqa: E402
+from dbtrain.batch import Batch, Conditioning  # noqa: E402
+from dbtrain.bench.operators import Operators  # noqa: E402
+from dbtrain.config import RunConfig, TrainConfig  # noqa: E402
+from dbtrain.engines import packed  # noqa: E402
+from dbtrain.engines.engine import ParamGroup  # noqa: E402
+from dbtrain.families import FAMILIES  # noqa: E402
+from dbtrain.families.architectures import ARCHITECTURES, blank_denoiser  # noqa: E402
+from dbtrain.families.family import Models  # noqa: E402
+from dbtrain.objective.noise import Schedule, discrete_schedule  # noqa: E402
+from dbtrain_kernels import reference  # noqa: E402
+
+RANK, STEPS = 16, 1000
+TARGETS = ("attn*.to_q", "attn*.to_k", "attn*.to_v", "attn*.to_out.0")
+ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, STEPS, dtype=torch.float64) ** 2).cumprod(0)
+VAE = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.18215, shift_factor=None))
+
+
+def told(name: str, rows: int, dtype: torch.dtype) -> Conditioning:
+    """Captions of an architecture, as shapes."""
+    architecture = ARCHITECTURES[name]
+    states = torch.empty(rows, architecture.tokens, architecture.width, device="meta", dtype=dtype)
+    pooled = architecture.pooled and torch.empty(rows, architecture.pooled, device="meta", dtype=dtype)
+    return Conditioning(states, pooled)
+
+
+def batch_of(name: str, subjects: int) -> Batch:
+    """One photo and one prior of each subject, as cached moments."""
+    count, side = 2 * subjects, ARCHITECTURES[name].latent_side
+    whole = torch.empty(count, dtype=torch.long, device="meta")
+    moments, sizes = torch.empty(count, 8, side, side, device="meta"), torch.empty(count, 6, device="meta")
+    return Batch(moments, whole, whole, whole, sizes, whole)
+
+
+@contextmanager
+def operations(fused: bool) -> Iterator[None]:
+    """The step with its kernels, or with the plain form of each."""
+    places = ((adapters, "lora"), (step, "loss"), (step, "noising"), (packed, "adamw"))
+    kept = [(place, name, getattr(place, name)) for place, name in places]
+    if not fused:
+        for place, name in places:
+            setattr(place, name, getattr(reference, name))
+    try:
+        yield
+    finally:
+        for place, name, function in kept:
+            setattr(place, name, function)
+
+
+def our_step(name: str, subjects: int) -> Callable[[], None]:
+    """One step of a pack of so many subjects: what `packing.pack.Pack.advance` does but for its statistics."""
+    denoiser = blank_denoiser(name, "meta")
+    attach(denoiser, TARGETS, subjects, RANK, RANK)
+    config = RunConfig(train=TrainConfig(precision="bf16"))
+    trained = {key: param for key, param in denoiser.named_parameters() if param.requires_grad}
+    engine = packed.PackedEngine([ParamGroup(trained, 1e-4)], config.train, STEPS, torch.bfloat16)
+    schedule = discrete_schedule(ALPHA_BAR, "epsilon")
+    family = FAMILIES[ARCHITECTURES[name].family]
+    models = Models(denoiser, {}, {}, VAE, None, schedule, name)
+    key_N2 = torch.empty(subjects, 2, dtype=torch.long, device="meta")
+    prior_N = torch.empty(subjects, device="meta")
+    module = step.TrainingStep(family, models, config, key_N2, told(name, 2 * subjects, torch.float32), prior_N)
+    module.schedule = Schedule(
+        *(table.to("meta") for table in (schedule.alpha_S, schedule.sigma_S, schedule.time_S)), "epsilon"
+    )
+    module.weight_S, module.first_S = module.weight_S.to("meta"), module.first_S.to("meta")
+    batch = batch_of(name, subjects)
+
+    def run() -> None:
+        loss = module(batch, engine.step_N)
+        loss.loss.backward()
+        engine.update(torch.isfinite((loss.per_sample_B * loss.weight_B).view(subjects, -1).sum(1)))
+
+    return run
+
+
+def peft_step(name: str) -> Callable[[], None]:
+    """One step as diffusers' train_dreambooth_lora.py writes it, its latents and captions cached too."""
+    from peft import LoraConfig
+
+    unet = blank_denoiser(name, "meta")
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+    trained = [param for param in unet.parameters() if param.requires_grad]
+    for param in trained:  # what the script's cast_training_params does
+        param.data = param.data.float()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
+    alpha_bar_S, side = ALPHA_BAR.float().to("meta"), ARCHITECTURES[name].latent_side
+    moments = torch.empty(2, 8, side, side, device="meta", dtype=torch.bfloat16)
+    captions = told(name, 2, torch.bfloat16)
+    added = {"text_embeds": captions.pooled_BD, "time_ids": torch.empty(2, 6, device="meta", dtype=torch.bfloat16)}
+
+    def run() -> None:
+        mean, logvar = moments.chunk(2, 1)
+        latents = (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn_like(mean)) * 0.18215
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, STEPS, (2,), device="meta")
+        alpha_bar = alpha_bar_S.to(latents.dtype)[timesteps]
+        alpha, sigma = (level.flatten()[:, None, None, None] for level in (alpha_bar**0.5, (1 - alpha_bar) ** 0.5))
+        noisy = alpha * latents + sigma * noise
+        prediction = unet(noisy, timesteps, captions.states_BTD, added_cond_kwargs=added, return_dict=False)[0]
+        (ours, prior), (target, prior_target) = prediction.chunk(2), noise.chunk(2)
+        loss = F.mse_loss(ours.float(), target.float()) + 1.0 * F.mse_loss(prior.float(), prior_target.float())
+        loss.backward()
+        # clip_grad_norm_, whose form over lists refuses the meta device.
+        grads = [param.grad for param in trained]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        torch._foreach_mul_(grads, torch.clamp(1.0 / (norm + 1e-6), max=1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+@contextmanager
+def flash() -> Iterator[None]:
+    """Attention as a GPU runs it, one operator; on the meta device PyTorch would take it apart."""
+    kept = F.scaled_dot_product_attention
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = kept
+
+
+def counted(run: Callable[[], None]) -> dict[str, Any]:
+    """Counts of a step after a first one, which makes the optimizer's state."""
+    with flash():
+        run()
+        with Operators("meta") as seen:
+            run()
+    return {"launches": seen.launches, "casts": seen.casts, "most": dict(seen.names.most_common(6))}
+
+
+def rows_of(name: str) -> Iterator[dict[str, Any]]:
+    """A row of counts for each way to make a step, and for the packs."""
+    about = {"model": name, "layers": len(adapters.matching_layers(blank_denoiser(name, "meta"), TARGETS))}
+    yield {**about, "form": "peft", "subjects": 1, **counted(peft_step(name))}
+    for form, subjects in (("plain", 1), ("fused", 1), ("fused", 8)):
+        with operations(form == "fused"):
+            yield {**about, "form": form, "subjects": subjects, **counted(our_step(name, subjects))}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| model | adapted layers | form | subjects | launches | of them casts | a subject |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        own = row["launches"] / row["subjects"]
+        lines.append(
+            f"| {row['model']} | {row['layers']} | {row['form']} | {row['subjects']} | {row['launches']:,} "
+            f"| {row['casts']:,} | {own:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
+    parser.add_argument("--models", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
+    arguments = parser.parse_args()
+    from dbtrain.bench.ops import counts, counts_table
+
+    rows = [row for name in arguments.models for row in rows_of(name)]
+    moved = counts()
+    print(table(rows), "\n", counts_table(moved), sep="\n")
+    if arguments.out:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+        made = {"command": f"python benchmarks/step_counts.py --out {arguments.out}", "commit": commit}
+        made |= {"torch": torch.__version__, "python": platform.python_version()}
+        record = {**made, "steps": rows, "operations": moved}
+        arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        arguments.out.with_suffix(".md").write_text(report(made, rows, moved), encoding="utf-8")
+
+
+def report(made: dict[str, str], rows: list[dict[str, Any]], moved: list[dict[str, Any]]) -> str:
+    """The result file for people."""
+    from dbtrain.bench.ops import counts_table
+
+    return f"""# What a LoRA step asks of a GPU: exact counts, no GPU used
+
+Rank {RANK} on every attention projection, one photo and one prior a step, bf16 compute, latents and captions cached.
+Counted on the meta device; an operator that computes or copies is one launch, a fused operation as many as it starts.
+A lower bound for what a GPU launches: some operators (AdamW over lists of tensors, convolutions, norms' backward)
+start several kernels. `peft` is diffusers' train_dreambooth_lora.py; `plain` and `fused` are a dbtrain pack.
+
+{table(rows)}
+
+## Operations alone
+
+MB that each must move, kernels that it starts, and operators of its plain form.
+
+{counts_table(moved)}
+
+Command: `{made["command"]}`. torch {made["torch"]}, Python {made["python"]}, commit {made["commit"]}.
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `dbtrain bench` runs: timed comparisons that alternate what they compare."""

@@ -1,0 +1,78 @@
+"""Counts of what a piece of code asks of the device: launches, casts, and waits; exact, and on any machine."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dbtrain_kernels.lora import SPLIT
+
+NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "_unsafe_view"}
+"""Operators that only make or rename memory."""
+
+LAUNCHES: dict[str, Callable[..., int]] = {
+    "loss": lambda *_: 2,
+    "noising": lambda *_: 1,
+    "adamw": lambda *_: 3,
+    "lora": lambda *_: 2,
+    "lora_backward": lambda grad, small_NTR, *_: 4 if small_NTR.shape[1] <= SPLIT else 6,
+}
+"""Kernels that a fused operation starts for its arguments. `lora_backward` adds up parts of many tokens, for both
+matrices."""
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
+"""Operators whose result the host must see before it can go on."""
+
+
+class Operators(TorchDispatchMode):
+    """Counts, inside the block, backward included; of one kind of device, or of all.
+
+    launches: operators that compute or copy; a fused one counts as the kernels it starts. casts: those of them that
+    only change a dtype. waits: names of operators for which the host would wait on a GPU. names: how often each ran.
+    """
+
+    def __init__(self, device_type: str | None = None) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self.launches, self.casts = 0, 0
+        self.waits: Counter[str] = Counter()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        result = func(*args, **kwargs)
+        if self._computes(func, name) and self._is_there((args, kwargs, result)):
+            self.names[name] += 1
+            self.launches += LAUNCHES[name](*args) if func.namespace == "dbtrain" else 1
+            self.casts += name == "_to_copy" and result.dtype != args[0].dtype
+        if name in WAITS or _leaves_the_device(name, args, kwargs) or _finds_places(name, args):
+            self.waits[name] += 1
+        return result
+
+    def _is_there(self, values: Any) -> bool:
+        """Whether a tensor of the call lies on the device that is looked at."""
+        tensors = (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
+        return self.device_type is None or any(tensor.device.type == self.device_type for tensor in tensors)
+
+    @staticmethod
+    def _computes(func: Any, name: str) -> bool:
+        view = any(output.alias_info and not output.alias_info.is_write for output in func._schema.returns)
+        return not view and name not in NOTHING
+
+
+def _leaves_the_device(name: str, args: Any, kwargs: Any) -> bool:
+    target = kwargs.get("device")
+    if name == "copy_":
+        return args[0].device.type == "cpu" != args[1].device.type
+    return name == "_to_copy" and target is not None and torch.device(target).type == "cpu" != args[0].device.type
+
+
+def _finds_places(name: str, args: Any) -> bool:
+    """Whether an index is a mask, whose places the host must count."""
+    if name not in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        return False
+    return any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1])

@@ -1,0 +1,345 @@
+"""`dbtrain bench pack`: what a subject's step costs alone and in packs of several sizes, in turns, on this machine.
+
+Processor seconds are compared (device seconds on a GPU), because wall time moves with whatever else runs here. A turn
+attaches each contestant's adapters anew to the one base, warms it up and times a few steps.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dbtrain import __version__
+from dbtrain.adapters import detach
+from dbtrain.atomic import write_file
+from dbtrain.batch import Batch, Conditioning
+from dbtrain.config import RunConfig
+from dbtrain.engines.engine import World, plan_batches
+from dbtrain.engines.zero import ZeroEngine, start_world
+from dbtrain.families import FAMILIES, Models
+from dbtrain.families.architectures import ARCHITECTURES, blank_denoiser
+from dbtrain.objective.noise import discrete_schedule
+from dbtrain.packing.pack import Pack, tensors_of
+from dbtrain.packing.size import used_bytes
+from dbtrain.session import load_base
+from dbtrain.step import TrainingStep
+from dbtrain.tiny import DEMO
+from dbtrain.trainables import DTYPES, make_trainable
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 products a second that makers state, by a part of the device's name; without one there is no MFU."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare. steps: timed in a turn. processes: independent ones at once, 0 for none. subjects: counts for
+    the line T(S). random_weights: those of Stable Diffusion 1.5's shape instead of the recipe's base."""
+
+    sizes: Sequence[int]
+    steps: int = 3
+    turns: int = 3
+    processes: int = 0
+    subjects: Sequence[int] = ()
+    random_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base on its device, captions for it, and the shape of a sample's moments."""
+
+    models: Models
+    captions: Conditioning
+    shape: tuple[int, ...]
+    world: World
+
+
+def load(config: RunConfig, random_weights: bool) -> Base:
+    """The recipe's base, or one of Stable Diffusion 1.5's shape with random weights."""
+    world, side = start_world(), config.data.resolution // 8
+    draw = torch.Generator().manual_seed(0)
+    if not random_weights:
+        models, family = load_base(config, world), FAMILIES[config.model.family]
+        with torch.no_grad():
+            tokens = tuple(ids.to(world.device) for ids in family.tokenize(models, ["a photo of srx dog", "a photo"]))
+            captions = family.encode_tokens(models.text_encoders, tokens)
+            pixels = torch.zeros(1, 3, config.data.resolution, config.data.resolution, device=world.device)
+            mean = models.vae.encode(pixels).latent_dist.mean
+        return Base(models, captions, (2 * mean.shape[1], *mean.shape[2:]), world)
+    shape = ARCHITECTURES["sd15"]
+    unet = blank_denoiser("sd15", world.device, DTYPES[config.train.precision])
+    vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.18215, shift_factor=None))
+    beta_S = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    schedule = discrete_schedule((1 - beta_S).cumprod(0), "epsilon").to(torch.device(world.device))
+    states = torch.randn(2, shape.tokens, shape.width, generator=draw).to(world.device)
+    models = Models(unet, {}, {}, vae, None, schedule, "random", {"weights": "random"})
+    return Base(models, Conditioning(states), (2 * shape.channels, side, side), world)
+
+
+@contextmanager
+def packed(base: Base, config: RunConfig, size: int) -> Iterator[Callable[[], None]]:
+    """One step of a pack, as a function."""
+    family = FAMILIES[config.model.family]
+    pack = Pack(family, base.models, config, size, config.lora.rank, config.train.steps, base.captions)
+    batch = pack.rehearsal(base.shape)
+    for table, own in zip(tensors_of(pack.captions), tensors_of(base.captions)):
+        table.copy_(own.repeat(size, *[1] * (own.dim() - 1)))
+    engine = pack.engine
+    for arena in engine.arenas:
+        arena["master"].normal_(std=0.01)
+    for row in range(size):
+        engine.show(row)
+    engine.live_N.fill_(True)
+    engine.end_N.fill_(config.train.steps)
+    engine.rates_GNS.fill_(config.train.lr)
+    try:
+        for _ in range(pack.warm_steps):
+            pack.step(batch)
+        yield lambda: pack.step(batch)
+    finally:
+        detach(base.models.denoiser)
+
+
+@contextmanager
+def alone(base: Base, config: RunConfig) -> Iterator[Callable[[], None]]:
+    """One step of a subject alone under DeepSpeed, warm, as a function."""
+    family, plan = FAMILIES[config.model.family], plan_batches(config.train.batch, None, 1)
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "zero"})})
+    groups = make_trainable(family, base.models, config, "rex")
+    module = TrainingStep(family, base.models, config, (1, 2), base.captions)
+    engine = ZeroEngine(module, groups, config, plan, base.world)
+    roles, count = 2 if config.prior.weight > 0 else 1, config.train.batch
+    role_B, slot_B = torch.arange(roles).repeat_interleave(count), torch.arange(roles * count)
+    sizes = torch.full((len(slot_B), 6), float(config.data.resolution))
+    batch = Batch(torch.randn(len(slot_B), *base.shape), 0 * role_B, role_B, slot_B, sizes).to(base.world.device)
+
+    def step() -> None:
+        engine.backward(engine(batch, 0).loss)
+        engine.step(1.0)
+
+    try:
+        step()
+        yield step
+    finally:
+        engine.close()
+        detach(base.models.denoiser)
+
+
+def contestants(config: RunConfig, plan: Plan, device: str) -> dict[str, tuple[int, Any]]:
+    """(subjects, how to make a step) by name; on a GPU packs run both eagerly and captured."""
+    modes = ["off", "graph"] if device.startswith("cuda") else ["off"]
+    found: dict[str, tuple[int, Any]] = {"solo": (1, lambda base: alone(base, config))}
+    for mode in modes:
+        engine = config.engine.model_copy(update={"kind": "packed", "capture": mode})
+        settings = config.model_copy(update={"engine": engine})
+        for size in plan.sizes:
+            name = f"pack {size}" + (" captured" if mode == "graph" else "")
+            found[name] = size, lambda base, size=size, settings=settings: packed(base, settings, size)
+    return found
+
+
+def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """Medians of every contestant, their ratios to solo, and what was asked for beside them."""
+    base = load(config, plan.random_weights)
+    device, rows = base.world.device, {}
+    entries = contestants(config, plan, device)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in entries}
+    peaks: dict[str, int] = {}
+    for _ in range(plan.turns):
+        for name, (size, make) in entries.items():
+            with used_bytes(device) as used, make(base) as step:
+                pass
+            peaks[name] = used[0]
+            with make(base) as step:
+                wall_s, cost_s = timed(step, plan.steps, device)
+            seconds[name].append((wall_s / size, cost_s / size))
+    flops = count_flops(base, config)
+    for name, (size, _) in entries.items():
+        wall_s, cost_s = (statistics.median(values) for values in zip(*seconds[name]))
+        rows[name] = {
+            "subjects": size,
+            "cost_s": cost_s,
+            "wall_s": wall_s,
+            "peak_bytes": peaks[name],
+            "mfu": mfu(flops, wall_s, device),
+        }
+    for row in rows.values():
+        row["times_solo"] = rows["solo"]["cost_s"] / row["cost_s"]
+    result = {"about": about(config, plan, base, flops), "steps": rows}
+    if plan.processes:
+        result["processes"] = side_by_side(config, plan)
+    if plan.subjects:
+        result["line"] = line(config, plan)
+    return result
+
+
+def timed(step: Callable[[], None], steps: int, device: str) -> tuple[float, float]:
+    """(wall, cost) seconds of a step; the cost is processor time, or wall time on a GPU, which nobody shares."""
+    cuda = device.startswith("cuda")
+    torch.cuda.synchronize() if cuda else None
+    wall, cost = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        step()
+    torch.cuda.synchronize() if cuda else None
+    wall, cost = time.perf_counter() - wall, time.process_time() - cost
+    return wall / steps, (wall if cuda else cost) / steps
+
+
+def count_flops(base: Base, config: RunConfig) -> int:
+    """Floating-point operations of one subject's step, counted by PyTorch; a multiplication and an addition are two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with alone(base, config) as step, FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def mfu(flops: int, seconds: float, device: str) -> float | None:
+    """Share of the device's stated peak that a subject's step of so many seconds reaches; None where none is stated."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else ""
+    peak = next((value for part, value in PEAK_FLOPS.items() if part in name), None)
+    return None if peak is None else flops / seconds / peak
+
+
+def side_by_side(config: RunConfig, plan: Plan) -> dict[str, float]:
+    """A subject's step in so many independent processes at once: median processor seconds, and their peak memory."""
+    with ProcessPoolExecutor(plan.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(_one_process, config, plan) for _ in range(plan.processes)]
+        found = [job.result() for job in jobs]
+    wall, cost, peak = zip(*found)
+    return {
+        "processes": plan.processes,
+        "cost_s": statistics.median(cost),
+        "wall_s": statistics.median(wall),
+        "peak_bytes": sum(peak),
+    }
+
+
+def _one_process(config: RunConfig, plan: Plan) -> tuple[float, float, int]:
+    torch.set_num_threads(1)
+    base = load(config, plan.random_weights)
+    with alone(base, config) as step:
+        turns = [timed(step, plan.steps, base.world.device) for _ in range(plan.turns)]
+    wall, cost = (statistics.median(values) for values in zip(*turns))
+    return wall, cost, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def line(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """T(S) = start + class_s * classes + subject_s * S fitted to whole `dbtrain train` runs of 1 and 2 classes.
+
+    Processor seconds of each run's process; residual_s is the largest distance of a run from the line.
+    """
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="dbtrain-bench-") as folder:
+        for subjects in plan.subjects:
+            for classes in (1, 2):
+                if classes <= subjects:
+                    runs.append((classes, subjects, whole_run(config, subjects, classes, Path(folder))))
+    table = torch.tensor([(1.0, classes, subjects) for classes, subjects, _ in runs], dtype=torch.float64)
+    spent = torch.tensor([seconds for *_, seconds in runs], dtype=torch.float64)
+    found = torch.linalg.lstsq(table, spent[:, None]).solution[:, 0]
+    start_s, class_s, subject_s = found.tolist()
+    return {
+        "start_s": start_s,
+        "class_s": class_s,
+        "subject_s": subject_s,
+        "residual_s": (table @ found - spent).abs().max().item(),
+        "runs": runs,
+    }
+
+
+def whole_run(config: RunConfig, subjects: int, classes: int, folder: Path) -> float:
+    """Processor seconds of one `dbtrain train` of so many made-up subjects, with nothing cached from before."""
+    from dbtrain.configfile import render
+    from dbtrain.data.manifest import read_manifest
+
+    photos = [subject.images[0].parent for subject in read_manifest(DEMO)]
+    name = f"{subjects}-{classes}"
+    rows = [f"s{i},{('dog', 'cat')[i % classes]},{photos[i % len(photos)]}" for i in range(subjects)]
+    (folder / f"{name}.csv").write_text("\n".join(["subject,class,images", *rows]) + "\n")
+    (folder / "recipe.yaml").write_text(render(config))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [
+        sys.executable,
+        "-m",
+        "dbtrain",
+        "train",
+        folder / f"{name}.csv",
+        "--subjects",
+        "all",
+        "--config",
+        folder / "recipe.yaml",
+        "--out",
+        folder / name,
+        "--quiet",
+    ]
+    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def about(config: RunConfig, plan: Plan, base: Base, flops: int) -> dict[str, Any]:
+    """What was measured, where, and with what."""
+    cuda = base.world.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "cores": os.cpu_count(),
+        "base": base.models.source,
+        "resolution": config.data.resolution,
+        "batch": f"{config.train.batch} instance" + (f" + {config.train.batch} prior" if config.prior.weight else ""),
+        "rank": config.lora.rank,
+        "precision": config.train.precision,
+        "flops_a_subject_step": flops,
+        "plan": asdict(replace(plan, sizes=list(plan.sizes), subjects=list(plan.subjects))),
+        "torch": torch.__version__,
+        "dbtrain": __version__,
+        "cost": "device seconds" if cuda else "processor seconds",
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The comparison as Markdown."""
+    facts = result["about"]
+    lines = [
+        f"| | {facts['cost']} a subject's step | times solo | wall | MFU | memory of a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["steps"].items():
+        share = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        cost_ms, wall_ms = 1e3 * row["cost_s"], 1e3 * row["wall_s"]
+        lines.append(
+            f"| {name} | {cost_ms:.2f} ms | {row['times_solo']:.2f} | {wall_ms:.2f} ms | {share} "
+            f"| {row['peak_bytes'] / 2**20:.0f} MiB |"
+        )
+    if found := result.get("processes"):
+        lines.append(
+            f"| {found['processes']} processes | {1e3 * found['cost_s']:.2f} ms | "
+            f"{result['steps']['solo']['cost_s'] / found['cost_s']:.2f} | {1e3 * found['wall_s']:.2f} ms | | "
+            f"{found['peak_bytes'] / 2**20:.0f} MiB in all |"
+        )
+    if found := result.get("line"):
+        formula = f"T(S) = {found['start_s']:.1f} + {found['class_s']:.1f} classes + {found['subject_s']:.2f} S seconds"
+        lines += ["", f"{formula}; largest residual {found['residual_s']:.1f} s over {len(found['runs'])} runs"]
+    return "\n".join([*lines, "", *(f"- {key}: {value}" for key, value in facts.items())])
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """PATH.json and PATH.md."""
+    write_file(path.with_suffix(".json"), json.dumps(result, indent=1).encode())
+    write_file(path.with_suffix(".md"), f"# Packs beside solo training\n\n{table(result)}\n".encode())

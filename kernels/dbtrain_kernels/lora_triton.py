@@ -1,0 +1,161 @@
+"""Triton kernels of the stacked LoRA update: shrink, expand, and sums over tokens. No host sync, no atomics.
+
+Rows of x and y are tokens of one adapter's segment; a program works on one adapter (`me`). fp32 masters are
+rounded to the tokens' dtype in registers, so that no cast is launched and the tensor cores are used.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dbtrain_kernels.dispatch import interpreting
+from dbtrain_kernels.lora import SPLIT
+
+TOKENS, WIDE, DEEP = 64, 64, 64
+"""Tile sides: tokens, columns of an output, and columns summed at a time."""
+BLOCK = 1024
+"""Elements of a matrix whose parts one program adds."""
+
+
+@triton.jit
+def shrink(
+    wide, matrix, scale, small, tokens, width, rank, matrix_width_stride, matrix_rank_stride,
+    PRODUCTS: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """small[n, t, r] = scale_n * sum_w wide[n, t, w] matrix[n, w, r], fp32."""
+    me = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    r = tl.arange(0, RANK)
+    rows = wide + me * tokens * width + t[:, None].to(tl.int64) * width
+    columns = matrix + me * width * rank + r[None, :] * matrix_rank_stride
+    sums = tl.zeros([TOKENS, RANK], tl.float32)
+    for start in range(0, width, DEEP):
+        w = start + tl.arange(0, DEEP)
+        x = tl.load(rows + w[None, :], mask=(t[:, None] < tokens) & (w[None, :] < width), other=0.0)
+        inside = (w[:, None] < width) & (r[None, :] < rank)
+        m = tl.load(columns + w[:, None] * matrix_width_stride, mask=inside, other=0.0)
+        sums = tl.dot(x.to(PRODUCTS), m.to(x.dtype).to(PRODUCTS), sums, input_precision="ieee")
+    sums = sums * tl.load(scale + me)
+    at = small + me * tokens * rank + t[:, None].to(tl.int64) * rank + r[None, :]
+    tl.store(at, sums, mask=(t[:, None] < tokens) & (r[None, :] < rank))
+
+
+@triton.jit
+def expand(
+    small, matrix, base, out, tokens, width, rank, matrix_width_stride, matrix_rank_stride,
+    PRODUCTS: tl.constexpr, RANK: tl.constexpr, ADD: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """out[n, t, w] = base[n, t, w] + sum_r small[n, t, r] matrix[n, w, r]."""
+    me = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    w = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    r = tl.arange(0, RANK)
+    dtype = out.dtype.element_ty
+    at = small + me * tokens * rank + t[:, None].to(tl.int64) * rank + r[None, :]
+    s = tl.load(at, mask=(t[:, None] < tokens) & (r[None, :] < rank), other=0.0)
+    at = matrix + me * width * rank + r[:, None] * matrix_rank_stride + w[None, :] * matrix_width_stride
+    m = tl.load(at, mask=(r[:, None] < rank) & (w[None, :] < width), other=0.0)
+    y = tl.dot(s.to(dtype).to(PRODUCTS), m.to(dtype).to(PRODUCTS), input_precision="ieee")
+    at = me * tokens * width + t[:, None].to(tl.int64) * width + w[None, :]
+    inside = (t[:, None] < tokens) & (w[None, :] < width)
+    if ADD:
+        y += tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(dtype), mask=inside)
+
+
+@triton.jit
+def outer(
+    small, wide, out, tokens, width, rank, out_width_stride, out_rank_stride,
+    PRODUCTS: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """out[split, n, w, r] = sum over a split's tokens of wide[n, t, w] small[n, t, r]."""
+    me, part = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    w = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    r = tl.arange(0, RANK)
+    sums = tl.zeros([WIDE, RANK], tl.float32)
+    for start in range(0, SPLIT, TOKENS):
+        t = part * SPLIT + start + tl.arange(0, TOKENS)
+        at = wide + me * tokens * width + t[None, :].to(tl.int64) * width + w[:, None]
+        x = tl.load(at, mask=(t[None, :] < tokens) & (w[:, None] < width), other=0.0)
+        at = small + me * tokens * rank + t[:, None].to(tl.int64) * rank + r[None, :]
+        s = tl.load(at, mask=(t[:, None] < tokens) & (r[None, :] < rank), other=0.0)
+        sums = tl.dot(x.to(PRODUCTS), s.to(x.dtype).to(PRODUCTS), sums, input_precision="ieee")
+    at = out + (part * tl.num_programs(2) + me) * width * rank
+    at += w[:, None].to(tl.int64) * out_width_stride + r[None, :] * out_rank_stride
+    tl.store(at, sums.to(out.dtype.element_ty), mask=(w[:, None] < width) & (r[None, :] < rank))
+
+
+@triton.jit
+def add_parts(parts, out, count, elements, BLOCK: tl.constexpr):
+    """out = the sum of `count` parts, one after another in fp32, in out's dtype."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for part in range(count):
+        sums += tl.load(parts + tl.cast(part, tl.int64) * elements + place, mask=place < elements, other=0.0)
+    tl.store(out + place, sums.to(out.dtype.element_ty), mask=place < elements)
+
+
+def forward(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(output, small_NTR) of contiguous tensors; see `lora.lora_op`."""
+    _, rank, width = down_NRD.shape
+    small_NTR = _shrink(x, down_NRD, scale_N, (width, rank), (1, width))
+    return _expand(small_NTR, up_NDR, base, base, (rank, 1)), small_NTR
+
+
+def backward(
+    grad: Tensor, small_NTR: Tensor, x: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, down_NRD and up_NDR, for contiguous tensors; see `lora.lora_backward_op`."""
+    _, rank, width = down_NRD.shape
+    grad_NTR = _shrink(grad, up_NDR, scale_N, (up_NDR.shape[1], rank), (rank, 1))
+    by_x = _expand(grad_NTR, down_NRD, None, x, (1, width))
+    return by_x, _outer(grad_NTR, x, down_NRD, (1, width)), _outer(small_NTR, grad, up_NDR, (rank, 1))
+
+
+def _shrink(wide: Tensor, matrix: Tensor, scale_N: Tensor, sides: tuple[int, int], strides: tuple[int, int]) -> Tensor:
+    """scale * wide @ matrix, [N, T, R]; sides and strides are (width, rank) of the matrix."""
+    subjects, (width, rank) = len(scale_N), sides
+    tokens = wide.numel() // width // subjects
+    small_NTR = wide.new_empty((subjects, tokens, rank), dtype=torch.float32)
+    shrink[(triton.cdiv(tokens, TOKENS), subjects)](
+        wide, matrix, scale_N, small_NTR, tokens, width, rank, *strides,
+        PRODUCTS=_products(wide), RANK=_tile(rank), TOKENS=TOKENS, DEEP=DEEP,
+    )  # fmt: skip
+    return small_NTR
+
+
+def _expand(small_NTR: Tensor, matrix: Tensor, base: Tensor | None, like: Tensor, strides: tuple[int, int]) -> Tensor:
+    """base + small @ matrix^T, of `like`'s shape and dtype; strides are (width, rank) of the matrix."""
+    subjects, tokens, rank = small_NTR.shape
+    out, width = torch.empty_like(like), like.shape[-1]
+    expand[(triton.cdiv(tokens, TOKENS), triton.cdiv(width, WIDE), subjects)](
+        small_NTR, matrix, out if base is None else base, out, tokens, width, rank, *strides,
+        PRODUCTS=_products(like), RANK=_tile(rank), ADD=base is not None, TOKENS=TOKENS, WIDE=WIDE,
+    )  # fmt: skip
+    return out
+
+
+def _outer(small_NTR: Tensor, wide: Tensor, like: Tensor, strides: tuple[int, int]) -> Tensor:
+    """wide^T @ small, in the layout and dtype of `like`: parts of SPLIT tokens, then the sum of the parts."""
+    subjects, tokens, rank = small_NTR.shape
+    width, parts = wide.shape[-1], triton.cdiv(tokens, SPLIT)
+    out = like.new_empty((parts, *like.shape), dtype=like.dtype if parts == 1 else torch.float32)
+    outer[(triton.cdiv(width, WIDE), parts, subjects)](
+        small_NTR, wide, out, tokens, width, rank, *strides,
+        PRODUCTS=_products(wide), RANK=_tile(rank), SPLIT=SPLIT, TOKENS=TOKENS, WIDE=WIDE,
+    )  # fmt: skip
+    if parts == 1:
+        return out[0]
+    whole, elements = torch.empty_like(like), like.numel()
+    add_parts[(triton.cdiv(elements, BLOCK),)](out, whole, parts, elements, BLOCK=BLOCK)
+    return whole
+
+
+def _products(operand: Tensor) -> tl.dtype:
+    """The type in which `tl.dot` multiplies: the operand's; the interpreter cannot, and fp32 products are the same."""
+    return tl.bfloat16 if operand.dtype == torch.bfloat16 and not interpreting() else tl.float32
+
+
+def _tile(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))

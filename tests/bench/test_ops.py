@@ -1,0 +1,64 @@
+"""The bench of the operations: its rows are the operations' table, its bytes are arithmetic, launches are counted."""
+
+import json
+
+import pytest
+import torch
+
+from dbtrain.bench import ops
+from dbtrain_kernels import OPS
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return ops.counts()
+
+
+def test_every_operation_has_work_and_a_row_for_each_shape(rows):
+    assert set(ops.WORK) == set(OPS)
+    assert len(rows) == sum(len(shapes) for _, shapes in ops.WORK.values())
+
+
+def test_bytes_are_those_of_the_tensors(rows):
+    moved = {(row["op"], row["shape"]): row["bytes"] for row in rows}
+    elements = 2 * 4 * 64 * 64
+    assert moved["noising", "SD1.5, 1+1"] == elements * 4 * 5  # two moments read, x, eps and x_t written
+    assert moved["adamw", "LoRA r16, 1"] == 3_190_000 * 32  # g twice; p, m, v read and written
+    assert moved["adamw", "full SD1.5, bf16"] == 859_520_964 * (2 * 2 + 6 * 4 + 2)
+    assert moved["lora", "SD1.5 4096 tokens, 8"] == 8 * moved["lora", "SD1.5 4096 tokens, 1"]
+
+
+def test_kernels_are_fewer_than_plain_operators_and_independent_of_the_pack(rows):
+    assert all(row["fused"] < row["reference"] for row in rows)
+    for name in ops.WORK:
+        packs = [row for row in rows if row["op"] == name and row["shape"].startswith(("SD1.5", "LoRA"))]
+        assert len({row["fused"] for row in packs}) == len({row["reference"] for row in packs}) == 1
+
+
+def test_the_table_says_what_needs_a_gpu(rows):
+    text = ops.table({"counts": rows})
+    assert text.count("\n| ") >= len(rows) and "No CUDA device" in text
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_the_inputs_fit_the_operations():
+    """At a hundredth of the size, each form runs forward and backward."""
+    for name, (make, shapes) in ops.WORK.items():
+        shape = next(iter(shapes.values()))
+        small = (shape[0], *(min(side, 8) for side in shape[1:]))
+        ops.call(name, OPS[name].load("reference"), make(small, "cpu")[0])()
+
+
+def test_a_timed_table_is_printed():
+    timing = {"op": "loss", "shape": "x", "form": "fused", "ms": [1.0, 2.0, 3.0]}
+    timing |= {"copy_share": 0.5, "gemm_share": 0.01, "peak_mib": 3.0}
+    top = {"copy_bytes_per_s": 3e12, "gemm_flop_per_s": 7e14}
+    text = ops.table({"counts": [], "device": "a GPU", "ceilings": top, "timings": [timing]})
+    assert "3,000 GB/s and 700 TFLOP/s" in text and "1.0000 2.0000 3.0000 | 50% | 1.0%" in text
+
+
+@pytest.mark.gpu
+def test_the_ceilings_are_those_of_a_gpu():
+    top = ops.ceilings()
+    assert top["copy_bytes_per_s"] > 1e11 and top["gemm_flop_per_s"] > 1e13
+    assert ops.quantiles_ms(lambda: torch.ones(1, device="cuda"), 5)[1] > 0

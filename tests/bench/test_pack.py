@@ -1,0 +1,38 @@
+"""The comparison runs, its figures belong together, and it leaves the base as it was."""
+
+import json
+
+import pytest
+
+from dbtrain.adapters import layers
+from dbtrain.bench import pack
+from tests.main_job import small_config
+
+
+def test_solo_and_packs_in_turns(tmp_path):
+    config = small_config("train.batch=1")
+    base = pack.load(config, False)
+    with pack.packed(base, config.model_copy(update={"engine": packed_engine(config)}), 2) as step:
+        step()
+    assert not layers(base.models.denoiser)
+    result = pack.measure(config, pack.Plan([1, 2], steps=1, turns=1))
+    assert result["steps"].keys() == {"solo", "pack 1", "pack 2"}
+    for row in result["steps"].values():
+        assert row["cost_s"] > 0 and row["peak_bytes"] > 0 and row["mfu"] is None
+        assert row["times_solo"] == pytest.approx(result["steps"]["solo"]["cost_s"] / row["cost_s"])
+    assert result["about"]["flops_a_subject_step"] > 1e6
+    pack.write(tmp_path / "packs", result)
+    assert json.loads((tmp_path / "packs.json").read_text())["steps"].keys() == result["steps"].keys()
+    assert "| pack 2 |" in (tmp_path / "packs.md").read_text()
+
+
+def packed_engine(config):
+    return config.engine.model_copy(update={"kind": "packed"})
+
+
+def test_the_line_is_the_least_squares_one(monkeypatch):
+    """Runs that lie on 5 + 2 classes + 3 S give it back, without residual."""
+    monkeypatch.setattr(pack, "whole_run", lambda config, subjects, classes, folder: 5.0 + 2 * classes + 3 * subjects)
+    found = pack.line(small_config(), pack.Plan([1], subjects=[1, 4, 8]))
+    assert (found["start_s"], found["class_s"], found["subject_s"]) == pytest.approx((5.0, 2.0, 3.0))
+    assert found["residual_s"] < 1e-9 and [run[:2] for run in found["runs"]] == [(1, 1), (1, 4), (2, 4), (1, 8), (2, 8)]

@@ -1,0 +1,194 @@
+"""How a step is run: what can be, what is refused, compiled blocks, and one recorded graph for a whole step."""
+
+import pytest
+import torch
+
+from dbtrain.batch import Batch
+from dbtrain.config import EngineConfig
+from dbtrain.configfile import loads
+from dbtrain.engines import capture
+from dbtrain.engines.capture import (
+    WARM_STEPS,
+    Capture,
+    Recorded,
+    captured,
+    choose_capture,
+    compile_regions,
+    release,
+)
+from dbtrain.errors import ConfigError, EngineError
+
+RECIPE = "train: {steps: 4}"
+
+
+def settings(choice, kind="packed"):
+    return EngineConfig(capture=choice, kind=kind)
+
+
+@pytest.mark.parametrize(
+    "choice, kind, device, mode, reason",
+    [
+        ("auto", "packed", "cuda", "graph", "auto: a pack's step"),
+        ("auto", "packed", "cpu", "off", "auto: there are no CUDA graphs on cpu"),
+        ("auto", "zero", "cuda", "off", "auto: DeepSpeed's step runs Python"),
+        ("compile", "packed", "cpu", "compile", "asked for"),
+        ("compile", "zero", "cuda", "compile", "asked for"),
+        ("off", "packed", "cuda", "off", "asked for"),
+        ("graph", "packed", "cuda", "graph", "asked for"),
+    ],
+)
+def test_what_a_choice_comes_to(choice, kind, device, mode, reason):
+    got = choose_capture(settings(choice, kind), device)
+    assert got.mode == mode and got.reason.startswith(reason)
+    assert got.may_fall_back == (choice == "auto" and mode == "graph")
+
+
+def test_a_graph_on_a_cpu_is_refused():
+    with pytest.raises(ConfigError, match=r"engine\.capture: graph needs a CUDA device, .* on cpu; use engine"):
+        choose_capture(settings("graph"), "cpu")
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (["engine.capture=graph"], r"graph cannot record DeepSpeed's step.*use engine\.kind=packed"),
+        (["engine.capture=compile", "engine.zero.stage=3", "train.method=full"], "ZeRO stage 3 gathers"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_a_config_error(words, why):
+    with pytest.raises(ConfigError, match=rf"engine\.capture.*{why}"):
+        loads(RECIPE, "small", words)
+
+
+def batch(seed=0, count=2, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 4, generator=generator)
+    numbers = torch.arange(count)
+    return Batch(images, numbers, numbers, numbers, torch.zeros(count, 6)).to(device)
+
+
+class Summing:
+    """A step that adds its batch to a sum that stays, as a training step changes its arenas."""
+
+    def __init__(self, device="cpu"):
+        self.total = torch.zeros(4, device=device)
+        self.runs = 0
+
+    def __call__(self, batch):
+        self.runs += 1
+        self.total += batch.images_BCHW.sum(0)
+
+
+class PretendGraph:
+    """A CUDA graph's contract on a CPU: recording executes nothing, replaying does what was recorded."""
+
+    def __init__(self, step):
+        self.step, self.replays = step, 0
+
+    def replay(self):
+        self.replays += 1
+        self.step()
+
+
+def on_a_cpu(recorded, fail=None):
+    """Warm-up and recording without CUDA."""
+
+    def record(buffers):
+        if fail:
+            raise RuntimeError(fail)
+        recorded.graph = PretendGraph(lambda: recorded.step(buffers))
+
+    recorded._beside = recorded.step
+    recorded._graph = record
+    return recorded
+
+
+def test_every_call_is_one_step_warm_recorded_or_replayed():
+    step = Summing()
+    recorded = on_a_cpu(Recorded(step))
+    want = torch.zeros(4)
+    for seed in range(WARM_STEPS + 4):
+        recorded(batch(seed))
+        want += batch(seed).images_BCHW.sum(0)
+    assert torch.equal(step.total, want) and recorded.graph.replays == 4
+
+
+def test_a_batch_of_another_shape_is_an_error():
+    recorded = on_a_cpu(Recorded(Summing()))
+    recorded(batch())
+    with pytest.raises(EngineError, match="images_BCHW differs from the recorded step's .* engine.capture=off"):
+        recorded(batch(count=3))
+    packed = Batch(**{**vars(batch()), "subject_B": batch().slot_B})
+    with pytest.raises(EngineError, match="subject_B differs"):
+        recorded(packed)
+
+
+def test_auto_goes_on_one_by_one_where_recording_fails_and_says_so_once():
+    step = Summing()
+    recorded = on_a_cpu(Recorded(step, may_fall_back=True), fail="operation not permitted\nmore")
+    for seed in range(WARM_STEPS):
+        recorded(batch(seed))
+    with pytest.warns(UserWarning, match="auto runs steps one by one, because recording failed: operation not"):
+        recorded(batch(8))
+    recorded(batch(9))
+    assert step.runs == WARM_STEPS + 2 and recorded.graph is None
+
+
+def test_a_graph_that_was_asked_for_and_fails_is_an_error():
+    recorded = on_a_cpu(Recorded(Summing()), fail="no")
+    for seed in range(WARM_STEPS):
+        recorded(batch(seed))
+    with pytest.raises(EngineError, match="recording failed: no; use engine.capture=off"):
+        recorded(batch(8))
+
+
+def test_off_is_the_step_itself():
+    step = Summing()
+    assert captured(step, Capture("off", ""), torch.nn.Linear(1, 1)) is step
+
+
+@pytest.fixture(scope="module")
+def denoiser(model_folders):
+    from dbtrain.config import ModelConfig
+    from dbtrain.families import FAMILIES, load_models
+
+    return load_models(FAMILIES["sd"], ModelConfig(path=str(model_folders["sd"]))).denoiser
+
+
+def predict(denoiser):
+    device = denoiser.device
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    out = denoiser(x, torch.tensor([10, 700], device=device), torch.ones(2, 7, 32, device=device)).sample
+    return out.detach(), torch.autograd.grad(out.square().sum(), x)[0]
+
+
+COMPILERS = [("aot_eager", "cpu"), pytest.param("inductor", "cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("backend, device", COMPILERS)
+def test_compiled_blocks_compute_what_the_blocks_do(denoiser, backend, device):
+    """With inductor, g++ would take minutes on a CPU."""
+    denoiser.to(device)
+    want = predict(denoiser)
+    torch._dynamo.reset()
+    assert compile_regions(denoiser, backend) == sum(
+        type(block).__name__ in capture.REGIONS for block in denoiser.modules()
+    )
+    got = predict(denoiser)
+    counted = torch._dynamo.utils.counters
+    assert counted["stats"]["unique_graphs"] > 0 and not counted["graph_break"]
+    release(denoiser)
+    # Other orders of float32 sums through some twenty layers.
+    assert all((a - b).norm() < 1e-5 * b.norm() for a, b in zip(got, want))
+    assert all(torch.equal(a, b) for a, b in zip(predict(denoiser), want))
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_is_the_step():
+    plain, recorded = Summing("cuda"), Summing("cuda")
+    replayed = Recorded(recorded)
+    for seed in range(WARM_STEPS + 5):
+        plain(batch(seed, device="cuda"))
+        replayed(batch(seed, device="cuda"))
+    assert replayed.graph is not None and recorded.runs == WARM_STEPS + 1
+    assert torch.equal(plain.total, recorded.total)
