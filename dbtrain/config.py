@@ -38,8 +38,9 @@ class ModelConfig(Section):
     """What the denoiser predicts; `auto` takes it from the model's scheduler."""
     zero_terminal_snr: bool | Literal["auto"] = "auto"
     """Rescale the noise schedule to zero SNR at the last timestep (arXiv 2305.08891); `auto` follows the scheduler."""
-    attention: Literal["auto", "sdpa", "xformers", "math"] = "auto"
-    """Attention implementation; an impossible choice is refused with its reasons."""
+    attention: Literal["auto", "sdpa", "xformers", "flash", "math"] = "auto"
+    """Attention implementation; an impossible choice is refused with its reasons. `sdpa` is PyTorch's own pick, `flash`
+    its FlashAttention alone, `auto` the fastest for each shape by a short measurement on a GPU and `sdpa` on a CPU."""
 
 
 class DataConfig(Section):
@@ -66,6 +67,8 @@ class IdentifierConfig(Section):
 
     tokens: Annotated[int, Field(ge=1, le=3)] = 1
     """Number of vocabulary tokens in an identifier."""
+    registry: str | None = None
+    """File that records who got which identifier, for runs to share; None is `identifiers.jsonl` in the output."""
 
 
 class TrainConfig(Section):
@@ -81,6 +84,9 @@ class TrainConfig(Section):
     """Peak learning rate of the denoiser."""
     text_encoder_lr: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak learning rate of the text encoder; None is `train.lr`."""
+    stop_loss: Annotated[float, Field(gt=0)] | None = None
+    """End a subject early, once its photos' mean squared error, averaged over about 50 steps, is below this; None is
+    never. Needs engine.kind=packed."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after warm-up: held, or decayed to 0 at the last step."""
     warmup_steps: Count = 0
@@ -144,8 +150,8 @@ class PriorConfig(Section):
     """Lambda of the prior term; 0 switches it off."""
     images: Count = 200
     """Class images, made once per class by the frozen base and shared by all its subjects."""
-    sampler: Literal["ddpm", "euler_ancestral"] = "euler_ancestral"
-    """Ancestral sampler that draws them."""
+    sampler: Literal["ddpm", "euler_ancestral", "imported"] = "euler_ancestral"
+    """Ancestral sampler that draws them; `imported` uses own images that `dbtrain prior import` put into the store."""
     steps: Positive = 50
     """Sampling steps."""
     guidance: Annotated[float, Field(ge=0)] = 7.5
@@ -169,12 +175,31 @@ class ZeroConfig(Section):
     """Keep parameters in host memory (stage 3)."""
 
 
+class PackedConfig(Section):
+    """Many subjects' adapters in one step over one base."""
+
+    size: Positive | Literal["auto"] = "auto"
+    """Subjects trained together; `auto` takes the fastest size that fits this machine's memory, both measured. Results
+    are equal in every bit only between packs of the same size, so give a number where that counts."""
+    memory_share: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Most of the free memory that `auto` may fill."""
+    largest: Positive = 64
+    """Largest size that `auto` may take."""
+
+
 class EngineConfig(Section):
     """What executes the training step."""
 
-    kind: Literal["zero"] = "zero"
-    """`zero` is DeepSpeed, for one process or many."""
+    kind: Literal["zero", "packed"] = "zero"
+    """`zero` is DeepSpeed, one subject at a time on one process or many; `packed` trains the adapters of many subjects
+    at once in one process."""
     zero: ZeroConfig = ZeroConfig()
+    packed: PackedConfig = PackedConfig()
+    capture: Literal["auto", "graph", "compile", "off"] = "auto"
+    """How a step is run: `graph` records it once as a CUDA graph (packed engine), `compile` compiles the denoiser's
+    repeated blocks, `off` runs it as it is; `auto` is `graph` where that can be."""
+    channels_last: bool = False
+    """Lay out the denoiser's convolutions by channel, which tensor cores read as they are."""
     deepspeed: str | None = None
     """A standard DeepSpeed JSON file to start from; keys that dbtrain decides must be absent, "auto" or agree."""
 
@@ -186,6 +211,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 writes none before the end."""
     keep: Positive = 2
     """Newest checkpoints kept."""
+    resume: Annotated[str, Field(pattern=r"^(latest|step-[0-9]{8})$")] = "latest"
+    """Where to go on: the newest good checkpoint, or one by its name, such as step-00000100; missing is an error."""
 
 
 class SampleConfig(Section):
@@ -270,9 +297,24 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             "needs engine.zero.stage 1, 2 or 3",
         ),
         (
+            "engine.channels_last",
+            config.engine.channels_last and config.engine.kind == "zero",
+            "needs engine.kind=packed: DeepSpeed sends weights as flat bytes, which such weights are not",
+        ),
+        (
             "engine.zero.offload_parameters",
             zero.offload_parameters and zero.stage != 3,
             f"needs engine.zero.stage 3, got {zero.stage}",
+        ),
+        (
+            "engine.capture",
+            config.engine.capture == "graph" and config.engine.kind == "zero",
+            "graph cannot record DeepSpeed's step; use engine.kind=packed (a pack of one is one subject), or compile",
+        ),
+        (
+            "engine.capture",
+            config.engine.capture == "compile" and config.engine.kind == "zero" and zero.stage == 3,
+            "compile cannot cut blocks whose parameters ZeRO stage 3 gathers as they run; use engine.capture=off",
         ),
         (
             "train.text_encoder_lr",
@@ -299,5 +341,35 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             train.method == "lora" and not config.lora.targets,
             "is empty; a LoRA needs at least one layer pattern",
         ),
+        (
+            "train.stop_loss",
+            train.stop_loss is not None and config.engine.kind != "packed",
+            "is set, but only engine.kind=packed looks at it",
+        ),
     ]
+    rules += _packed_rules(config) if config.engine.kind == "packed" else []
     return [(key, message) for key, wrong, message in rules if wrong]
+
+
+def _packed_rules(config: RunConfig) -> list[tuple[str, bool, str]]:
+    """What a pack cannot do: (dotted key, whether it was asked for, message)."""
+    train, engine, track = config.train, config.engine, config.track
+    return [
+        ("train.method", train.method != "lora", "must be lora: a pack shares one frozen base; use engine.kind=zero"),
+        (
+            "train.micro_batch",
+            train.micro_batch not in (None, train.batch),
+            f"is {train.micro_batch}, but a pack runs all {train.batch} at once; lower engine.packed.size",
+        ),
+        (
+            "engine.zero",
+            engine.zero != ZeroConfig(),
+            "is set, but engine.kind=packed trains without DeepSpeed; use engine.kind=zero to shard or offload",
+        ),
+        ("engine.deepspeed", engine.deepspeed is not None, "is set, but engine.kind=packed trains without DeepSpeed"),
+        (
+            "track.wandb" if track.wandb else "track.trackio",
+            bool(track.wandb or track.trackio),
+            "follows one run in a process, and a pack has many; set it to null: log.jsonl and TensorBoard work",
+        ),
+    ]

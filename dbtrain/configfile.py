@@ -112,7 +112,7 @@ def _read(path: Path) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         near = _hint(path.stem, recipe_names()) if isinstance(error, FileNotFoundError) else ""
-        raise ConfigError(f"{_show(str(path), quotes=False)}: cannot be read: {reason}{near}") from None
+        raise ConfigError(f"{_show(str(path), quotes=False, width=240)}: cannot be read: {reason}{near}") from None
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes, want a settings file; is this the right path?")
     try:
@@ -354,8 +354,8 @@ def _key(key: str) -> str:
     return key if key and key.isprintable() and len(key) <= 80 else _show(key)
 
 
-def _show(value: Any, quotes: bool = True) -> str:
+def _show(value: Any, quotes: bool = True, width: int = 80) -> str:
     """A value on one short line."""
     text = list(value) if isinstance(value, tuple) else value
     text = value if isinstance(value, str) and not quotes and value.isprintable() else repr(text)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -6,7 +6,7 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,15 +17,18 @@ from torch import Tensor
 from dbtrain.adapters import detach
 from dbtrain.batch import Sample, Subject
 from dbtrain.config import RunConfig
+from dbtrain.data.index import Index
 from dbtrain.data.manifest import read_manifest
 from dbtrain.data.shards import shard_manifest
+from dbtrain.engines.capture import choose_capture, release
 from dbtrain.engines.engine import World, plan_batches
 from dbtrain.engines.zero import start_world
+from dbtrain.errors import StopRequested
 from dbtrain.families import FAMILIES, Family, Models, load_models
 from dbtrain.families.attention import engage_attention
 from dbtrain.families.load import base_digest
-from dbtrain.identifiers import allocate
-from dbtrain.priors import PriorKey, make_priors, prior_key
+from dbtrain.priors import IMPORTED, PriorKey, images_digest, make_priors, prior_key
+from dbtrain.registry import REGISTRY, recorded_identifiers
 from dbtrain.telemetry import Stages
 
 IRRELEVANT: dict[str, set[str] | bool] = {
@@ -34,8 +37,26 @@ IRRELEVANT: dict[str, set[str] | bool] = {
     "data": {"cache_latents", "cache_text"},
     "train": {"micro_batch", "gradient_checkpointing"},
     "prior": {"store", "batch"},
+    "identifier": {"registry"},
 }
 """Sections, and keys of sections, that do not decide what is learnt, or for which a digest stands."""
+
+
+OVERRIDES = {
+    "steps": ("train", "steps"),
+    "lr": ("train", "lr"),
+    "rank": ("lora", "rank"),
+    "prior_weight": ("prior", "weight"),
+}
+"""Section and key of what a subject can have of its own, besides its seed, by the manifest's column."""
+
+
+@dataclass(frozen=True)
+class ClassPriors:
+    """A class's prior images, and their VAE moments [n, variants, 2C, h, w] where latents are cached."""
+
+    samples: list[Sample]
+    moments: Tensor | None = None
 
 
 @dataclass
@@ -52,8 +73,34 @@ class Session:
     stages: Stages = field(default_factory=Stages)
     quiet: bool = False
     stop: bool = False
-    encoded_priors: dict[tuple[PriorKey, int], Tensor] = field(default_factory=dict)
-    """Moments of the last class's priors, which its next subject uses again."""
+    class_priors: dict[tuple[PriorKey, int], ClassPriors] = field(default_factory=dict)
+    """The last classes' priors, which their next subjects use again."""
+    classes_kept: int = 1
+    priors_drawn: bool = False
+    """Whether every class's priors are complete, so that a thread beside training need not look (or draw)."""
+    pack_size: int | None = None
+    """What `engine.packed.size: auto` came to on this machine."""
+    index: Index = field(default_factory=lambda: Index((), ()))
+    """Where the photos lie: of all subjects, or of those at hand."""
+    beat: Callable[[str], None] = lambda stage: None
+    """Told at every stage and step that this process is alive and at what."""
+
+    @property
+    def prior_store(self) -> Path:
+        """The folder of the class priors: the run's own, or one that runs share."""
+        return Path(self.config.prior.store) if self.config.prior.store else self.out / "priors"
+
+    def start_stages(self) -> Stages:
+        """Fresh stage times, for a subject that begins."""
+        self.stages = Stages(self.beat)
+        return self.stages
+
+    def keep_priors(self, wanted: tuple[PriorKey, int], priors: ClassPriors) -> None:
+        """Remember a class's priors, and forget those that were not asked for longest."""
+        self.class_priors.pop(wanted, None)
+        self.class_priors[wanted] = priors
+        while len(self.class_priors) > self.classes_kept:
+            del self.class_priors[next(iter(self.class_priors))]
 
     def say(self, line: str) -> None:
         """One line for the person who watches, from the first rank."""
@@ -62,31 +109,61 @@ class Session:
 
 
 def open_session(
-    config: RunConfig, subjects: Sequence[Subject], manifest: Path, out: Path, quiet: bool = False
+    config: RunConfig,
+    subjects: Sequence[Subject],
+    manifest: Path,
+    out: Path,
+    quiet: bool = False,
+    skip_bad: bool = False,
 ) -> Session:
-    """Load the base and shard the photos, once for all subjects."""
-    world, stages = start_world(), Stages()
+    """Load the base and shard the photos, once for all subjects; a request to stop is met at once until it returns."""
+    session = join_session(config, out, quiet)
+    tokenizer = next(iter(session.models.tokenizers.values()))
+    with session.stages("shard"):
+        on_stop(_stop_now)
+        if session.world.first:
+            shard_manifest(manifest, session.shards, config, session.say, skip_bad, tokenizer)
+        dist.barrier()
+        on_stop(lambda *_: setattr(session, "stop", True))
+    session.index = Index.load(session.shards)
+    registry = Path(config.identifier.registry or out / REGISTRY)
+    session.identifiers = recorded_identifiers(registry, tokenizer, subjects, config.identifier.tokens, config.seed)
+    return session
+
+
+def join_session(
+    config: RunConfig, out: Path, quiet: bool = False, beat: Callable[[str], None] = lambda stage: None
+) -> Session:
+    """Load the base for a run whose shards and identifiers another process makes; they are set before training."""
+    world, stages = start_world(), Stages(beat)
     plan_batches(config.train.batch, config.train.micro_batch, world.size)
-    family = FAMILIES[config.model.family]
     with stages("load"):
         models = load_base(config, world)
-    shards = out / "shards"
-    with stages("shard"):
-        if world.first:
-            shard_manifest(manifest, shards, config, lambda line: None if quiet else print(line, file=sys.stderr))
-        dist.barrier()
-    tokenizer = next(iter(models.tokenizers.values()))
-    identifiers = allocate(tokenizer, subjects, config.identifier.tokens, config.seed)
-    session = Session(config, out, world, family, models, identifiers, shards, stages, quiet)
-    for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, lambda *_: setattr(session, "stop", True))
+    session = Session(
+        config, out, world, FAMILIES[config.model.family], models, {}, out / "shards", stages, quiet, beat=beat
+    )
+    on_stop(lambda *_: setattr(session, "stop", True))
     return session
+
+
+def on_stop(action: Callable[..., object]) -> None:
+    """Nothing; from now on a request to stop (SIGTERM, SIGUSR1) does this."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, action)
+
+
+def _stop_now(*_: object) -> None:
+    raise StopRequested("stopped on request before training; run the same command to go on")
 
 
 def load_base(config: RunConfig, world: World) -> Models:
     """The base model on this rank's device; where only adapters train, its denoiser in the compute precision."""
+    kind = torch.device(world.device).type
+    choose_capture(config.engine, kind)  # refuses before anything is loaded
     models = load_models(FAMILIES[config.model.family], config.model).to(torch.device(world.device))
-    engage_attention(models.denoiser, config.model.attention, torch.device(world.device).type)
+    if config.engine.channels_last:
+        models.denoiser.to(memory_format=torch.channels_last)
+    models.attention = engage_attention(models.denoiser, config.model.attention, kind, config.train.precision)
     if config.train.method == "lora" and config.train.precision == "bf16":
         models.denoiser.to(torch.bfloat16)
     return models
@@ -94,9 +171,11 @@ def load_base(config: RunConfig, world: World) -> Models:
 
 def subject_config(config: RunConfig, subject: Subject) -> RunConfig:
     """The run's configuration with a subject's overrides."""
-    train = {key: value for key in ("steps", "lr") if (value := getattr(subject, key)) is not None}
-    seed = {} if subject.seed is None else {"seed": subject.seed}
-    return config.model_copy(update={"train": config.train.model_copy(update=train), **seed})
+    for name, (section, key) in OVERRIDES.items():
+        if (value := getattr(subject, name)) is not None:
+            part = getattr(config, section).model_copy(update={key: value})
+            config = config.model_copy(update={section: part})
+    return config if subject.seed is None else config.model_copy(update={"seed": subject.seed})
 
 
 def run_digest(config: RunConfig, subject: Subject, session: Session, instances: Sequence[Sample]) -> str:
@@ -111,6 +190,9 @@ def run_digest(config: RunConfig, subject: Subject, session: Session, instances:
         "caption": subject.caption,
         "data": data_digest(instances),
     }
+    if config.prior.weight > 0 and config.prior.sampler == IMPORTED:
+        key = prior_key(config, session.models, subject.class_noun)
+        about["priors"] = images_digest(session.prior_store, key, config.prior.images)
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
@@ -124,6 +206,7 @@ def restore_base(session: Session) -> None:
     if session.config.train.method == "lora" and session.config.engine.zero.stage < 3:
         for module in session.models.components(session.family.denoiser_name).values():
             detach(module)
+            release(module)
         return
     session.models = load_base(session.config, session.world)
 

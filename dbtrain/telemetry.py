@@ -111,13 +111,15 @@ def open_sinks(config: RunConfig, folder: Path, run: str) -> list[Sink]:
 
 
 class Stages:
-    """Seconds of wall time by stage (load, prior, encode, train, sample, save, ...)."""
+    """Seconds of wall time by stage (load, prior, encode, train, sample, save, ...). `beat` is told as each begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, beat: Callable[[str], None] = lambda stage: None) -> None:
         self.seconds: dict[str, float] = {}
+        self.beat = beat
 
     def __call__(self, name: str) -> _Timer:
         """A context manager that adds its duration to a stage."""
+        self.beat(name)
         return _Timer(self, name)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,43 +15,58 @@ import torch
 import torch.distributed as dist
 
 from dbtrain import __version__
-from dbtrain.bank import Bank, Item, encode_captions
-from dbtrain.batch import Batch, Role, Sample, StepLoss, Subject
-from dbtrain.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from dbtrain.atomic import LOCK, held, sweep
+from dbtrain.bank import Bank, captions_of
+from dbtrain.batch import Batch, Role, StepLoss, Subject
+from dbtrain.checkpoint import Checkpoint, latest_checkpoint, named_checkpoint, save_checkpoint, tidy_checkpoints
 from dbtrain.config import RunConfig
 from dbtrain.configfile import render
-from dbtrain.data.index import Index
-from dbtrain.data.manifest import read_manifest
+from dbtrain.data.manifest import read_manifest, scan_manifest
 from dbtrain.data.stream import read_samples
-from dbtrain.engines.engine import BatchPlan, lr_scale, plan_batches
-from dbtrain.engines.zero import ZeroEngine
-from dbtrain.errors import DataError, EngineError
+from dbtrain.engines.capture import Capture, choose_capture, compile_regions
+from dbtrain.engines.engine import BatchPlan, EngineState, lr_scale, plan_batches
+from dbtrain.engines.zero import ZeroEngine, start_world
+from dbtrain.errors import DataError, EngineError, StopRequested
 from dbtrain.families.load import base_digest
+from dbtrain.filling import fill_bank
 from dbtrain.generate import draw_samples, make_pipeline, sampling_mode
-from dbtrain.priors import PriorKey, make_priors, prior_key, read_priors
 from dbtrain.prompts import fill
 from dbtrain.publish import publish_card, publish_sheet, read_record, write_record
 from dbtrain.randomness import stream_key
-from dbtrain.session import Session, data_digest, load_base, open_session, restore_base, run_digest, subject_config
+from dbtrain.session import (
+    Session,
+    data_digest,
+    load_base,
+    open_session,
+    restore_base,
+    run_digest,
+    subject_config,
+)
 from dbtrain.step import TrainingStep
-from dbtrain.telemetry import Meter, Progress, Stages, open_sinks, peak_memory_gib
+from dbtrain.telemetry import Meter, Progress, open_sinks, peak_memory_gib
 from dbtrain.trainables import final_weights, make_trainable, publish_weights
 
-
-class StopRequested(EngineError):
-    """SIGTERM or SIGUSR1 came: the step was finished and checkpointed; running the same command again goes on."""
-
-    exit_code = 75
+Finished = Callable[[Subject, dict[str, Any] | EngineError], None]
+"""What is told of a subject that has ended: its record, or why it failed."""
 
 
 def train_subject(session: Session, subject: Subject) -> dict[str, Any]:
     """The record of a subject: of this training, or of an earlier one with the same settings and data."""
+    opened = open_job(session, subject)
+    return opened.run_to_end() if isinstance(opened, Job) else opened
+
+
+def open_job(session: Session, subject: Subject) -> Job | dict[str, Any]:
+    """What there is to do for a subject, its bank filled; or its record, if it is done already."""
     config = subject_config(session.config, subject)
     folder = session.out / "subjects" / subject.id
     folder.mkdir(parents=True, exist_ok=True)
-    stages = session.stages = Stages()
+    if session.world.first:
+        for place in (folder, *folder.glob("samples/*")):
+            sweep(place)
+    stages = session.start_stages()
     with stages("data"):
-        instances = list(read_samples(session.shards, Index.load(session.shards).rows_of(subject.id)))
+        instances = list(read_samples(session.shards, session.index.rows_of(subject.id)))
     run = run_digest(config, subject, session, instances)
     done = read_record(folder)
     if done is not None and done["run"] == run:
@@ -59,40 +75,7 @@ def train_subject(session: Session, subject: Subject) -> dict[str, Any]:
     if done is not None:
         raise DataError(f"{folder}: holds a finished subject trained with other settings or data; use another --out")
     bank = fill_bank(session, subject, config, instances)
-    job = Job(session, subject, config, folder, run, bank)
-    return job.run_to_end()
-
-
-def fill_bank(session: Session, subject: Subject, config: RunConfig, instances: Sequence[Sample]) -> Bank:
-    """A subject's photos and its class's priors, with captions, encoded if latents are cached."""
-    identifier, data = session.identifiers[subject.id], config.data
-    caption = fill(subject.caption or data.caption, identifier=identifier, class_noun=subject.class_noun)
-    items = {Role.INSTANCE: [Item(sample, caption) for sample in instances]}
-    if config.prior.weight > 0:
-        key = prior_key(config, session.models, subject.class_noun)
-        items[Role.PRIOR] = [Item(sample, key.prompt) for sample in ensure_priors(session, config, key)]
-    bank = Bank(items, data, config.seed, subject.id, config.train.batch)
-    if data.cache_latents and data.crop == "center":
-        with session.stages("encode"):
-            bank.cache(Role.INSTANCE, session.models.vae, session.world.device)
-            if Role.PRIOR in items:
-                wanted = (key, config.prior.images)
-                if wanted not in session.encoded_priors:
-                    moments = bank.cache(Role.PRIOR, session.models.vae, session.world.device)
-                    session.encoded_priors = {wanted: moments}
-                bank.moments[Role.PRIOR] = session.encoded_priors[wanted]
-    return bank
-
-
-def ensure_priors(session: Session, config: RunConfig, key: PriorKey) -> list[Sample]:
-    """A class's priors from the store, which all ranks first complete together."""
-    prior = config.prior
-    store = Path(prior.store) if prior.store else session.out / "priors"
-    with session.stages("prior"), sampling_mode(session.models):
-        family, models, world = session.family, session.models, session.world
-        make_priors(store, key, prior.images, family, models, world, prior.batch, session.say)
-        dist.barrier()
-        return read_priors(store, key, prior.images)
+    return Job(session, subject, config, folder, run, bank)
 
 
 @dataclass
@@ -111,9 +94,10 @@ class Job:
         config, session = self.config, self.session
         plan = plan_batches(config.train.batch, config.train.micro_batch, session.world.size)
         with session.stages("build"):
-            cached = config.data.cache_text and not config.train.text_encoder
-            captions = encode_captions(session.family, session.models, self.bank.texts, session.world.device, cached)
+            captions = captions_of(session.family, session.models, config, self.bank.texts, session.world.device)
             groups = make_trainable(session.family, session.models, config, self.subject.id)
+            if self.capture.mode == "compile":
+                compile_regions(session.models.denoiser)
             module = TrainingStep(
                 session.family, session.models, config, stream_key(config.seed, self.subject.id), captions
             )
@@ -128,14 +112,26 @@ class Job:
 
     def resume(self, engine: ZeroEngine) -> int:
         """The step to go on from: after the newest good checkpoint of this run, or 0."""
-        found, notes = latest_checkpoint(self.folder / "checkpoints", self.run)
-        for note in notes:
-            self.session.say(note)
+        found = self.checkpoint()
         if found is None:
             return 0
         engine.load(found.state, found.step)
-        self.session.say(f"{self.subject.id}: resuming after step {found.step}")
         return found.step
+
+    def checkpoint(self) -> Checkpoint | None:
+        """What to go on from: the newest good checkpoint of this run, or the named one; None is a fresh start."""
+        name, root = self.config.checkpoint.resume, self.folder / "checkpoints"
+        if self.session.world.first:
+            tidy_checkpoints(root, self.config.checkpoint.keep)
+        if name == "latest":
+            found, notes = latest_checkpoint(root, self.run)
+            for note in notes:
+                self.session.say(note)
+        else:
+            found = named_checkpoint(root, name, self.run)
+        if found is not None:
+            self.session.say(f"{self.subject.id}: resuming after step {found.step}")
+        return found
 
     def loop(self, engine: ZeroEngine, plan: BatchPlan, start: int) -> dict[str, float]:
         """Train to the last step; the last log interval's values."""
@@ -163,6 +159,11 @@ class Job:
             for sink in sinks:
                 sink.close()
         return values
+
+    @property
+    def capture(self) -> Capture:
+        """How a step is run."""
+        return choose_capture(self.config.engine, torch.device(self.session.world.device).type)
 
     @property
     def images_a_step(self) -> int:
@@ -217,17 +218,20 @@ class Job:
             make_trainable(session.family, session.models, config, self.subject.id)
         if session.world.first:
             final_weights(session.family, session.models, state, session.world.device)
-        if session.world.first:
-            with session.stages("save"):
-                artefacts = publish_weights(self.folder, session.family, session.models, config, record)
             with session.stages("sample"):
                 sheet = self.sample("samples")
             record["stages_s"] = {name: round(seconds, 3) for name, seconds in session.stages.seconds.items()}
-            publish_card(self.folder, record, config, render(config))
-            write_record(self.folder, record, [*artefacts, *([sheet] if sheet else [])])
+            self.write(state, record, sheet)
         dist.barrier()
         restore_base(session)
         return record
+
+    def write(self, state: EngineState, record: dict[str, Any], sheet: Path | None) -> None:
+        """The subject's artefacts, then its card, then the record that says it is done."""
+        family, models = self.session.family, self.session.models
+        artefacts = publish_weights(self.folder, family, models, self.config, record, state)
+        publish_card(self.folder, record, self.config, render(self.config))
+        write_record(self.folder, record, [*artefacts, *([sheet] if sheet else [])])
 
     def record(self, values: dict[str, float]) -> dict[str, Any]:
         """Who was trained, from what, how, and how it went."""
@@ -247,11 +251,14 @@ class Job:
             "seed": config.seed,
             "lr": config.train.lr,
             "loss": values["loss"],
+            "engine": config.engine.kind,
             "world_size": session.world.size,
             "zero_stage": config.engine.zero.stage,
             "peak_memory_gib": peak_memory_gib(session.world.device),
             "dbtrain": __version__,
             "torch": torch.__version__,
+            "capture": self.capture._asdict(),
+            "attention": session.models.attention.row() if session.models.attention else None,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
@@ -294,27 +301,64 @@ def role_sums(loss: StepLoss, batch: Batch, count: int) -> torch.Tensor:
 
 
 def train_manifest(
-    manifest: Path, config: RunConfig, out: Path, chosen: Sequence[str] | None, quiet: bool = False
+    manifest: Path,
+    config: RunConfig,
+    out: Path,
+    chosen: Sequence[str] | None,
+    quiet: bool = False,
+    skip_bad: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The records of the chosen subjects (None is all), and a reason for each that failed; the others are not affected.
 
-    Raises DataError for unknown ids, and StopRequested when the process was asked to stop.
+    skip_bad: leave subjects with findings out; they are told, and named in `shards/skipped.json`. Raises DataError for
+    unknown ids or while another run works on `out`, and StopRequested when the process was asked to stop.
     """
-    subjects = read_manifest(manifest)
+    subjects = scan_manifest(manifest)[0] if skip_bad else read_manifest(manifest)
     known = {subject.id: subject for subject in subjects}
     unknown = [name for name in chosen or () if name not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, 1)
         raise DataError(f"{manifest}: has no subject {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    session = open_session(config, subjects, manifest, out, quiet)
-    records, failed = [], {}
-    for name in chosen or known:
+    with held(out / LOCK) if start_world().first else nullcontext(True) as ours:
+        if not ours:
+            raise DataError(f"{out}: another run is working there; wait for it or stop it, or use another --out")
+        session = open_session(config, subjects, manifest, out, quiet, skip_bad)
+        sound = [known[name] for name in chosen or known if name in session.index.subjects]
+        return _train_all(session, sound)
+
+
+def _train_all(
+    session: Session, subjects: Sequence[Subject]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    records: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+
+    def finished(subject: Subject, outcome: dict[str, Any] | EngineError) -> None:
+        if isinstance(outcome, EngineError):
+            failed[subject.id] = str(outcome)
+            session.say(f"{subject.id}: failed: {outcome}")
+        else:
+            records.append(outcome)
+
+    train_subjects(session, subjects, finished)
+    return records, failed
+
+
+def train_subjects(session: Session, subjects: Sequence[Subject], finished: Finished) -> None:
+    """Nothing; calls `finished` with every subject's record, or with the error that ended it, as soon as it is known.
+
+    A failed subject does not affect the others. Raises StopRequested when the process was asked to stop.
+    """
+    if session.config.engine.kind == "packed":
+        from dbtrain.packing.loop import train_packed
+
+        train_packed(session, subjects, finished)
+        return
+    for subject in subjects:
         try:
-            records.append(train_subject(session, known[name]))
+            finished(subject, train_subject(session, subject))
         except StopRequested:
             raise
         except EngineError as error:
-            failed[name] = str(error)
-            session.say(f"{name}: failed: {error}")
             restore_base(session)
-    return records, failed
+            finished(subject, error)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dbtrain.checkpoint import file_digest
+from dbtrain.atomic import file_digest
 from dbtrain.configfile import load
 from dbtrain.data.manifest import read_manifest
 from dbtrain.engines.engine import BatchPlan, World
@@ -133,13 +133,13 @@ def poison(monkeypatch, subject: str, step: int, forward=TrainingStep.forward) -
     """From `step` on, the loss of one subject is NaN."""
     from dbtrain.randomness import stream_key
 
-    key = stream_key(0, subject)
+    key = torch.tensor([stream_key(0, subject)])
 
     def poisoned(self, batch, now):
         loss = forward(self, batch, now)
         return (
             loss
-            if self.key != key or now < step
+            if not torch.equal(self.key_N2, key) or now < step
             else type(loss)(loss.loss * math.nan, loss.per_sample_B, loss.weight_B)
         )
 

@@ -78,11 +78,12 @@ def matrices(unet):
     return {path: (la.down_NRD[0].detach().clone(), la.up_NDR[0].detach().clone()) for path, la in layers(unet)}
 
 
-def train_peft(start, first, steps=STEPS, clip=CLIP, scale_prior=LAMBDA):
-    """The same run with nothing of ours but the names of the random numbers."""
+def train_peft(start, first, steps=STEPS, clip=CLIP, scale_prior=LAMBDA, key=KEY, lr=1e-3):
+    """The same run with nothing of ours but the names of the random numbers; alpha is half the rank."""
     _, models, told, batch = start
     unet = copy.deepcopy(models.denoiser).requires_grad_(False).train()
-    lora = LoraConfig(r=4, lora_alpha=2.0, target_modules=list(first))
+    rank = len(next(iter(first.values()))[0])
+    lora = LoraConfig(r=rank, lora_alpha=rank / 2, target_modules=list(first))
     unet = inject_adapter_in_model(lora, unet)
     params = {}
     with torch.no_grad():
@@ -93,15 +94,15 @@ def train_peft(start, first, steps=STEPS, clip=CLIP, scale_prior=LAMBDA):
             params[path][1].copy_(up)
     flat = [p for p in unet.parameters() if p.requires_grad]
     assert len(flat) == 2 * len(first)
-    optimizer = torch.optim.AdamW(flat, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.02)
+    optimizer = torch.optim.AdamW(flat, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.02)
     peer = DDPMScheduler.from_config(models.scheduler.config)
     states = told.states_BTD[batch.caption_B]
     mean, logvar = batch.images_BCHW.chunk(2, 1)
     for step in range(steps):
-        posterior = normals(KEY, Purpose.POSTERIOR, step, batch.slot_B, (4, 16, 16))
+        posterior = normals(key, Purpose.POSTERIOR, step, batch.slot_B, (4, 16, 16))
         latents = (mean + torch.exp(0.5 * logvar) * posterior) * models.vae.config.scaling_factor
-        noise = normals(KEY, Purpose.NOISE, step, batch.slot_B, (4, 16, 16))
-        timesteps = (uniforms(KEY, Purpose.TIMESTEP, step, batch.slot_B) * 1000).long()
+        noise = normals(key, Purpose.NOISE, step, batch.slot_B, (4, 16, 16))
+        timesteps = (uniforms(key, Purpose.TIMESTEP, step, batch.slot_B) * 1000).long()
         prediction = unet(peer.add_noise(latents, noise, timesteps), timesteps, states, return_dict=False)[0]
         instance, prior = prediction.chunk(2)
         wanted, wanted_prior = noise.chunk(2)

@@ -1,0 +1,193 @@
+"""The packed engine: AdamW over the rows of arenas, a subject a row, each with its own settings, clock and fate.
+
+A row's numbers never meet another row's: its gradient norm, clip, learning rate, bias correction and EMA are its own.
+A row that is empty, done or no longer finite stays as it is in every bit, by `where` and never by a factor of 0.
+Nothing in a step waits for the device, so that a step can be captured.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from dbtrain.config import TrainConfig
+from dbtrain.engines.engine import EngineState, ParamGroup
+from dbtrain.errors import EngineError
+from dbtrain_kernels.adamw import adamw
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+# That contract is for gradients that travel between processes; strides over rows are what an arena is for.
+warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract", UserWarning)
+
+
+class Arena:
+    """The parameters of one group for N subjects: master, grad and moments as tensors [N, P], a row for each subject.
+
+    The layers' parameters become views of `compute`, which is the masters themselves, or a copy of them in the compute
+    precision; backward adds straight into `grad`.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], ema: bool, dtype: torch.dtype):
+        some = next(iter(params.values()))
+        self.params, rows = params, len(some)
+        sizes = [param[0].numel() for param in params.values()]
+        ends = list(accumulate(sizes))
+        self.spans = {name: slice(end - size, end) for name, size, end in zip(params, sizes, ends)}
+        # float64 stays, for the tests; everything else trains in float32.
+        wide = torch.promote_types(some.dtype, torch.float32)
+        shape = (rows, ends[-1])
+        self.tensors = {
+            kind: torch.zeros(shape, dtype=wide, device=some.device) for kind in (*KINDS, *(["ema"] if ema else []))
+        }
+        self.compute = None if dtype == torch.float32 else torch.zeros(shape, dtype=dtype, device=some.device)
+        source = self["master"] if self.compute is None else self.compute
+        self.grad = torch.zeros_like(source)
+        for name, param in params.items():
+            param.data, param.grad = self.view(source, name), self.view(self.grad, name)
+
+    def __getitem__(self, kind: str) -> Tensor:
+        """The arena [N, P] of a kind of state; KeyError for an EMA that nobody asked for."""
+        return self.tensors[kind]
+
+    def show(self, row: int, kind: str = "master") -> None:
+        """Compute with a row's masters, or with another kind of its weights."""
+        target = self["master"] if self.compute is None else self.compute
+        target[row] = self[kind][row]
+
+    def view(self, arena: Tensor, name: str) -> Tensor:
+        """A parameter's part of an arena, [N, ...]."""
+        return arena[:, self.spans[name]].view(self.params[name].shape)
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What a subject's row trains with. rates: the learning rate of every step, for each group."""
+
+    rates: Sequence[Sequence[float]]
+    clip_norm: float | None
+    weight_decay: float
+
+    @property
+    def steps(self) -> int:
+        """The step after which the row is done."""
+        return len(self.rates[0])
+
+
+class PackedEngine:
+    """N subjects' optimizers. `steps` is the most that any subject will make.
+
+    step_N: updates made so far. live_N: rows that train. failed_N: rows that met a loss or gradient that is not finite,
+    and stay at their last good state.
+    """
+
+    def __init__(self, groups: Sequence[ParamGroup], train: TrainConfig, steps: int, dtype: torch.dtype):
+        self.train = train
+        self.arenas = [Arena(group.params, train.ema is not None, dtype) for group in groups]
+        rows, device = self.arenas[0].grad.shape[0], self.arenas[0].grad.device
+        self.shapes: list[dict[str, torch.Size]] = [{} for _ in range(rows)]
+        self.step_N = torch.zeros(rows, dtype=torch.long, device=device)
+        self.end_N = torch.zeros_like(self.step_N)
+        self.live_N = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.failed_N = torch.zeros_like(self.live_N)
+        self.rates_GNS = torch.zeros(len(groups), rows, steps, dtype=torch.float64, device=device)
+        self.clip_N = torch.full((rows,), math.inf, dtype=torch.float64, device=device)
+        self.decay_N = torch.zeros_like(self.clip_N)
+
+    @property
+    def rates_GN(self) -> Tensor:
+        """The learning rate of each group that the rows' next step uses."""
+        last = self.rates_GNS.shape[2] - 1
+        index_N = self.step_N.clamp(max=last)
+        return self.rates_GNS.gather(2, index_N[None, :, None].expand(len(self.rates_GNS), -1, 1))[..., 0]
+
+    @torch.no_grad()
+    def update(self, sound_N: Tensor) -> Tensor:
+        """Gradient norm [N] of each row before clipping, after one step of each live row that is sound.
+
+        sound_N: whether a row's loss is finite. The gradients are used up.
+        """
+        train, (clips, joint_N) = self.train, self._clips()
+        active_N = self.live_N & sound_N
+        if joint_N is not None:
+            active_N &= torch.isfinite(joint_N)
+        for arena, clip_N, rate_N in zip(self.arenas, clips, self.rates_GN):
+            state = arena["master"], arena.grad, arena["exp_avg"], arena["exp_avg_sq"]
+            settings = self.step_N.clone(), rate_N, clip_N, self.decay_N, active_N, train.beta1, train.beta2, train.eps
+            norm_N = adamw(*state, *settings, arena.tensors.get("ema"), train.ema or 0.0, arena.compute)
+            arena.grad.zero_()
+        norm_N = norm_N if joint_N is None else joint_N
+        good_N = sound_N & torch.isfinite(norm_N)
+        self.step_N += self.live_N & good_N
+        self.failed_N |= self.live_N & ~good_N
+        self.live_N &= good_N & (self.step_N < self.end_N)
+        return norm_N
+
+    def _clips(self) -> tuple[list[Tensor], Tensor | None]:
+        """The clip of each arena's norm that clips the joint norm of a subject's arenas, and that norm if several."""
+        if len(self.arenas) == 1:
+            return [self.clip_N], None
+        norms = [torch.linalg.vector_norm(arena.grad.to(arena["exp_avg"].dtype), dim=1) for arena in self.arenas]
+        joint_N = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        share_N = (self.clip_N / (joint_N.double() + 1e-6)).clamp(max=1.0)
+        return [share_N * (norm_N.double() + 1e-6) for norm_N in norms], joint_N
+
+    @torch.no_grad()
+    def load(self, row: int, state: EngineState, step: int, settings: RowSettings) -> None:
+        """Seat a subject: its state after `step` steps (moments that it lacks are 0, an EMA starts at the masters).
+
+        Its matrices may be smaller than the row's, which has zeros beside them; those stay 0.
+        """
+        names = {name for arena in self.arenas for name in arena.params}
+        if differing := names ^ state["master"].keys():
+            raise EngineError(
+                f"checkpoint and model differ in trained parameters, such as {sorted(differing)[0]}; "
+                "were lora.targets changed?"
+            )
+        self.shapes[row] = {name: matrix.shape for name, matrix in state["master"].items()}
+        for arena in self.arenas:
+            for kind, tensor in arena.tensors.items():
+                tensor[row] = 0
+                source = state.get(kind, state["master"] if kind == "ema" else {})
+                for name in arena.params.keys() & source.keys():
+                    _corner(arena.view(tensor, name)[row], source[name].shape).copy_(source[name][0])
+            arena.show(row)
+            arena.grad[row] = 0
+        self.step_N[row], self.end_N[row] = step, settings.steps
+        self.clip_N[row] = math.inf if settings.clip_norm is None else settings.clip_norm
+        self.decay_N[row] = settings.weight_decay
+        for group, rates in enumerate(settings.rates):
+            self.rates_GNS[group, row, : len(rates)] = torch.tensor(rates, dtype=torch.float64)
+        self.failed_N[row], self.live_N[row] = False, step < settings.steps
+
+    def state(self, row: int) -> EngineState:
+        """Everything to resume a subject from, at its own rank, copied to the CPU."""
+        return {
+            kind: {
+                name: _corner(arena.view(arena[kind], name)[row], self.shapes[row][name])[None].detach().cpu().clone()
+                for arena in self.arenas
+                for name in arena.params
+            }
+            for kind in self.arenas[0].tensors
+        }
+
+    @torch.no_grad()
+    def show(self, row: int, kind: str = "master") -> None:
+        """Make a row's layers compute with its masters, or with its EMA; for the EMA of a subject that is done."""
+        for arena in self.arenas:
+            arena.show(row, kind)
+
+    @torch.no_grad()
+    def release(self, row: int) -> None:
+        """Empty a row; it goes on computing with what it holds, and nothing of it changes."""
+        self.live_N[row] = self.failed_N[row] = False
+
+
+def _corner(view: Tensor, shape: torch.Size) -> Tensor:
+    """The part of a row's parameter that a matrix [1, ...] of a smaller rank fills."""
+    return view[tuple(slice(side) for side in shape[1:])]

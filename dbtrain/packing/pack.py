@@ -1,0 +1,192 @@
+"""A pack: N subjects' adapters on one base, and one training step of them all.
+
+Everything that a step reads lies on the device and is changed in place when a subject takes a row, and a step never
+waits for the device: `advance` can be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dbtrain.adapters import layers
+from dbtrain.bank import Bank, join_batches
+from dbtrain.batch import Batch, Conditioning
+from dbtrain.checkpoint import Checkpoint
+from dbtrain.config import RunConfig
+from dbtrain.engines.capture import WARM_STEPS, captured, choose_capture
+from dbtrain.engines.engine import lr_scale
+from dbtrain.engines.packed import PackedEngine, RowSettings
+from dbtrain.families import Family, Models
+from dbtrain.families.family import Tokens
+from dbtrain.randomness import stream_key
+from dbtrain.step import TrainingStep
+from dbtrain.trainables import DTYPES, lora_alpha, make_stack, peak_lr, trained_components
+
+CAPTIONS = 2
+"""Most distinct captions of a subject: its photos' and its class's."""
+WINDOW = 50
+"""Steps over which the error that `train.stop_loss` looks at is averaged."""
+MEASURED = ("loss", "loss_instance", "loss_prior", "grad_norm", "lr")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a subject trains from. captions: those of its bank, encoded, or as tokens."""
+
+    subject: str
+    config: RunConfig
+    captions: Conditioning | Tokens
+    found: Checkpoint
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A row as it is: means of the measured values since the row was last looked at, updates made, whether it still
+    trains, whether it met a number that is not finite, and the average that `train.stop_loss` looks at."""
+
+    values: dict[str, float]
+    step: int
+    live: bool
+    failed: bool
+    average: float
+
+
+class Pack:
+    """N rows for subjects. Ranks may differ up to `rank`, step counts up to `steps`. example: captions of any one."""
+
+    def __init__(
+        self,
+        family: Family,
+        models: Models,
+        config: RunConfig,
+        size: int,
+        rank: int,
+        steps: int,
+        example: Conditioning | Tokens,
+    ):
+        self.family, self.models, self.config, self.size = family, models, config, size
+        self.roles = 2 if config.prior.weight > 0 else 1
+        stack = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": rank})})
+        groups = make_stack(family, models, stack, size)
+        device = next(iter(groups[0].params.values())).device
+        self.device = str(device)
+        self.engine = PackedEngine(groups, config.train, steps, DTYPES[config.train.precision])
+        self.key_N2 = torch.zeros(size, 2, dtype=torch.long, device=device)
+        self.prior_N = torch.zeros(size, device=device)
+        self.captions = _blank(example, size * CAPTIONS)
+        self.module = TrainingStep(family, models, config, self.key_N2, self.captions, self.prior_N)
+        self.subject_B = torch.arange(size, device=device).repeat_interleave(self.roles * config.train.batch)
+        self.sums_NV = torch.zeros(size, len(MEASURED) + 1, dtype=torch.float64, device=device)
+        self.average_N = torch.zeros(size, dtype=torch.float64, device=device)
+        self.parts: list[Batch | None] = [None] * size
+        capture = choose_capture(config.engine, device.type)
+        self.step = captured(self.advance, capture, models.denoiser)
+        """`advance`, run as `engine.capture` says."""
+        self.warm_steps = WARM_STEPS + 1 if capture.mode == "graph" else 1
+
+    @torch.no_grad()
+    def seat(self, row: int, start: Start) -> None:
+        """Let a subject train in a row."""
+        config = start.config
+        rates = [
+            [
+                peak_lr(self.family, config, component) * lr_scale(step, config.train, config.train.steps)
+                for step in range(config.train.steps)
+            ]
+            for component in trained_components(self.family, self.models, config)
+        ]
+        settings = RowSettings(rates, config.train.clip_norm, config.train.weight_decay)
+        self.engine.load(row, start.found.state, start.found.step, settings)
+        for module in trained_components(self.family, self.models, config).values():
+            for _, layer in layers(module):
+                layer.scale_N[row] = lora_alpha(config) / config.lora.rank
+        self.key_N2[row] = torch.tensor(stream_key(config.seed, start.subject))
+        self.prior_N[row] = config.prior.weight
+        for table, own in zip(tensors_of(self.captions), tensors_of(start.captions)):
+            table[row * CAPTIONS : row * CAPTIONS + len(own)] = own
+        self.sums_NV[row], self.average_N[row] = 0, start.found.average
+
+    def rehearsal(self, shape: Sequence[int]) -> Batch:
+        """Random samples for every row; shape: of a sample's moments, or of its pixels where they are encoded anew."""
+        count, side = self.config.train.batch, float(self.config.data.resolution)
+        role_B = torch.arange(self.roles).repeat_interleave(count).repeat(self.size)
+        slot_B = torch.arange(self.roles * count).repeat(self.size)
+        images, sizes = torch.randn(len(slot_B), *shape), torch.full((len(slot_B), 6), side)
+        batch = Batch(images, CAPTIONS * self.subject_B.cpu(), role_B, slot_B, sizes, self.subject_B)
+        return batch.to(self.device)
+
+    def batch(self, banks: Sequence[tuple[int, Bank, int]]) -> Batch:
+        """The samples of (row, bank, step) for each subject that trains; an empty row shows what was last seen."""
+        slots = range(self.config.train.batch)
+        for row, bank, step in banks:
+            self.parts[row] = bank.draw(step, slots)
+        known = [part for part in self.parts if part is not None]
+        joined = join_batches([part or known[0] for part in self.parts]).to(self.device)
+        return Batch(
+            joined.images_BCHW,
+            joined.caption_B + CAPTIONS * self.subject_B,
+            joined.role_B,
+            joined.slot_B,
+            joined.size_B6,
+            self.subject_B,
+        )
+
+    def advance(self, batch: Batch) -> None:
+        """One optimizer step of every live row."""
+        engine = self.engine
+        loss = self.module(batch, engine.step_N)
+        loss.loss.backward()
+        with torch.no_grad():
+            error_NR = loss.per_sample_B.detach().double().view(self.size, self.roles, -1).mean(2)
+            loss_N = (loss.per_sample_B * loss.weight_B).detach().double().view(self.size, -1).sum(1)
+            rate_N, live_N = engine.rates_GN[0], engine.live_N.clone()
+            norm_N = engine.update(torch.isfinite(loss_N))
+            moved_N = live_N & ~engine.failed_N
+            prior_N = error_NR[:, 1] if self.roles > 1 else torch.zeros_like(loss_N)
+            values = (loss_N, error_NR[:, 0], prior_N, norm_N.double(), rate_N, torch.ones_like(loss_N))
+            self.sums_NV += torch.where(moved_N[:, None], torch.stack(values, 1), 0.0)
+            self._stop_early(moved_N, error_NR[:, 0])
+
+    def _stop_early(self, moved_N: Tensor, error_N: Tensor) -> None:
+        """Keep the average of the photos' error: a mean of the first WINDOW steps, exponential from there."""
+        step_N = self.engine.step_N
+        average_N = self.average_N + (error_N - self.average_N) / step_N.clamp(1, WINDOW)
+        self.average_N.copy_(torch.where(moved_N, average_N, self.average_N))
+        if self.config.train.stop_loss is not None:
+            self.engine.live_N &= ~(moved_N & (step_N >= WINDOW) & (self.average_N < self.config.train.stop_loss))
+
+    def observe(self) -> list[Observed]:
+        """Every row as it is; the only place that waits for the device."""
+        engine = self.engine
+        flags = (engine.step_N, engine.live_N, engine.failed_N, self.average_N)
+        table = torch.cat([self.sums_NV, torch.stack([flag.double() for flag in flags], 1)], 1).tolist()
+        return [_observed(row) for row in table]
+
+    @torch.no_grad()
+    def forget(self, rows: Sequence[int]) -> None:
+        """Start new means of the measured values of rows."""
+        self.sums_NV[list(rows)] = 0
+
+
+def _observed(row: list[float]) -> Observed:
+    *sums, count = row[: len(MEASURED) + 1]
+    step, live, failed, average = row[len(MEASURED) + 1 :]
+    means = {name: total / count for name, total in zip(MEASURED, sums)} if count else {}
+    return Observed(means, int(step), bool(live), bool(failed), average)
+
+
+def tensors_of(captions: Conditioning | Tokens) -> list[Tensor]:
+    """The tensors of captions, in a fixed order."""
+    if isinstance(captions, Conditioning):
+        return [captions.states_BTD, *([] if captions.pooled_BD is None else [captions.pooled_BD])]
+    return list(captions)
+
+
+def _blank(captions: Conditioning | Tokens, rows: int) -> Conditioning | Tokens:
+    """Room for so many captions like these."""
+    blank = [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in tensors_of(captions)]
+    return Conditioning(*blank) if isinstance(captions, Conditioning) else tuple(blank)

@@ -1,0 +1,109 @@
+"""How many subjects a pack holds: the fastest size that fits, of sizes whose memory and time were measured here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from dbtrain.config import PackedConfig
+
+GAIN = 0.97
+"""A pack of twice the size is worth it if a subject's step takes less than this share of the time."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One measured step of a pack: its size, the bytes that it took beyond the base, the seconds of one step."""
+
+    size: int
+    bytes: int
+    seconds: float
+
+    @property
+    def seconds_a_subject(self) -> float:
+        """Seconds of a step divided by the subjects it trained."""
+        return self.seconds / self.size
+
+
+def fit(probes: Sequence[Probe]) -> tuple[float, float]:
+    """(a, b) of bytes = a + b * size, through the first and the last probe."""
+    first, last = probes[0], probes[-1]
+    slope = (last.bytes - first.bytes) / (last.size - first.size)
+    return first.bytes - slope * first.size, slope
+
+
+def choose_size(probe: Callable[[int], Probe], settings: PackedConfig, free: int, most: int) -> tuple[int, str]:
+    """(size, the reason in one line): doubled while memory allows it and a subject's step gets cheaper.
+
+    probe: measures a size. free: bytes that there are. most: subjects that there are.
+    """
+    budget, ceiling = settings.memory_share * free, min(settings.largest, most)
+    probes = [probe(1)]
+    why = "no more subjects" if most < settings.largest else "engine.packed.largest"
+    while probes[-1].size * 2 <= ceiling:
+        size = probes[-1].size * 2
+        if len(probes) > 1:
+            start, slope = fit(probes)
+            if start + slope * size > budget:
+                why = f"{size} would need {(start + slope * size) / 2**30:.2f} of {budget / 2**30:.2f} GiB"
+                break
+        elif probes[0].bytes > budget:
+            why = f"one already needs {probes[0].bytes / 2**30:.2f} of {budget / 2**30:.2f} GiB"
+            break
+        probes.append(probe(size))
+        if probes[-1].seconds_a_subject > GAIN * probes[-2].seconds_a_subject:
+            why = f"{size} was no faster"
+            break
+    best = min(probes, key=lambda one: one.seconds_a_subject)
+    steps = ", ".join(f"{one.size}: {1e3 * one.seconds_a_subject:.1f} ms" for one in probes)
+    return best.size, f"{best.size} subjects a pack ({why}; step of a subject at {steps})"
+
+
+@contextmanager
+def used_bytes(device: str) -> Iterator[list[int]]:
+    """A list that afterwards holds the bytes that the block took at its peak: on a GPU what the allocator counted, on a
+    CPU what autograd kept for backward, of which the rest is a small part."""
+    used: list[int] = []
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield used
+        torch.cuda.synchronize()
+        used.append(torch.cuda.max_memory_allocated() - before)
+        return
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield used
+    used.append(sum(kept.values()))
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free now, of the GPU or of the machine."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo", encoding="ascii") as file:
+        kib = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    return kib * 1024
+
+
+def timed(step: Callable[[], None], device: str, turns: int = 2) -> float:
+    """Seconds of the fastest of some steps."""
+    seconds = []
+    for _ in range(turns):
+        begun = time.perf_counter()
+        step()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)

@@ -1,0 +1,62 @@
+"""The size of a pack is a pure function of what was measured; and the measurement counts what autograd keeps."""
+
+import pytest
+import torch
+
+from dbtrain.config import PackedConfig
+from dbtrain.packing.size import Probe, choose_size, fit, free_bytes, used_bytes
+
+MIB = 2**20
+
+
+def machine(base: int, slope: int, seconds: dict[int, float], seen: list[int]):
+    def probe(size):
+        seen.append(size)
+        return Probe(size, (base + slope * size) * MIB, seconds[size])
+
+    return probe
+
+
+def test_the_line_goes_through_first_and_last():
+    assert fit([Probe(1, 150, 1.0), Probe(2, 999, 1.0), Probe(4, 300, 1.0)]) == (100.0, 50.0)
+
+
+@pytest.mark.parametrize(
+    "free, most, seconds, size, probed, reason",
+    [
+        (10_000, 64, {1: 1, 2: 1.2, 4: 1.6, 8: 3.3}, 4, [1, 2, 4, 8], "8 was no faster"),
+        (1_000, 64, {1: 1, 2: 1.1, 4: 1.2, 8: 1.3}, 4, [1, 2, 4], "8 would need 0.88 of 0.78 GiB"),
+        (10_000, 3, {1: 1, 2: 1.1}, 2, [1, 2], "no more subjects"),
+        (10_000, 64, {1: 1, 2: 2.2}, 1, [1, 2], "2 was no faster"),
+        (100, 64, {1: 1}, 1, [1], "one already needs"),
+    ],
+)
+def test_doubling_ends_for_one_reason_which_is_told(free, most, seconds, size, probed, reason):
+    """100 MiB and 100 more a subject; four fifths of the free memory may be used."""
+    seen: list[int] = []
+    got, why = choose_size(machine(100, 100, seconds, seen), PackedConfig(), free * MIB, most)
+    assert (got, seen) == (size, probed)
+    assert reason in why and "\n" not in why
+
+
+def test_a_ceiling_holds():
+    seen: list[int] = []
+    size, why = choose_size(
+        machine(1, 1, dict.fromkeys((1, 2, 4, 8), 1.0), seen), PackedConfig(largest=4), 10_000 * MIB, 64
+    )
+    assert size == 4 and "engine.packed.largest" in why
+
+
+def test_kept_bytes_are_counted_once_and_grow_with_the_batch():
+    weight = torch.randn(100, 100, requires_grad=True)
+
+    def bytes_of(rows):
+        with used_bytes("cpu") as used:
+            x = torch.randn(rows, 100)
+            ((x @ weight).tanh().square() + 0 * x).sum().backward()
+        return used[0]
+
+    # x, and tanh's result, which square keeps too; the weight is not needed: x wants no gradient.
+    assert bytes_of(50) == 2 * 50 * 400
+    assert bytes_of(100) == 2 * bytes_of(50)
+    assert free_bytes("cpu") > MIB
