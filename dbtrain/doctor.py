@@ -21,6 +21,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from dbtrain.errors import DbtrainError
+from dbtrain.heads import is_loopback, token_file_finding, token_path
 
 MIN_DISK_GIB = 10.0
 """Free space below which a run of a few full models fills the disk."""
@@ -251,21 +252,25 @@ def is_listening(address: str) -> bool:
 def check_ray(temp: Path | None = None) -> list[Check]:
     """A Ray head that others can reach runs anyone's code unless it asks for a token; empty without a local head."""
     folder = temp or Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
-    mode = os.environ.get("RAY_AUTH_MODE", "")
-    return [check_ray_head(address, mode) for address in ray_addresses(folder) if is_listening(address)]
+    found = [check_ray_head(address) for address in ray_addresses(folder) if is_listening(address)]
+    readable = token_file_finding()
+    return [*found, *([Check("ray token", "fail", readable, f"chmod 600 {token_path()}")] if readable else [])]
 
 
-def check_ray_head(address: str, auth_mode: str) -> Check:
-    """Whether a head at host:port is safe to leave running."""
-    host = address.rpartition(":")[0].strip("[]")
-    if host in ("localhost", "::1") or host.startswith("127."):
+def check_ray_head(address: str, ask: Callable[[str], tuple[bool, str]] = probe) -> Check:
+    """Whether a head at host:port is safe to leave running; one that others reach is asked as a stranger would."""
+    if is_loopback(address.rpartition(":")[0]):
         return Check("ray", "ok", f"head at {address}, reachable from this machine only")
-    if auth_mode == "token":
-        return Check("ray", "ok", f"head at {address}; RAY_AUTH_MODE=token is set here")
-    detail = f"head at {address} is reachable from other machines, and RAY_AUTH_MODE is not `token` here"
-    return Check(
-        "ray", "fail", detail, "ray stop; then start it with RAY_AUTH_MODE=token or --node-ip-address=127.0.0.1"
+    let_in, answer = ask(
+        "import os, sys; os.environ['RAY_AUTH_MODE'] = 'disabled'; "
+        f"sys.argv = ['ray', 'health-check', '--address', {address!r}]; from ray.scripts.scripts import main; main()"
     )
+    if not let_in and re.search("Authentication|Unauthenticated", answer):
+        return Check("ray", "ok", f"head at {address} asks for a token")
+    remedy = "ray stop; then start it with RAY_AUTH_MODE=token or --node-ip-address=127.0.0.1"
+    if let_in:
+        return Check("ray", "fail", f"head at {address} runs the code of anyone who can reach it", remedy)
+    return Check("ray", "warn", f"head at {address} did not say whether it asks for a token: {answer[:200]}", remedy)
 
 
 def check_model(model: str) -> Check:

@@ -6,6 +6,6 @@ from pathlib import Path
 # This file's own folder is on the path already, as any script's is; the checkout's other source roots join it.
 sys.path[1:1] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
 
-from dbtrain_launchers.on_deepspeed import main  # noqa: E402
+from dbtrain_launchers.__main__ import main  # noqa: E402
 
-main()
+main(before=["train"])

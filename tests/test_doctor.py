@@ -110,17 +110,28 @@ def test_a_package_that_hides_hugging_faces_kernels_is_a_failure(monkeypatch, tm
 
 
 @pytest.mark.parametrize(
-    ("address", "mode", "state"),
+    ("address", "answer", "state"),
     [
-        ("127.0.0.1:6379", "", "ok"),
-        ("[::1]:6379", "", "ok"),
-        ("10.0.0.7:6379", "", "fail"),
-        ("10.0.0.7:6379", "token", "ok"),
-        ("0.0.0.0:6379", "disabled", "fail"),
+        ("127.0.0.1:6379", (True, ""), "ok"),
+        ("[::1]:6379", (True, ""), "ok"),
+        ("10.0.0.7:6379", (True, ""), "fail"),
+        ("0.0.0.0:6379", (True, ""), "fail"),
+        ("10.0.0.7:6379", (False, "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken"), "ok"),
+        ("10.0.0.7:6379", (False, "not finished after 120 s"), "warn"),
     ],
 )
-def test_a_ray_head_that_others_reach_needs_a_token(address, mode, state):
-    assert doctor.check_ray_head(address, mode).state == state
+def test_a_ray_head_that_others_reach_needs_a_token(address, answer, state):
+    """What a stranger is told by real heads is in tests/security/test_cluster.py."""
+    assert doctor.check_ray_head(address, lambda code: answer).state == state
+
+
+def test_a_token_that_others_may_read_is_a_failure(monkeypatch, tmp_path):
+    path = tmp_path / "token"
+    path.touch(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    assert [(check.state, check.remedy) for check in doctor.check_ray(tmp_path)] == [("fail", f"chmod 600 {path}")]
+    path.chmod(0o600)
+    assert doctor.check_ray(tmp_path) == []
 
 
 def test_only_a_living_ray_head_counts(tmp_path):

@@ -1,1 +1,12 @@
-"""Ways to start `dbtrain train` on one or many machines. Each module translates one launcher's conventions."""
+"""Ways to start `dbtrain` on one or many machines. A launcher is one file that turns a plan into text, and one row."""
+
+from dbtrain_launchers import on_deepspeed, on_kubernetes, on_ray, on_slurm
+from dbtrain_launchers.plan import Launcher
+
+LAUNCHERS: dict[str, Launcher] = {
+    "deepspeed": on_deepspeed.LAUNCHER,
+    "ray": on_ray.LAUNCHER,
+    "slurm": on_slurm.LAUNCHER,
+    "kubernetes": on_kubernetes.LAUNCHER,
+}
+"""Every launcher by its name: `dbtrain launch NAME`."""

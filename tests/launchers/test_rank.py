@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dbtrain_launchers.on_deepspeed import split_local_rank
+from dbtrain_launchers.__main__ import rank_of_task, split_local_rank
 
-SCRIPT = Path(__file__).resolve().parents[1] / "launchers" / "train.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "launchers" / "train.py"
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,22 @@ def test_only_the_launchers_own_argument_is_dropped(given, rank, rest):
     assert split_local_rank(given) == (rank, rest)
 
 
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        (
+            {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"},
+            {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"},
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "RANK": "5"}, {}),
+        ({"SLURM_PROCID": "0"}, {}),
+        ({}, {}),
+    ],
+)
+def test_a_slurm_task_is_a_rank_unless_a_launcher_said_otherwise(environ, expected):
+    assert rank_of_task(environ) == expected
+
+
 def test_the_script_works_from_a_bare_checkout(tmp_path):
     """A stand-in for the command line shows what reaches it, with the real script and its real search path."""
     for name in ("launchers", "kernels", "dbtrain"):
@@ -35,6 +51,8 @@ def test_the_script_works_from_a_bare_checkout(tmp_path):
     (tmp_path / "launchers" / "train.py").write_text(SCRIPT.read_text())
     (tmp_path / "launchers" / "dbtrain_launchers").symlink_to(SCRIPT.parent / "dbtrain_launchers")
     (tmp_path / "dbtrain" / "__init__.py").touch()
+    for real in ("errors.py", "heads.py", "fleet"):
+        (tmp_path / "dbtrain" / real).symlink_to(SCRIPT.parents[1] / "dbtrain" / real)
     (tmp_path / "dbtrain" / "cli.py").write_text(
         "import os\ndef main(args):\n    print(args, os.environ['LOCAL_RANK'])\n"
     )

@@ -1,0 +1,42 @@
+"""What a worker may do with a finished subject on its loaded base: draw its prompts, score it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dbtrain.evaluate.judge import Judge, load_judge
+from dbtrain.evaluate.protocol import Settings, evaluate_finished
+from dbtrain.generate import draw_samples, finished_config, finished_pipeline, finished_record
+from dbtrain.prompts import fill
+from dbtrain.publish import publish_sheet
+from dbtrain.session import Session
+
+
+def generate(session: Session, folder: Path) -> None:
+    """Draw the recipe's prompts into the subject's `generated.png`."""
+    record, config = finished_record(folder), finished_config(folder, ())
+    names = {"identifier": record["identifier"], "class_noun": record["class"]}
+    texts = [fill(prompt, **names) for prompt in config.sample.prompts]
+    with finished_pipeline(folder, session.family, session.models, config) as pipeline:
+        rows = draw_samples(pipeline, texts, config.sample, config.data.resolution, config.train.precision)
+    publish_sheet(folder, rows, texts, "generated")
+
+
+def evaluate(session: Session, folder: Path) -> None:
+    """Score the subject by the quick protocol into its `evaluation.json`."""
+    settings = Settings()
+    judge = warm_judge(settings.identity, settings.clip, session.world.device)
+    evaluate_finished(folder, session.models, session.family, settings, judge)
+
+
+@cache
+def warm_judge(identity: str, clip: str, device: str) -> Judge:
+    """The encoders, loaded once a worker."""
+    return load_judge(identity, clip, device)
+
+
+AFTER: dict[str, Callable[[Any, Path], None]] = {"generate": generate, "evaluate": evaluate}
+"""What can be asked for, by its name."""

@@ -1,0 +1,67 @@
+"""The Ray that a driver works on: one that is there, or a small one of its own that ends with it, whatever happens."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from dbtrain.errors import FleetError
+from dbtrain.fleet.processes import release, start_guard
+
+STORE_BYTES = 100 * 2**20
+"""Object store of an embedded Ray: nothing large ever goes through it."""
+
+
+@contextmanager
+def connected(address: str | None, cpus: int) -> Iterator[None]:
+    """A connection to the Ray at an address, or to an embedded one on the loopback interface (None).
+
+    No runtime_env is set: a worker inherits its node's environment, and a job's settings would be readable by others.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is not None:
+        try:
+            ray.init(address=address, namespace="dbtrain", log_to_driver=False, configure_logging=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise FleetError(
+                f"--address {address}: no Ray cluster answers ({error}); start one, or leave it out"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="dbtrain-ray-"))
+    guard = start_guard(folder)
+    try:
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, namespace="dbtrain",
+            log_to_driver=False, configure_logging=False, object_store_memory=STORE_BYTES, _temp_dir=str(folder),
+        )  # fmt: skip
+        close_token()
+        if not ray.util.get_node_ip_address().startswith("127."):
+            raise FleetError("embedded Ray: listens beyond this machine, because ray was imported before the fleet was")
+        yield
+    finally:
+        ray.shutdown()
+        release(guard)
+
+
+def close_token() -> None:
+    """Make Ray's token file readable by its owner only; Ray writes it for everybody."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.is_file() and stat.S_IMODE(token.stat().st_mode) & 0o077:
+        token.chmod(0o600)
+
+
+def crews_possible(gpus: float, cpus: float, size: int) -> int:
+    """How many crews of `size` actors with these resources the cluster holds at the moment."""
+    whole = ray.cluster_resources()
+    slots = whole.get("GPU", 0) / gpus if gpus else whole.get("CPU", 0) / cpus
+    return int(slots // size)

@@ -1,0 +1,189 @@
+"""The driver's end of a worker: one Ray actor, or a gang of them that trains as one. Nothing here waits.
+
+A crew is a small state machine fed with finished Ray calls: placing (actors are being made) -> starting (trainers load
+the base) -> idle <-> busy. When a trainer dies the crew starts its trainers anew; when an actor dies the crew is lost
+and the driver makes another. Ray's own restarts and retries are off: only the ledger decides what is tried again.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from dbtrain.fleet.processes import born, kill
+from dbtrain.fleet.schedule import WorkUnit
+from dbtrain.fleet.trainer import Message, Order, Task
+from dbtrain.fleet.worker import Worker
+
+POLL_S = 1.0
+"""How long a worker waits for news before it answers that there are none."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What every crew is made of: `size` actors with these resources each."""
+
+    size: int
+    gpus: float
+    cpus: float
+    hang_s: float
+
+
+class Actor(Worker):
+    """A worker that knows its place in the cluster."""
+
+    def describe(self) -> dict[str, Any]:
+        """Where this worker is."""
+        node = ray.get_runtime_context().get_node_id()
+        return {**super().describe(), "node": node, "ip": ray.util.get_node_ip_address(), "born": born(os.getpid())}
+
+
+class Lost(Exception):
+    """An actor of the crew is gone; the message says what Ray knows."""
+
+
+class Crew:
+    """One worker of the schedule."""
+
+    def __init__(self, name: str, shape: Shape, task: Task):
+        self.name, self.shape, self.task = name, shape, task
+        self.state, self.generation, self.restarts = "placing", 0, 0
+        self.last_class: str | None = None
+        self.unit: WorkUnit | None = None
+        self.number = 0
+        self.pending: dict[Any, tuple[Callable, int, float]] = {}
+        self.places: dict[int, dict[str, Any]] = {}
+        self.waiting_for: set[int] = set()
+        self.group: PlacementGroup | None = None
+        if shape.size > 1:
+            each = {"CPU": shape.cpus, **({"GPU": shape.gpus} if shape.gpus else {})}
+            self.group = placement_group([each] * shape.size)
+        self.members = [self._member(rank) for rank in range(shape.size)]
+        for rank, member in enumerate(self.members):
+            self._call(member.describe, rank, self._placed)
+
+    def _member(self, rank: int) -> Any:
+        place: Any = None if self.group is None else PlacementGroupSchedulingStrategy(self.group, rank)
+        maker = ray.remote(Actor).options(
+            num_cpus=self.shape.cpus, num_gpus=self.shape.gpus, max_restarts=0, max_task_retries=0, max_concurrency=4,
+            scheduling_strategy=place,
+        )  # fmt: skip
+        name = self.name if self.group is None else f"{self.name}-{rank}"
+        return maker.remote(name, self.task.out, self.shape.hang_s)
+
+    def _call(self, method: Any, rank: int, then: Callable, *words: Any) -> None:
+        self.pending[method.remote(*words)] = (then, rank, time.monotonic())
+
+    def accept(self, call: Any) -> list[Message]:
+        """What a finished call brings: messages of the workers. Raises Lost when the actor is gone."""
+        then, rank, _ = self.pending.pop(call)
+        try:
+            value = ray.get(call)
+        except ray.exceptions.RayError as error:
+            raise Lost(str(error).strip().splitlines()[0]) from error
+        return then(rank, value) or []
+
+    def overdue(self) -> bool:
+        """Whether an actor has not answered for longer than it may; Ray itself would wait for ever."""
+        limit = time.monotonic() - POLL_S - self.shape.hang_s
+        return any(then == self._heard and since < limit for then, _, since in self.pending.values())
+
+    def _placed(self, rank: int, place: dict[str, Any]) -> None:
+        self.places[rank] = place
+        if len(self.places) == len(self.members):
+            self._start()
+            for each, member in enumerate(self.members):
+                self._call(member.poll, each, self._heard, POLL_S)
+
+    def _start(self) -> None:
+        """Fresh trainers; a gang needs a port of its first member before."""
+        self.state, self.unit, self.waiting_for = "starting", None, set(range(len(self.members)))
+        self.generation += 1
+        if len(self.members) == 1:
+            self._call(self.members[0].start, 0, lambda *_: None, self.task, self.generation)
+        else:
+            for rank, member in enumerate(self.members):
+                self._call(member.halt, rank, self._halted)
+
+    def _halted(self, rank: int, _: Any) -> None:
+        if rank == 0:
+            self._call(self.members[0].free_port, 0, self._meet)
+
+    def _meet(self, _: int, port: int) -> None:
+        for rank, member in enumerate(self.members):
+            environment = {"RANK": str(rank), "WORLD_SIZE": str(len(self.members)), "LOCAL_RANK": "0",
+                           "MASTER_ADDR": self.places[0]["ip"], "MASTER_PORT": str(port)}  # fmt: skip
+            task = replace(self.task, environment=environment)
+            self._call(member.start, rank, lambda *_: None, task, self.generation)
+
+    def _heard(self, rank: int, answer: tuple[int, list[Message]]) -> list[Message]:
+        generation, events = answer
+        self._call(self.members[rank].poll, rank, self._heard, POLL_S)
+        told: list[Message] = []
+        for event in events if generation == self.generation else []:
+            if event[0] in ("ready", "done"):
+                self.waiting_for.discard(rank)
+                if self.waiting_for:
+                    continue
+                self.state = "idle"
+            if event[0] == "died":
+                told.append(event)
+                self.restarts += 1
+                self._start()
+                break
+            told.append(event)
+        return told
+
+    def give(self, order: Order) -> None:
+        """Hand a unit to every member."""
+        self.state, self.unit, self.number = "busy", order.unit, order.number
+        packed = pickle.dumps(order)
+        self.last_class, self.waiting_for = order.unit.class_noun, set(range(len(self.members)))
+        for rank, member in enumerate(self.members):
+            self._call(member.give, rank, lambda *_: None, packed)
+
+    def ask_stop(self) -> None:
+        """Ask the trainers to finish their step, checkpoint and leave."""
+        for rank, member in enumerate(self.members):
+            self._call(member.ask_stop, rank, lambda *_: None)
+
+    def kill(self, deaf: bool = False) -> None:
+        """Nothing; afterwards no process of the crew is alive or will be. deaf: its actors may not hear Ray."""
+        for rank, member in enumerate(self.members):
+            ray.kill(member)
+            if deaf and rank in self.places:
+                strike(self.places[rank])
+        if self.group is not None:
+            remove_placement_group(self.group)
+        self.pending.clear()
+
+    def row(self) -> dict[str, Any]:
+        """The crew as the ledger keeps it."""
+        place = self.places.get(0, {})
+        return {"name": self.name, "node": place.get("node"), "host": place.get("host"), "pid": place.get("pid"),
+                "state": self.state, "unit": self.number if self.unit else None, "restarts": self.restarts}  # fmt: skip
+
+
+def strike(place: dict[str, Any]) -> None:
+    """Kill a worker's process where it runs, even when it is stopped and hears nobody."""
+    if place["host"] == socket.gethostname():
+        end(place["pid"], place["born"])
+        return
+    on_node = NodeAffinitySchedulingStrategy(place["node"], soft=False)
+    task = ray.remote(end).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node)
+    task.remote(place["pid"], place["born"])
+
+
+def end(pid: int, start: str) -> None:
+    """Kill a process, if it is still the one that started then."""
+    if born(pid) == start:
+        kill(pid)

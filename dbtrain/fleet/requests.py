@@ -1,0 +1,59 @@
+"""What one asks of a run from another terminal. A living driver finds requests in its mailbox; else they apply now."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dbtrain.atomic import write_file
+from dbtrain.errors import DataError
+from dbtrain.fleet.ledger import Lease, Ledger, is_driven
+
+MAILBOX = "requests"
+RULES = {
+    "cancel": (["waiting"], "cancelled", "cancelled on request"),
+    "retry": (["quarantined", "cancelled"], "waiting", "retried on request"),
+}
+"""From which states each request takes a subject, where to, and the reason that is kept."""
+
+
+def request(folder: Path, verb: str, ids: Sequence[str] | None) -> int | None:
+    """How many subjects a request changed; None if it was left for the driver that is at work.
+
+    ids: None is all. Raises DataError for ids that the run does not have.
+    """
+    ledger = Ledger(folder)
+    try:
+        known = {row["id"] for row in ledger.rows("id")}
+        unknown = [name for name in ids or () if name not in known]
+        if unknown:
+            raise DataError(f"{folder}: its run has no subject {unknown[0]!r}")
+        asked = {"verb": verb, "ids": None if ids is None else list(ids)}
+        if is_driven(folder):
+            (folder / MAILBOX).mkdir(exist_ok=True)
+            name = f"{time.time_ns():020d}-{secrets.token_hex(4)}.json"
+            write_file(folder / MAILBOX / name, json.dumps(asked).encode())
+            return None
+        lease = Lease(folder)
+        try:
+            with ledger.commit():
+                return len(apply(ledger, asked))
+        finally:
+            lease.release()
+    finally:
+        ledger.close()
+
+
+def apply(ledger: Ledger, asked: dict[str, Any]) -> list[tuple[int, str]]:
+    """(position, class) of the subjects that a request changed."""
+    return ledger.settle(asked["ids"], *RULES[asked["verb"]])
+
+
+def requests_in(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The requests in a run's mailbox with their files, oldest first. Applying one twice changes nothing more."""
+    found = sorted((folder / MAILBOX).glob("*.json")) if (folder / MAILBOX).is_dir() else []
+    return [(path, json.loads(path.read_text())) for path in found]

@@ -1,0 +1,167 @@
+"""What a run looks like from outside: rows for reports, a summary for scripts, a live table or plain lines for people.
+
+Everything is read from the ledger, so it works beside a driver, after it, and on a run that was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dbtrain.fleet.ledger import Ledger, find_ledger, is_driven
+
+WINDOW_S = 120
+"""The last seconds over which throughput is measured."""
+SLOWEST = 10
+LINE_S = 10.0
+"""Seconds between plain lines where there is no terminal."""
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """A dict for each subject in manifest order: subject, class, state, attempts, reason, cause, worker, seconds,
+    gpu_seconds, stages_s (by stage), files (digests by name), after, started, finished (ISO 8601, UTC)."""
+    ledger = Ledger(find_ledger(out))
+    begun = "attempts - (SELECT count(*) FROM attempts a WHERE a.position=subjects.position AND a.cause='unbegun')"
+    try:
+        return [
+            {
+                "subject": row["id"],
+                "class": row["class"],
+                **{key: row[key] for key in ("state", "reason", "cause", "worker", "seconds", "gpu_seconds")},
+                "attempts": row["begun"],
+                "stages_s": json.loads(row["stages_s"] or "{}"),
+                "files": json.loads(row["files"] or "{}"),
+                "after": row["after"],
+                "started": iso(row["started"]),
+                "finished": iso(row["finished"]),
+            }
+            for row in ledger.rows(f"*, {begun} AS begun")
+        ]
+    finally:
+        ledger.close()
+
+
+def iso(seconds: float | None) -> str | None:
+    """A time as ISO 8601 in UTC."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def summarize_run(out: Path) -> dict[str, Any]:
+    """A run in one dict: see `summarize`, and whether a driver is at work on it."""
+    folder = find_ledger(out)
+    ledger = Ledger(folder)
+    try:
+        return {**summarize(ledger), "driven": is_driven(folder)}
+    finally:
+        ledger.close()
+
+
+def summarize(ledger: Ledger) -> dict[str, Any]:
+    """subjects (by state), total, state, heartbeat_age_s, per_s, eta_s, gpu_seconds (by kind of unit), retries (by
+    cause), slowest [{subject, seconds}], workers, quarantined [{subject, cause, reason}] (the first 20)."""
+    ask, now = ledger.db.execute, time.time()
+    run, counts = ledger.run() or {}, ledger.counts()
+    begin, lately = ask("SELECT min(finished), count(*) FROM subjects WHERE finished > ?", (now - WINDOW_S,)).fetchone()
+    per_s = lately / max(now - begin, 1.0) if lately else 0.0
+    left = counts["waiting"] + counts["running"]
+    spent = dict(ask("SELECT kind, sum(gpu_seconds) FROM spent GROUP BY kind").fetchall())
+    spent["train"] = ask("SELECT sum(gpu_seconds) FROM subjects").fetchone()[0] or 0.0
+    retries = ask(
+        "SELECT cause, count(*) FROM attempts WHERE cause IS NOT NULL AND cause != 'unbegun' "
+        "GROUP BY cause ORDER BY 2 DESC"
+    )
+    slowest = ask(
+        "SELECT id AS subject, seconds FROM subjects WHERE seconds IS NOT NULL ORDER BY seconds DESC LIMIT ?",
+        (SLOWEST,),
+    )
+    bad = ask("SELECT id AS subject, cause, reason FROM subjects WHERE state='quarantined' ORDER BY position LIMIT 20")
+    return {
+        "subjects": counts,
+        "total": sum(counts.values()),
+        "state": run.get("state"),
+        "heartbeat_age_s": None if not run.get("heartbeat") else round(now - run["heartbeat"], 1),
+        "per_s": round(per_s, 3),
+        "eta_s": round(left / per_s) if per_s and left else None,
+        "gpu_seconds": {kind: round(seconds, 3) for kind, seconds in spent.items()},
+        "retries": dict(retries.fetchall()),
+        "slowest": [dict(row) for row in slowest],
+        "workers": [dict(row) for row in ask("SELECT * FROM workers ORDER BY name")],
+        "quarantined": [dict(row) for row in bad],
+    }
+
+
+def line(summary: dict[str, Any]) -> str:
+    """A summary as one line."""
+    counts = ", ".join(f"{number} {state}" for state, number in summary["subjects"].items() if number)
+    eta = "" if summary["eta_s"] is None else f", ETA {summary['eta_s']} s"
+    retries = "".join(f", {cause} {number}" for cause, number in summary["retries"].items())
+    return f"{counts} of {summary['total']}; {summary['per_s']:.2f} subjects/s{eta}" + (
+        f"; retries: {retries[2:]}" if retries else ""
+    )
+
+
+def table(summary: dict[str, Any]) -> Any:
+    """A summary for a terminal, as a rich renderable."""
+    from rich.console import Group
+    from rich.table import Table
+
+    workers = Table("worker", "host", "pid", "state", "unit", "restarts", title="Workers", expand=False)
+    for row in summary["workers"][:16]:
+        workers.add_row(*(str(row[key] if row[key] is not None else "") for key in
+                          ("name", "host", "pid", "state", "unit", "restarts")))  # fmt: skip
+    slow = Table("slowest", "seconds", expand=False)
+    for row in summary["slowest"][:5]:
+        slow.add_row(row["subject"], f"{row['seconds']:.1f}")
+    bad = Table("quarantined", "cause", "reason", expand=False)
+    for row in summary["quarantined"][:8]:
+        bad.add_row(row["subject"], row["cause"], (row["reason"] or "")[:100])
+    shown = [text(line(summary)), workers]
+    return Group(*shown, *([slow] if summary["slowest"] else []), *([bad] if summary["quarantined"] else []))
+
+
+def text(words: str) -> Any:
+    """Plain words, whatever markup they may look like."""
+    from rich.text import Text
+
+    return Text(words)
+
+
+class Screen:
+    """What a driver shows while it works, and its log `fleet.jsonl`: one object for each thing that happened."""
+
+    def __init__(self, out: Path, quiet: bool):
+        self.quiet, self.last, self.live = quiet, 0.0, None
+        self.log = (out / "fleet.jsonl").open("a", encoding="utf-8")
+        if sys.stderr.isatty() and not quiet:
+            from rich.console import Console
+            from rich.live import Live
+
+            self.live = Live(console=Console(stderr=True), refresh_per_second=2)
+            self.live.start()
+
+    def note(self, subject: str, told: dict[str, Any]) -> None:
+        """Log what became of a subject; a quarantine is also shown where lines are."""
+        stamp = iso(time.time())
+        self.log.write(json.dumps({"time": stamp, "subject": subject, **told}) + "\n")
+        self.log.flush()
+        if told["state"] == "quarantined" and not self.quiet and self.live is None:
+            print(f"{subject}: quarantined: {told['cause']}: {told['reason']}", file=sys.stderr, flush=True)
+
+    def show(self, summary: dict[str, Any]) -> None:
+        """Bring the table up to date, or print a line when it is time."""
+        if self.live is not None:
+            self.live.update(table(summary))
+        elif not self.quiet and time.monotonic() - self.last > LINE_S:
+            self.last = time.monotonic()
+            print(line(summary), file=sys.stderr, flush=True)
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Leave the terminal as it was."""
+        if self.live is not None:
+            self.live.update(table(summary))
+            self.live.stop()
+        self.log.close()

@@ -1,0 +1,212 @@
+"""A run as a KubeRay RayJob with a network policy: token authentication, no root, limits, no secret in the text.
+
+Written against KubeRay 1.7: its submitter splices the entrypoint into a bash line and quotes a runtime_env only for Go,
+so words are quoted for a shell here and variables go to the pods. It also puts a dashboard on every interface unless
+told otherwise.
+"""
+
+import json
+import re
+import shlex
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+
+from dbtrain_launchers.plan import (
+    DNS_LABEL,
+    Launcher,
+    LaunchPlan,
+    Rendered,
+    check_program,
+    plain_findings,
+    refuse,
+    start_program,
+)
+
+_QUANTITY = re.compile(r"\d+(\.\d+)?([KMGTP]i?|m)?")
+_CLAIM = re.compile(r"([a-z0-9][a-z0-9.-]*):(/[A-Za-z0-9_./-]+)")
+_SECRET = re.compile(r"([A-Za-z_]\w*)=([a-z0-9][a-z0-9.-]*)/([A-Za-z0-9._-]+)")
+_LABEL = "app.kubernetes.io/instance"
+_USER = 1000
+"""The user and group of Ray's own images."""
+
+
+def installed_ray() -> str:
+    """The version of Ray here, which a cluster's must equal; "" when it is not installed."""
+    try:
+        return version("ray")
+    except PackageNotFoundError:
+        return ""
+
+
+def render(
+    plan: LaunchPlan,
+    *,
+    image: Annotated[str, typer.Option(help="Image with dbtrain and Ray.")],
+    namespace: Annotated[str | None, typer.Option(help="Namespace; None is kubectl's.")] = None,
+    memory: Annotated[str, typer.Option(help="Memory of each pod.")] = "32Gi",
+    claim: Annotated[list[str] | None, typer.Option(help="Volume claim as NAME:/MOUNT; repeat for more.")] = None,
+    head_claim: Annotated[
+        list[str] | None, typer.Option(help="Volume claim of the head alone, such as a disk for --ledger; repeats.")
+    ] = None,
+    secret: Annotated[
+        list[str] | None, typer.Option(help="VARIABLE=SECRET/KEY from the secret store; repeats.")
+    ] = None,
+    operator_namespace: Annotated[str, typer.Option(help="Where KubeRay's operator runs.")] = "kuberay-operator",
+    retries: Annotated[int, typer.Option(min=0, help="New clusters after a failed one.")] = 3,
+    ray_version: Annotated[str, typer.Option(help="Ray of the image, 2.52 or newer.")] = installed_ray(),
+) -> Rendered:
+    """Run on Kubernetes as a RayJob with token authentication: one Ray node a pod, one pod a node.
+
+    \b
+    Example:
+      dbtrain launch kubernetes --nodes 4 --gpus 8 --cpus 32 --image ghcr.io/me/dbtrain:1 --claim data:/data \\
+        -- batch run /data/all.csv --config sdxl_lora --out /data/runs/all
+    """
+    import yaml
+
+    refuse(
+        [
+            *plain_findings(image=image),
+            *(
+                []
+                if re.fullmatch(r"\d+\.\d+\.\d+", ray_version)
+                else [f"--ray-version: got {ray_version!r}, want the version of the image, such as 2.60.0"]
+            ),
+            *[
+                f"--{name}: got {value!r}, want small letters, digits and inner dashes"
+                for name, value in (("namespace", namespace), ("operator-namespace", operator_namespace))
+                if value is not None and not DNS_LABEL.fullmatch(value)
+            ],
+            *([] if _QUANTITY.fullmatch(memory) else [f"--memory: got {memory!r}, want a quantity such as 64Gi"]),
+            *[
+                f"--claim: got {one!r}, want NAME:/MOUNT"
+                for one in [*(claim or ()), *(head_claim or ())]
+                if not _CLAIM.fullmatch(one)
+            ],
+            *[f"--secret: got {one!r}, want VARIABLE=SECRET/KEY" for one in secret or () if not _SECRET.fullmatch(one)],
+        ]
+    )
+    head = _pod(plan, image, memory, [*(claim or ()), *(head_claim or ())], secret or ())
+    worker = _pod(plan, image, memory, claim or (), secret or ())
+    metadata = {"name": plan.name, **({"namespace": namespace} if namespace else {})}
+    job = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": metadata,
+        "spec": {
+            "entrypoint": shlex.join(["python", "-m", "dbtrain", *plan.cluster_words]),
+            "submissionMode": "K8sJobMode",
+            "shutdownAfterJobFinishes": True,
+            "backoffLimit": retries,
+            "submitterPodTemplate": _submitter(plan, image),
+            "rayClusterSpec": _cluster(plan, head, worker, ray_version),
+        },
+    }
+    # Through JSON, as YAML would write what two pods share as an anchor.
+    documents = json.loads(json.dumps([job, _policy(plan, metadata, operator_namespace)]))
+    return Rendered(("kubectl", "apply", "-f", "-"), yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True))
+
+
+def _cluster(plan: LaunchPlan, head_pod: dict[str, Any], pod: dict[str, Any], ray_version: str) -> dict[str, Any]:
+    """A head that is also a worker, and the other nodes."""
+    head = {"rayStartParams": {"dashboard-host": "$POD_IP"}, "template": _template(plan, "ray-head", head_pod)}
+    worker = {
+        "groupName": "workers",
+        "replicas": plan.nodes - 1,
+        "minReplicas": plan.nodes - 1,
+        "maxReplicas": plan.nodes - 1,
+        "rayStartParams": {},
+        "template": _template(plan, "ray-worker", pod),
+    }
+    return {
+        "rayVersion": ray_version,
+        "authOptions": {"mode": "token"},
+        "headGroupSpec": head,
+        **({"workerGroupSpecs": [worker]} if plan.nodes > 1 else {}),
+    }
+
+
+def _pod(plan: LaunchPlan, image: str, memory: str, claims: Any, secrets: Any) -> dict[str, Any]:
+    """The container of a Ray node without its name, and its volumes."""
+    resources = {
+        **({"cpu": str(plan.cpus)} if plan.cpus else {"cpu": "1"}),
+        "memory": memory,
+        **({"nvidia.com/gpu": str(plan.gpus)} if plan.gpus else {}),
+    }
+    mounts = [_CLAIM.fullmatch(one).groups() for one in claims]  # type: ignore[union-attr]
+    given = [_SECRET.fullmatch(one).groups() for one in secrets]  # type: ignore[union-attr]
+    return {
+        "image": image,
+        "env": [
+            {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+            # Kubernetes expands $(NAME) in values; a doubled $ keeps it as it is.
+            *({"name": name, "value": value.replace("$(", "$$(")} for name, value in plan.env.items()),
+            *(
+                {"name": name, "valueFrom": {"secretKeyRef": {"name": holder, "key": key}}}
+                for name, holder, key in given
+            ),
+        ],
+        "resources": {"requests": resources, "limits": dict(resources)},
+        "volumeMounts": [{"name": f"claim-{number}", "mountPath": path} for number, (_, path) in enumerate(mounts)],
+        "volumes": [
+            {"name": f"claim-{number}", "persistentVolumeClaim": {"claimName": name}}
+            for number, (name, _) in enumerate(mounts)
+        ],
+    }
+
+
+def _template(plan: LaunchPlan, name: str, pod: dict[str, Any]) -> dict[str, Any]:
+    """A pod template that runs without root and without the API server's token."""
+    container = {"name": name, **{key: value for key, value in pod.items() if key != "volumes" and value}}
+    container["securityContext"] = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    return {
+        "metadata": {"labels": {_LABEL: plan.name}},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": _USER,
+                "runAsGroup": _USER,
+                "fsGroup": _USER,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [container],
+            **({"volumes": pod["volumes"]} if pod.get("volumes") else {}),
+        },
+    }
+
+
+def _submitter(plan: LaunchPlan, image: str) -> dict[str, Any]:
+    """The pod that hands the entrypoint to the head and shows its log."""
+    resources = {"cpu": "1", "memory": "1Gi"}
+    pod = {"image": image, "resources": {"requests": resources, "limits": dict(resources)}}
+    template = _template(plan, "ray-job-submitter", pod)
+    template["spec"]["restartPolicy"] = "Never"
+    return template
+
+
+def _policy(plan: LaunchPlan, metadata: dict[str, str], operator_namespace: str) -> dict[str, Any]:
+    """Nobody but the run's own pods and the operator may open a connection to its pods."""
+    selector = {"matchLabels": {_LABEL: plan.name}}
+    operator = {"matchLabels": {"kubernetes.io/metadata.name": operator_namespace}}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": metadata,
+        "spec": {
+            "podSelector": selector,
+            "policyTypes": ["Ingress"],
+            "ingress": [{"from": [{"podSelector": selector}, {"namespaceSelector": operator}]}],
+        },
+    }
+
+
+def start(rendered: Rendered) -> int:
+    """kubectl's exit code; `kubectl get rayjob NAME` tells how the run goes."""
+    check_program("kubectl", "install it and point it to the cluster")
+    return start_program(rendered)
+
+
+LAUNCHER = Launcher(render, start)

@@ -1,0 +1,130 @@
+"""A run as a job of a Ray cluster, through its job API: an entrypoint, a runtime environment, and no secrets.
+
+Ray runs an entrypoint with a shell and shows it, and the runtime environment, to whoever may ask the job API.
+"""
+
+import json
+import shlex
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dbtrain.errors import FleetError
+from dbtrain.heads import guarded_head
+from dbtrain_launchers.plan import Launcher, LaunchPlan, Rendered, refuse
+
+EXCLUDES = (
+    ".git", ".venv*", "venv", "__pycache__", "*.pyc", ".env*", "*.pem", "*.key", "id_rsa*", "id_ed25519*", ".netrc",
+    ".ssh", ".aws", "auth_token", ".ray-token-*", "/data", "/photos", "/runs", "/demo", "/demo-out", "/shards",
+    "/priors", "*.tar", "*.ckpt", "*.log",
+)  # fmt: skip
+"""What a working folder never sends, in .gitignore's notation: data, results, other people's code, secrets."""
+
+
+def render(
+    plan: LaunchPlan,
+    *,
+    address: Annotated[str, typer.Option(help="The head's dashboard.")] = "http://127.0.0.1:8265",
+    working_dir: Annotated[Path | None, typer.Option(help="Folder to send, such as a checkout.")] = None,
+    wheel: Annotated[Path | None, typer.Option(help="dbtrain's wheel to send.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="More patterns not to send; repeats.")] = None,
+    submission_id: Annotated[str | None, typer.Option(help="Name of the job; None lets Ray choose.")] = None,
+) -> Rendered:
+    """Run as a job of a running Ray cluster and show its log; the request is what `ray job submit` would send.
+
+    \b
+    Example:
+      dbtrain launch ray --address http://head:8265 -- batch run /nfs/all.csv --config sdxl_lora --out /nfs/all
+      dbtrain launch ray --working-dir . -- train subjects.csv --subject rex --config tiny --out /tmp/rex
+    """
+    findings = []
+    if not address.startswith(("http://", "https://")):
+        findings.append(f"--address: got {address!r}, want the dashboard's, such as http://head:8265")
+    if working_dir is not None and "://" in str(working_dir):
+        findings.append(f"--working-dir: got {str(working_dir)!r}, want a folder of this machine")
+    if wheel is not None and working_dir is not None:
+        findings.append("--wheel, --working-dir: give one of them; a wheel takes the working folder's place")
+    if exclude and working_dir is None:
+        findings.append("--exclude: needs --working-dir, as nothing is sent without it")
+    refuse(findings)
+    environment: dict[str, Any] = {}
+    variables = dict(plan.env)
+    if working_dir is not None:
+        environment |= {"working_dir": str(working_dir), "excludes": [*EXCLUDES, *(exclude or ())]}
+        # A checkout keeps its packages in three source roots; Ray itself adds only the folder.
+        variables.setdefault("PYTHONPATH", "kernels:launchers")
+    if wheel is not None:
+        environment["working_dir"] = str(wheel)
+    if variables:
+        environment["env_vars"] = variables
+    request = {
+        "entrypoint": shlex.join(["python", "-m", "dbtrain", *plan.cluster_words]),
+        "runtime_env": environment,
+        **({"submission_id": submission_id} if submission_id else {}),
+    }
+    return Rendered(("POST", f"{address.rstrip('/')}/api/jobs/"), json.dumps(request, indent=2) + "\n")
+
+
+def start(rendered: Rendered) -> int:
+    """The exit code of the run, whose log is shown; Ctrl-C stops the run. Raises FleetError for an unsafe head."""
+    address = rendered.command[1].removesuffix("/api/jobs/")
+    guarded_head(address)
+    try:
+        from ray.job_submission import JobSubmissionClient
+    except ImportError:
+        raise FleetError("Ray's job client is not installed; pip install 'ray[default]'") from None
+    try:
+        client = JobSubmissionClient(address)
+        with unpacked(json.loads(rendered.stdin)) as request:
+            job = client.submit_job(**request)
+    except (RuntimeError, ConnectionError, ValueError) as error:
+        raise FleetError(f"{address}: the job was not accepted: {str(error).strip().splitlines()[-1]}") from None
+    sys.stderr.write(f"{job}: submitted to {address}\n")
+    return follow(client, job)
+
+
+@contextmanager
+def unpacked(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The request with a folder where it names a wheel: Ray would install a wheel with all that it depends on."""
+    wheel = request["runtime_env"].get("working_dir", "")
+    if not wheel.endswith(".whl"):
+        yield request
+        return
+    with tempfile.TemporaryDirectory(prefix="dbtrain-wheel-") as folder:
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise FleetError(f"{wheel}: the wheel cannot be read: {error}") from None
+        yield request | {"runtime_env": request["runtime_env"] | {"working_dir": folder}}
+
+
+def follow(client: Any, job: str) -> int:
+    """The exit code of a job, whose log goes to standard output as it comes."""
+    import asyncio
+
+    async def show() -> None:
+        async for lines in client.tail_job_logs(job):
+            sys.stdout.write(lines)
+            sys.stdout.flush()
+
+    try:
+        asyncio.run(show())
+    except KeyboardInterrupt:
+        client.stop_job(job)
+        raise
+    info = client.get_job_info(job)
+    if info.driver_exit_code is not None:
+        return info.driver_exit_code
+    if info.status == "SUCCEEDED":
+        return 0
+    raise FleetError(f"{job}: {info.status}: {info.message}")
+
+
+LAUNCHER = Launcher(render, start)

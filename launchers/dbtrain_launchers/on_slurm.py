@@ -1,0 +1,165 @@
+"""A run as a SLURM batch script: ranks over nodes, an array of runs, or a Ray cluster inside the allocation.
+
+A run that exits with 75 has written its checkpoint and is requeued; the same command then continues. USR1 comes before
+the time limit, TERM with preemption; the batch shell passes either on to the run's own step.
+"""
+
+import re
+import shlex
+from typing import Annotated
+
+import typer
+
+from dbtrain_launchers.plan import Launcher, LaunchPlan, Rendered, check_program, plain_findings, refuse, start_program
+
+_ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
+_TIME = re.compile(r"\d+(-\d+)?(:\d+){0,2}")
+_TASK = "{task}"
+
+
+def render(
+    plan: LaunchPlan,
+    *,
+    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, such as 12:00:00.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of each node, such as 64G.")] = None,
+    log: Annotated[str, typer.Option(help="Log file; %x is the name, %j the job.")] = "%x-%j.log",
+    grace_s: Annotated[int, typer.Option(min=10, help="Seconds before the limit to stop and checkpoint.")] = 120,
+    array: Annotated[
+        str | None, typer.Option(help="Tasks such as 0-9; `{task}` in words is the task's number.")
+    ] = None,
+    python: Annotated[str, typer.Option(help="Python on the nodes.")] = "python",
+) -> Rendered:
+    """Run under SLURM: `train` as one rank a GPU over all nodes, `batch run` over a Ray cluster of the allocation.
+
+    \b
+    Example:
+      dbtrain launch slurm --nodes 4 --gpus 8 --time 12:00:00 -- batch run all.csv --config sdxl_lora --out /nfs/all
+      dbtrain launch slurm --gpus 1 --array 0-99%20 -- train {task}.csv --subjects all --config tiny --out runs/{task}
+    """
+    refuse(
+        [
+            *plain_findings(partition=partition, account=account, qos=qos, memory=memory, log=log, python=python),
+            *(
+                [f"--time: got {time!r}, want minutes or [days-]hours:minutes:seconds"]
+                if time is not None and not _TIME.fullmatch(time)
+                else []
+            ),
+            *(
+                [f"--array: got {array!r}, want numbers and ranges such as 0-9%4"]
+                if array is not None and not _ARRAY.fullmatch(array)
+                else []
+            ),
+        ]
+    )
+    tasks = 1 if plan.is_batch else plan.ranks
+    settings = {
+        "job-name": plan.name,
+        "nodes": plan.nodes,
+        "ntasks-per-node": tasks,
+        "gpus-per-node": plan.gpus or None,
+        "cpus-per-task": max(plan.cpus // tasks, 1) if plan.cpus else None,
+        "mem": memory,
+        "time": time,
+        "partition": partition,
+        "account": account,
+        "qos": qos,
+        "array": array,
+        "output": log,
+        "open-mode": "append",
+        "signal": f"B:USR1@{grace_s}",
+    }
+    directives = [f"#SBATCH --{name}={value}" for name, value in settings.items() if value is not None]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in plan.env.items()]
+    text = "\n".join(
+        [
+            "#!/bin/bash",
+            *directives,
+            "#SBATCH --requeue",
+            "set -u",
+            *exports,
+            f"python={python}",
+            _TRAP.strip(),
+            _body(plan, array is not None).strip(),
+            _WAIT.strip(),
+            "",
+        ]
+    )
+    return Rendered(("sbatch",), text)
+
+
+def quoted(word: str, in_array: bool = False) -> str:
+    """A word as bash reads it back; in an array job, `{task}` becomes the task's number."""
+    if not in_array or _TASK not in word:
+        return shlex.quote(word)
+    return '"$SLURM_ARRAY_TASK_ID"'.join(shlex.quote(part) if part else "" for part in word.split(_TASK))
+
+
+def _body(plan: LaunchPlan, in_array: bool) -> str:
+    """The part of the script that starts the run's step; what users gave is put in last, and never read again."""
+    given = {"--num-cpus": plan.cpus, "--num-gpus": plan.gpus}
+    options = " ".join(["--disable-usage-stats", *(f"{name}={value}" for name, value in given.items() if value)])
+    words = " ".join(quoted(word, in_array) for word in plan.cluster_words)
+    return (_CLUSTER if plan.is_batch else _RANKS).replace("@OPTIONS@", options).replace("@WORDS@", words)
+
+
+# The trap stands before the step, so that no signal finds the shell without it.
+_TRAP = """
+step= asked=
+trap 'asked=yes; [ -n "$step" ] && kill -s USR1 "$step"' USR1 TERM
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\\n'*}
+port=$((20000 + SLURM_JOB_ID % 20000))
+"""
+
+# Ranks that stop on request leave within moments of each other: the first one's 75 must not get the others killed.
+# A rank that crashes ends the others after a minute.
+_RANKS = """
+address=$(scontrol show node "$head" | grep -o 'NodeAddr=[^ ]*')
+export MASTER_ADDR="${address#NodeAddr=}" MASTER_PORT="$port"
+srun --kill-on-bad-exit=0 --wait=60 "$python" -m dbtrain_launchers @WORDS@ &
+"""
+
+# The token file keeps other users of the nodes out; without a dashboard there is no job API to guard.
+_CLUSTER = """
+token="$SLURM_SUBMIT_DIR/.ray-token-$SLURM_JOB_ID"
+trap 'rm -f "$token"' EXIT
+(umask 077; "$python" -c 'import secrets; print(secrets.token_hex(32), end="")' > "$token") || exit 1
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token"
+on_head=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head")
+addresses=$("${on_head[@]}" hostname -I)
+export RAY_ADDRESS="${addresses%% *}:$port"
+ray=("$python" -m ray.scripts.scripts)
+"${on_head[@]}" "${ray[@]}" start --head --node-ip-address="${RAY_ADDRESS%:*}" --port="$port" \\
+  --include-dashboard=false @OPTIONS@ --block &
+until "${on_head[@]}" "${ray[@]}" health-check --address "$RAY_ADDRESS" 2>/dev/null; do
+  kill -0 $! || exit 5
+  sleep 1
+done
+if [ "$SLURM_NNODES" -gt 1 ]; then
+  srun --overlap --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --exclude="$head" \\
+    "${ray[@]}" start --address="$RAY_ADDRESS" @OPTIONS@ --block &
+fi
+"${on_head[@]}" "$python" -m dbtrain @WORDS@ &
+"""
+
+# A trapped signal ends `wait` before the step is gone; the next `wait` gives the step's own code.
+_WAIT = """
+step=$!
+wait "$step"; code=$?
+while [ -n "$asked" ]; do asked=; wait "$step"; code=$?; done
+[ "$code" -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
+exit "$code"
+"""
+
+
+def start(rendered: Rendered) -> int:
+    """sbatch's exit code; it prints the job's number."""
+    check_program("sbatch", "submit from a login node of the cluster")
+    return start_program(rendered)
+
+
+LAUNCHER = Launcher(render, start)

@@ -1,0 +1,185 @@
+"""The fleet as it runs: real Ray, real processes, real kills. Each test is one story, as every run costs seconds."""
+
+import json
+import os
+import signal
+import time
+
+import pyarrow.parquet
+import pytest
+
+from dbtrain.fleet.ledger import Lease
+from dbtrain.fleet.processes import born
+from dbtrain.fleet.status import read_rows
+from tests.fleet.fleet_run import (
+    ask,
+    batch,
+    digests,
+    finish,
+    processes,
+    said,
+    start,
+    states,
+    survivors,
+    wait_for,
+    write_small,
+)
+
+SUBJECTS = " ".join(f"s{number}:{noun}" for number, noun in enumerate(["dog", "cat"] * 5))
+CANARY = "hf_canary0123456789"
+
+
+def first(out, driver, kind):
+    """The first process of a kind, in its first instant."""
+    return wait_for(lambda: processes(driver.pid)[kind], driver, out)[0]
+
+
+def unlike(out, driver, kind, known):
+    """A process of a kind that is not `known`."""
+    return wait_for(lambda: [pid for pid in processes(driver.pid)[kind] if pid != known], driver, out)[0]
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_storm(tmp_path):
+    """Kills of a trainer in its first instant and later, of an actor, a warm parent, the driver; and a stopped trainer.
+
+    Nothing is lost, done twice, or different from what an undisturbed run makes; the same command goes on.
+    """
+    words = write_small(tmp_path, SUBJECTS)
+    calm, out = tmp_path / "calm", tmp_path / "out"
+    quiet_run = start(words, calm, HF_TOKEN=CANARY)
+    wait_for(lambda: "running" in states(calm).values(), quiet_run, calm)
+    second = batch("run", *words, "--out", calm)
+    assert second.returncode == 5 and "another driver (pid" in second.stderr
+    finish(quiet_run, calm)
+    assert set(states(calm).values()) == {"finished"}
+    assert set(dict(ask(calm, "SELECT id, attempts FROM subjects")).values()) == {1}
+
+    driver = start(words, out)
+    kill(first(out, driver, "trainer"))
+    wait_for(lambda: "running" in states(out).values(), driver, out)
+    kill(processes(driver.pid)["trainer"][0])
+    kill(processes(driver.pid)["actor"][0])
+    wait_for(lambda: "finished" in states(out).values(), driver, out)
+    below = {pid: born(pid) for pid in processes(driver.pid)["all"]}
+    before = digests(out)
+    driver.kill()
+    driver.wait()
+    assert survivors(below) == []
+    stamps = {name: (out / "subjects" / name / "record.json").stat().st_mtime_ns for name in before}
+
+    driver = start(words, out, "--hang", "4")
+    wait_for(lambda: "running" in states(out).values(), driver, out)
+    trainer = first(out, driver, "trainer")
+    os.kill(trainer, signal.SIGSTOP)
+    stopped, start_of = time.monotonic(), born(trainer)
+    wait_for(lambda: born(trainer) != start_of, driver, out, 60)
+    # 4 s without a step, or ten times that if it was stopped while it loaded the base; one poll of grace.
+    assert time.monotonic() - stopped < 45
+    finish(driver, out)
+    assert set(states(out).values()) == {"finished"}
+    assert digests(out) == digests(calm)
+    assert {name: (out / "subjects" / name / "record.json").stat().st_mtime_ns for name in before} == stamps
+    twice = ask(out, "SELECT position FROM attempts WHERE outcome='finished' GROUP BY position HAVING count(*) > 1")
+    assert twice == []
+    look_at(calm, tmp_path)
+
+
+def look_at(out, tmp_path):
+    """What the other verbs say of a finished run, and that no secret is in it."""
+    rows = read_rows(out)
+    assert [row["subject"] for row in rows] == [f"s{number}" for number in range(10)]
+    assert {"subject", "class", "state", "attempts", "reason", "worker", "seconds", "stages_s", "finished"} <= set(
+        rows[0]
+    )
+    assert all(row["stages_s"]["train"] > 0 and row["gpu_seconds"] > 0 for row in rows)
+    status = json.loads(batch("status", out, "--json").stdout)
+    assert status["subjects"]["finished"] == 10 and not status["driven"] and status["gpu_seconds"]["prior"] > 0
+    for name in ("rows.parquet", "rows.csv"):
+        assert batch("export", out, "--to", tmp_path / name).stdout.strip().endswith("10 rows")
+    table = pyarrow.parquet.read_table(tmp_path / "rows.parquet").to_pylist()
+    assert [row["state"] for row in table] == ["finished"] * 10
+    assert (tmp_path / "rows.csv").read_text().count("\n") == 11
+    hits = [path for path in out.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
+    assert hits == [] and CANARY not in said(out)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_poison(tmp_path):
+    """Subjects that crash, hang, run out of memory or hit a bug are quarantined; the others finish."""
+    names = "a:dog crash-1:dog b:dog hang-1:dog c:dog oom-1:dog d:dog nan-1:dog e:dog bug-1:dog f:dog g:dog"
+    words = write_small(tmp_path, names)
+    out = tmp_path / "out"
+    driver = start(words, out, "--tries", "2", "--hang", "3", poison=True)
+    finish(driver, out, 4)
+    found = {row["subject"]: row for row in read_rows(out)}
+    assert {name for name, row in found.items() if row["state"] == "finished"} == set("abcdefg")
+    causes = {name: (row["state"], row["cause"]) for name, row in found.items() if "-" in name}
+    assert causes == {
+        "crash-1": ("quarantined", "crash"),
+        "hang-1": ("quarantined", "hang"),
+        "oom-1": ("quarantined", "oom"),
+        "nan-1": ("quarantined", "error"),
+        "bug-1": ("quarantined", "error"),
+    }
+    reasons = {name: found[name]["reason"] for name in causes}
+    assert "SIGABRT" in reasons["crash-1"] and "no step for" in reasons["hang-1"]
+    assert reasons["nan-1"] == "step 1: the loss is nan" and "ZeroDivisionError" in reasons["bug-1"]
+    failures = dict(ask(out, "SELECT id, failures FROM subjects WHERE state='quarantined'"))
+    assert set(failures.values()) == {2}
+    assert set(dict(ask(out, "SELECT id, failures FROM subjects WHERE state='finished'")).values()) == {0}
+    assert "error: crash-1: crash: died of SIGABRT" in said(out)
+
+    assert batch("retry", out, "nan-1", "bug-1").stdout == "2 subjects changed\n"
+    assert batch("cancel", out, "bug-1").stdout == "1 subjects changed\n"
+    assert "has no subject 'zebra'" in batch("retry", out, "zebra").stderr
+    # Without the poison the retried one succeeds, and nobody else is touched.
+    finish(start(words, out), out, 4)
+    now = states(out)
+    assert (now["nan-1"], now["bug-1"], now["crash-1"]) == ("finished", "cancelled", "quarantined")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_gang(tmp_path):
+    """Two processes train one subject with ZeRO; a dead member takes the gang down and up again. Then SIGTERM."""
+    words = [*write_small(tmp_path, "a:dog b:dog c:dog", "train.batch=2", "engine.zero.stage=2"), "--gang", "2"]
+    words[words.index("--workers") + 1] = "1"
+    out = tmp_path / "out"
+    driver = start(words, out)
+    wait_for(lambda: "running" in states(out).values(), driver, out)
+    kill(processes(driver.pid)["trainer"][-1])
+    wait_for(lambda: "finished" in states(out).values(), driver, out)
+    driver.send_signal(signal.SIGTERM)
+    below = {pid: born(pid) for pid in processes(driver.pid)["all"]}
+    assert driver.wait(60) in (75, 0)
+    assert survivors(below) == []
+    assert "running" not in states(out).values()
+    finish(start(words, out), out)
+    assert set(states(out).values()) == {"finished"}
+    records = [json.loads(path.read_text()) for path in out.glob("subjects/*/record.json")]
+    assert {(record["world_size"], record["zero_stage"]) for record in records} == {(2, 2)}
+
+
+def test_a_lease_is_held_by_one_and_freed_by_death(tmp_path):
+    from dbtrain.errors import FleetError
+
+    lease = Lease(tmp_path)
+    with pytest.raises(FleetError, match="another driver"):
+        Lease(tmp_path)
+    lease.release()
+    child = os.fork()
+    if child == 0:
+        Lease(tmp_path)
+        signal.pause()
+    while not (tmp_path / "ledger.lock").read_text().startswith(f"pid {child} "):
+        time.sleep(0.01)
+    kill(child)
+    os.waitpid(child, 0)
+    Lease(tmp_path).release()

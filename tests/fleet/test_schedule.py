@@ -1,0 +1,181 @@
+"""The schedule by itself and in a simulated cluster, up to 100,000 subjects on 1,000 workers."""
+
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbtrain.fleet.schedule import CAUSES, Idle, Settings, View, judge, schedule, unit_size
+from tests.fleet.simulation import Cluster, tail_efficiency
+
+READY = Settings(prior_parts=0)
+
+
+def view_of(classes):
+    view = View()
+    for position, noun in enumerate(classes):
+        view.add(noun, position)
+    return view
+
+
+def idle(count):
+    return [Idle(f"w{i}") for i in range(count)]
+
+
+def test_a_unit_keeps_to_one_class_and_to_storage_order():
+    view = view_of(["dog", "cat"] * 50)
+    given_out = schedule(view, idle(2), 2, READY)
+    assert {unit.class_noun for _, unit in given_out} == {"dog", "cat"}
+    for _, unit in given_out:
+        start = unit.positions[0]
+        assert unit.positions == tuple(range(start, start + 2 * len(unit.positions), 2)) and start in (0, 1)
+
+
+def test_it_changes_nothing():
+    view = view_of(["dog"] * 30)
+    assert schedule(view, idle(3), 3, READY) == schedule(view, idle(3), 3, READY)
+    assert list(view.waiting["dog"]) == list(range(30))
+
+
+def test_a_worker_stays_with_its_class():
+    view = view_of(["dog"] * 90 + ["cat"] * 10)
+    assert schedule(view, [Idle("w0", "cat")], 1, READY)[0][1].class_noun == "cat"
+    assert schedule(view, [Idle("w0")], 1, READY)[0][1].class_noun == "dog"
+
+
+@pytest.mark.parametrize("left, alive, pack, size", [
+    (1000, 10, 1, 12), (39, 10, 1, 1), (1, 10, 1, 1), (100_000, 10, 1, 64), (1000, 10, 8, 8), (3000, 10, 8, 32),
+    (100, 10, 8, 8), (16, 10, 8, 2), (9, 10, 8, 1),
+])  # fmt: skip
+def test_units_shrink_to_the_end_and_packs_stay_whole_before(left, alive, pack, size):
+    assert unit_size(left, alive, Settings(pack=pack, unit=64)) == size
+
+
+def test_priors_come_first_and_are_shared_out_while_workers_have_nothing_else():
+    view = view_of(["dog"] * 20)
+    given_out = schedule(view, idle(4), 4, Settings(prior_parts=3))
+    assert [(unit.kind, unit.part, unit.parts) for _, unit in given_out] == [("prior", i, 3) for i in range(3)]
+    for _, unit in given_out:
+        view.begin(unit)
+    assert schedule(view, idle(1), 4, Settings(prior_parts=3)) == []
+    for _, unit in given_out:
+        view.end(unit)
+    assert schedule(view, idle(1), 4, Settings(prior_parts=3))[0][1].kind == "train"
+
+
+def test_a_lost_part_of_the_priors_is_drawn_again():
+    view = view_of(["dog"] * 4)
+    (_, first), (_, second) = schedule(view, idle(2), 2, Settings(prior_parts=2))
+    view.begin(first), view.begin(second)
+    view.end(first, drawn=False), view.end(second)
+    assert schedule(view, idle(2), 2, Settings(prior_parts=2)) == [("w0", first)]
+
+
+def test_retries_are_alone_and_few_while_fresh_subjects_wait():
+    view = view_of(["dog"] * 100)
+    for position in range(200, 210):
+        view.add("dog", position, alone=True)
+    units = [unit for _, unit in schedule(view, idle(8), 8, READY)]
+    assert [unit.positions for unit in units if unit.retry] == [(200,), (201,)]
+    for queue in view.waiting.values():
+        queue.clear()
+    units = [unit for _, unit in schedule(view, idle(8), 8, READY)]
+    assert len(units) == 8 and all(unit.retry for unit in units)
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_only_a_subjects_own_failures_quarantine_it(cause):
+    failures = losses = 0
+    for number in range(1, 4):
+        verdict = judge(cause, failures, losses, None, 1, Settings(tries=3))
+        failures, losses = verdict.failures, verdict.losses
+        assert verdict.state == ("quarantined" if CAUSES[cause].blame and number == 3 else "waiting")
+    assert (failures, losses) == ((3, 0) if CAUSES[cause].blame else (0, 3))
+    assert judge("killed", 0, 99, None, 1, Settings()).state == "quarantined"
+
+
+def test_memory_that_ran_out_halves_the_pack_before_it_counts():
+    packs, pack = [], 8
+    while True:
+        verdict = judge("oom", 0, 0, pack, pack, Settings())
+        packs.append(verdict.pack)
+        if verdict.failures:
+            break
+        pack = verdict.pack
+    assert packs == [4, 2, 1, 1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=120),
+    st.integers(1, 12),
+    st.integers(1, 8),
+    st.integers(0, 3),
+    st.sets(st.integers(0, 119), max_size=5),
+    st.lists(st.tuples(st.floats(0, 60), st.integers(1, 4)), max_size=4),
+    st.integers(0, 9),
+)
+def test_every_subject_ends_once_whatever_dies(classes, workers, pack, parts, poison, deaths, seed):
+    births = tuple((second + 1, count) for second, count in deaths)
+    costs = [1 + (position * 7919 + seed) % 5 for position in range(len(classes))]
+    cluster = Cluster(
+        classes, workers, Settings(pack=pack, prior_parts=parts), lambda p: costs[p], poison=frozenset(poison),
+        deaths=tuple(deaths), births=births, seed=seed,
+    )  # fmt: skip
+    outcome = cluster.run()
+    bad = {position for position in poison if position < len(classes)}
+    assert outcome.quarantined == bad
+    assert set(outcome.finished) == set(range(len(classes))) - bad
+    assert set(outcome.finished.values()) <= {1}
+
+
+def test_a_hundred_thousand_subjects_on_a_thousand_workers():
+    """Tail efficiency S/(ceil(S/(G*N))*G*N) is 100,000/100,800 = 0.992 for rounds of single packs; costs that vary by a
+    factor of three and priors of 50 classes cost a little more."""
+    classes = [f"c{position % 50}" for position in range(100_000)]
+    cluster = Cluster(
+        classes, 1000, Settings(pack=8, unit=512, prior_parts=13), lambda p: 20 + (p * 7919) % 41, prior_s=174.0
+    )
+    begin = time.process_time()
+    outcome = cluster.run()
+    spent_s = time.process_time() - begin
+    assert len(outcome.finished) == 100_000
+    efficiency = tail_efficiency(outcome, 1000)
+    print(f"efficiency {efficiency:.4f}, {outcome.units} units, {1e6 * spent_s / 100_000:.0f} us a subject")
+    assert efficiency > 0.97
+    assert set(outcome.prior_parts) == set(classes) and max(outcome.prior_parts.values()) <= 13
+    assert spent_s / 100_000 < 0.001
+
+
+def test_stragglers_do_not_hold_up_the_end():
+    """One worker of ten at a tenth of the speed: with equal shares it would need ten times as long as the others."""
+    classes = ["dog"] * 2000
+    cluster = Cluster(classes, 10, READY, speed=lambda worker: 0.1 if worker == 0 else 1.0)
+    ideal_s = 2000 / 9.1
+    assert cluster.run().makespan_s < 2.2 * ideal_s
+
+
+def test_workers_that_come_later_are_used_and_lost_ones_missed_only():
+    classes = ["dog"] * 1000
+    steady = Cluster(classes, 10, READY).run().makespan_s
+    grown = Cluster(classes, 10, READY, births=((10.0, 10),)).run().makespan_s
+    shrunk = Cluster(classes, 10, READY, deaths=((10.0, 5),)).run()
+    assert grown < 0.65 * steady
+    assert steady < shrunk.makespan_s < 2.3 * steady and len(shrunk.finished) == 1000
+
+
+def test_poison_costs_its_neighbours_nothing_but_its_own_tries():
+    classes = ["dog"] * 400
+    clean = Cluster(classes, 8, READY).run()
+    poisoned = Cluster(classes, 8, READY, poison=frozenset(range(0, 400, 40))).run()
+    assert poisoned.quarantined == set(range(0, 400, 40))
+    # 10 subjects x 2 more tries of 1 s on 8 workers, and one second of granularity.
+    assert poisoned.makespan_s <= clean.makespan_s + 2 * 10 / 8 + 1.5
+
+
+def test_classes_share_the_workers():
+    view = view_of(["dog"] * 500 + ["cat"] * 500 + ["car"] * 500)
+    units = [unit for _, unit in schedule(view, idle(9), 9, READY)]
+    assert Counter(unit.class_noun for unit in units) == {"dog": 3, "cat": 3, "car": 3}
