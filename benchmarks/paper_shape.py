@@ -1,7 +1,7 @@
 """The shape of the DreamBooth paper's tables on the embedded base: `python benchmarks/paper_shape.py`.
 
-Trains every demo subject by the product's own path in four ways: with and without prior preservation (Table 3), with
-no and with a wrong class noun (Table 4; the right one is "with prior"). A picture has the same noise in every variant
+Trains every demo subject by the product's own path: with and without prior preservation (Table 3), and either way with
+no and with a wrong class noun (Table 4). A picture has the same noise in every variant
 and in the base row, so that rows are compared in pairs. Running again goes on where it was stopped; another recipe or
 base needs another --out. Writes paper-shape_<device>_<year and month>.{md,json,png}.
 """
@@ -29,6 +29,7 @@ from dbtrain.config import RunConfig
 from dbtrain.configfile import load
 from dbtrain.data.manifest import read_manifest
 from dbtrain.evaluate.features import Encoder, load_identity, load_lpips, load_pair, zero_shot
+from dbtrain.evaluate.patches import patch_distances
 from dbtrain.evaluate.scores import METRICS, SubjectFeatures
 from dbtrain.families import FAMILIES, Models, load_models
 from dbtrain.families.load import base_digest, load_tokenizer
@@ -59,6 +60,8 @@ VARIANTS = {
     "without prior": Variant("right", ("prior.weight=0",), drift=True),
     "no class noun": Variant("none"),
     "wrong class noun": Variant("wrong"),
+    "no class noun, no prior": Variant("none", ("prior.weight=0",)),
+    "wrong class noun, no prior": Variant("wrong", ("prior.weight=0",)),
 }
 
 
@@ -108,9 +111,9 @@ def prompt(named: str, place: str = "plain") -> str:
 
 
 def pictures(named: str, subject: Subject, images: int, drift: bool) -> list[Picture]:
-    """The plain prompt `images` times, every place once, and if asked the class prompt `images` times."""
+    """The plain prompt `images` times, every place twice, and if asked the class prompt `images` times."""
     plain = [Picture("plain", "plain", i, prompt(named)) for i in range(images)]
-    placed = [Picture("placed", place, 0, prompt(named, place)) for place in PLACES]
+    placed = [Picture("placed", place, i, prompt(named, place)) for i in range(2) for place in PLACES]
     told = prompt(article(subject.class_noun))
     return plain + placed + [Picture("class", "plain", i, told) for i in range(images if drift else 0)]
 
@@ -180,8 +183,13 @@ class Judge:
                 [prompt(article(subject.class_noun), p.place) for p, _ in drawn]
             ),
             class_identity_PD=self.identity.images([image for _, image in of_class]),
-            lpips_pairs=self.lpips(images) if self.lpips and len(set(prompts)) == 1 else torch.zeros(0),
+            **self.distances([[i for p, i in drawn if p.prompt == text] for text in dict.fromkeys(prompts)]),
         )
+
+    def distances(self, groups: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+        """How far apart pictures of one prompt are, pair by pair: by patches, and by LPIPS where it is installed."""
+        found = {"patch_pairs": torch.cat([patch_distances(self.identity, group) for group in groups])}
+        return found | ({"lpips_pairs": torch.cat([self.lpips(group) for group in groups])} if self.lpips else {})
 
     def recognized(self, subject: Subject, groups: dict) -> dict[str, float]:
         """Zero-shot accuracy: the place of placed pictures (class given), the class of plain and of class pictures."""

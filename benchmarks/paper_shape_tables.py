@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from dbtrain.batch import Subject
-from dbtrain.evaluate.scores import METRICS, Interval, closed_share, mean_interval
+from dbtrain.evaluate.intervals import Interval, closed_share, mean_interval
 from dbtrain.publish import grid
 from dbtrain.tiny.world import PLACES
 
@@ -34,7 +34,7 @@ def differences(rows: list[dict], score: str, first: str, second: str) -> list[f
 
 def findings(rows: list[dict]) -> list[dict]:
     """What the paper and the plan lead one to expect, what was measured, and whether it holds."""
-    div = "div_lpips" if "div_lpips" in rows[-1]["scores"] else "div_identity"
+    div = "div_lpips" if "div_lpips" in rows[-1]["scores"] else "div_patches"
     base, real = column(rows, BASE, "identity"), column(rows, BASE, "real_identity")
     found = []
     for name, goal in (("with prior", 0.7), ("without prior", None)):
@@ -44,11 +44,14 @@ def findings(rows: list[dict]) -> list[dict]:
     found.append(_finding("scene accuracy of recontextualized prompts, with prior", scenes, 0.8))
     for what, score, first, second in (
         ("Table 3: PRES, without minus with prior", "pres", "without prior", "with prior"),
-        (f"Table 3: {METRICS[div].name}, with minus without prior", div, "with prior", "without prior"),
-        ("Table 4: identity, right class noun minus none", "identity", "with prior", "no class noun"),
-        ("Table 4: identity, right class noun minus wrong", "identity", "with prior", "wrong class noun"),
-        ("Table 4: identity in scenes, right minus none", "placed identity", "with prior", "no class noun"),
-        ("Table 4: identity in scenes, right minus wrong", "placed identity", "with prior", "wrong class noun"),
+        (f"Table 3: {div} in scenes, with minus without prior", f"placed {div}", "with prior", "without prior"),
+        (f"Table 3: {div} of the plain prompt, with minus without", div, "with prior", "without prior"),
+        *(
+            (f"Table 4, {prior}: {named}, right class noun minus {noun}", score, prior, f"{noun} class noun{tail}")
+            for prior, tail in (("without prior", ", no prior"), ("with prior", ""))
+            for named, score in (("identity", "identity"), ("identity in scenes", "placed identity"))
+            for noun in ("no", "wrong")
+        ),
     ):
         found.append(_finding(what, mean_interval(differences(rows, score, first, second)), POSITIVE))
     cost = mean_interval(differences(rows, "identity", "without prior", "with prior"))
@@ -70,6 +73,8 @@ COLUMNS = {
     "scene accuracy": "scene accuracy",
     "class accuracy": "class accuracy",
     "pres": "PRES (lower is better)",
+    "placed div_patches": "DIV (patch distance), placed",
+    "div_patches": "DIV (patch distance)",
     "div_identity": "DIV (1 - identity cosine)",
     "div_lpips": "DIV (LPIPS)",
     "drift class accuracy": "class accuracy after tuning",
@@ -81,10 +86,12 @@ DETAILS = (("with prior", "pres"), ("without prior", "pres"), ("with prior", "sc
 
 NOTES = f"""\
 Means over subjects of each subject's mean (macro). Identity and CLIP-I: `a photo of [V] <class>` against all of the
-subject's photos. Placed: {len(PLACES)} scenes, one picture each. The base row draws `a photo of a <class>`; its PRES
-equals its identity. The right class noun of Table 4 is the row `with prior`; `no class noun` keeps the right class's
-priors and has `a photo of [V]` as caption and prompt; `wrong class noun` has another demo class in caption, prompt and
-priors. The first table compares subject by subject; in the last one columns named only by a row are identity."""
+subject's photos. Placed: {len(PLACES)} scenes, two pictures each. The base row draws `a photo of a <class>`; its PRES
+equals its identity. `no class noun` has `a photo of [V]` as caption and prompt (its priors are those of the right
+class); `wrong class noun` has another demo class in caption, prompt and priors. The right noun is the row `with prior`
+or `without prior`: with priors, the right noun alone shares its words with the prior caption and so bears its whole
+pull; without them, only the noun differs. DIV (patch distance) is LPIPS's form over the identity encoder's patches.
+The first table compares subject by subject; in the last one columns named only by a row are identity."""
 
 
 def report(found: dict, rows: list[dict]) -> str:

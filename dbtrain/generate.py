@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dbtrain.configfile import load
 from dbtrain.errors import DataError
 from dbtrain.families import FAMILIES, Family, Models, load_models
 from dbtrain.families.pipelines import assemble
-from dbtrain.prompts import fill
+from dbtrain.prompts import application, fill, read_set
 from dbtrain.publish import CONFIG_FILE, LORA_FILE, MODEL_FOLDER, publish_sheet, read_lora, read_record
 
 SAMPLERS = {"ddpm": "DDPMScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler", "ddim": "DDIMScheduler"}
@@ -89,10 +90,26 @@ def sampling_mode(models: Models) -> Iterator[None]:
             module.train(training)
 
 
+def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) -> None:
+    """Nothing; DataError unless every matrix of an adapter belongs to a layer of the base, in that layer's shape."""
+    for component, matrices in weights.matrices.items():
+        for path, (down, up) in matrices.items():
+            try:
+                weight = components[component].get_submodule(path).weight
+            except (KeyError, AttributeError) as error:
+                raise DataError(f"adapter: {component}.{path} is no layer of this base; use its own base") from error
+            want = ((weights.rank, weight[0].numel()), (weight.shape[0], weights.rank))
+            if not isinstance(weight, torch.Tensor) or weight.dim() < 2 or (down.shape, up.shape) != want:
+                got = f"{tuple(down.shape)} and {tuple(up.shape)}"
+                wanted = f"{want[0]} and {want[1]}"
+                raise DataError(f"adapter: {component}.{path}: got {got}, want {wanted}; use its own base")
+
+
 @contextmanager
 def adapter(family: Family, models: Models, weights: LoraWeights) -> Iterator[None]:
     """The base with an adapter on it; afterwards the base as it was."""
     components = models.components(family.denoiser_name)
+    refuse_misfit(components, weights)
     for name, matrices in weights.matrices.items():
         attach(components[name], matrices, 1, weights.rank, weights.alpha)
     try:
@@ -103,35 +120,72 @@ def adapter(family: Family, models: Models, weights: LoraWeights) -> Iterator[No
             detach(module)
 
 
-def generate_finished(
-    folders: Sequence[Path], prompts: Sequence[str] | None, overrides: Sequence[str], name: str
-) -> Iterator[Path]:
-    """The sheet drawn for each finished subject folder; adapters of one base share it, loaded once.
-
-    prompts: templates with `{subject}`; None are those of the subject's own recipe. overrides: `a.b=c` settings.
-    Raises DataError for a folder that holds no finished subject.
-    """
-    warm: tuple[ModelConfig, Models] | None = None
-    for folder in folders:
-        record, config = read_record(folder), finished_config(folder, overrides)
-        if record is None:
-            raise DataError(f"{folder}: holds no finished subject (no record.json); give a folder under OUT/subjects/")
-        family = FAMILIES[config.model.family]
-        texts = [
-            fill(prompt, identifier=record["identifier"], class_noun=record["class"])
-            for prompt in prompts or config.sample.prompts
-        ]
-        if (folder / LORA_FILE).exists():
-            if warm is None or warm[0] != config.model:
-                warm = config.model, load_models(family, config.model)
-            with adapter(family, warm[1], read_lora(folder)[0]):
-                rows = draw_samples(make_pipeline(family, warm[1]), texts, config.sample, config.data.resolution)
+@contextmanager
+def finished_pipeline(folder: Path | None, family: Family, models: Models, config: RunConfig) -> Iterator[Any]:
+    """The pipeline of a finished subject: the base with its adapter on it, or its own model; of the base for None."""
+    with sampling_mode(models):
+        if folder is None:
+            yield make_pipeline(family, models)
+        elif (folder / LORA_FILE).exists():
+            with adapter(family, models, read_lora(folder)[0]):
+                yield make_pipeline(family, models)
         else:
-            model = config.model.model_copy(update={"path": str(folder / MODEL_FOLDER)})
-            rows = draw_samples(
-                make_pipeline(family, load_models(family, model)), texts, config.sample, config.data.resolution
-            )
-        yield publish_sheet(folder, rows, texts, name)
+            own = config.model.model_copy(update={"path": str(folder / MODEL_FOLDER)})
+            yield make_pipeline(family, load_models(family, own).to(models.denoiser.device))
+
+
+@dataclass
+class WarmBase:
+    """The base model that was asked for last, kept on this machine's device for the next subject of the same base."""
+
+    config: ModelConfig | None = None
+    models: Models | None = None
+
+    def load(self, config: ModelConfig) -> Models:
+        """The base model of a configuration."""
+        if self.models is None or self.config != config:
+            self.models = None  # two bases at once may not fit
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self.models = load_models(FAMILIES[config.family], config).to(device)
+            self.config = config
+        return self.models
+
+
+def generate_finished(
+    folders: Sequence[Path],
+    prompts: Sequence[str] | None,
+    overrides: Sequence[str],
+    name: str,
+    sets: Sequence[str] = (),
+) -> Iterator[Path]:
+    """The sheets drawn for each finished subject folder; adapters of one base share it, loaded once.
+
+    prompts: templates with `{subject}`; None are those of the subject's own recipe. sets: names of prompt sets, each a
+    sheet of its own name, in place of prompts. overrides: `a.b=c` settings.
+    Raises DataError for a folder that holds no finished subject, ConfigError for an unknown set.
+    """
+    warm = WarmBase()
+    for one in sets:
+        read_set(one)
+    for folder in folders:
+        record, config = finished_record(folder), finished_config(folder, overrides)
+        noun, family = record["class"], FAMILIES[config.model.family]
+        sheets = {Path(one).stem: application(one, noun) for one in sets} or {
+            name: tuple(prompts or config.sample.prompts)
+        }
+        with finished_pipeline(folder, family, warm.load(config.model), config) as pipeline:
+            for title, templates in sheets.items():
+                texts = [fill(one, identifier=record["identifier"], class_noun=noun) for one in templates]
+                rows = draw_samples(pipeline, texts, config.sample, config.data.resolution, config.train.precision)
+                yield publish_sheet(folder, rows, texts, title)
+
+
+def finished_record(folder: Path) -> dict[str, Any]:
+    """The record of a finished subject. Raises DataError for a folder that holds none."""
+    record = read_record(folder)
+    if record is None:
+        raise DataError(f"{folder}: holds no finished subject (no record.json); give a folder under OUT/subjects/")
+    return record
 
 
 def finished_config(folder: Path, overrides: Sequence[str]) -> RunConfig:

@@ -1,43 +1,22 @@
 """Captions and prompts: templates and how they are filled, the paper's evaluation prompts, its applications.
 
 A template holds `{identifier}` and `{class}`, or `{subject}` for both together; `[trigger]`, ai-toolkit's placeholder,
-is the identifier. Everything else in it is literal: no article is added or changed.
+is the identifier. Everything else in it is literal: no article is added or changed. The sets are files in
+`configs/prompts`: `paper` holds the prompts of google/dreambooth, `more` what goes beyond its 25; in both, `all` is for
+every class, `live` and `object` for one kind.
 """
 
 import re
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
 
+import yaml
+
+from dbtrain.configfile import configs_dir
 from dbtrain.errors import ConfigError
 
 _PLACE = re.compile(r"\{(\w*)\}|\[trigger\]")
-
-_BOTH = """
-    in the jungle | in the snow | on the beach | on a cobblestone street | on top of pink fabric
-    on top of a wooden floor | with a city in the background | with a mountain in the background
-    with a blue house in the background | on top of a purple rug in a forest
-"""
-_OBJECT = """
-    with a wheat field in the background | with a tree and autumn leaves in the background
-    with the Eiffel Tower in the background | floating on top of water | floating in an ocean of milk
-    on top of green grass with sunflowers around it | on top of a mirror
-    on top of the sidewalk in a crowded street | on top of a dirt road | on top of a white rug
-"""
-_LIVE = """
-    wearing a red hat | wearing a santa hat | wearing a rainbow scarf | wearing a black top hat and a monocle
-    in a chef outfit | in a firefighter outfit | in a police outfit | wearing pink glasses | wearing a yellow shirt
-    in a purple wizard outfit
-"""
-_PROPERTIES = ("red", "purple", "shiny", "wet", "cube shaped")
-
-
-def _prompts(*tables: str) -> tuple[str, ...]:
-    scenes = [scene.strip() for table in tables for scene in re.split(r"[|\n]", table) if scene.strip()]
-    return (*(f"a {{subject}} {scene}" for scene in scenes), *(f"a {word} {{subject}}" for word in _PROPERTIES))
-
-
-OBJECT_PROMPTS = _prompts(_BOTH, _OBJECT)
-"""The 25 prompts for objects of google/dreambooth (CC BY 4.0): 20 recontextualizations, 5 property changes."""
-LIVE_PROMPTS = _prompts(_BOTH, _LIVE)
-"""The 25 prompts for live subjects: 10 recontextualizations, 10 accessories, 5 property changes."""
 
 _LIVE_CLASSES = """
     cat dog
@@ -47,20 +26,69 @@ _LIVE_CLASSES = """
 LIVE_CLASSES = frozenset(_LIVE_CLASSES.split())
 """Class nouns of live subjects: the data set's two, then common others."""
 
-APPLICATIONS = {
-    "recontextualization": ("a {subject} in the jungle", "a {subject} in the snow", "a {subject} on the beach"),
-    "views": tuple(f"a {{subject}} seen from the {side}" for side in ("top", "bottom", "side", "back")),
-    "properties": tuple(f"a {word} {{subject}}" for word in _PROPERTIES) + ("a cross of a {subject} and a panda",),
-    "accessories": ("a {subject} in a chef outfit", "a {subject} wearing a santa hat"),
-    "art": tuple(f"a painting of a {{subject}} in the style of {name}" for name in ("Van Gogh", "Vermeer", "Hokusai")),
-}
-"""Prompts for what a personalized model should be able to do (DreamBooth, section 4.4), by application."""
+Sections = dict[str, dict[str, tuple[str, ...]]]
+"""A prompt set: `paper` or `more`, then `all`, `live` or `object`, then the prompts."""
 
 
-def prompt_set(class_noun: str) -> tuple[str, ...]:
-    """The paper's 25 evaluation prompts for a class, as templates with `{subject}`."""
-    words = class_noun.casefold().split()
-    return LIVE_PROMPTS if words and words[-1] in LIVE_CLASSES else OBJECT_PROMPTS
+def set_names() -> list[str]:
+    """Names of the shipped prompt sets, sorted."""
+    return sorted(path.stem for path in (configs_dir() / "prompts").glob("*.yaml"))
+
+
+@cache
+def read_set(name: str) -> Sections:
+    """A shipped prompt set, or the file that a path with an extension names. Raises ConfigError if there is none."""
+    shipped = not Path(name).suffix
+    if shipped and name not in set_names():
+        raise ConfigError(f"prompt set {name!r}: is not there; sets are {', '.join(set_names())}, or give a .yaml file")
+    path = configs_dir() / "prompts" / f"{name}.yaml" if shipped else Path(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as a prompt set: {str(error).splitlines()[0]}") from error
+    return _checked(tree, path)
+
+
+def _checked(tree: object, path: Path) -> Sections:
+    wrong = ConfigError(
+        f"{path}: is no prompt set; want `paper:` or `more:` with `all:`, `live:` or `object:` under "
+        "it, each a list of prompts with {subject}"
+    )
+    if not isinstance(tree, dict) or not tree or not tree.keys() <= {"paper", "more"}:
+        raise wrong
+    for section in tree.values():
+        if not isinstance(section, dict) or not section.keys() <= {"all", "live", "object"}:
+            raise wrong
+        for prompts in section.values():
+            if not isinstance(prompts, list) or not prompts or not all(isinstance(one, str) for one in prompts):
+                raise wrong
+            for one in prompts:
+                fill(one, identifier="x", class_noun="y")
+    return {name: {kind: tuple(prompts) for kind, prompts in section.items()} for name, section in tree.items()}
+
+
+def is_live(class_noun: str, live: Collection[str] = LIVE_CLASSES) -> bool:
+    """Whether a class is one of live subjects: the noun or its last word is listed ("corgi dog" is, "dog toy" not)."""
+    noun = " ".join(class_noun.casefold().split())
+    return noun in live or noun.rpartition(" ")[2] in live
+
+
+def application(
+    name: str, class_noun: str, live: Collection[str] = LIVE_CLASSES, paper_only: bool = False
+) -> tuple[str, ...]:
+    """The templates of a prompt set that suit a class: the paper's first, then, unless left out, those beyond it."""
+    kinds = ("all", "live" if is_live(class_noun, live) else "object")
+    sections = [read_set(name).get(section, {}) for section in (("paper",) if paper_only else ("paper", "more"))]
+    return tuple(prompt for section in sections for kind in kinds for prompt in section.get(kind, ()))
+
+
+def prompt_set(class_noun: str, live: Collection[str] = LIVE_CLASSES) -> tuple[str, ...]:
+    """The paper's 25 evaluation prompts for a class, as templates with `{subject}`.
+
+    Objects: 20 recontextualizations and 5 property changes; live subjects: 10, 10 accessories and 5.
+    """
+    names = ("recontext", "accessories", "properties")
+    return tuple(prompt for name in names for prompt in application(name, class_noun, live, paper_only=True))
 
 
 def subject_phrase(identifier: str | None, class_noun: str) -> str:
@@ -78,12 +106,21 @@ def fill(template: str, *, identifier: str | None = None, class_noun: str) -> st
     def value(place: re.Match[str]) -> str:
         name = "identifier" if place[1] is None else place[1]
         if name not in values:
-            raise ConfigError(f"caption or prompt {template!r}: unknown placeholder {place[0]}, "
-                              "want {identifier}, {class}, {subject} or [trigger]")
+            raise ConfigError(
+                f"caption or prompt {template!r}: unknown placeholder {place[0]}, "
+                "want {identifier}, {class}, {subject} or [trigger]"
+            )
         filled = values[name]
         if filled is None:
-            raise ConfigError(f"caption or prompt {template!r}: {place[0]} has no value, because the class as such "
-                              "has no identifier; use {class} or {subject}")
+            raise ConfigError(
+                f"caption or prompt {template!r}: {place[0]} has no value, because the class as such "
+                "has no identifier; use {class} or {subject}"
+            )
         return filled
 
     return _PLACE.sub(value, template)
+
+
+def without_identifier(template: str, class_noun: str) -> str:
+    """The template filled with nothing where the identifier stands: what CLIP-T's second text and the base are told."""
+    return " ".join(fill(template, identifier="", class_noun=class_noun).split())

@@ -1,4 +1,4 @@
-"""The paper's scores as pure functions of features, their averages over subjects, and bootstrap intervals.
+"""The paper's scores as pure functions of features: what each averages, and over what.
 
 Source: DreamBooth (arXiv 2208.12242), section 4 and tables 1, 3 and 4. The paper leaves open macro or micro averaging,
 self pairs in the row of real images, and the identifier in CLIP-T's text: both averages and both texts are given,
@@ -7,12 +7,14 @@ self pairs are left out. Arithmetic is float64. Letters: N generated, M real, P 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from dbtrain.evaluate.intervals import Score, grouped
 
 
 def _none() -> Tensor:
@@ -25,7 +27,8 @@ class SubjectFeatures:
 
     generated_*: of the N evaluation images, whose prompts are numbered by `prompt_N`. texts_*: of the prompt of each of
     these images, with and without the identifier. class_*: of P images of the plain class prompt after tuning.
-    lpips_pairs: LPIPS of all pairs of images of one prompt, where that was measured.
+    lpips_pairs, patch_pairs: LPIPS, and `patches.patch_distances`, of all pairs of images of one prompt, whose numbers
+    are `pair_prompt` (empty: not told, and each pair is then taken to stand for itself).
     """
 
     real_identity_MD: Tensor = field(default_factory=_none)
@@ -37,6 +40,8 @@ class SubjectFeatures:
     texts_without_identifier_ND: Tensor = field(default_factory=_none)
     class_identity_PD: Tensor = field(default_factory=_none)
     lpips_pairs: Tensor = field(default_factory=lambda: torch.zeros(0))
+    pair_prompt: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    patch_pairs: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 def cosines(first_ND: Tensor, second_MD: Tensor) -> Tensor:
@@ -53,10 +58,9 @@ def across(first_ND: Tensor, second_MD: Tensor) -> Tensor:
 
 
 def within(rows_ND: Tensor) -> Tensor:
-    """Cosines [N (N - 1) / 2] of all pairs of different rows; a row is never paired with itself."""
+    """Cosines [N (N - 1)] of every row with every other row; a row is never paired with itself."""
     n = len(rows_ND)
-    first, second = torch.triu_indices(n, n, 1)
-    return cosines(rows_ND, rows_ND)[first, second]
+    return cosines(rows_ND, rows_ND)[~torch.eye(n, dtype=torch.bool)]
 
 
 def paired(first_ND: Tensor, second_ND: Tensor) -> Tensor:
@@ -68,175 +72,184 @@ def paired(first_ND: Tensor, second_ND: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(first_ND.double(), second_ND.double(), dim=-1, eps=1e-30)
 
 
+def matched(images_ND: Tensor, texts_ND: Tensor) -> Tensor:
+    """`paired`, or nothing where there are no texts: the base model, for one, is told no identifier."""
+    return paired(images_ND if len(texts_ND) else texts_ND, texts_ND)
+
+
 def spread(rows_ND: Tensor, prompt_N: Tensor) -> Tensor:
-    """1 - cosine of all pairs of different images of the same prompt."""
+    """1 - cosine of every image with every other image of the same prompt, prompt by prompt."""
     groups = [within(rows_ND[prompt_N == number]) for number in prompt_N.unique()]
     return 1 - torch.cat([torch.zeros(0, dtype=torch.float64), *groups])
 
 
+def prompt_gap(images_ND: Tensor, texts_ND: Tensor, prompt_N: Tensor) -> Tensor:
+    """Cosine of each image with its own text, minus its mean cosine with the texts of the other prompts [N].
+
+    Encoders differ in the level of CLIP-T and hardly in this; it is 0 where prompts have no effect.
+    """
+    other_NN = (prompt_N[:, None] != prompt_N[None, :]).double()
+    if not len(images_ND) or not len(texts_ND) or not other_NN.any():
+        return torch.zeros(0, dtype=torch.float64)
+    cosine_NN = cosines(images_ND, texts_ND)
+    return cosine_NN.diagonal() - (cosine_NN * other_NN).sum(1) / other_NN.sum(1)
+
+
+def each(first_ND: Tensor, per_row: int) -> Tensor:
+    """Row numbers [N * per_row] of values that stand row by row."""
+    return torch.arange(len(first_ND)).repeat_interleave(max(per_row, 0))
+
+
+def _of_prompt(prompt_N: Tensor) -> Tensor:
+    """The prompt number of each value of `spread`."""
+    numbers, sizes = prompt_N.unique(return_counts=True)
+    return numbers.repeat_interleave(sizes * (sizes - 1))
+
+
+def _of_pair(pairs: Tensor, prompt: Tensor) -> Tensor:
+    """The prompt number of each pair, or the pair's own."""
+    return prompt if len(prompt) else torch.arange(len(pairs))
+
+
 @dataclass(frozen=True)
 class Metric:
-    """One score: the values that it averages for one subject, and how to read it."""
+    """One score: the values that it averages for one subject, and how to read it.
+
+    score: its name in evaluation.json; of several metrics with one name, the first that has values is taken. row:
+    `tuned` metrics are of generated images (and of the base model's, which stand in for them), `real` ones of photos.
+    unit: the number of the image or prompt that each value belongs to, which a subject's interval draws anew.
+    """
 
     name: str
+    score: str
+    row: Literal["tuned", "real"]
     better: Literal["higher", "lower"]
     encoder: Literal["identity", "pair", "lpips"]
     values: Callable[[SubjectFeatures], Tensor]
+    unit: Callable[[SubjectFeatures], Tensor]
     meaning: str
 
 
 METRICS: dict[str, Metric] = {
     "identity": Metric(
         "identity (DINO's role)",
+        "dino",
+        "tuned",
         "higher",
         "identity",
         lambda s: across(s.generated_identity_ND, s.real_identity_MD),
+        lambda s: each(s.generated_identity_ND, len(s.real_identity_MD)),
         "cosine of generated and real images, all pairs",
     ),
     "clip_i": Metric(
         "CLIP-I",
+        "clip_i",
+        "tuned",
         "higher",
         "pair",
         lambda s: across(s.generated_clip_ND, s.real_clip_MD),
+        lambda s: each(s.generated_clip_ND, len(s.real_clip_MD)),
         "cosine of generated and real images, all pairs",
     ),
     "clip_t": Metric(
         "CLIP-T, with identifier",
+        "clip_t",
+        "tuned",
         "higher",
         "pair",
-        lambda s: paired(s.generated_clip_ND, s.texts_with_identifier_ND),
+        lambda s: matched(s.generated_clip_ND, s.texts_with_identifier_ND),
+        lambda s: each(s.texts_with_identifier_ND, 1),
         "plain cosine of a generated image and its prompt, identifier kept",
     ),
     "clip_t_plain": Metric(
         "CLIP-T, without identifier",
+        "clip_t_plain",
+        "tuned",
         "higher",
         "pair",
-        lambda s: paired(s.generated_clip_ND, s.texts_without_identifier_ND),
+        lambda s: matched(s.generated_clip_ND, s.texts_without_identifier_ND),
+        lambda s: each(s.texts_without_identifier_ND, 1),
         "plain cosine of a generated image and its prompt, identifier left out",
+    ),
+    "prompt_gap": Metric(
+        "prompt gap",
+        "prompt_gap",
+        "tuned",
+        "higher",
+        "pair",
+        lambda s: prompt_gap(s.generated_clip_ND, s.texts_without_identifier_ND, s.prompt_N),
+        lambda s: each(prompt_gap(s.generated_clip_ND, s.texts_without_identifier_ND, s.prompt_N), 1),
+        "CLIP-T without identifier, minus the cosine with the other prompts: how much prompts decide; not in the paper",
     ),
     "pres": Metric(
         "PRES",
+        "pres",
+        "tuned",
         "lower",
         "identity",
         lambda s: across(s.class_identity_PD, s.real_identity_MD),
+        lambda s: each(s.class_identity_PD, len(s.real_identity_MD)),
         "cosine of the class prompt's images after tuning and the subject's real images: language drift",
     ),
     "div_lpips": Metric(
         "DIV (LPIPS)",
+        "div",
+        "tuned",
         "higher",
         "lpips",
         lambda s: s.lpips_pairs.double(),
+        lambda s: _of_pair(s.lpips_pairs, s.pair_prompt),
         "LPIPS between images of one subject and prompt",
+    ),
+    "div_patches": Metric(
+        "DIV (patch distance)",
+        "div",
+        "tuned",
+        "higher",
+        "identity",
+        lambda s: s.patch_pairs.double(),
+        lambda s: _of_pair(s.patch_pairs, s.pair_prompt),
+        "LPIPS's form over the identity encoder's patches; stands in where LPIPS is not installed",
     ),
     "div_identity": Metric(
         "DIV (1 - identity cosine)",
+        "div",
+        "tuned",
         "higher",
         "identity",
         lambda s: spread(s.generated_identity_ND, s.prompt_N),
-        "1 - cosine between images of one subject and prompt; stands in where LPIPS is not installed",
+        lambda s: _of_prompt(s.prompt_N[: len(s.generated_identity_ND)]),
+        "1 - cosine between images of one subject and prompt: blind to pose, which that encoder ignores",
     ),
     "real_identity": Metric(
         "real images, identity",
+        "dino",
+        "real",
         "higher",
         "identity",
         lambda s: within(s.real_identity_MD),
+        lambda s: each(s.real_identity_MD, len(s.real_identity_MD) - 1),
         "cosine of the subject's real images, without self pairs: the scale's upper end",
     ),
     "real_clip_i": Metric(
         "real images, CLIP-I",
+        "clip_i",
+        "real",
         "higher",
         "pair",
         lambda s: within(s.real_clip_MD),
+        lambda s: each(s.real_clip_MD, len(s.real_clip_MD) - 1),
         "cosine of the subject's real images, without self pairs: the scale's upper end",
     ),
 }
-"""Every score by its key in tables and JSON. A new one is a row here."""
+"""Every score by its key. A new one is a function and a row here; evaluation.json and its tables follow."""
 
 
-def macro(groups: Sequence[Tensor]) -> float:
-    """The mean over subjects of each subject's mean; subjects without values are left out, NaN if none has any."""
-    means = [group.double().mean() for group in groups if group.numel()]
-    return float(torch.stack(means).mean()) if means else float("nan")
-
-
-def micro(groups: Sequence[Tensor]) -> float:
-    """The mean over all values of all subjects; NaN if there are none."""
-    values = torch.cat([torch.zeros(0, dtype=torch.float64), *(group.double().flatten() for group in groups)])
-    return float(values.mean()) if values.numel() else float("nan")
-
-
-AVERAGES: dict[str, Callable[[Sequence[Tensor]], float]] = {"macro": macro, "micro": micro}
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A statistic and its percentile bootstrap interval over subjects; `subjects` of them were resampled."""
-
-    value: float
-    low: float
-    high: float
-    subjects: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def bootstrap(
-    statistic: Callable[[Sequence[int]], float],
-    subjects: int,
-    seed: int = 0,
-    resamples: int = 2000,
-    level: float = 0.95,
-) -> Interval:
-    """A statistic of subject numbers with its interval: whole subjects are drawn with replacement.
-
-    Subjects, not images, are the independent draws, so an interval over images would be too narrow. Resamples for which
-    the statistic is undefined (NaN) are left out.
-    """
-    everyone = statistic(range(subjects))
-    stream = torch.Generator("cpu").manual_seed(seed)
-    draws = torch.randint(subjects, (resamples, subjects), generator=stream).tolist() if subjects else []
-    found = torch.tensor([statistic(draw) for draw in draws], dtype=torch.float64)
-    found = found[~found.isnan()]
-    if not len(found):
-        return Interval(everyone, float("nan"), float("nan"), subjects)
-    tail = (1 - level) / 2
-    low, high = torch.quantile(found, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(everyone, low, high, subjects)
-
-
-def mean_interval(values: Sequence[float], seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Interval:
-    """The mean of one value a subject, with its bootstrap interval; NaN stands for a subject without a value."""
-    kept = torch.tensor([value for value in values if value == value], dtype=torch.float64)
-    if not len(kept):
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
-    return bootstrap(lambda chosen: float(kept[list(chosen)].mean()), len(kept), seed, resamples, level)
-
-
-def score(subjects: Sequence[SubjectFeatures], seed: int = 0) -> dict[str, dict[str, Interval]]:
-    """metric -> {"macro", "micro"} -> interval over subjects, for all metrics that have a value."""
-    table = {}
-    for key, metric in METRICS.items():
-        groups = [metric.values(subject) for subject in subjects]
-        groups = [group for group in groups if group.numel()]
-        if groups:
-            table[key] = {name: _averaged(groups, average, seed) for name, average in AVERAGES.items()}
-    return table
-
-
-def _averaged(groups: Sequence[Tensor], average: Callable, seed: int) -> Interval:
-    return bootstrap(lambda chosen: average([groups[i] for i in chosen]), len(groups), seed)
-
-
-def closed_share(base: Sequence[float], tuned: Sequence[float], real: Sequence[float], seed: int = 0) -> Interval:
-    """The share of the gap between the base model's and the real images' mean score that tuning closes.
-
-    One value a subject in each; the share is of the means, because single subjects' gaps can be near 0.
-    """
-    rows = torch.tensor([list(base), list(tuned), list(real)], dtype=torch.float64)
-
-    def share(chosen: Sequence[int]) -> float:
-        low, got, high = rows[:, list(chosen)].mean(1).tolist()
-        return (got - low) / (high - low) if high != low else float("nan")
-
-    return bootstrap(share, rows.shape[1], seed)
+def subject_scores(features: SubjectFeatures, row: Literal["tuned", "real"], seed: int = 0) -> dict[str, Score]:
+    """A subject's scores of a row by their names in evaluation.json; those without values are left out."""
+    found: dict[str, Score] = {}
+    for metric in METRICS.values():
+        values = metric.values(features)
+        if metric.row == row and metric.score not in found and values.numel():
+            found[metric.score] = grouped(values, metric.unit(features), seed)
+    return found

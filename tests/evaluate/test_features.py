@@ -8,7 +8,7 @@ from PIL import Image
 
 from dbtrain.errors import ConfigError
 from dbtrain.evaluate import features
-from dbtrain.evaluate.features import Encoder, choose, load_identity, load_lpips, load_pair, read_preprocess, zero_shot
+from dbtrain.evaluate.features import choose, load_identity, load_lpips, load_pair, read_preprocess, zero_shot
 from dbtrain.tiny import CLIP, IDENTITY
 
 PIXELS = 3e-6  # float32 of values up to 3 (2.4e-7 a unit): rescaling and normalizing round differently
@@ -104,62 +104,41 @@ def test_a_folder_without_weights_says_what_to_give(tmp_path):
         load_identity(str(tmp_path))
 
 
-def random_weights(cls, config, **options):
-    """A model with small random weights, skipping the library's slow initializers."""
-    with torch.device("meta"):
-        model = cls(config, **options)
-    model = model.to_empty(device="cpu").eval()
-    stream = torch.Generator().manual_seed(0)
-    for value in model.parameters():
-        value.detach().normal_(0, 0.02, generator=stream)
-    for name, value in model.named_buffers():
-        assert name.endswith("position_ids")
-        value.copy_(torch.arange(value.numel()).view_as(value))
-    return model
+def test_vit_s16_class_token(true_sizes):
+    from transformers import ViTModel
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-
-def test_vit_s16_class_token():
-    from transformers import ViTConfig, ViTModel
-
-    config = ViTConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=6)
-    model = random_weights(ViTModel, config, add_pooling_layer=False)
-    images, theirs = pictures([(64, 64), (90, 70), (70, 90)]), processors()["vit"]
-    got = Encoder("vit", model, read_preprocess_of(theirs)).images(images, batch=2)
+    folder = true_sizes / "vit"
+    model = ViTModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False)
+    images, theirs = pictures([(64, 64), (90, 70), (70, 90)]), ViTImageProcessorPil.from_pretrained(folder)
+    got = load_identity(str(folder)).images(images, batch=2)
     with torch.no_grad():
         states = model(**theirs(images, return_tensors="pt")).last_hidden_state
     want = states[:, 0] / states[:, 0].norm(dim=-1, keepdim=True)
+    assert sum(p.numel() for p in model.parameters()) == 21_665_664
     assert got.shape == (3, 384) and (got - want).abs().max() <= FEATURES
     assert (got[0] - got[1]).abs().max() > 100 * FEATURES
 
 
-def test_clip_vit_b32_projected_embeddings():
-    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+def test_clip_vit_b32_projected_embeddings(true_sizes):
+    from transformers import AutoTokenizer, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    tokenizer = AutoTokenizer.from_pretrained(CLIP)
-    # openai/clip-vit-base-patch32; its vocabulary is not at hand, its table's size is kept.
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPConfig(text_config=special, vision_config={"patch_size": 32}, projection_dim=512)
-    model = random_weights(CLIPModel, config)
+    folder = true_sizes / "clip"
+    model, theirs = (
+        CLIPModel.from_pretrained(folder, dtype=torch.float32),
+        CLIPImageProcessorPil.from_pretrained(folder),
+    )
     images, texts = pictures([(64, 64), (90, 70)]), ["a photo of a dog", "a red car on the beach in space", "cat"]
-    theirs = processors()["clip"]
-    pair = Encoder("clip", model, read_preprocess_of(theirs), tokenizer)
+    pair = load_pair(str(folder))
     got_images, got_texts = pair.images(images), pair.texts(texts, batch=2)
-    tokens = tokenizer(texts, padding=True, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         want = model(**theirs(images, return_tensors="pt"), **tokens)
     assert sum(p.numel() for p in model.parameters()) == 151_277_313
     assert (got_images - want.image_embeds).abs().max() <= FEATURES
     assert (got_texts - want.text_embeds).abs().max() <= FEATURES
     assert got_texts.shape == (3, 512) and (got_texts[0] - got_texts[1]).abs().max() > 100 * FEATURES
-
-
-def read_preprocess_of(processor):
-    """Our reading of a processor object."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
-        return read_preprocess(folder)
 
 
 def tiny_models(tmp_path):
@@ -195,6 +174,29 @@ def test_encoders_from_folders(tmp_path):
         load_pair(vit)
     with pytest.raises(ConfigError, match="knows no texts"):
         identity.texts(["a"])
+
+
+def test_dinov2_has_its_class_token_and_patches(tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    from dbtrain.evaluate.patches import patch_distances
+
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=64, patch_size=16
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Dinov2Model(config).eval()
+    model.save_pretrained(tmp_path)
+    processor = processors()["dinov2"]
+    processor.crop_size = processor.size = {"height": 64, "width": 64}
+    processor.save_pretrained(tmp_path)
+    encoder, images = load_identity(str(tmp_path)), pictures()[:3]
+    with torch.no_grad():
+        states = model(pixel_values=encoder.preprocess(images)).last_hidden_state[:, 0]
+    want = states / states.norm(dim=-1, keepdim=True)
+    assert (encoder.images(images) - want).abs().max() <= FEATURES
+    assert patch_distances(encoder, images).shape == (3,)
 
 
 def test_missing_weights_are_refused(tmp_path):

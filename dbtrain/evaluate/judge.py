@@ -1,0 +1,116 @@
+"""The encoders of an evaluation, and what they see in one subject's photos and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dbtrain.evaluate.features import EMBEDDED, Encoder, load_identity, load_lpips, load_pair
+from dbtrain.evaluate.patches import patch_distances
+from dbtrain.evaluate.scores import SubjectFeatures
+
+THUMBNAIL = 16
+"""Side, in pixels, at which two pictures are compared for being copies."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Drawn pictures as the judge reads them: files, and for each the prompt's number, with and without identifier.
+
+    prompts are None where the pictures were told of no identifier.
+    """
+
+    files: Sequence[Path]
+    prompt_N: Tensor
+    plain: Sequence[str]
+    prompts: Sequence[str] | None = None
+
+
+@dataclass
+class Judge:
+    """Loaded encoders. lpips: None where it is not installed. kept: features of pictures that many subjects share."""
+
+    identity: Encoder
+    pair: Encoder
+    lpips: Callable[[Sequence[Image.Image]], Tensor] | None
+    kept: dict[tuple[str, Path], Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What each role is filled by: identity (DINO's role), clip, and the distance of DIV."""
+        distance = "LPIPS (alex)" if self.lpips else f"patch distance of {self.identity.name}"
+        return {"identity": self.identity.name, "clip": self.pair.name, "distance": distance}
+
+    def features(
+        self, photos: Sequence[Image.Image], drawn: Seen, of_class: Sequence[Path], keep: bool = False
+    ) -> SubjectFeatures:
+        """The features of a subject's photos, of pictures drawn for it, and of those of the class prompt.
+
+        keep: remember the pictures' features by file, for the next subject of the class.
+        """
+        return SubjectFeatures(
+            real_identity_MD=self.identity.images(photos),
+            real_clip_MD=self.pair.images(photos),
+            generated_identity_ND=self._images("identity", drawn.files, keep),
+            generated_clip_ND=self._images("pair", drawn.files, keep),
+            prompt_N=drawn.prompt_N,
+            texts_with_identifier_ND=self.pair.texts(drawn.prompts or []),
+            texts_without_identifier_ND=self.pair.texts(drawn.plain),
+            class_identity_PD=self._images("identity", of_class, keep),
+            **self._distances(drawn),
+        )
+
+    def _images(self, role: str, files: Sequence[Path], keep: bool) -> Tensor:
+        encoder: Encoder = getattr(self, role)
+        if not keep:
+            return encoder.images(read_images(files))
+        new = [file for file in files if (role, file) not in self.kept]
+        self.kept |= {(role, file): row for file, row in zip(new, encoder.images(read_images(new)))}
+        return torch.stack([self.kept[role, file] for file in files]) if files else encoder.images([])
+
+    def _distances(self, drawn: Seen) -> dict[str, Tensor]:
+        """How far apart the pictures of each prompt are, pair by pair: by LPIPS, or by patches where it is missing."""
+        found, prompts = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.long)]
+        for number in drawn.prompt_N.unique():
+            images = read_images([file for file, own in zip(drawn.files, drawn.prompt_N) if own == number])
+            found.append(self.lpips(images) if self.lpips else patch_distances(self.identity, images))
+            prompts.append(number.expand(len(found[-1])))
+        return {"lpips_pairs" if self.lpips else "patch_pairs": torch.cat(found), "pair_prompt": torch.cat(prompts)}
+
+
+def load_judge(identity: str = EMBEDDED, clip: str = EMBEDDED, device: str = "cpu") -> Judge:
+    """The encoders by folder, hub id or `embedded`; ConfigError for those that cannot fill their role."""
+    return Judge(load_identity(identity, device), load_pair(clip, device), load_lpips())
+
+
+def read_images(files: Sequence[Path]) -> list[Image.Image]:
+    """The pictures, RGB."""
+    found = []
+    for file in files:
+        with Image.open(file) as image:
+            found.append(image.convert("RGB"))
+    return found
+
+
+def likeness(pictures: Sequence[Image.Image], photos: Sequence[Image.Image]) -> Tensor:
+    """Correlation [N, M] of small versions of every picture with every photo, cut square: 1 is the same picture."""
+    here, there = _thumbnails(pictures), _thumbnails(photos)
+    return here @ there.T
+
+
+def _thumbnails(images: Sequence[Image.Image]) -> Tensor:
+    """Unit rows [N, 3 * THUMBNAIL^2] of zero mean."""
+    rows = []
+    for image in images:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        small = image.convert("RGB").crop((left, top, left + side, top + side))
+        small = small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+        rows.append(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).double())
+    found = torch.stack(rows) if rows else torch.zeros(0, 3 * THUMBNAIL**2, dtype=torch.float64)
+    return torch.nn.functional.normalize(found - found.mean(1, keepdim=True), dim=1)

@@ -1,0 +1,158 @@
+"""What a subject's folder holds, read without trust: missing, damaged or foreign files become notes, never failures.
+
+Everything here is untrusted text: nothing is parsed but JSON and YAML 1.2, and no path from a file leaves the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dbtrain import yaml12
+
+RECORD, CONFIG, LOG, EVALUATION = "record.json", "config.yaml", "log.jsonl", "evaluation.json"
+SAMPLES = "samples"
+FINAL = "samples"
+"""Name of the last sheet in `samples/`; those drawn while training are `step-000100`."""
+IMAGE = re.compile(r"prompt-(\d{2,4})-image-(\d{2,4})\.png")
+STEP = re.compile(r"step-(\d{6,9})")
+MAX_BYTES = 4 * 2**20
+"""Most that is read of one text file; of a longer log its end."""
+
+Stamp = tuple[str, int, int]
+"""A file's path in its folder, its size in bytes and its time of change in ns: it is the same while these are."""
+
+
+def stamps(folder: Path) -> list[Stamp]:
+    """The files of a subject's folder that a page is made from, sorted; empty if there is no folder."""
+    found = [stamp for name in (RECORD, CONFIG, LOG, EVALUATION) if (stamp := _stamp(folder, name))]
+    images = [
+        f"{SAMPLES}/{sheet}/{name}"
+        for sheet in _names(folder / SAMPLES)
+        if sheet == FINAL or STEP.fullmatch(sheet)
+        for name in _names(folder / SAMPLES / sheet)
+        if IMAGE.fullmatch(name)
+    ]
+    found += [stamp for name in images if (stamp := _stamp(folder, name))]
+    return sorted(found)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def _stamp(folder: Path, name: str) -> Stamp | None:
+    try:
+        status = os.lstat(folder / name)
+    except OSError:
+        return None
+    return (name, status.st_size, status.st_mtime_ns)
+
+
+def read_text(path: Path, notes: list[str]) -> str:
+    """A file's text, its last MAX_BYTES if it is longer; empty if there is none. What is wrong is noted."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - MAX_BYTES))
+            content = file.read(MAX_BYTES)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {error.strerror}")
+        return ""
+    return content.decode("utf-8", "replace")
+
+
+def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is none, and with a note if it is something else."""
+    text = read_text(path, notes)
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        notes.append(f"{path.name} is damaged: it holds no JSON object")
+        return {}
+    return value
+
+
+def read_log(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The log's lines that are JSON objects with a step, in file order, less one that is still being written."""
+    lines = []
+    for line in read_text(path, notes).splitlines():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) and number(value.get("step")) is not None:
+            lines.append(value)
+    return lines
+
+
+@lru_cache(maxsize=64)
+def settings(text: str) -> dict[str, str | list[str]]:
+    """A config.yaml as dotted keys with their values' own text, lists as lists; empty if it is not readable."""
+    try:
+        root = yaml12.read_node(text)
+    except yaml.YAMLError:
+        return {}
+    return dict(_flat(root, "")) if isinstance(root, yaml.MappingNode) else {}
+
+
+def _flat(node: yaml.MappingNode, prefix: str) -> Iterable[tuple[str, str | list[str]]]:
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if isinstance(value, yaml.MappingNode):
+            yield from _flat(value, f"{name}.")
+        elif isinstance(value, yaml.SequenceNode):
+            yield name, [str(each.value) for each in value.value]
+        else:
+            yield name, value.value
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else: NaN has no place in JSON, and a text is no measurement."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        value = float(value)
+    except OverflowError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def text(value: Any, limit: int = 2000) -> str:
+    """A value as text of bounded length; empty for None."""
+    shown = "" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def numbers(value: Any) -> dict[str, float]:
+    """The finite numbers of a mapping by name; empty for anything else."""
+    items = value.items() if isinstance(value, Mapping) else ()
+    return {text(key, 80): found for key, each in items if (found := number(each)) is not None}
+
+
+def inside(folder: Path, name: Any) -> Path | None:
+    """The file of that name below a folder; None if it is not there or the name leads out of it."""
+    if not isinstance(name, str) or "\0" in name or not name:
+        return None
+    path = folder / name
+    try:
+        return path if path.is_file() and path.resolve().is_relative_to(folder.resolve()) else None
+    except (OSError, RuntimeError):
+        return None

@@ -1,0 +1,171 @@
+"""Contract of a metric: a row of METRICS equals plain loops in float64, and bears what must not change it."""
+
+import math
+
+import pytest
+import torch
+
+from dbtrain.evaluate.intervals import grouped
+from dbtrain.evaluate.scores import METRICS, SubjectFeatures, subject_scores
+
+EXACT = 1e-12  # float64 dot products of tens of terms: a few units in the 16th digit
+
+
+def rows(count, width=7, seed=0):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def features(seed=0, generated=6, real=4, prompts=2):
+    """Random features of a subject, with every part there."""
+    pairs = generated * (generated // prompts - 1) // 2
+    stream = torch.Generator().manual_seed(seed)
+    return SubjectFeatures(
+        real_identity_MD=rows(real, 7, seed),
+        real_clip_MD=rows(real, 5, seed + 1),
+        generated_identity_ND=rows(generated, 7, seed + 2),
+        generated_clip_ND=rows(generated, 5, seed + 3),
+        prompt_N=torch.arange(generated) % prompts,
+        texts_with_identifier_ND=rows(generated, 5, seed + 4),
+        texts_without_identifier_ND=rows(generated, 5, seed + 5),
+        class_identity_PD=rows(3, 7, seed + 6),
+        lpips_pairs=torch.rand(pairs, generator=stream),
+        patch_pairs=torch.rand(pairs, generator=stream),
+        pair_prompt=torch.arange(pairs) % prompts,
+    )
+
+
+def identical():
+    """A subject whose pictures, photos, class images and texts are all the same."""
+    one = torch.tensor([[3.0, -4.0]])
+    return SubjectFeatures(
+        **{name: one.expand(4, -1) for name in vars(SubjectFeatures()) if name.endswith("D")},
+        prompt_N=torch.tensor([0, 0, 1, 1]),
+        lpips_pairs=torch.zeros(2),
+        patch_pairs=torch.zeros(2),
+        pair_prompt=torch.tensor([0, 1]),
+    )
+
+
+def plain_cosine(a, b):
+    a, b = a.tolist(), b.tolist()
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / (math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b)))
+
+
+def all_pairs(here, there):
+    return [(i, plain_cosine(a, b)) for i, a in enumerate(here) for b in there]
+
+
+def other_pairs(rows_of):
+    n = len(rows_of)
+    return [(i, plain_cosine(rows_of[i], rows_of[j])) for i in range(n) for j in range(n) if i != j]
+
+
+def own_text(images, texts):
+    return [(i, plain_cosine(image, text)) for i, (image, text) in enumerate(zip(images, texts, strict=True))]
+
+
+def same_prompt(s):
+    made, prompt = s.generated_identity_ND, s.prompt_N.tolist()
+    order = [(i, j) for i in range(len(made)) for j in range(len(made)) if i != j and prompt[i] == prompt[j]]
+    return [(prompt[i], 1 - plain_cosine(made[i], made[j])) for i, j in order]
+
+
+def gaps(s):
+    found, prompt = [], s.prompt_N.tolist()
+    for i, image in enumerate(s.generated_clip_ND):
+        told = [plain_cosine(image, text) for text in s.texts_without_identifier_ND]
+        others = [value for value, number in zip(told, prompt) if number != prompt[i]]
+        found.append((i, told[i] - sum(others) / len(others)))
+    return found
+
+
+PLAIN = {
+    "identity": lambda s: all_pairs(s.generated_identity_ND, s.real_identity_MD),
+    "clip_i": lambda s: all_pairs(s.generated_clip_ND, s.real_clip_MD),
+    "pres": lambda s: all_pairs(s.class_identity_PD, s.real_identity_MD),
+    "clip_t": lambda s: own_text(s.generated_clip_ND, s.texts_with_identifier_ND),
+    "clip_t_plain": lambda s: own_text(s.generated_clip_ND, s.texts_without_identifier_ND),
+    "prompt_gap": gaps,
+    "div_lpips": lambda s: list(zip(s.pair_prompt.tolist(), s.lpips_pairs.tolist())),
+    "div_patches": lambda s: list(zip(s.pair_prompt.tolist(), s.patch_pairs.tolist())),
+    "div_identity": same_prompt,
+    "real_identity": lambda s: other_pairs(s.real_identity_MD),
+    "real_clip_i": lambda s: other_pairs(s.real_clip_MD),
+}
+"""Every metric written as loops: pairs (the number of what the value belongs to, value)."""
+
+
+def test_every_metric_has_its_loops():
+    assert PLAIN.keys() == METRICS.keys()
+
+
+@pytest.mark.parametrize("key", METRICS)
+def test_values_and_units_equal_plain_loops(key):
+    s = features()
+    values, units = METRICS[key].values(s), METRICS[key].unit(s)
+    assert values.dtype == torch.float64 and len(values) == len(units)
+    got = sorted(zip(units.tolist(), values.tolist()))
+    want = sorted(PLAIN[key](s))
+    assert [unit for unit, _ in got] == [unit for unit, _ in want]
+    assert [value for _, value in got] == pytest.approx([value for _, value in want], abs=EXACT)
+
+
+@pytest.mark.parametrize("key", METRICS)
+def test_undefined_without_its_parts(key):
+    assert METRICS[key].values(SubjectFeatures()).numel() == METRICS[key].unit(SubjectFeatures()).numel() == 0
+
+
+@pytest.mark.parametrize("key", METRICS)
+def test_the_order_of_images_changes_nothing(key):
+    s = features()
+    order, real = torch.tensor([3, 0, 5, 1, 4, 2]), torch.tensor([2, 0, 3, 1])
+    per_image = ("generated_identity_ND", "generated_clip_ND", "prompt_N", "texts_with_identifier_ND")
+    changed = {name: getattr(s, name)[order] for name in (*per_image, "texts_without_identifier_ND")}
+    changed |= {name: getattr(s, name)[real] for name in ("real_identity_MD", "real_clip_MD")}
+    shuffled = SubjectFeatures(**{**vars(s), **changed})
+    first, second = METRICS[key].values(s), METRICS[key].values(shuffled)
+    assert sorted(second.tolist()) == pytest.approx(sorted(first.tolist()), abs=EXACT)
+
+
+@pytest.mark.parametrize("key", METRICS)
+def test_identical_sets_give_one_and_have_no_distance(key):
+    want = 0.0 if METRICS[key].score in ("div", "prompt_gap") else 1.0
+    values = METRICS[key].values(identical())
+    assert len(values) and values.tolist() == pytest.approx([want] * len(values), abs=EXACT)
+
+
+@pytest.mark.parametrize("key", METRICS)
+def test_a_row_says_how_to_read_it(key):
+    metric = METRICS[key]
+    assert metric.name and metric.meaning and metric.score.islower()
+    assert metric.row == ("real" if key.startswith("real_") else "tuned")
+    assert metric.better == ("lower" if key == "pres" else "higher")
+
+
+def test_a_subjects_scores_are_the_means_of_its_values():
+    s = features()
+    for row in ("tuned", "real"):
+        found = subject_scores(s, row)
+        for name, score in found.items():
+            key = next(key for key, metric in METRICS.items() if (metric.score, metric.row) == (name, row))
+            pairs = PLAIN[key](s)
+            assert score.value == pytest.approx(sum(value for _, value in pairs) / len(pairs), abs=EXACT)
+            assert score.count == len(pairs) and score.low <= score.value <= score.high
+    assert set(found) == {"dino", "clip_i"}
+
+
+def test_a_distance_stands_in_for_the_one_before_it():
+    s = features()
+    without = SubjectFeatures(**{**vars(s), "lpips_pairs": torch.zeros(0)})
+    neither = SubjectFeatures(**{**vars(without), "patch_pairs": torch.zeros(0), "pair_prompt": torch.zeros(0).long()})
+    wanted = [METRICS[key].values(s).mean().item() for key in ("div_lpips", "div_patches", "div_identity")]
+    assert [subject_scores(one, "tuned")["div"].value for one in (s, without, neither)] == pytest.approx(wanted)
+
+
+def test_values_of_one_unit_are_drawn_together():
+    # Two images of 100 equal values each: an interval over values would be narrow, over images it is all there is.
+    values, unit = torch.tensor([0.0] * 100 + [1.0] * 100), torch.arange(2).repeat_interleave(100)
+    found = grouped(values, unit)
+    assert (found.value, found.low, found.high, found.count) == (0.5, 0.0, 1.0, 200)
+    assert grouped(values, torch.arange(200)).high < 0.6
