@@ -6,9 +6,12 @@ TESTS ?= tests
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -q --progress-bar off -c constraints.txt
 RUN := env HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
-BENCH ?= benchmarks/tiny_quality.py benchmarks/paper_shape.py benchmarks/ops.py
+# One process a core (at most 8, a GiB each) with one thread: tests run small models, whose threads would only wait.
+CORES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+PYTEST = $(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -q -n $(CORES) --dist worksteal -m "not gpu"
+BENCH ?= benchmarks/tiny_quality.py benchmarks/paper_shape.py
 
-.PHONY: help demo test lint gpu bench install clean
+.PHONY: help demo test browser lint gpu bench install clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -17,15 +20,24 @@ help:  ## this list
 demo: $(VENV)/.installed  ## personalize the embedded base for a few subjects, into ./demo
 	$(RUN) $(BIN)/dbtrain demo --out demo
 
+# tests/faults fork their own process, which must not have trained before: a fork has none of its parent's threads.
 test: $(VENV)/.installed  ## every test that needs no GPU
-	$(RUN) $(BIN)/python -m pytest -p no:cacheprovider -q -m "not gpu" $(TESTS)
+	$(PYTEST) $(if $(filter tests,$(TESTS)),--ignore tests/faults) $(TESTS)
+	$(if $(filter tests,$(TESTS)),$(PYTEST) tests/faults)
+
+browser:  ## a headless Chromium for tests/web, which are skipped without one
+	@for name in chromium-headless-shell chromium chromium-browser google-chrome; do \
+	  if command -v $$name; then exit 0; fi; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -q update >/dev/null && DEBIAN_FRONTEND=noninteractive \
+	  apt-get -qy install --no-install-recommends chromium-headless-shell fonts-liberation2 >/dev/null; \
+	then command -v chromium-headless-shell; else $(MAKE) install && $(BIN)/playwright install --only-shell chromium; fi
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/mypy --cache-dir=$(VENV)/.mypy_cache
 
-gpu: $(VENV)/.installed  ## the tests that need a CUDA device
-	$(RUN) $(BIN)/python -m pytest -p no:cacheprovider -q -m gpu $(TESTS)
+gpu: $(VENV)/.installed  ## what needs a CUDA device: tests, then times, in ten minutes, into ./gpu-results
+	PYTHON=$(BIN)/python sh benchmarks/gpu.sh gpu-results
 
 bench: $(VENV)/.installed  ## the benchmarks that need no peer, or BENCH="a.py b.py"
 	@for script in $(BENCH); do echo "== $$script"; $(RUN) $(BIN)/python $$script || exit 1; done

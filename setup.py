@@ -22,6 +22,7 @@ REQUIRES = [
     "deepspeed>=0.18",
     "diffusers>=0.36",
     "fsspec>=2024.6",
+    "jinja2>=3.1",
     "ninja>=1.11",
     "numpy>=1.26",
     "packaging>=23",
@@ -39,12 +40,24 @@ REQUIRES = [
     "webdataset>=0.2.100",
 ]
 EXTRAS = {
-    # setuptools builds the wheel that tests/test_packaging.py looks into; triton brings its CPU interpreter.
-    "test": ["hypothesis>=6.100", "peft>=0.18", "pytest>=8.2", "pytest-timeout>=2.3", "setuptools>=77", "triton>=3.6"],
+    # setuptools builds the wheel that tests/test_packaging.py looks into; triton brings its CPU interpreter; playwright
+    # drives the browser of tests/web, which `make browser` installs.
+    "test": [
+        "hypothesis>=6.100",
+        "peft>=0.18",
+        "playwright>=1.50",
+        "pytest>=8.2",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "setuptools>=77",
+        "triton>=3.6",
+    ],
     "gpu": ["xformers>=0.0.35"],
     # Empty: the shipped metrics need nothing more. lpips would bring torchvision, which replaces or breaks a CPU torch.
     "eval": [],
     "trackers": ["trackio>=0.2", "wandb>=0.18"],
+    # What a Ray head needs for its job API, which `dbtrain launch ray` talks to; 2.52 brought tokens.
+    "cluster": ["ray[default]>=2.52"],
     "dev": ["mypy>=1.11", "ruff>=0.6"],
 }
 

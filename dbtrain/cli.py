@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dbtrain.errors import ConfigError, DbtrainError
-from dbtrain.jobs import VERBS
+from dbtrain.errors import ConfigError, DataError, DbtrainError, disk_trouble
 from dbtrain.terminal import Json, Overrides, print_json
+from dbtrain.verbs import batch, bench, evaluation, launch, reporting, stores, subjects
 
 INTERRUPTED = 130
 
@@ -34,6 +34,12 @@ class Verbs(TyperGroup):
             for line in str(error).splitlines():
                 typer.echo(f"error: {line}", err=True)
             raise typer.Exit(error.exit_code) from None
+        except Exception as error:
+            trouble = disk_trouble(error)
+            if trouble is None or ctx.params.get("traceback"):
+                raise
+            typer.echo(f"error: {trouble}", err=True)
+            raise typer.Exit(DataError.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -44,6 +50,8 @@ app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, pretty_
 config_app = typer.Typer(no_args_is_help=True, help="Show, check and describe settings.\n\n"
                          "\b\nExample:\n  dbtrain config show tiny train.steps=400", rich_markup_mode=None)
 app.add_typer(config_app, name="config")
+app.add_typer(launch.app, name="launch")
+app.add_typer(bench.app, name="bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -240,5 +248,8 @@ def doctor_verb(
         raise typer.Exit(1)
 
 
-for name, verb in VERBS.items():
-    app.command(name)(verb)
+for name, group in {**stores.APPS, **batch.APPS}.items():
+    app.add_typer(group, name=name)
+for theme in (subjects, evaluation, reporting):
+    for name, verb in theme.VERBS.items():
+        app.command(name)(verb)

@@ -1,9 +1,10 @@
-"""`dbtrain demo`: the main job on the embedded base, for every demo subject, with a table and one sheet at the end."""
+"""`dbtrain demo`: the main job on the embedded base, for every demo subject; then scores, a sheet and a report."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +13,50 @@ from PIL import Image
 from dbtrain.batch import Subject
 from dbtrain.configfile import load
 from dbtrain.data.manifest import read_manifest
+from dbtrain.evaluate.protocol import Settings
+from dbtrain.evaluate.summary import evaluate
 from dbtrain.publish import grid
+from dbtrain.report import build
 from dbtrain.telemetry import peak_memory_gib
 from dbtrain.tiny import DEMO, DEMO_REAL
 from dbtrain.train import train_manifest
 
 COUNTS = {DEMO: 8, DEMO_REAL: 1}
 """Subjects of each demo manifest that fit into five minutes on two cores; `--all` takes every one."""
+CLASS_IMAGES = 4
+"""Images of the class prompt for each subject; the others are the samples that training has drawn."""
 
 
-def run_demo(out: Path, recipe: str, overrides: Sequence[str], everything: bool = False) -> dict[str, Any]:
-    """Records of the drawn and the real subjects, the sheets' paths, and the whole demo's seconds and peak memory."""
-    start = time.perf_counter()
+@dataclass(frozen=True)
+class Shown:
+    """What the demo leaves: records by subject, the score table of each run, sheets, reports, seconds, peak memory."""
+
+    records: list[dict[str, Any]]
+    scores: list[dict[str, Any]]
+    sheets: list[Path]
+    reports: list[Path]
+    seconds: float
+    evaluation_s: float
+    peak_memory_gib: float
+
+
+def run_demo(out: Path, recipe: str, overrides: Sequence[str], everything: bool = False) -> Shown:
+    """The demo, run: drawn subjects in `out`, real ones in `out`/real."""
+    start, evaluation_s = time.perf_counter(), 0.0
     config = load(recipe, [f"prior.store={out / 'priors'}", *overrides])
-    records, sheets = [], []
+    records, scores, sheets, reports = [], [], [], []
     for manifest, folder in [(DEMO, out), (DEMO_REAL, out / "real")]:
         subjects = read_manifest(manifest)[: None if everything else COUNTS[manifest]]
         done, failed = train_manifest(manifest, config, folder, [subject.id for subject in subjects])
-        records += done
+        records += done + [{"subject": subject, "failed": reason} for subject, reason in failed.items()]
         sheets.append(_sheet(subjects, folder))
-        for subject, reason in failed.items():
-            records.append({"subject": subject, "failed": reason})
-    return {
-        "records": records,
-        "sheets": sheets,
-        "seconds": time.perf_counter() - start,
-        "peak_memory_gib": peak_memory_gib("cpu"),
-    }
+        begin = time.perf_counter()
+        if done:
+            scores.append(evaluate(folder, Settings(class_images=CLASS_IMAGES)))
+        evaluation_s += time.perf_counter() - begin
+        reports.append(build(folder))
+    seconds = time.perf_counter() - start
+    return Shown(records, scores, sheets, reports, seconds, evaluation_s, peak_memory_gib("cpu"))
 
 
 def _sheet(subjects: Sequence[Subject], folder: Path) -> Path:

@@ -1,15 +1,47 @@
 """What the verbs share: common options, and printing for scripts."""
 
 import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from dbtrain.atomic import write_file
+from dbtrain.errors import StopRequested
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings to replace.")]
 Recipe = Annotated[str, typer.Option("--config", help="Name of a shipped recipe, or a file.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave subjects with findings out, naming each.")]
 
 
 def print_json(value: Any) -> None:
     """Prints a value as indented JSON."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def keep_origin(out: Path, verb: str, manifest: Path, recipe: str, overrides: Sequence[str] | None) -> None:
+    """Nothing; afterwards OUT/run.json holds the words of the run's first command, with which the report says how to
+    resume. A later one does not replace it, for it may yet be refused."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "run.json").exists():
+        return
+    words = {"verb": verb, "manifest": str(manifest), "config": recipe, "out": str(out)}
+    write_file(out / "run.json", json.dumps({**words, "overrides": [*(overrides or ())]}, indent=1).encode())
+
+
+def stop_at_once() -> None:
+    """Nothing; from now on SIGTERM and SIGUSR1 end this process at once, with the code that means "run me again".
+
+    For work whose every file appears whole or not at all. Training takes these signals over when it opens its session.
+    """
+
+    def stop(*_: object) -> None:
+        os.write(2, b"stopped on request; run the same command to go on\n")
+        raise SystemExit(StopRequested.exit_code)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)

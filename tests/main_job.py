@@ -4,6 +4,7 @@ import atexit
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -92,6 +93,8 @@ def environment() -> dict[str, str]:
 def start(words: list[str], **options) -> subprocess.Popen:
     """`dbtrain WORDS` as a process of its own."""
     command = [sys.executable, "-m", "dbtrain", *map(str, words)]
+    # A shell's background jobs ignore Ctrl-C, and their children inherit that.
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )

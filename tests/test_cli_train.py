@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from dbtrain import cli, generate
 from dbtrain.generate import generate_finished
+from dbtrain.prompts import application
 from tests.main_job import sd_folder, small_config, write_job
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -78,13 +79,13 @@ def test_a_failed_subject_is_4_and_the_others_are_printed(job, tmp_path, monkeyp
 def test_shards_are_verified(job):
     shards = job[0] / "more-shards"
     assert run("shard", job[1][0], "--out", shards, "--config", job[1][2]).exit_code == 0
-    sound = run("shard", shards, "--verify")
+    sound = run("shard", "verify", shards)
     assert (sound.exit_code, sound.stdout) == (0, f"{shards}: sound\n")
     tar = shards / "train-000000.tar"
     bad = bytearray(tar.read_bytes())
     bad[700] ^= 1
     tar.write_bytes(bad)
-    damaged = run("shard", shards, "--verify")
+    damaged = run("shard", "verify", shards)
     assert damaged.exit_code == 3
     assert "train-000000.tar" in damaged.stderr
     assert run("shard", job[1][0]).exit_code == 2
@@ -109,7 +110,7 @@ def test_two_adapters_share_one_warm_base_and_leave_it_as_it_was(job, monkeypatc
         return loads[-1]
 
     monkeypatch.setattr(generate, "load_models", count)
-    result = run("generate", *folders, "--prompt", "a photo of {subject}", "--name", "two", "--set", "sample.seed=7")
+    result = run("generate", *folders, "--prompt", "a photo of {subject}", "--name", "two", "sample.seed=7")
     assert result.exit_code == 0, result.output
     assert len(loads) == 1
     base = load_models(generate.FAMILIES["sd"], small_config().model)
@@ -144,3 +145,25 @@ def test_export_writes_kohyas_names_and_never_the_published_file(job, tmp_path):
     assert (folder / LORA).read_bytes() == before
     (tmp_path / "no.safetensors").write_bytes(b"no adapter")
     assert run("export", tmp_path / "no.safetensors", "--out", tmp_path / "y").exit_code == 3
+
+
+def test_a_prompt_set_is_a_captioned_sheet(job):
+    folders = [job[0] / "out" / "subjects" / name for name in ("rex", "tom")]
+    words = ("sample.steps=1", "sample.images=1")
+    result = run("generate", *folders, "--set", "views", "--set", "properties", *words)
+    assert result.exit_code == 0, result.output
+    wanted = [folder / f"{name}.png" for folder in folders for name in ("views", "properties")]
+    assert result.stdout.split() == [str(path) for path in wanted] and all(path.exists() for path in wanted)
+    assert len(list((folders[0] / "samples" / "views").glob("*.png"))) == len(application("views", "dog"))
+    assert len(list((folders[1] / "samples" / "properties").glob("*.png"))) == len(application("properties", "cat"))
+
+
+@pytest.mark.parametrize("words, message", [
+    (("sample.seed=7",), "FOLDER: is missing"),
+    (("FOLDER", "--set", "view"), "'view': is not there; sets are accessories, art"),
+    (("FOLDER", "--set", "views", "--prompt", "x"), "--prompt, --set: give one of them"),
+    (("FOLDER", "sample.sed=7"), "did you mean sample.seed")])
+def test_generate_explains_wrong_words(job, words, message):
+    folder = job[0] / "out" / "subjects" / "rex"
+    result = run("generate", *(folder if word == "FOLDER" else word for word in words))
+    assert (result.exit_code, message in result.stderr) == (2, True), result.output

@@ -1,0 +1,155 @@
+"""The verbs of the fleet: `dbtrain batch run|status|retry|cancel|export`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dbtrain.errors import ConfigError, EngineError
+from dbtrain.terminal import Json, Overrides, Recipe, SkipBad, keep_origin, print_json, stop_at_once
+
+batch_app = typer.Typer(
+    help="Train thousands of subjects over many workers, each finished exactly once.\n\n"
+    "\b\nExample:\n  dbtrain batch run photos.csv --config sdxl_lora --out runs/all",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+Out = Annotated[Path, typer.Argument(help="Output folder of the run.")]
+Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID...]", help="Subjects; none means all.")]
+
+
+def run_verb(
+    manifest: Annotated[Path, typer.Argument(help="CSV, JSONL, YAML or Parquet: subject, class, images.")],
+    out: Annotated[Path, typer.Option(help="Output folder; running again with the same one goes on.")],
+    recipe: Recipe,
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers; by default one a GPU, else one a CPU.")] = None,
+    gang: Annotated[int, typer.Option(min=1, help="GPUs (or CPU processes) that train one subject with ZeRO.")] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, such as `auto`; by default one is made here.")
+    ] = None,
+    ledger: Annotated[Path | None, typer.Option(help="Folder on a local disk for the ledger, if not --out.")] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="Draw each finished subject's prompts.")] = False,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Score each finished subject.")] = False,
+    tries: Annotated[int, typer.Option(min=1, help="Failures of its own that quarantine a subject.")] = 3,
+    losses: Annotated[int, typer.Option(min=1, help="Attempts a subject may lose to killed workers.")] = 100,
+    hang: Annotated[float, typer.Option(min=0.5, help="Seconds without a step after which a worker is hung.")] = 300,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish a step and checkpoint when stopped.")] = 60,
+    cpus: Annotated[float, typer.Option(min=0.1, help="CPUs of each worker.")] = 1,
+    unit: Annotated[int, typer.Option(min=1, help="Most packs that are given to a worker at once.")] = 64,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done, and what it will cost.")] = False,
+    measured: Annotated[Path | None, typer.Option(help="With --plan: a run whose measured times to use.")] = None,
+    skip_bad: SkipBad = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")] = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Train every subject of a manifest: plan, shards, priors, training, publishing. The same command again goes on.
+
+    \b
+    Example:
+      dbtrain batch run photos.csv --config sdxl_lora --out runs/all --plan --measured runs/pilot
+      dbtrain batch run photos.csv --config sdxl_lora --out runs/all
+      dbtrain batch run photos.csv --config sdxl_full_zero3 --gang 8 --address auto --out /shared/all
+    """
+    from dbtrain import configfile
+
+    config = configfile.load(recipe, overrides or ())
+    if gang > 1 and config.engine.kind == "packed":
+        raise ConfigError("--gang: packed training runs on one GPU; use --gang 1, or engine.kind=zero")
+    if plan:
+        from dbtrain.fleet.estimate import describe, plan_run
+
+        planned = plan_run(manifest, config, out, measured)
+        print_json(planned) if as_json else typer.echo(describe(planned))
+        return
+    from dbtrain.fleet.run import Options, run_batch
+    from dbtrain.fleet.status import line, summarize_run
+
+    after = tuple(name for name, wanted in (("generate", generate), ("evaluate", evaluate)) if wanted)
+    options = Options(workers, gang, cpus=cpus, hang_s=hang, grace_s=grace, tries=tries, losses=losses, unit=unit,
+                      address=address, after=after, ledger=ledger, skip_bad=skip_bad, quiet=quiet)  # fmt: skip
+    stop_at_once()
+    if not (out / "run.json").exists():
+        keep_origin(out, "batch run", manifest, recipe, overrides)
+    counts = run_batch(manifest, config, out, options)
+    summary = summarize_run(out)
+    print_json(summary) if as_json else typer.echo(line(summary))
+    if counts["quarantined"]:
+        rows = [f"{row['subject']}: {row['cause']}: {row['reason']}" for row in summary["quarantined"]]
+        more = counts["quarantined"] - len(rows)
+        raise EngineError("\n".join([*rows, *([f"and {more} more; see `dbtrain batch export`"] if more > 0 else [])]))
+
+
+def status_verb(out: Out, as_json: Json = False) -> None:
+    """Show where a run stands; works beside the driver, after it, and on a run that was killed.
+
+    \b
+    Example:
+      dbtrain batch status runs/all --json
+    """
+    from dbtrain.fleet.status import summarize_run, table
+
+    summary = summarize_run(out)
+    if as_json:
+        print_json(summary)
+        return
+    from rich.console import Console
+
+    Console().print(table(summary))
+    typer.echo("a driver is at work" if summary["driven"] else "no driver is at work; `dbtrain batch run` goes on")
+
+
+def retry_verb(out: Out, ids: Ids = None) -> None:
+    """Let quarantined or cancelled subjects wait again; a driver at work takes them up, else the next one does.
+
+    \b
+    Example:
+      dbtrain batch retry runs/all dog7
+    """
+    _request(out, "retry", ids)
+
+
+def cancel_verb(out: Out, ids: Ids = None) -> None:
+    """Take waiting subjects out of a run; those being trained are finished.
+
+    \b
+    Example:
+      dbtrain batch cancel runs/all
+    """
+    _request(out, "cancel", ids)
+
+
+def _request(out: Path, verb: str, ids: list[str] | None) -> None:
+    from dbtrain.fleet.ledger import find_ledger
+    from dbtrain.fleet.requests import request
+
+    changed = request(find_ledger(out), verb, ids or None)
+    typer.echo("the driver at work will do it" if changed is None else f"{changed} subjects changed")
+
+
+def export_verb(
+    out: Out,
+    to: Annotated[Path, typer.Option(help="File to write: .parquet or .csv.")],
+) -> None:
+    """Write one row a subject: state, attempts, reason, times, GPU-seconds, digests.
+
+    \b
+    Example:
+      dbtrain batch export runs/all --to runs/all.parquet
+    """
+    from dbtrain.fleet.export import write_rows
+
+    typer.echo(f"{to}: {write_rows(out, to)} rows")
+
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "run": run_verb,
+    "status": status_verb,
+    "retry": retry_verb,
+    "cancel": cancel_verb,
+    "export": export_verb,
+}
+for name, verb in VERBS.items():
+    batch_app.command(name)(verb)
+APPS = {"batch": batch_app}

@@ -1,0 +1,100 @@
+"""The verbs under `dbtrain bench`: what the parts of a training cost on this machine."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dbtrain.terminal import Json, Overrides, Recipe, print_json
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure what training costs on this machine.\n\n\b\nExample:\n  dbtrain bench pack --sizes 1,4,16",
+    rich_markup_mode=None,
+)
+
+
+def pack_verb(
+    recipe: Recipe = "tiny",
+    sizes: Annotated[str, typer.Option(help="Pack sizes to compare, with commas.")] = "1,2,4,8,16",
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of one turn.")] = 3,
+    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns; medians are reported.")] = 3,
+    processes: Annotated[int, typer.Option(min=0, help="Also this many independent processes at once.")] = 0,
+    subjects: Annotated[str, typer.Option(help="Subject counts for the fit of T(S), with commas; empty: none.")] = "",
+    random_weights: Annotated[bool, typer.Option(help="Random weights of SD 1.5's architecture.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Time the subject-packed trainer at several pack sizes against warm solo training, interleaved.
+
+    \b
+    Example:
+      dbtrain bench pack --config tiny --sizes 1,4,16 --turns 5
+      dbtrain bench pack --config sd15_lora --random-weights --sizes 1,8,32
+    """
+    from dbtrain import configfile
+    from dbtrain.bench import pack
+
+    config = configfile.load(recipe, overrides or ())
+    plan = pack.Plan(
+        [int(size) for size in sizes.split(",")],
+        steps,
+        turns,
+        processes,
+        [int(count) for count in subjects.split(",") if count],
+        random_weights,
+    )
+    result = pack.measure(config, plan)
+    if out:
+        pack.write(out, result)
+    print_json(result) if as_json else typer.echo(pack.table(result))
+
+
+def ops_verb(as_json: Json = False) -> None:
+    """Count and, on a GPU, time every fused operation beside its plain form, a copy and a matrix product.
+
+    \b
+    Example:
+      dbtrain bench ops --json
+    """
+    from dbtrain.bench import ops
+
+    result = ops.measure()
+    print_json(result) if as_json else typer.echo(ops.table(result))
+
+
+def step_verb(
+    recipe: Recipe = "tiny",
+    capture: Annotated[str, typer.Option(help="Ways to run a step, with commas: off, compile, graph.")] = "off",
+    attention: Annotated[str, typer.Option(help="Attentions, with commas: sdpa, flash, math, xformers.")] = "sdpa",
+    sizes: Annotated[str, typer.Option(help="Pack sizes, with commas.")] = "1",
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of one turn.")] = 5,
+    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns.")] = 3,
+    random_weights: Annotated[bool, typer.Option(help="Random weights of Stable Diffusion 1.5's shape.")] = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Time a whole training step in every way asked for, interleaved: launches, waits, quantiles, MFU.
+
+    \b
+    Example:
+      dbtrain bench step --capture off,graph --attention sdpa,flash,xformers --sizes 1,8
+      dbtrain bench step --config sd15_lora --random-weights --capture off,compile,graph
+    """
+    from dbtrain import configfile
+    from dbtrain.bench import step
+
+    config = configfile.load(recipe, overrides or ())
+    counts = [int(size) for size in sizes.split(",")]
+    ways = capture.split(","), attention.split(",")
+    result = step.measure(config, step.Plan(*ways, counts, steps, turns, random_weights))
+    print_json(result) if as_json else typer.echo(step.table(result))
+
+
+VERBS: dict[str, Callable[..., None]] = {"pack": pack_verb, "ops": ops_verb, "step": step_verb}
+"""Every verb of this file by its name after `bench`."""
+
+for name, verb in VERBS.items():
+    app.command(name)(verb)

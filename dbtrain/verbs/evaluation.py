@@ -1,0 +1,78 @@
+"""The verb that judges finished subjects: evaluate."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dbtrain.errors import ConfigError, DataError
+from dbtrain.terminal import Json, Overrides, print_json
+
+
+def evaluate_verb(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a training, or one OUT/subjects/ID.")],
+    protocol: Annotated[
+        str,
+        typer.Option(help="`quick`: the recipe's sample prompts; `dreambooth`: the paper's 25 prompts, 4 images each."),
+    ] = "quick",
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images for each prompt, if not the protocol's own.")
+    ] = None,
+    class_images: Annotated[
+        int | None, typer.Option(min=1, help="Images of the class prompt, for PRES: 4 (quick) or 25.")
+    ] = None,
+    identity: Annotated[
+        str, typer.Option(metavar="ENC", help="Encoder in DINO's role: a folder, a hub id, or `embedded`.")
+    ] = "embedded",
+    clip: Annotated[str, typer.Option(metavar="ENC", help="Encoder of pictures and texts, the same way.")] = "embedded",
+    live: Annotated[str, typer.Option(metavar="NOUNS", help="Further class nouns of live subjects: `gnome,imp`.")] = "",
+    objects: Annotated[str, typer.Option(metavar="NOUNS", help="Class nouns to be taken as objects: `duck`.")] = "",
+    subject: Annotated[list[str] | None, typer.Option(help="Only this subject; repeat for more.")] = None,
+    shards: Annotated[Path | None, typer.Option(help="Folder of the photos, if not DIR/shards.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")] = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Score finished subjects by the DreamBooth paper's protocol: DINO, CLIP-I, CLIP-T, PRES, DIV, with intervals.
+
+    Pictures are kept under DIR, so the same command again draws only what is missing. Results: DIR/evaluation.json and
+    DIR/subjects/ID/evaluation.json.
+
+    \b
+    Example:
+      dbtrain evaluate runs/all
+      dbtrain evaluate runs/all --protocol dreambooth --identity facebook/dino-vits16 \\
+        --clip openai/clip-vit-base-patch32
+    """
+    from dbtrain.evaluate.protocol import PROTOCOLS, Settings
+    from dbtrain.evaluate.summary import evaluate, text_table
+    from dbtrain.prompts import LIVE_CLASSES
+
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"--protocol: got {protocol!r}, want {' or '.join(PROTOCOLS)}")
+    settings = Settings(
+        protocol=protocol,
+        images=images,
+        class_images=class_images,
+        identity=identity,
+        clip=clip,
+        live=(LIVE_CLASSES | nouns(live)) - nouns(objects),
+        overrides=tuple(overrides or ()),
+        batch=batch,
+        shards=shards,
+    )
+    found = evaluate(folder, settings, subject or (), lambda line: None if quiet else typer.echo(line, err=True))
+    print_json(found) if as_json else typer.echo(text_table(found))
+    if found["failed"]:
+        raise DataError("\n".join(f"{name}: {reason}" for name, reason in found["failed"].items()))
+
+
+def nouns(text: str) -> frozenset[str]:
+    """The nouns of a comma-separated list, case folded."""
+    return frozenset(" ".join(noun.casefold().split()) for noun in text.split(",") if noun.strip())
+
+
+VERBS: dict[str, Callable[..., None]] = {"evaluate": evaluate_verb}
+"""Every verb of this file by its name on the command line."""

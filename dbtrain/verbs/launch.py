@@ -1,0 +1,64 @@
+"""`dbtrain launch NAME [options] -- train|batch run ...`: a verb for each row of `LAUNCHERS`."""
+
+import inspect
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from dbtrain.terminal import Json, print_json
+from dbtrain_launchers import LAUNCHERS
+from dbtrain_launchers.plan import Launcher, make_plan
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Start a run on machines: DeepSpeed, Ray, SLURM, Kubernetes.\n\n"
+    "\b\nExample:\n  dbtrain launch slurm --nodes 2 --dry-run -- batch run all.csv --config sdxl_lora --out runs",
+)
+
+
+def launch(
+    launcher: Launcher, words: list[str], nodes: int, gpus: int, cpus: int, name: str, env: list[str] | None,
+    dry_run: bool, as_json: bool, options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Renders a plan, and prints or starts it; ends with the run's exit code."""
+    plan = make_plan(words, env or (), nodes=nodes, gpus=gpus, cpus=cpus, name=name)
+    rendered = launcher.render(plan, **options)
+    if as_json:
+        print_json({"command": list(rendered.command), "stdin": rendered.stdin})
+    elif dry_run:
+        typer.echo(rendered.text, nl=False)
+    else:
+        raise typer.Exit(launcher.start(rendered))
+
+
+def verb(launcher: Launcher) -> Any:
+    """A function whose signature is the plan's options, the launcher's own and the words, as typer wants it."""
+
+    def shared(
+        words: Annotated[list[str], typer.Argument(metavar="-- WORDS...", help="What to run.")],
+        nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
+        gpus: Annotated[int, typer.Option(help="GPUs of each; 0 is a run on CPUs.")] = 0,
+        cpus: Annotated[int, typer.Option(help="CPU cores of each; 0 is the launcher's default.")] = 0,
+        name: Annotated[str, typer.Option(help="Name of the job.")] = "dbtrain",
+        env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Variable; no secrets.")] = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
+        as_json: Json = False,
+    ) -> None: ...
+
+    common, own = inspect.signature(shared).parameters, inspect.signature(launcher.render).parameters
+    parameters = [*common.values(), *list(own.values())[1:]]
+
+    def run(**given: Any) -> None:
+        launch(launcher, options={key: given.pop(key) for key in list(own)[1:]}, **given)
+
+    run.__doc__ = launcher.render.__doc__
+    hints = get_type_hints(shared, include_extras=True) | get_type_hints(launcher.render, include_extras=True)
+    keywords = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[one.name]) for one in parameters]
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in keywords}
+    return run
+
+
+for launcher_name, row in LAUNCHERS.items():
+    app.command(launcher_name, context_settings={"allow_interspersed_args": False})(verb(row))

@@ -1,0 +1,180 @@
+"""The verbs of what runs share: `shard` (photos under digests) and `prior` (class images)."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dbtrain.errors import DataError
+from dbtrain.terminal import Json, Overrides, SkipBad, print_json, stop_at_once
+
+
+class WithMake(TyperGroup):
+    """A group whose verb `make` may be left out: `dbtrain shard MANIFEST` is `dbtrain shard make MANIFEST`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["make", *args])
+
+
+def _group(text: str) -> typer.Typer:
+    return typer.Typer(
+        cls=WithMake,
+        help=text,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        context_settings={"ignore_unknown_options": True},
+    )
+
+
+shard_app = _group(
+    "Photos as WebDataset shards under digests: make them, verify them.\n\n"
+    "\b\nExample:\n  dbtrain shard photos.csv --out shards"
+)
+prior_app = _group(
+    "Class images for prior preservation: make, list, verify, import.\n\n"
+    "\b\nExample:\n  dbtrain prior photos.csv --out priors"
+)
+
+Manifest = Annotated[Path, typer.Argument(help="CSV, JSONL, YAML or Parquet: subject, class, images.")]
+
+
+def _fail_if(damage: list[str], place: object, as_json: bool) -> None:
+    """Say that a place is sound; if it is not, print or raise its damage."""
+    if as_json:
+        print_json(damage)
+    if damage:
+        raise DataError("\n".join(damage))
+    if not as_json:
+        typer.echo(f"{place}: sound")
+
+
+@shard_app.command("make")
+def shard_make(
+    manifest: Manifest,
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    recipe: Annotated[str, typer.Option("--config", help="Recipe whose data.resolution holds.")] = "tiny",
+    skip_bad: SkipBad = False,
+    overrides: Overrides = None,
+) -> None:
+    """Write a manifest's photos as WebDataset shards with an index of digests. `make` may be left out.
+
+    \b
+    Example:
+      dbtrain shard make photos.csv --out shards --config sd15_lora
+    """
+    stop_at_once()
+    from dbtrain import configfile
+    from dbtrain.data.shards import shard_manifest
+
+    shard_manifest(manifest, out, configfile.load(recipe, overrides or ()), typer.echo, skip_bad)
+
+
+@shard_app.command("verify")
+def shard_verify(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Shard folder; or an address, with --scheme.")],
+    scheme: Annotated[
+        list[str] | None, typer.Option(help="Scheme of an address that may be read: file, memory, s3, gs, az, abfs.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a shard folder: its index, every shard and every sample, against their digests.
+
+    \b
+    Example:
+      dbtrain shard verify runs/rex/shards
+      dbtrain shard verify s3://bucket/shards --scheme s3
+    """
+    from dbtrain.data.stream import verify
+
+    _fail_if(verify(folder, tuple(scheme or ())), folder, as_json)
+
+
+@prior_app.command("make")
+def prior_make(
+    manifest: Annotated[Path, typer.Argument(help="Manifest whose classes get priors.")],
+    out: Annotated[Path, typer.Option(help="Folder of the prior store.")],
+    recipe: Annotated[str, typer.Option("--config", help="Recipe: model, sampler and number of images.")] = "tiny",
+    overrides: Overrides = None,
+) -> None:
+    """Draw the class images that prior preservation needs; training makes what is missing. `make` may be left out.
+
+    \b
+    Example:
+      dbtrain prior make photos.csv --out priors --config sd15_lora prior.images=100
+    """
+    stop_at_once()
+    from dbtrain import configfile
+    from dbtrain.session import make_class_priors
+
+    config = configfile.load(recipe, overrides or ())
+    for class_noun, count in make_class_priors(manifest, config, out).items():
+        typer.echo(f"{class_noun}: {count} images drawn, {config.prior.images} in the store")
+
+
+@prior_app.command("ls")
+def prior_ls(
+    store: Annotated[Path, typer.Argument(help="Folder of the prior store.")],
+    as_json: Json = False,
+) -> None:
+    """List what a prior store holds: classes, numbers of images, and what they were drawn with.
+
+    \b
+    Example:
+      dbtrain prior ls priors
+    """
+    from dbtrain.priorstore import list_store
+
+    rows = list_store(store)
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        how = "own images" if row["sampler"] == "imported" else (
+            f"{row['sampler']}, {row['steps']} steps, guidance {row['guidance']:g}, {row['precision']}, "
+            f"seed {row['seed']}, model {row['model'][:12]}"
+        )
+        size = row["bytes"] / 2**20
+        typer.echo(f"{row['prompt']!r}: {row['images']} images of {row['resolution']} px, {size:.1f} MiB; {how}")
+
+
+@prior_app.command("verify")
+def prior_verify(
+    store: Annotated[Path, typer.Argument(help="Folder of the prior store.")],
+    as_json: Json = False,
+) -> None:
+    """Check a prior store: keys, images and encoded images, against their digests.
+
+    \b
+    Example:
+      dbtrain prior verify priors
+    """
+    from dbtrain.priorstore import store_damage
+
+    _fail_if(store_damage(store), store, as_json)
+
+
+@prior_app.command("import")
+def prior_import(
+    folder: Annotated[Path, typer.Argument(help="Folder of photos of the class.")],
+    class_noun: Annotated[str, typer.Option("--class", help="Class noun, such as dog.")],
+    out: Annotated[Path, typer.Option(help="Folder of the prior store.")],
+    recipe: Annotated[str, typer.Option("--config", help="Recipe: resolution and class caption.")] = "tiny",
+    overrides: Overrides = None,
+) -> None:
+    """Bring own class images into a store; train with prior.sampler=imported prior.store=STORE to use them.
+
+    \b
+    Example:
+      dbtrain prior import photos/dogs --class dog --out priors --config sd15_lora
+    """
+    stop_at_once()
+    from dbtrain import configfile
+    from dbtrain.priorstore import import_images
+
+    new, there = import_images(folder, class_noun, out, configfile.load(recipe, overrides or ()))
+    typer.echo(f"{class_noun}: {new} images imported, {there} in the store; set prior.images to {there} or less")
+
+
+APPS = {"shard": shard_app, "prior": prior_app}
+"""Every group of this file by its name on the command line."""

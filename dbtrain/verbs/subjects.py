@@ -1,0 +1,169 @@
+"""The verbs that work on subjects: preflight, shard, prior, train, generate, export, demo."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dbtrain.errors import ConfigError, DataError, EngineError
+from dbtrain.terminal import Json, Overrides, Recipe, SkipBad, keep_origin, print_json, stop_at_once
+
+
+def preflight_verb(
+    manifest: Annotated[Path, typer.Argument(help="CSV, JSONL, YAML or Parquet: subject, class, images.")],
+    recipe: Recipe = "tiny",
+    overrides: Overrides = None,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """Look at every row and every photo of a manifest and list what is wrong; nothing is written.
+
+    With --skip-bad it succeeds if any subject is sound: what is listed is what `train --skip-bad` leaves out.
+
+    \b
+    Example:
+      dbtrain preflight photos.csv --config sd15_lora --json
+    """
+    from dbtrain import configfile
+    from dbtrain.data.preflight import caption_tokens, sift
+    from dbtrain.families import load_tokenizer
+
+    config = configfile.load(recipe, overrides or ())
+    subjects, findings = sift(manifest, config, *caption_tokens(load_tokenizer(config.model.path)))
+    if as_json:
+        print_json([finding.row() for finding in findings])
+    if findings and not (skip_bad and subjects):
+        raise DataError("\n".join(finding.line() for finding in findings))
+    for finding in findings:
+        typer.echo(f"left out: {finding.line()}", err=True)
+    if not as_json:
+        typer.echo(f"{manifest}: {len(subjects)} subjects, nothing to complain about")
+
+
+def train_verb(
+    manifest: Annotated[Path, typer.Argument(help="CSV, JSONL, YAML or Parquet: subject, class, images.")],
+    out: Annotated[Path, typer.Option(help="Output folder; running again with the same one resumes.")],
+    recipe: Recipe,
+    subject: Annotated[list[str] | None, typer.Option(help="Subject id; repeat for more.")] = None,
+    subjects: Annotated[str | None, typer.Option(help="`all` takes every row.")] = None,
+    skip_bad: SkipBad = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")] = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Personalize the base model for subjects of a manifest. The same command again resumes or does nothing.
+
+    \b
+    Example:
+      dbtrain train photos.csv --subject rex --config sd15_lora --out runs/rex train.steps=600
+      deepspeed --num_gpus 2 launchers/train.py photos.csv --subjects all --config sdxl_lora --out runs/all
+    """
+    from dbtrain import configfile
+
+    stop_at_once()
+    if subjects not in (None, "all") or bool(subject) == bool(subjects):
+        raise ConfigError("--subject, --subjects: give --subject ID (it repeats), or --subjects all")
+    config = configfile.load(recipe, overrides or ())
+    from dbtrain.train import train_manifest
+
+    keep_origin(out, "train", manifest, recipe, overrides)
+    records, failed = train_manifest(manifest, config, out, subject, quiet, skip_bad)
+    if as_json:
+        print_json(records)
+    else:
+        for record in records:
+            folder = out / "subjects" / record["subject"]
+            typer.echo(f"{record['subject']}: `{record['identifier']} {record['class']}` in {folder}")
+    if failed:
+        raise EngineError("\n".join(f"{name}: {reason}" for name, reason in failed.items()))
+
+
+def generate_verb(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="FOLDER... [a.b=c ...]", help="Finished subjects (OUT/subjects/ID), and settings."),
+    ],
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt with {subject}; repeat for more.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME",
+            help="A sheet of prompts for one application: recontext, views, properties, accessories, art; tiny, in the "
+            "words of the embedded base; or a .yaml file. Repeat for more.",
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the sheet without --set.")] = "generated",
+) -> None:
+    """Draw images of finished subjects; many adapters share one loaded base.
+
+    \b
+    Example:
+      dbtrain generate runs/all/subjects/* --prompt "a photo of {subject} in the snow" sample.images=4
+      dbtrain generate runs/rex/subjects/rex --set recontext --set art
+    """
+    from dbtrain.generate import generate_finished
+
+    settings = [word for word in words if "=" in word and not Path(word).exists()]
+    folders = [Path(word) for word in words if word not in settings]
+    if not folders:
+        raise ConfigError("FOLDER: is missing; give a finished subject, OUT/subjects/ID")
+    if prompt and sets:
+        raise ConfigError("--prompt, --set: give one of them")
+    for sheet in generate_finished(folders, prompt, settings, name, sets or ()):
+        typer.echo(sheet)
+
+
+def export_verb(
+    folder: Annotated[Path, typer.Argument(help="Finished LoRA subject: OUT/subjects/ID, or an adapter file.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+) -> None:
+    """Write an adapter with the key names of kohya-ss and ComfyUI.
+
+    \b
+    Example:
+      dbtrain export runs/rex/subjects/rex --out ComfyUI/models/loras/rex.safetensors
+    """
+    from dbtrain.publish import export_kohya, read_lora
+
+    weights, metadata = read_lora(folder)
+    provenance = {key: value for key, value in metadata.items() if key not in ("format", "lora_adapter_metadata")}
+    typer.echo(export_kohya(out, weights, provenance))
+
+
+def demo_verb(
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-out"),
+    recipe: Recipe = "tiny",
+    everything: Annotated[bool, typer.Option("--all", help="Every demo subject, not just the first ones.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Personalize the embedded base for its demo subjects, drawn and real, on this machine as it is.
+
+    \b
+    Example:
+      dbtrain demo --out demo-out
+    """
+    from dbtrain.demo import run_demo, table
+    from dbtrain.evaluate.summary import text_table
+
+    shown = run_demo(out, recipe, overrides or (), everything)
+    typer.echo(table(shown.records))
+    for scores in shown.scores:
+        typer.echo(f"\n{text_table(scores)}")
+    typer.echo(
+        f"\n{shown.seconds:.0f} s in all, {shown.evaluation_s:.0f} s of it for the scores; "
+        f"at most {shown.peak_memory_gib:.1f} GiB of memory"
+    )
+    for path in (*shown.sheets, *shown.reports):
+        typer.echo(f"look at {path}")
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "preflight": preflight_verb,
+    "train": train_verb,
+    "generate": generate_verb,
+    "export": export_verb,
+    "demo": demo_verb,
+}
+"""Every verb of this file by its name on the command line."""
