@@ -112,7 +112,7 @@ class Crew:
             self._call(self.members[0].start, 0, lambda *_: None, self.task, self.generation)
         else:
             for rank, member in enumerate(self.members):
-                self._call(member.halt, rank, self._halted)
+                self._call(member.halt, rank, self._halted, self.generation)
 
     def _halted(self, rank: int, _: Any) -> None:
         if rank == 0:
@@ -149,7 +149,7 @@ class Crew:
         packed = pickle.dumps(order)
         self.last_class, self.waiting_for = order.unit.class_noun, set(range(len(self.members)))
         for rank, member in enumerate(self.members):
-            self._call(member.give, rank, lambda *_: None, packed)
+            self._call(member.give, rank, lambda *_: None, packed, self.generation)
 
     def ask_stop(self) -> None:
         """Ask the trainers to finish their step, checkpoint and leave."""

@@ -26,13 +26,17 @@ START_SHARE = 10
 
 
 class Worker:
-    """Keeps one trainer. `poll` is called by one thread at a time; the other methods may be called beside it."""
+    """Keeps one trainer. `poll` is called by one thread at a time; the other methods may be called beside it.
+
+    Calls may run in another order than they were sent in, as an actor's do on several threads. So `start`,
+    `halt` and `give` name a generation, and none disturbs what a later one did.
+    """
 
     def __init__(self, name: str, out: str, hang_s: float):
         self.name, self.out, self.hang_s = name, Path(out), hang_s
         self.zygote: Zygote | None = None
         self.link: Connection | None = None
-        self.trainer = self.generation = self.killed_before = 0
+        self.trainer = self.generation = self.least = self.killed_before = 0
         self.limit_s: float | None = None
         self.heard, self.stage = time.monotonic(), "start"
         self.word: tuple[str, str] | None = None
@@ -50,8 +54,10 @@ class Worker:
 
     def start(self, task: Task, generation: int) -> int:
         """The pid of a fresh trainer that begins to load the base; a former one is killed. Its events bear the
-        generation's number."""
+        generation's number. A generation that is over or there already changes nothing."""
         with self.lock:
+            if generation < self.least or generation <= self.generation:
+                return self.trainer
             self._halt()
             if self.zygote is None:
                 self.zygote = Zygote(self.out / "logs" / f"{self.name}.log")
@@ -70,10 +76,12 @@ class Worker:
                 theirs.close()
             return self.trainer
 
-    def give(self, order: bytes) -> None:
-        """Hand the trainer an order, pickled: unpacking it here would load all that its parts come from. A dead trainer
-        shows in `poll`."""
+    def give(self, order: bytes, generation: int) -> None:
+        """Hand the trainer of a generation an order, pickled: unpacking it here would load all that its parts come from.
+        A dead trainer shows in `poll`; one that followed it never sees the order."""
         with self.lock:
+            if generation != self.generation:
+                return
             self.heard, self.limit_s = time.monotonic(), self.hang_s
             try:
                 if self.link is not None:
@@ -92,7 +100,8 @@ class Worker:
         generation = self.generation
         while not events and time.monotonic() < deadline:
             link, generation = self.link, self.generation
-            if link is None:
+            # Both are of one trainer only if that is still there: `start` changes the second while there is none.
+            if link is None or link is not self.link:
                 time.sleep(min(0.05, wait_s))
                 continue
             try:
@@ -162,10 +171,12 @@ class Worker:
         code = os.WEXITSTATUS(status)
         return ("stopped" if code == STOPPED else "crash"), f"left with exit code {code}"
 
-    def halt(self) -> None:
-        """Kill the trainer; `poll` has no more of it to tell."""
+    def halt(self, generation: int) -> None:
+        """Kill a trainer older than this generation, and let none begin; `poll` has no more of it to tell."""
         with self.lock:
-            self._halt()
+            self.least = max(self.least, generation)
+            if self.generation < generation:
+                self._halt()
 
     def _halt(self) -> None:
         if self.link is None:
@@ -175,6 +186,7 @@ class Worker:
         # Not closed here: `poll` may be waiting on it.
         self.link = self.limit_s = None
         self._cause()
+        self.trainer = 0
 
     def ask_stop(self) -> None:
         """Ask the trainer to finish its step, checkpoint and leave."""

@@ -1,0 +1,51 @@
+"""A worker without Ray: a real warm parent and a real trainer, with calls that arrive out of order."""
+
+import time
+
+import pytest
+
+from dbtrain.fleet.processes import born
+from dbtrain.fleet.trainer import Task
+from dbtrain.fleet.worker import Worker
+from tests.fleet.fleet_run import SMALL
+from tests.main_job import small_config
+
+
+@pytest.fixture
+def worker(tmp_path):
+    one = Worker("worker", str(tmp_path), 20)
+    yield one
+    if one.zygote is not None:
+        one.zygote.close()
+
+
+@pytest.mark.slow
+def test_a_late_halt_spares_a_newer_trainer(worker, tmp_path):
+    """An actor's calls run on several threads, so `halt` may come after the `start` that it was sent before; a gang
+    whose member was killed so waited for it for as long as a start may take."""
+    task = Task(small_config(*SMALL).model_dump(mode="json"), str(tmp_path))
+    second = worker.start(task, 2)
+    worker.halt(2)
+    assert heard(worker) == (2, "ready")
+    assert worker.start(task, 1) == second, "a start that was given up does nothing"
+    start = born(second)
+    assert start and worker.generation == 2
+
+    worker.halt(3)
+    assert born(second) != start
+    assert worker.start(task, 2) == 0, "a trainer that was halted before it began"
+    assert worker.poll(0.1) == (2, [])
+    worker.start(task, 3)
+    assert heard(worker) == (3, "ready")
+    worker.give(b"no order that a trainer could read", 2)
+    assert worker.poll(1.0) == (3, []), "an order to a trainer that is dead is not the next one's"
+
+
+def heard(worker):
+    """Generation and kind of the first message."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        generation, events = worker.poll(1.0)
+        if events:
+            return generation, events[0][0]
+    raise AssertionError("the trainer said nothing")
