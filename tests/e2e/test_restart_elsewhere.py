@@ -20,6 +20,8 @@ OUTWARD = list(product(METHODS, range(4)))
 """Begun at one rank without ZeRO, ended at two ranks at this stage."""
 BACK = list(product(METHODS, (2, 3)))
 """Begun at two ranks at this stage, ended at one rank without ZeRO."""
+WIDER = [("lora", 1), ("full", 3)]
+"""Begun at one rank without ZeRO, ended at four ranks at this stage."""
 
 
 def entry(folder: Path, out: str, method: str, stage: int, *more: str) -> dict:
@@ -52,6 +54,9 @@ def folder(tmp_path_factory):
     for method, stage in OUTWARD:
         start_at(made, f"straight-{method}", f"outward-{method}-{stage}", 2)
     train_all(made, 2, [entry(made, f"outward-{method}-{stage}", method, stage) for method, stage in OUTWARD])
+    for method, stage in WIDER:
+        start_at(made, f"straight-{method}", f"wider-{method}-{stage}", 2)
+    train_all(made, 4, [entry(made, f"wider-{method}-{stage}", method, stage) for method, stage in WIDER])
     for method, stage in BACK:
         start_at(made, f"outward-{method}-{stage}", f"back-{method}-{stage}", 3)
     named = "checkpoint.resume=step-00000003"
@@ -61,7 +66,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "way, method, stage, steps",
-    [("outward", *one, [3, 4]) for one in OUTWARD] + [("back", *one, [4]) for one in BACK],
+    [("outward", *one, [3, 4]) for one in OUTWARD]
+    + [("wider", *one, [3, 4]) for one in WIDER]
+    + [("back", *one, [4]) for one in BACK],
 )
 def test_it_ends_where_the_straight_run_ends(folder, way, method, stage, steps):
     got, want = (folder / name / "subjects" / "rex" for name in (f"{way}-{method}-{stage}", f"straight-{method}"))
