@@ -17,6 +17,8 @@ from dbtrain import __version__
 from dbtrain.adapters import LoraWeights, to_diffusers, to_kohya
 from dbtrain.atomic import file_digest, write_file
 from dbtrain.config import RunConfig
+from dbtrain.errors import DataError
+from dbtrain.snippets import python_snippet
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora.safetensors"
@@ -24,6 +26,9 @@ MODEL_FOLDER = "model"
 RECORD = "record.json"
 CARD = "README.md"
 CONFIG_FILE = "config.yaml"
+SHEET = "samples.png"
+NEEDED = {**dict.fromkeys(("subject", "class", "identifier", "run", "base", "base_digest"), str), "files": dict}
+"""What every record holds, and of which kind."""
 
 
 def save_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
@@ -75,7 +80,6 @@ def read_lora(path: Path) -> tuple[LoraWeights, dict[str, str]]:
     from safetensors import safe_open
 
     from dbtrain.adapters import from_diffusers
-    from dbtrain.errors import DataError
 
     file = path / LORA_FILE if path.is_dir() else path
     try:
@@ -128,11 +132,7 @@ def publish_card(folder: Path, record: dict[str, Any], config: RunConfig, recipe
         sort_keys=False,
         allow_unicode=True,
     )
-    load = (
-        f'pipe = DiffusionPipeline.from_pretrained({record["base"]!r})\npipe.load_lora_weights(".")'
-        if lora
-        else f'pipe = DiffusionPipeline.from_pretrained("{MODEL_FOLDER}")'
-    )
+    sheet = f"![samples]({SHEET})\n\n" if (folder / SHEET).exists() else ""
     rows = "\n".join(
         f"| {key} | `{_cell(record[key])}` |"
         for key in ("identifier", "class", "steps", "seed", "base", "base_digest", "data_digest", "run", "dbtrain")
@@ -147,13 +147,8 @@ def publish_card(folder: Path, record: dict[str, Any], config: RunConfig, recipe
 `{_cell(record["identifier"])} {_cell(record["class"])}` names this subject.
 Trained with dbtrain {__version__} (DreamBooth, arXiv 2208.12242).
 
-![samples](samples.png)
-
-```python
-from diffusers import DiffusionPipeline
-
-{load}
-image = pipe({record["caption"]!r}).images[0]
+{sheet}```python
+{python_snippet({**record, "method": config.train.method}, ".", "sample.png")}
 ```
 
 | | |
@@ -169,12 +164,17 @@ image = pipe({record["caption"]!r}).images[0]
 
 
 def publish_sheet(folder: Path, rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str], name: str) -> Path:
-    """A captioned sheet `name`.png of sample images, and each image alone under `samples/`."""
+    """A captioned sheet `name`.png of sample images, and each alone in `samples/name`, which holds nothing else."""
     separate = folder / "samples" / name
     separate.mkdir(parents=True, exist_ok=True)
+    before = set(separate.glob("prompt-*-image-*.png"))
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            save_png(separate / f"prompt-{i:02d}-image-{j:02d}.png", image)
+            single = separate / f"prompt-{i:02d}-image-{j:02d}.png"
+            save_png(single, image)
+            before.discard(single)
+    for single in before:
+        single.unlink()
     path = folder / f"{name}.png"
     save_png(path, grid(rows, prompts, cell=max(128, rows[0][0].width)))
     return path
@@ -186,15 +186,28 @@ def save_png(path: Path, image: Image.Image) -> None:
 
 
 def write_record(folder: Path, record: dict[str, Any], artefacts: Sequence[Path]) -> None:
-    """record.json with the digests of the artefacts; the last file of a finished subject."""
+    """record.json with the digests of the artefacts, and of each image of the last sheet; the last file of a finished
+    subject."""
     files = {path.relative_to(folder).as_posix(): file_digest(path) for path in artefacts}
-    write_file(folder / RECORD, json.dumps({**record, "files": files}, indent=1).encode())
+    found = {**record, "files": files}
+    if SHEET in files:
+        drawn = sorted((folder / "samples" / "samples").glob("*.png"))
+        found["samples"] = {path.name: file_digest(path) for path in drawn}
+    write_file(folder / RECORD, json.dumps(found, indent=1).encode())
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished subject, or None."""
+    """The record of a finished subject, or None. Raises DataError for a damaged one."""
     path = folder / RECORD
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in NEEDED.items()):
+        raise DataError(f"{path}: is damaged; remove it and run the same training again, which publishes anew")
+    return record
 
 
 def _cell(value: object) -> str:

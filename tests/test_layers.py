@@ -36,6 +36,7 @@ LAYERS = {
         "dbtrain.checkpoint",
         "dbtrain.proved",
         "dbtrain.registry",
+        "dbtrain.snippets",
         "dbtrain.telemetry",
     ],
     2: [

@@ -180,6 +180,27 @@ def test_card_has_front_matter_that_hubs_read(tmp_path, method):
     assert loads(recipe, "card", []) == config == loads((tmp_path / CONFIG_FILE).read_text(), "file", [])
 
 
+def test_the_card_shows_samples_where_there_are_some_and_code_that_loads(tmp_path):
+    assert "samples.png" not in card_of(tmp_path, RECORD)[1]
+    (tmp_path / "samples.png").touch()
+    assert "![samples](samples.png)" in card_of(tmp_path, RECORD)[1]
+    embedded = card_of(tmp_path, {**RECORD, "base": "embedded"})[1]
+    assert "from dbtrain.tiny import BASE" in embedded and "'embedded'" not in embedded
+    single = card_of(tmp_path, {**RECORD, "base": "b.safetensors", "family": "sdxl"})[1]
+    assert "StableDiffusionXLPipeline.from_single_file('b.safetensors')" in single
+
+
+def test_the_cards_code_runs(tmp_path, monkeypatch, bases, model_folders):
+    """As a user pastes it: in the subject's folder, with the stock diffusers, offline."""
+    weights = random_adapter(FAMILIES["sd"], bases["sd"], 1.5, True)
+    publish_lora(tmp_path, weights, PROVENANCE, kohya=False)
+    body = card_of(tmp_path, {**RECORD, "base": str(model_folders["sd"])})[1]
+    code = body.split("```python\n", 1)[1].split("\n```", 1)[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("pipe(", "pipe(num_inference_steps=1, height=32, width=32, prompt="), {})
+    assert Image.open(tmp_path / "sample.png").size == (32, 32)
+
+
 @pytest.mark.parametrize("field", HOSTILE)
 def test_hostile_names_stay_text(tmp_path, field):
     front, body, _ = card_of(tmp_path, {**RECORD, field: HOSTILE[field]})
@@ -261,3 +282,15 @@ def test_grid_and_sheet_hold_every_image(tmp_path):
     assert path == tmp_path / "samples.png" and Image.open(path).size[0] == 3 * 132 + 4
     singles = sorted((tmp_path / "samples" / "samples").glob("*.png"))
     assert len(singles) == 6 and Image.open(singles[4]).getpixel((0, 0)) == (10, 20, 30)
+    write_record(tmp_path, RECORD, [path])
+    samples = read_record(tmp_path)["samples"]
+    assert samples == {single.name: hashlib.sha256(single.read_bytes()).hexdigest() for single in singles}
+    publish_sheet(tmp_path, [row[:2] for row in rows[:1]], ["first"], "samples")
+    assert sorted((tmp_path / "samples" / "samples").glob("*.png")) == singles[:2]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"files": []}', "[" * 9000])
+def test_a_damaged_record_says_what_to_do(tmp_path, content):
+    (tmp_path / "record.json").write_text(content)
+    with pytest.raises(DataError, match=r"record.json: is damaged; remove it and run the same training again"):
+        read_record(tmp_path)

@@ -55,7 +55,7 @@ def test_every_subject_leaves_valid_artefacts(finished):
     assert len({record["identifier"] for record in records}) == 3
     for record in records:
         folder = out / "subjects" / record["subject"]
-        assert read_record(folder) == {**record, "files": read_record(folder)["files"]}
+        assert read_record(folder) == {**record, **{key: read_record(folder)[key] for key in ("files", "samples")}}
         names = {LORA, "kohya_lora.safetensors", "samples.png"}
         assert read_record(folder)["files"] == {name: file_digest(folder / name) for name in names}
         weights, metadata = read_lora(folder)
@@ -125,7 +125,7 @@ def test_a_full_model_loads_in_diffusers_with_the_trained_weights(job, tmp_path)
     assert not (tmp_path / "priors").exists()
     assert all(file_digest(folder / name) == digest for name, digest in read_record(folder)["files"].items())
     assert "model/unet/diffusion_pytorch_model.safetensors" in read_record(folder)["files"]
-    assert 'from_pretrained("model")' in (folder / "README.md").read_text()
+    assert "from_pretrained('./model')" in (folder / "README.md").read_text()
     assert record["method"] == "full"
 
 
