@@ -7,11 +7,9 @@ processor does it; torchvision's resampling gives other pixels.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dbtrain.errors import ConfigError
+from dbtrain.families.load import quiet_libraries
 from dbtrain.tiny import CLIP, IDENTITY
 
 EMBEDDED = "embedded"
@@ -123,6 +122,18 @@ class Encoder:
     preprocess: Preprocess
     tokenizer: Any = None
 
+    @property
+    def vision(self) -> Any:
+        """The tower that sees pictures."""
+        return getattr(self.model, "vision_model", self.model)
+
+    @property
+    def marks(self) -> int:
+        """How many of the tower's tokens come before its patches: [CLS], one of distillation, registers."""
+        names = {name.rpartition(".")[2] for name, _ in self.vision.named_parameters()}
+        first = len(names & {"cls_token", "class_embedding", "distillation_token"})
+        return first + (getattr(self.vision.config, "num_register_tokens", 0) or 0)
+
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image], batch: int = 64) -> Tensor:
         """Unit features [N, D] of pictures: the projected image embedding, or the last layer's [CLS]."""
@@ -141,7 +152,10 @@ class Encoder:
         pixels_BCHW = pixels_BCHW.to(self.model.device, self.model.dtype)
         if self.tokenizer is not None:
             return _embedding(self.model.get_image_features(pixel_values=pixels_BCHW))
-        return self.model(pixel_values=pixels_BCHW).last_hidden_state[:, 0]
+        states_BLD = self.model(pixel_values=pixels_BCHW).last_hidden_state
+        if states_BLD.dim() != 3:
+            raise ConfigError(f"{self.name}: gives maps of a picture instead of tokens; give a ViT, DINO or DINOv2")
+        return states_BLD[:, 0]
 
     def _tokens(self, texts: list[str]) -> Tensor:
         longest = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
@@ -167,25 +181,37 @@ def load_pair(source: str = EMBEDDED, device: str = "cpu") -> Encoder:
 
 def load_identity(source: str = EMBEDDED, device: str = "cpu") -> Encoder:
     """The encoder that tells this dog from a dog: DINO's role (`facebook/dino-vits16` in the paper)."""
-    return _load(source, IDENTITY, device)
+    encoder = _load(source, IDENTITY, device)
+    if encoder.tokenizer is None and not encoder.marks:
+        kind = type(encoder.model).__name__
+        raise ConfigError(
+            f"{source}: is a {kind}, which has no [CLS] token that stands for a picture; "
+            "give a ViT, DINO, DINOv2 or CLIP-style encoder"
+        )
+    return encoder
 
 
 def _load(source: str, embedded: Path, device: str) -> Encoder:
-    """An encoder in fp32 and evaluation mode; no code of its authors is run."""
+    """An encoder in fp32 and evaluation mode; no code of its authors is run and no pickle is opened."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+    quiet_libraries()
     path = str(embedded) if source == EMBEDDED else source
     preprocess = read_preprocess(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         # A pooler that the file lacks would be drawn at random, with a warning, and is not used.
         pooler = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
-        model, loading = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **pooler)
-        tokenizer = AutoTokenizer.from_pretrained(path) if hasattr(model, "get_text_features") else None
+        safe: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
+        model, loading = AutoModel.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, **safe, **pooler
+        )
+        has_texts = hasattr(model, "get_text_features")
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False) if has_texts else None
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{source}: cannot be loaded as an encoder ({_first_line(error)}); "
-            "give a transformers folder, a hub id that is in the cache, or `embedded`"
+            "give a transformers folder with safetensors weights, such a hub id that is in the cache, or `embedded`"
         ) from error
     # transformers draws missing weights at random, and scores would then mean nothing.
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
@@ -212,24 +238,6 @@ def zero_shot(
 ) -> Tensor:
     """Hits [N] (1 or 0, float64) of zero-shot recognition: the nearest of a picture's texts is the true one."""
     return (choose(pair, images, options) == torch.tensor(truth)).double()
-
-
-def load_lpips(net: str = "alex") -> Callable[[Sequence[Image.Image]], Tensor] | None:
-    """LPIPS distances of all pairs of equally large pictures, or None where the optional `lpips` is not installed."""
-    if importlib.util.find_spec("lpips") is None:
-        return None
-    import lpips
-
-    metric = lpips.LPIPS(net=net, verbose=False).eval()
-    to_pixels = Preprocess(None, None, 0, 1 / 255, (0.5,) * 3, (0.5,) * 3)
-
-    @torch.no_grad()
-    def distances(images: Sequence[Image.Image]) -> Tensor:
-        pixels_NCHW = to_pixels(images)
-        pairs = [metric(pixels_NCHW[i : i + 1], pixels_NCHW[j : j + 1]) for i, j in combinations(range(len(images)), 2)]
-        return torch.cat([pair.flatten() for pair in pairs]).double() if pairs else torch.zeros(0, dtype=torch.float64)
-
-    return distances
 
 
 def _embedding(found: Any) -> Tensor:

@@ -17,7 +17,10 @@ CELLS = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic and its percentile bootstrap interval over subjects; `subjects` of them were resampled."""
+    """A statistic and its percentile bootstrap interval over subjects; `subjects` of them were resampled.
+
+    low, high: NaN where a single subject, or none, leaves nothing to draw anew.
+    """
 
     value: float
     low: float
@@ -25,7 +28,12 @@ class Interval:
     subjects: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        shown = f"{self.value:.3f}"
+        return shown if math.isnan(self.low) else f"{shown} [{self.low:.3f}, {self.high:.3f}]"
+
+    def row(self) -> dict[str, float | int | None]:
+        """As JSON holds it."""
+        return _row(self)
 
 
 def bootstrap(
@@ -42,7 +50,7 @@ def bootstrap(
     """
     everyone = statistic(range(subjects))
     stream = torch.Generator("cpu").manual_seed(seed)
-    draws = torch.randint(subjects, (resamples, subjects), generator=stream).tolist() if subjects else []
+    draws = torch.randint(subjects, (resamples, subjects), generator=stream).tolist() if subjects > 1 else []
     found = torch.tensor([statistic(draw) for draw in draws], dtype=torch.float64)
     found = found[~found.isnan()]
     if not len(found):
@@ -76,7 +84,7 @@ def closed_share(base: Sequence[float], tuned: Sequence[float], real: Sequence[f
 
 @dataclass(frozen=True)
 class Score:
-    """The mean of `count` values and its percentile interval over the groups that they belong to."""
+    """The mean of `count` values and its percentile interval over the groups that they belong to; NaN for one group."""
 
     value: float
     low: float
@@ -84,8 +92,13 @@ class Score:
     count: int
 
     def row(self) -> dict[str, float | int | None]:
-        """As JSON holds it: NaN, which JSON has not, is null."""
-        return {key: None if value != value else value for key, value in vars(self).items()}
+        """As JSON holds it."""
+        return _row(self)
+
+
+def _row(found: Interval | Score) -> dict[str, float | int | None]:
+    """The fields by name; NaN, which JSON has not, is None."""
+    return {key: None if value != value else value for key, value in vars(found).items()}
 
 
 def grouped(values: Tensor, group: Tensor, seed: int = 0) -> Score:
@@ -114,10 +127,10 @@ def averaged(means: Sequence[float], counts: Sequence[int], average: str, seed: 
 
 
 def _ratio(total: Tensor, count: Tensor, seed: int) -> tuple[float, float, float]:
-    """sum(total) / sum(count), and its percentile bootstrap interval over the entries."""
+    """sum(total) / sum(count), and its percentile bootstrap interval over the entries, which a single one has not."""
     n = len(total)
-    if not n:
-        return math.nan, math.nan, math.nan
+    if n < 2:
+        return (float(total[0] / count[0]) if n else math.nan), math.nan, math.nan
     stream = torch.Generator("cpu").manual_seed(seed)
     block = max(1, CELLS // n)
     found = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dbtrain.evaluate.features import EMBEDDED, Encoder, load_identity, load_lpips, load_pair
+from dbtrain.evaluate.distances import AUTO, Distance, load_distance
+from dbtrain.evaluate.features import EMBEDDED, Encoder, load_identity, load_pair
 from dbtrain.evaluate.patches import patch_distances
 from dbtrain.evaluate.scores import SubjectFeatures
 
@@ -33,17 +34,19 @@ class Seen:
 
 @dataclass
 class Judge:
-    """Loaded encoders. lpips: None where it is not installed. kept: features of pictures that many subjects share."""
+    """Loaded encoders. distance: of DIV, None is that of patches; note: why it is not what one would expect.
+    kept: features of pictures that many subjects share."""
 
     identity: Encoder
     pair: Encoder
-    lpips: Callable[[Sequence[Image.Image]], Tensor] | None
+    distance: Distance | None = None
+    note: str = ""
     kept: dict[tuple[str, Path], Tensor] = field(default_factory=dict)
 
     @property
     def names(self) -> dict[str, str]:
         """What each role is filled by: identity (DINO's role), clip, and the distance of DIV."""
-        distance = "LPIPS (alex)" if self.lpips else f"patch distance of {self.identity.name}"
+        distance = self.distance.name if self.distance else f"patch distance of {self.identity.name}"
         return {"identity": self.identity.name, "clip": self.pair.name, "distance": distance}
 
     def features(
@@ -74,18 +77,20 @@ class Judge:
         return torch.stack([self.kept[role, file] for file in files]) if files else encoder.images([])
 
     def _distances(self, drawn: Seen) -> dict[str, Tensor]:
-        """How far apart the pictures of each prompt are, pair by pair: by LPIPS, or by patches where it is missing."""
+        """How far apart the pictures of each prompt are, pair by pair."""
         found, prompts = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.long)]
         for number in drawn.prompt_N.unique():
             images = read_images([file for file, own in zip(drawn.files, drawn.prompt_N) if own == number])
-            found.append(self.lpips(images) if self.lpips else patch_distances(self.identity, images))
+            found.append(self.distance.pairs(images) if self.distance else patch_distances(self.identity, images))
             prompts.append(number.expand(len(found[-1])))
-        return {"lpips_pairs" if self.lpips else "patch_pairs": torch.cat(found), "pair_prompt": torch.cat(prompts)}
+        kind = self.distance.key if self.distance else "patch"
+        return {f"{kind}_pairs": torch.cat(found), "pair_prompt": torch.cat(prompts)}
 
 
-def load_judge(identity: str = EMBEDDED, clip: str = EMBEDDED, device: str = "cpu") -> Judge:
-    """The encoders by folder, hub id or `embedded`; ConfigError for those that cannot fill their role."""
-    return Judge(load_identity(identity, device), load_pair(clip, device), load_lpips())
+def load_judge(identity: str = EMBEDDED, clip: str = EMBEDDED, device: str = "cpu", distance: str = AUTO) -> Judge:
+    """The encoders by folder, hub id or `embedded`, and a distance; ConfigError for what cannot fill its role."""
+    chosen, note = load_distance(distance, device)
+    return Judge(load_identity(identity, device), load_pair(clip, device), chosen, note)
 
 
 def read_images(files: Sequence[Path]) -> list[Image.Image]:

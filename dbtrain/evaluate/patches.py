@@ -23,9 +23,9 @@ def patch_distances(encoder: Encoder, images: Sequence[Image.Image]) -> Tensor:
 
     The mean over layers and patches of half the squared difference of unit features, that is of 1 - cosine.
     """
-    vision = getattr(encoder.model, "vision_model", encoder.model)
+    vision, marks = encoder.vision, encoder.marks
     pixels_NCHW = encoder.preprocess(images).to(vision.device, vision.dtype)
     hidden = vision(pixel_values=pixels_NCHW, output_hidden_states=True).hidden_states
-    layers_NLPD = torch.nn.functional.normalize(torch.stack([layer[:, 1:] for layer in hidden], 1).double(), dim=-1)
+    layers_NLPD = torch.nn.functional.normalize(torch.stack([layer[:, marks:] for layer in hidden], 1).double(), dim=-1)
     pairs = [1 - (layers_NLPD[i] * layers_NLPD[j]).sum(-1).mean() for i, j in combinations(range(len(images)), 2)]
     return torch.stack(pairs).cpu() if pairs else torch.zeros(0, dtype=torch.float64)

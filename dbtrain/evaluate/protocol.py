@@ -7,6 +7,7 @@ everything that decides it and it is written whole or not at all, so the same co
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from dbtrain.data.images import open_photo
 from dbtrain.data.index import Index
 from dbtrain.data.stream import read_samples
 from dbtrain.errors import ConfigError, DataError
+from dbtrain.evaluate.distances import AUTO
 from dbtrain.evaluate.features import EMBEDDED
 from dbtrain.evaluate.judge import Judge, Seen, likeness, load_judge, read_images
 from dbtrain.evaluate.scores import subject_scores
@@ -49,8 +51,7 @@ class Settings:
     protocol: a name in `PROTOCOLS`. images: for each prompt. class_images: of the class prompt without identifier, for
     PRES. identity, clip: encoders by folder, hub id or `embedded`. live: class nouns of live subjects. overrides:
     `a.b=c` settings of the recipe, such as sample.steps. batch: pictures drawn at once, which rounds them. shards:
-    where the photos are, if not beside `subjects/`. base_pictures: folder of the base model's pictures, which all
-    subjects of a class share.
+    where the photos are, if not beside `subjects/`. distance: of DIV, a name in `distances.CHOICES`.
     """
 
     protocol: str = "quick"
@@ -63,7 +64,7 @@ class Settings:
     batch: int = 8
     seed: int = 0
     shards: Path | None = None
-    base_pictures: Path | None = None
+    distance: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def evaluate_finished(
 
     For workers that hold a loaded base: `models` is that base without adapters, on any device, and is left as it was.
     judge: `load_judge(settings.identity, settings.clip, device)`, loaded once for many subjects; None loads it now.
-    Pictures that are there already, under `folder`/evaluation and in `settings.base_pictures` (None:
-    RUN/evaluation/base), are not drawn again; workers may share these folders. The photos come from RUN/shards or
+    Pictures that are there already, under `folder`/evaluation and in RUN/evaluation/base, are not drawn again; workers
+    may share these folders. The photos come from RUN/shards or
     `settings.shards`. `summary.write_summary(RUN)` makes the run's table of what its subjects have.
     Raises DataError for a folder without a finished subject, without photos, or of another base than `models`.
     """
@@ -123,7 +124,7 @@ def evaluate_finished(
     if not config.sample.prompts and settings.protocol == "quick":
         raise ConfigError(f"{folder}: sample.prompts is empty, and the quick protocol has no prompts of its own")
     photos = read_photos(folder, record["subject"], settings)
-    judge = judge or load_judge(settings.identity, settings.clip, models.denoiser.device.type)
+    judge = judge or load_judge(settings.identity, settings.clip, models.denoiser.device.type, settings.distance)
     plan = PROTOCOLS[settings.protocol](settings, config, record["class"])
     own, of_base = shots(folder, record, config, plan, settings)
     reuse_samples(folder, record, config, settings, own)
@@ -160,7 +161,7 @@ def shots(
     texts = [
         (fill(one, identifier=identifier, class_noun=noun), without_identifier(one, noun)) for one in plan.templates
     ]
-    base = settings.base_pictures or run_folder(folder) / PICTURES / BASE_PICTURES
+    base = run_folder(folder) / PICTURES / BASE_PICTURES
     found: dict[str, list[Shot]] = {}
     for row, rows, home, model in (
         ("tuned", texts, folder / PICTURES, weights),
@@ -203,19 +204,18 @@ def reuse_samples(
     folder: Path, record: dict[str, Any], config: RunConfig, settings: Settings, own: Sequence[Shot]
 ) -> None:
     """Take over what training has drawn for the same prompts, seeds and sampling, if it is still what it wrote."""
-    from dbtrain.checkpoint import file_digest
-
-    sheet, trained = folder / "samples.png", finished_config(folder, ())
+    trained, digests = finished_config(folder, ()), record.get("samples")
     same = config.sample.model_copy(update={"images": trained.sample.images}) == trained.sample
-    if settings.protocol != "quick" or not same or _sampling(config) != _sampling(trained) or not sheet.exists():
-        return
-    if record["files"].get(sheet.name) != file_digest(sheet):
+    if settings.protocol != "quick" or not same or _sampling(config) != _sampling(trained):
         return
     for shot in own:
         drawn = folder / "samples" / "samples" / f"prompt-{shot.number:02d}-image-{shot.image:02d}.png"
-        if shot.row == "tuned" and drawn.exists() and not sound(shot.file) and sound(drawn):
+        if shot.row != "tuned" or not drawn.is_file() or sound(shot.file):
+            continue
+        content = drawn.read_bytes()
+        if isinstance(digests, dict) and digests.get(drawn.name) == hashlib.sha256(content).hexdigest():
             shot.file.parent.mkdir(parents=True, exist_ok=True)
-            write_file(shot.file, drawn.read_bytes())
+            write_file(shot.file, content)
 
 
 def draw(shots: Sequence[Shot], opened: Callable, config: RunConfig, batch: int) -> None:
@@ -329,7 +329,7 @@ def list_pictures(folder: Path, own: Sequence[Shot], of_base: Sequence[Shot]) ->
     found = []
     for shot in (*own, *of_base):
         here = folder / PICTURES / shot.file.name
-        if not here.exists():
+        if here != shot.file:
             link(shot.file, here)
         found.append(
             {
@@ -344,7 +344,13 @@ def list_pictures(folder: Path, own: Sequence[Shot], of_base: Sequence[Shot]) ->
 
 
 def link(file: Path, here: Path) -> None:
-    """Nothing; afterwards `here` is a second name of the file, or a copy where the disk knows no such names."""
+    """Nothing; afterwards `here` is a second name of the file, or a copy where the disk knows no such names.
+
+    What was there before is replaced unless it is the same: the file may have been drawn anew since.
+    """
+    if here.exists() and filecmp.cmp(file, here, shallow=False):
+        return
+    here.unlink(missing_ok=True)
     try:
         os.link(file, here)
     except FileExistsError:

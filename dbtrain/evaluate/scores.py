@@ -27,8 +27,8 @@ class SubjectFeatures:
 
     generated_*: of the N evaluation images, whose prompts are numbered by `prompt_N`. texts_*: of the prompt of each of
     these images, with and without the identifier. class_*: of P images of the plain class prompt after tuning.
-    lpips_pairs, patch_pairs: LPIPS, and `patches.patch_distances`, of all pairs of images of one prompt, whose numbers
-    are `pair_prompt` (empty: not told, and each pair is then taken to stand for itself).
+    *_pairs: LPIPS, DreamSim, and `patches.patch_distances`, of all pairs of images of one prompt, whose numbers are
+    `pair_prompt` (empty: not told, and each pair is then taken to stand for itself).
     """
 
     real_identity_MD: Tensor = field(default_factory=_none)
@@ -40,6 +40,7 @@ class SubjectFeatures:
     texts_without_identifier_ND: Tensor = field(default_factory=_none)
     class_identity_PD: Tensor = field(default_factory=_none)
     lpips_pairs: Tensor = field(default_factory=lambda: torch.zeros(0))
+    dreamsim_pairs: Tensor = field(default_factory=lambda: torch.zeros(0))
     pair_prompt: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     patch_pairs: Tensor = field(default_factory=lambda: torch.zeros(0))
 
@@ -124,7 +125,7 @@ class Metric:
     score: str
     row: Literal["tuned", "real"]
     better: Literal["higher", "lower"]
-    encoder: Literal["identity", "pair", "lpips"]
+    encoder: Literal["identity", "pair", "lpips", "dreamsim"]
     values: Callable[[SubjectFeatures], Tensor]
     unit: Callable[[SubjectFeatures], Tensor]
     meaning: str
@@ -199,7 +200,17 @@ METRICS: dict[str, Metric] = {
         "lpips",
         lambda s: s.lpips_pairs.double(),
         lambda s: _of_pair(s.lpips_pairs, s.pair_prompt),
-        "LPIPS between images of one subject and prompt",
+        "how far apart images of one prompt are, by LPIPS or the distance named in its place",
+    ),
+    "div_dreamsim": Metric(
+        "DIV (DreamSim)",
+        "div",
+        "tuned",
+        "higher",
+        "dreamsim",
+        lambda s: s.dreamsim_pairs.double(),
+        lambda s: _of_pair(s.dreamsim_pairs, s.pair_prompt),
+        "DreamSim between images of one subject and prompt, where it is asked for",
     ),
     "div_patches": Metric(
         "DIV (patch distance)",
@@ -242,7 +253,17 @@ METRICS: dict[str, Metric] = {
         "cosine of the subject's real images, without self pairs: the scale's upper end",
     ),
 }
-"""Every score by its key. A new one is a function and a row here; evaluation.json and its tables follow."""
+"""Every metric by its key. A new one is a function and a row here; evaluation.json, tables and the report follow."""
+SCORES = {
+    score: next(metric for metric in METRICS.values() if metric.score == score)
+    for score in dict.fromkeys(metric.score for metric in METRICS.values())
+}
+"""Every score by its name in evaluation.json, with the first metric that gives it: what it means, and which way."""
+
+
+def title(score: str) -> str:
+    """A score's name in tables: `clip_t_plain` is CLIP-T-PLAIN."""
+    return score.upper().replace("_", "-")
 
 
 def subject_scores(features: SubjectFeatures, row: Literal["tuned", "real"], seed: int = 0) -> dict[str, Score]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,15 @@ from dbtrain.atomic import write_file
 from dbtrain.errors import DataError, DbtrainError
 from dbtrain.evaluate.features import EMBEDDED
 from dbtrain.evaluate.intervals import AVERAGES, Interval, averaged
-from dbtrain.evaluate.judge import load_judge
+from dbtrain.evaluate.judge import Judge, load_judge
 from dbtrain.evaluate.protocol import RESULT, SCHEMA, Settings, evaluate_finished
-from dbtrain.evaluate.scores import METRICS
+from dbtrain.evaluate.scores import SCORES, title
 from dbtrain.families import FAMILIES
-from dbtrain.generate import WarmBase, finished_config
+from dbtrain.generate import WarmBase, finished_config, own_device
 from dbtrain.publish import RECORD
 
 ROWS = {"scores": "tuned", "base": "base", "real": "photos"}
 """Rows of the table, named as in a subject's evaluation.json, and their titles."""
-SCORES = tuple(dict.fromkeys(metric.score for metric in METRICS.values()))
 SMALL_WORLD = (
     "the embedded encoders know a small drawn world; for photographs name others, such as "
     "--identity facebook/dino-vits16 --clip openai/clip-vit-base-patch32"
@@ -51,8 +50,9 @@ def evaluate(
     missing = set(chosen) - {path.name for path in folders}
     if missing:
         raise DataError(f"{folder}: has no finished subject {', '.join(sorted(missing))}")
+    judge = load_judge(settings.identity, settings.clip, own_device().type, settings.distance)
     results, failed = [], {}
-    for path, outcome in _evaluated(folders, settings):
+    for path, outcome in _evaluated(folders, settings, judge):
         if isinstance(outcome, DbtrainError):
             failed[path.name] = outcome
             say(f"{path.name}: failed: {outcome}")
@@ -62,14 +62,17 @@ def evaluate(
     if not results:
         raise next(iter(failed.values()))
     reasons = {name: str(error) for name, error in failed.items()}
+    notes = [judge.note] if judge.note else []
     if folder in folders:
-        return {**summary(results), "failed": reasons}
-    return write_summary(folder, reasons)
+        return {**summary(results), "failed": reasons, "notes": notes}
+    return write_summary(folder, reasons, notes)
 
 
-def _evaluated(folders: Sequence[Path], settings: Settings) -> Iterable[tuple[Path, dict[str, Any] | DbtrainError]]:
+def _evaluated(
+    folders: Sequence[Path], settings: Settings, judge: Judge
+) -> Iterable[tuple[Path, dict[str, Any] | DbtrainError]]:
     """Each folder with its evaluation or what went wrong, folders of one base after another."""
-    warm, judge = WarmBase(), None
+    warm = WarmBase()
     ordered: dict[str, list[Path]] = {}
     for path in folders:
         try:
@@ -80,25 +83,31 @@ def _evaluated(folders: Sequence[Path], settings: Settings) -> Iterable[tuple[Pa
         try:
             config = finished_config(path, settings.overrides)
             models = warm.load(config.model)
-            judge = judge or load_judge(settings.identity, settings.clip, models.denoiser.device.type)
             yield path, evaluate_finished(path, models, FAMILIES[config.model.family], settings, judge)
         except DbtrainError as error:
-            if judge is None:
-                raise
             yield path, error
 
 
-def write_summary(folder: Path, failed: dict[str, str] | None = None) -> dict[str, Any]:
+def write_summary(folder: Path, failed: dict[str, str] | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
     """The table over all evaluated subjects of a run, also written to `folder`/evaluation.json.
 
-    Subjects judged by another protocol or other encoders than most are counted under `left_out`.
+    Subjects judged by another protocol or other encoders than most are counted under `left_out`; those whose file is
+    damaged are among `failed`.
     """
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"subjects/*/{RESULT}"))]
+    results, failed = [], dict(failed or {})
+    for path in sorted(folder.glob(f"subjects/*/{RESULT}")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            json.dumps(summary([result]), allow_nan=False)
+            results.append((_way(result), result))
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            failed.setdefault(path.parent.name, f"{path}: is damaged ({error!r}); evaluate this subject again")
     if not results:
-        raise DataError(f"{folder}: holds no evaluated subject; run `dbtrain evaluate {folder}`")
-    usual = Counter(map(_way, results)).most_common(1)[0][0]
-    alike = [result for result in results if _way(result) == usual]
-    found = {**summary(alike), "left_out": len(results) - len(alike), "failed": failed or {}}
+        told = "".join(f"\n{reason}" for reason in failed.values())
+        raise DataError(f"{folder}: holds no evaluated subject; run `dbtrain evaluate {folder}`{told}")
+    usual = Counter(way for way, _ in results).most_common(1)[0][0]
+    alike = [result for way, result in results if way == usual]
+    found = {**summary(alike), "left_out": len(results) - len(alike), "failed": failed, "notes": list(notes)}
     write_file(folder / RESULT, json.dumps(found, indent=1, allow_nan=False, ensure_ascii=False).encode())
     return found
 
@@ -135,7 +144,7 @@ def _averaged_row(results: Sequence[dict[str, Any]], row: str, average: str) -> 
         cells = [result[row][name] for result in results if result[row].get(name, {}).get("value") is not None]
         if cells:
             interval = averaged([cell["value"] for cell in cells], [cell["count"] for cell in cells], average)
-            found[name] = asdict(interval)
+            found[name] = interval.row()
     return found
 
 
@@ -159,11 +168,6 @@ def line(result: dict[str, Any]) -> str:
     """A subject's scores in one line, then its warnings."""
     scores = "  ".join(f"{title(name)} {cell['value']:.3f}" for name, cell in result["scores"].items())
     return scores + "".join(f"\n  {warning['kind']}: {warning['text']}" for warning in result["warnings"])
-
-
-def title(score: str) -> str:
-    """A score's name in tables: `clip_t_plain` is CLIP-T-PLAIN."""
-    return score.upper().replace("_", "-")
 
 
 def text_table(found: dict[str, Any], most: int = 40) -> str:
@@ -194,9 +198,11 @@ def _legend(found: dict[str, Any]) -> list[str]:
         f"DINO and PRES by {encoders['identity']}, CLIP by {encoders['clip']}, DIV by {encoders['distance']}",
     ]
     small = any(name.startswith(f"{EMBEDDED}/") for name in encoders.values())
-    return [*lines, f"note: {SMALL_WORLD}"] if small and found["bases"] != [EMBEDDED] else lines
+    notes = [*found.get("notes", ()), *([SMALL_WORLD] if small and found["bases"] != [EMBEDDED] else [])]
+    return [*lines, *(f"note: {note}" for note in notes)]
 
 
 def _cell(interval: dict[str, Any] | None) -> str:
-    """`0.689 [0.471, 0.906]`; nothing for None."""
-    return str(Interval(**interval)) if interval else ""
+    """`0.689 [0.471, 0.906]`; `0.689` where there is no interval; nothing for None."""
+    known = {key: math.nan if value is None else value for key, value in (interval or {}).items()}
+    return str(Interval(**known)) if known else ""

@@ -68,7 +68,7 @@ def suspicions(rows: Rows, copies: float) -> list[Warned]:
 
 def prompt_share(tuned: Mapping[str, Score], base: Mapping[str, Score]) -> float | None:
     """The prompt gap after tuning over that of the base model; None where the base's is undefined or not above 0."""
-    if not ("prompt_gap" in tuned and "prompt_gap" in base) or base["prompt_gap"].low <= 0:
+    if not ("prompt_gap" in tuned and "prompt_gap" in base and base["prompt_gap"].low > 0):
         return None
     return tuned["prompt_gap"].value / base["prompt_gap"].value
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dbtrain.evaluate.judge import Judge, load_judge
 from dbtrain.evaluate.protocol import Settings, evaluate_finished
-from dbtrain.generate import draw_samples, finished_config, finished_pipeline, finished_record
+from dbtrain.generate import draw_samples, finished_config, finished_pipeline, finished_record, refuse_nothing
 from dbtrain.prompts import fill
 from dbtrain.publish import publish_sheet
 from dbtrain.session import Session
@@ -18,6 +18,7 @@ from dbtrain.session import Session
 def generate(session: Session, folder: Path) -> None:
     """Draw the recipe's prompts into the subject's `generated.png`."""
     record, config = finished_record(folder), finished_config(folder, ())
+    refuse_nothing(folder, {"generated": config.sample.prompts}, config)
     names = {"identifier": record["identifier"], "class_noun": record["class"]}
     texts = [fill(prompt, **names) for prompt in config.sample.prompts]
     with finished_pipeline(folder, session.family, session.models, config) as pipeline:

@@ -26,6 +26,9 @@ def evaluate_verb(
         str, typer.Option(metavar="ENC", help="Encoder in DINO's role: a folder, a hub id, or `embedded`.")
     ] = "embedded",
     clip: Annotated[str, typer.Option(metavar="ENC", help="Encoder of pictures and texts, the same way.")] = "embedded",
+    distance: Annotated[
+        str, typer.Option(help="Of DIV: `lpips`, `dreamsim`, `patches`; `auto` is LPIPS where it works.")
+    ] = "auto",
     live: Annotated[str, typer.Option(metavar="NOUNS", help="Further class nouns of live subjects: `gnome,imp`.")] = "",
     objects: Annotated[str, typer.Option(metavar="NOUNS", help="Class nouns to be taken as objects: `duck`.")] = "",
     subject: Annotated[list[str] | None, typer.Option(help="Only this subject; repeat for more.")] = None,
@@ -58,6 +61,7 @@ def evaluate_verb(
         class_images=class_images,
         identity=identity,
         clip=clip,
+        distance=distance,
         live=(LIVE_CLASSES | nouns(live)) - nouns(objects),
         overrides=tuple(overrides or ()),
         batch=batch,

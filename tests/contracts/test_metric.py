@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dbtrain.evaluate.intervals import grouped
-from dbtrain.evaluate.scores import METRICS, SubjectFeatures, subject_scores
+from dbtrain.evaluate.scores import METRICS, SCORES, SubjectFeatures, subject_scores, title
 
 EXACT = 1e-12  # float64 dot products of tens of terms: a few units in the 16th digit
 
@@ -29,6 +29,7 @@ def features(seed=0, generated=6, real=4, prompts=2):
         texts_without_identifier_ND=rows(generated, 5, seed + 5),
         class_identity_PD=rows(3, 7, seed + 6),
         lpips_pairs=torch.rand(pairs, generator=stream),
+        dreamsim_pairs=torch.rand(pairs, generator=stream),
         patch_pairs=torch.rand(pairs, generator=stream),
         pair_prompt=torch.arange(pairs) % prompts,
     )
@@ -41,6 +42,7 @@ def identical():
         **{name: one.expand(4, -1) for name in vars(SubjectFeatures()) if name.endswith("D")},
         prompt_N=torch.tensor([0, 0, 1, 1]),
         lpips_pairs=torch.zeros(2),
+        dreamsim_pairs=torch.zeros(2),
         patch_pairs=torch.zeros(2),
         pair_prompt=torch.tensor([0, 1]),
     )
@@ -88,6 +90,7 @@ PLAIN = {
     "clip_t_plain": lambda s: own_text(s.generated_clip_ND, s.texts_without_identifier_ND),
     "prompt_gap": gaps,
     "div_lpips": lambda s: list(zip(s.pair_prompt.tolist(), s.lpips_pairs.tolist())),
+    "div_dreamsim": lambda s: list(zip(s.pair_prompt.tolist(), s.dreamsim_pairs.tolist())),
     "div_patches": lambda s: list(zip(s.pair_prompt.tolist(), s.patch_pairs.tolist())),
     "div_identity": same_prompt,
     "real_identity": lambda s: other_pairs(s.real_identity_MD),
@@ -135,12 +138,56 @@ def test_identical_sets_give_one_and_have_no_distance(key):
     assert len(values) and values.tolist() == pytest.approx([want] * len(values), abs=EXACT)
 
 
+def directions(*numbers):
+    """Unit rows along these axes of four."""
+    return torch.eye(4)[list(numbers)]
+
+
+GOOD = SubjectFeatures(
+    real_identity_MD=directions(0, 0),
+    real_clip_MD=directions(0, 0),
+    generated_identity_ND=directions(0, 0, 0, 0) + 0.3 * directions(1, 2, 1, 2),
+    generated_clip_ND=directions(0, 0, 0, 0) + directions(1, 1, 2, 2),
+    prompt_N=torch.tensor([0, 0, 1, 1]),
+    texts_with_identifier_ND=directions(1, 1, 2, 2),
+    texts_without_identifier_ND=directions(1, 1, 2, 2),
+    class_identity_PD=directions(3, 3),
+    lpips_pairs=torch.tensor([0.5, 0.5]),
+    dreamsim_pairs=torch.tensor([0.5, 0.5]),
+    patch_pairs=torch.tensor([0.5, 0.5]),
+    pair_prompt=torch.tensor([0, 1]),
+)
+"""Photos of one thing, pictures of it that differ and follow their prompts, and a class that stayed what it was."""
+BAD = SubjectFeatures(
+    real_identity_MD=directions(0, 1),
+    real_clip_MD=directions(0, 1),
+    generated_identity_ND=directions(3, 3, 3, 3),
+    generated_clip_ND=directions(3, 3, 3, 3),
+    prompt_N=torch.tensor([0, 0, 1, 1]),
+    texts_with_identifier_ND=directions(1, 1, 2, 2),
+    texts_without_identifier_ND=directions(1, 1, 2, 2),
+    class_identity_PD=directions(0, 1),
+    lpips_pairs=torch.zeros(2),
+    dreamsim_pairs=torch.zeros(2),
+    patch_pairs=torch.zeros(2),
+    pair_prompt=torch.tensor([0, 1]),
+)
+"""Photos of two things, the same other thing for every prompt, and a class that is drawn as the subject."""
+
+
 @pytest.mark.parametrize("key", METRICS)
 def test_a_row_says_how_to_read_it(key):
     metric = METRICS[key]
     assert metric.name and metric.meaning and metric.score.islower()
     assert metric.row == ("real" if key.startswith("real_") else "tuned")
-    assert metric.better == ("lower" if key == "pres" else "higher")
+    good, bad = (metric.values(one).mean() for one in (GOOD, BAD))
+    assert metric.better == ("higher" if good > bad else "lower") and abs(good - bad) > 0.05
+
+
+def test_metrics_of_one_score_are_read_alike_and_have_one_title():
+    assert {metric.score for metric in METRICS.values()} == set(SCORES)
+    assert all(metric.better == SCORES[metric.score].better for metric in METRICS.values())
+    assert [title(score) for score in SCORES][:3] == ["DINO", "CLIP-I", "CLIP-T"]
 
 
 def test_a_subjects_scores_are_the_means_of_its_values():
@@ -158,9 +205,12 @@ def test_a_subjects_scores_are_the_means_of_its_values():
 def test_a_distance_stands_in_for_the_one_before_it():
     s = features()
     without = SubjectFeatures(**{**vars(s), "lpips_pairs": torch.zeros(0)})
-    neither = SubjectFeatures(**{**vars(without), "patch_pairs": torch.zeros(0), "pair_prompt": torch.zeros(0).long()})
-    wanted = [METRICS[key].values(s).mean().item() for key in ("div_lpips", "div_patches", "div_identity")]
-    assert [subject_scores(one, "tuned")["div"].value for one in (s, without, neither)] == pytest.approx(wanted)
+    alone = SubjectFeatures(**{**vars(without), "dreamsim_pairs": torch.zeros(0)})
+    neither = SubjectFeatures(**{**vars(alone), "patch_pairs": torch.zeros(0), "pair_prompt": torch.zeros(0).long()})
+    keys = ("div_lpips", "div_dreamsim", "div_patches", "div_identity")
+    wanted = [METRICS[key].values(s).mean().item() for key in keys]
+    found = [subject_scores(one, "tuned")["div"].value for one in (s, without, alone, neither)]
+    assert found == pytest.approx(wanted) and len(set(found)) == 4
 
 
 def test_values_of_one_unit_are_drawn_together():

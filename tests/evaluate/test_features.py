@@ -1,14 +1,15 @@
 """Features against transformers' own processors and models, at the true sizes of the paper's encoders."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dbtrain.errors import ConfigError
-from dbtrain.evaluate import features
-from dbtrain.evaluate.features import choose, load_identity, load_lpips, load_pair, read_preprocess, zero_shot
+from dbtrain.evaluate.features import choose, load_identity, load_pair, read_preprocess, zero_shot
 from dbtrain.tiny import CLIP, IDENTITY
 
 PIXELS = 3e-6  # float32 of values up to 3 (2.4e-7 a unit): rescaling and normalizing round differently
@@ -199,9 +200,70 @@ def test_dinov2_has_its_class_token_and_patches(tmp_path):
     assert patch_distances(encoder, images).shape == (3,)
 
 
-def test_missing_weights_are_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
+def tiny(kind, tmp_path, **options):
+    """The folder of a small random vision model of transformers, with ViT's preprocessing."""
+    import transformers
 
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(image_size=64, **options))
+    model.save_pretrained(tmp_path)
+    processors()["clip 64"].save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16}
+CONVOLUTIONS = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1]}
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("Swin", {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}),
+    ("ConvNext", CONVOLUTIONS),
+    ("Cvt", {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 3], "depth": [1, 2, 3]}),
+])  # fmt: skip
+def test_encoders_whose_first_row_is_a_patch_are_refused(kind, options, tmp_path):
+    folder = tiny(kind, tmp_path, **options)
+    with pytest.raises(ConfigError, match="give a ViT, DINO"):
+        load_identity(folder).images(pictures())
+
+
+@pytest.mark.parametrize("kind, marks", [("ViT", 1), ("DeiT", 2), ("Dinov2", 1), ("Dinov2WithRegisters", 5)])
+def test_what_comes_before_the_patches_is_known(kind, marks, tmp_path):
+    from dbtrain.evaluate.patches import patch_distances
+
+    encoder = load_identity(tiny(kind, tmp_path, **TOWER))
+    assert encoder.marks == marks
+    hidden = encoder.vision(pixel_values=encoder.preprocess(pictures()[:2]), output_hidden_states=True).hidden_states
+    assert {layer.shape[1] for layer in hidden} == {marks + 16}  # 64 x 64 pixels are 4 x 4 patches
+    assert patch_distances(encoder, pictures()[:3]).shape == (3,)
+
+
+def test_clip_has_one_mark_before_its_patches():
+    assert (load_pair().marks, load_identity().marks) == (1, 1)
+
+
+def test_pickles_are_not_opened(tmp_path):
+    vit = tiny_models(tmp_path)[1]
+    weights = Path(vit) / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(ConfigError, match="give a transformers folder with safetensors weights"):
+        load_identity(vit)
+
+
+def test_code_that_comes_with_an_encoder_is_not_run(tmp_path, monkeypatch):
+    vit = Path(tiny_models(tmp_path)[1])
+    (vit / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\nclass M: pass\n")
+    config = json.loads((vit / "config.json").read_text())
+    named = {"AutoConfig": "own.C", "AutoModel": "own.M"}
+    (vit / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": named}))
+    monkeypatch.setattr("builtins.input", lambda *words: "y")  # the answer that one types without reading
+    with pytest.raises(ConfigError, match="cannot be loaded as an encoder"):
+        load_identity(str(vit))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_weights_are_refused(tmp_path):
     vit = tiny_models(tmp_path)[1]
     weights = load_file(f"{vit}/model.safetensors")
     left_out = next(key for key in weights if key.endswith("layernorm.weight"))
@@ -245,11 +307,6 @@ def test_embedded_encoders_are_the_default():
     pair, identity = load_pair(), load_identity()
     assert (pair.name, identity.name) == ("embedded/clip", "embedded/identity")
     assert pair.images(pictures()).shape[1] == pair.texts(["a dog"]).shape[1]
-
-
-def test_lpips_is_optional(monkeypatch):
-    monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None)
-    assert load_lpips() is None
 
 
 def test_long_texts_are_cut_to_the_encoders_length(tmp_path):

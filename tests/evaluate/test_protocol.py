@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import time
@@ -118,7 +119,9 @@ def test_a_run_is_evaluated_and_its_files_hold_to_the_contract(out):
         assert set(found["base"]) == {"dino", "clip_i", "clip_t_plain", "pres", "div"}
         assert set(found["real"]) == {"dino", "clip_i"}
         for score in (cell for part in ("scores", "base", "real") for cell in found[part].values()):
-            assert score["low"] <= score["value"] <= score["high"]
+            assert score["low"] is None or score["low"] <= score["value"] <= score["high"]
+        assert found["scores"]["div"]["low"] is None  # one prompt: nothing to draw anew
+        assert found["scores"]["dino"]["low"] < found["scores"]["dino"]["value"]
         for image in found["images"]:
             assert (folder / image["file"]).is_file() and image["row"] in ("tuned", "base", "class")
         # What training drew for the same prompt and seeds is taken over, bit for bit.
@@ -208,13 +211,34 @@ def test_the_same_again_draws_nothing_and_damage_is_drawn_anew(out, monkeypatch)
 
 def test_changed_samples_are_not_taken_over(out):
     folder = out / "subjects" / "rex"
-    sheet = folder / "samples.png"
-    sheet.write_bytes(sheet.read_bytes() + b"0")
-    for path in (folder / "samples" / "samples").iterdir():
-        path.write_bytes((folder / "samples.png").read_bytes())
+    singles = sorted((folder / "samples" / "samples").iterdir())
+    assert sorted(json.loads((folder / "record.json").read_text())["samples"]) == [path.name for path in singles]
+    Image.new("RGB", (32, 32), "red").save(singles[0])
     assert run("evaluate", folder, "--quiet").exit_code == 0
-    tuned = next((folder / "evaluation").glob("tuned-*.png"))
-    assert Image.open(tuned).size == (32, 32)
+    tuned = sorted((folder / "evaluation").glob("tuned-*.png"))
+    assert tuned[0].read_bytes() != singles[0].read_bytes() and tuned[1].read_bytes() == singles[1].read_bytes()
+
+
+def test_samples_without_digests_are_drawn_anew(out):
+    folder = out / "subjects" / "rex"
+    record = json.loads((folder / "record.json").read_text())
+    (folder / "record.json").write_text(json.dumps({**record, "samples": None}))
+    for path in (folder / "samples" / "samples").iterdir():
+        Image.new("RGB", (32, 32), "red").save(path)
+    assert run("evaluate", folder, "--quiet").exit_code == 0
+    assert Image.open(next((folder / "evaluation").glob("tuned-*.png"))).getpixel((0, 0)) != (255, 0, 0)
+
+
+def test_a_base_picture_that_is_drawn_anew_is_new_for_every_subject(out):
+    first = json.loads(run("evaluate", out, "--json", "--quiet").stdout)
+    picture = sorted((out / "evaluation" / "base" / "dog").glob("base-*.png"))[0]
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:-40])  # in place: what is linked to it is damaged with it
+    linked = [out / "subjects" / name / "evaluation" / picture.name for name in ("rex", "ann")]
+    assert [path.read_bytes() for path in linked] == [whole[:-40]] * 2
+    again = run("evaluate", out, "--json", "--quiet")
+    assert json.loads(again.stdout) == first
+    assert [path.read_bytes() for path in (picture, *linked)] == [whole] * 3
 
 
 def test_a_worker_evaluates_on_its_own_base_and_gives_it_back(out):
@@ -243,6 +267,28 @@ def test_a_subject_that_fails_is_named_and_the_others_are_judged(out):
     assert table["subjects"] == 2 and list(table["failed"]) == ["ann"]
 
 
+DAMAGE = {
+    "record cut": ("record.json", lambda text: text[:40]),
+    "record empty": ("record.json", lambda text: "{}"),
+    "record of other kinds": ("record.json", lambda text: text.replace('"files": {', '"files": [], "more": {')),
+    "settings cut": ("config.yaml", lambda text: text[:50] + "\n]"),
+    "base gone": ("config.yaml", lambda text: re.sub(r"path: .*", "path: /nowhere/base", text)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_files_of_a_subject_are_its_own_failure(out, name):
+    file, change = DAMAGE[name]
+    path = out / "subjects" / "ann" / file  # ann is the first
+    path.write_text(change(path.read_text()))
+    result = run("evaluate", out, "--class-images", "1", "--quiet")
+    assert result.exit_code == 3 and "error: ann: " in result.stderr and "Traceback" not in result.output, result.output
+    table = json.loads((out / "evaluation.json").read_text())
+    assert table["subjects"] == 2 and list(table["failed"]) == ["ann"]
+    drawn = run("generate", out / "subjects" / "ann")
+    assert drawn.exit_code in (2, 3) and isinstance(drawn.exception, SystemExit), drawn.output
+
+
 @pytest.mark.parametrize(
     "words, code, message",
     [
@@ -250,6 +296,8 @@ def test_a_subject_that_fails_is_named_and_the_others_are_judged(out):
         (("--subject", "rax"), 3, "has no finished subject rax"),
         (("sample.step=3",), 2, "did you mean sample.steps"),
         (("--identity", "nowhere/vit"), 2, "nowhere/vit: no readable preprocessor_config.json"),
+        (("--distance", "l2"), 2, "--distance: got 'l2', want auto, lpips, dreamsim, patches"),
+        (("--distance", "dreamsim"), 2, "--distance: dreamsim does not work here (ModuleNotFoundError"),
         (("--shards", "nowhere"), 3, "nowhere: holds no photos of 'ann'"),
     ],
 )

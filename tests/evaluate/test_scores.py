@@ -117,7 +117,12 @@ def test_bootstrap_matches_the_normal_theory_of_a_mean():
 
 
 def test_bootstrap_of_one_subject_and_of_none():
-    assert (mean_interval([0.3]).low, mean_interval([0.3]).high) == (pytest.approx(0.3), pytest.approx(0.3))
+    alone = mean_interval([0.3])
+    assert (alone.value, str(alone)) == (pytest.approx(0.3), "0.300") and math.isnan(alone.low + alone.high)
+    assert alone.row() == {"value": pytest.approx(0.3), "low": None, "high": None, "subjects": 1}
+    assert math.isnan(averaged([0.3, math.nan], [4, 4], "macro").low)
+    one_group = grouped(torch.tensor([0.2, 0.4]), torch.tensor([7, 7]))
+    assert (one_group.value, one_group.row()["low"], one_group.count) == (pytest.approx(0.3), None, 2)
     assert math.isnan(mean_interval([math.nan]).value) and mean_interval([]).subjects == 0
     assert mean_interval([1.0, math.nan, 3.0]).value == 2.0
 

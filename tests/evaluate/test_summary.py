@@ -63,6 +63,31 @@ def test_the_table_reads_and_names_its_encoders():
     assert not any(line != line.rstrip() for line in text.splitlines())
 
 
+def test_a_single_subject_has_no_interval():
+    found = summary([result("a", 0.2)])
+    assert found["macro"]["scores"]["dino"] == {"value": 0.2, "low": None, "high": None, "subjects": 1}
+    assert "[" not in next(line for line in text_table(found).splitlines() if line.startswith("DINO"))
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"protocol": 3}', '{"scores": Infinity', "\xff", "whole, inf", "whole, text"]
+)
+def test_a_damaged_file_is_named_and_the_others_are_judged(tmp_path, content):
+    write(tmp_path, result("a", 0.2), result("b", 0.4), result("c", 0.4))
+    odd = {"whole, inf": float("inf"), "whole, text": "high"}.get(content)
+    content = json.dumps(result("b", odd)) if odd else content
+    (tmp_path / "subjects" / "b" / "evaluation.json").write_bytes(content.encode("latin-1"))
+    found = write_summary(tmp_path, {"d": "why"}, ["a note"])
+    assert found["subjects"] == 2 and list(found["failed"]) == ["d", "b"] and "evaluate" in found["failed"]["b"]
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == found
+    assert "note: a note" in text_table(found)
+    for name in "ac":
+        (tmp_path / "subjects" / name / "evaluation.json").write_text("{}")
+    with pytest.raises(DataError, match="holds no evaluated subject"):
+        write_summary(tmp_path)
+
+
 def write(folder, *results):
     for one in results:
         (folder / "subjects" / one["subject"]).mkdir(parents=True)
