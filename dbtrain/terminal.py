@@ -23,14 +23,14 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def keep_origin(out: Path, verb: str, manifest: Path, recipe: str, overrides: Sequence[str] | None) -> None:
-    """Nothing; afterwards OUT/run.json holds the words of the run's first command, with which the report says how to
-    resume. A later one does not replace it, for it may yet be refused."""
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "run.json").exists():
-        return
+def keep_origin(
+    out: Path, verb: str, manifest: Path, recipe: str, overrides: Sequence[str] | None, skip_bad: bool
+) -> None:
+    """Nothing; afterwards OUT/run.json holds the words of the run's last command, with which the report says how to
+    resume. Only for a command that was let in: one that is refused would be refused again."""
     words = {"verb": verb, "manifest": str(manifest), "config": recipe, "out": str(out)}
-    write_file(out / "run.json", json.dumps({**words, "overrides": [*(overrides or ())]}, indent=1).encode())
+    found = {**words, "overrides": [*(overrides or ())], "skip_bad": skip_bad}
+    write_file(out / "run.json", json.dumps(found, indent=1).encode())
 
 
 def stop_at_once() -> None:

@@ -193,7 +193,8 @@ class Job:
     def sample(self, name: str) -> Path | None:
         """Draw the validation prompts with the weights as they are; the sheet's path on the first rank."""
         session, settings = self.session, self.config.sample
-        if not settings.images or not (session.world.first or self.config.engine.zero.stage == 3):
+        drawing = session.world.first or self.config.engine.zero.stage == 3
+        if not (settings.images and settings.prompts and drawing):
             return None
         identifier = session.identifiers[self.subject.id]
         prompts = [
@@ -307,10 +308,12 @@ def train_manifest(
     chosen: Sequence[str] | None,
     quiet: bool = False,
     skip_bad: bool = False,
+    opened: Callable[[], object] = lambda: None,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The records of the chosen subjects (None is all), and a reason for each that failed; the others are not affected.
 
-    skip_bad: leave subjects with findings out; they are told, and named in `shards/skipped.json`. Raises DataError for
+    skip_bad: leave subjects with findings out; they are told, and named in `shards/skipped.json`. opened: called by the
+    first rank once settings and data are let in. Raises DataError for
     unknown ids or while another run works on `out`, and StopRequested when the process was asked to stop.
     """
     subjects = scan_manifest(manifest)[0] if skip_bad else read_manifest(manifest)
@@ -323,6 +326,8 @@ def train_manifest(
         if not ours:
             raise DataError(f"{out}: another run is working there; wait for it or stop it, or use another --out")
         session = open_session(config, subjects, manifest, out, quiet, skip_bad)
+        if session.world.first:
+            opened()
         sound = [known[name] for name in chosen or known if name in session.index.subjects]
         return _train_all(session, sound)
 

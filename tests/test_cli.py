@@ -155,6 +155,29 @@ def test_identifiers_explains_texts(tokenizer):
     assert rows[0]["verdict"] == "has a meaning"
 
 
+@pytest.mark.parametrize("name", ["nowhere/x", "nowhere", "FOLDER"])
+def test_a_model_that_is_not_there_has_no_tokens(name, tmp_path):
+    """transformers makes an empty tokenizer of nothing, in which every text is two marks."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    result = run(cli.app, ["identifiers", "--model", str(tmp_path) if name == "FOLDER" else name, "sks"])
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "no tokenizer found" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words, message", [
+    (["pack", "--sizes", "1,x"], "--sizes: got '1,x', want numbers from 1"),
+    (["pack", "--sizes", "0"], "--sizes: got '0'"),
+    (["pack", "--sizes", "1", "--subjects", "4,"], "--subjects: got '4,'"),
+    (["step", "--sizes", ""], "--sizes: got ''"),
+    (["step", "--capture", "off,grph"], "--capture: got 'off,grph', want auto, graph, compile, off"),
+    (["step", "--attention", "sdp"], "--attention: got 'sdp', want auto, sdpa"),
+])  # fmt: skip
+def test_lists_of_bench_are_checked(words, message):
+    result = run(cli.app, ["bench", *words])
+    assert (result.exit_code, message in result.stderr) == (2, True), result.output
+
+
 WORDS = ["python", "train_dreambooth_lora.py", "--pretrained_model_name_or_path", "m",
          "--instance_prompt", "a photo of sks dog", "--foo", "1"]
 COMMAND = shlex.join(WORDS)

@@ -39,6 +39,36 @@ def test_which_subjects_must_be_said_once(job, tmp_path, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_report_is_told_the_last_command_that_was_let_in(job, tmp_path):
+    out = tmp_path / "out"
+    words = ("train", *job[1], "--subject", "tom", "--out", out, "--quiet")
+    assert run(*words, "prior.weight=0", "track.wandb=nothing/here/is/wrong", "lora.rank=0").exit_code == 2
+    assert run("train", tmp_path / "none.csv", *words[2:]).exit_code == 3 and not (out / "run.json").exists()
+    done = run(*words, "prior.weight=0", "--skip-bad")
+    assert done.exit_code == 0, done.output
+    told = json.loads((out / "run.json").read_text())
+    assert (told["manifest"], told["skip_bad"], told["verb"]) == (str(job[1][0]), True, "train")
+    assert told["overrides"] == [*job[1][3:], "prior.weight=0"]
+    assert run("train", tmp_path / "none.csv", *words[2:]).exit_code == 3  # refused: the words are kept
+    assert json.loads((out / "run.json").read_text()) == told
+    assert run(*words, "prior.weight=0", "sample.seed=0").exit_code == 0
+    again = json.loads((out / "run.json").read_text())
+    assert again == {**told, "skip_bad": False, "overrides": [*told["overrides"], "sample.seed=0"]}
+
+
+@pytest.mark.parametrize("setting", ["sample.prompts=[]", "sample.images=0"])
+def test_training_without_samples_ends_well_and_its_card_names_none(job, tmp_path, setting):
+    words = ("--subject", "tom", "--out", tmp_path / "out", "--quiet", "prior.weight=0", "sample.every_steps=1")
+    done = run("train", *job[1], *words, setting)
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "out" / "subjects" / "tom"
+    assert not list(folder.glob("**/*.png")) and "samples.png" not in (folder / "README.md").read_text()
+    drawn = run("generate", folder)
+    assert drawn.exit_code == 2 and "error: " in drawn.stderr
+    assert run("generate", folder, "--prompt", "a {subject}", "sample.images=1").exit_code == 0
+    assert json.loads((folder / "record.json").read_text())["files"].keys() == {LORA}
+
+
 def test_an_unknown_subject_is_3_with_a_hint(job, tmp_path):
     result = run("train", *job[1], "--subject", "rax", "--out", tmp_path / "out")
     assert result.exit_code == 3
@@ -74,6 +104,23 @@ def test_a_failed_subject_is_4_and_the_others_are_printed(job, tmp_path, monkeyp
     assert result.exit_code == 4
     assert "error: rex: step 1: the loss is nan" in result.stderr
     assert "tom: `" in result.stdout and "rex: `" not in result.stdout
+
+
+def test_preflight_counts_who_is_left_out_and_looks_without_a_base(job, tmp_path):
+    folder = tmp_path / "job"
+    words = write_job(folder, subjects="rex:dog tom:cat ann:dog")
+    sound = run("preflight", *words)
+    assert (sound.exit_code, sound.stdout, sound.stderr) == (
+        0, f"{words[0]}: 3 subjects, nothing to complain about\n", "")  # fmt: skip
+    for number in range(2):
+        (folder / "tom" / f"{number}.jpg").write_bytes(b"no photo")
+    assert run("preflight", *words).exit_code == 3
+    left = run("preflight", *words, "--skip-bad")
+    assert (left.exit_code, left.stdout) == (0, f"{words[0]}: 2 subjects, 1 left out\n")
+    assert left.stderr.count("left out: ") == left.stderr.count("subject tom: ") == 2
+    blind = run("preflight", *words, "--skip-bad", "model.path=nowhere/base")
+    assert (blind.exit_code, blind.stdout) == (0, left.stdout)
+    assert blind.stderr.startswith("lengths of captions are not checked: nowhere/base: no tokenizer found")
 
 
 def test_shards_are_verified(job):
@@ -162,6 +209,13 @@ def test_a_prompt_set_is_a_captioned_sheet(job):
     (("sample.seed=7",), "FOLDER: is missing"),
     (("FOLDER", "--set", "view"), "'view': is not there; sets are accessories, art"),
     (("FOLDER", "--set", "views", "--prompt", "x"), "--prompt, --set: give one of them"),
+    (("FOLDER", "--set", "art", "--set", "./art.yaml"), "art and ./art.yaml would both be the sheet art.png"),
+    (("FOLDER", "--name", "samples"), "'samples' is the name of a sheet of the training"),
+    (("FOLDER", "--name", "step-000100"), "'step-000100' is the name of a sheet of the training"),
+    (("FOLDER", "--set", "some/samples.yaml"), "'samples' is the name of a sheet of the training"),
+    (("FOLDER", "--name", "../../other"), "'../../other' is no name of a sheet"),
+    (("FOLDER", "sample.images=0"), "sample.images is 0 there, and nothing would be drawn; add sample.images=4"),
+    (("FOLDER", "sample.prompts=[]"), "generated has no prompt for this subject; give --prompt"),
     (("FOLDER", "sample.sed=7"), "did you mean sample.seed")])
 def test_generate_explains_wrong_words(job, words, message):
     folder = job[0] / "out" / "subjects" / "rex"

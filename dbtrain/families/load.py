@@ -165,12 +165,17 @@ def load_tokenizer(path: str) -> Any:
     source = source_of(path)
     try:
         if (Path(source) / "tokenizer").is_dir() or not is_local(source):
-            return CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
-        return AutoTokenizer.from_pretrained(source)
+            found = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
+        else:
+            found = AutoTokenizer.from_pretrained(source)
+        if len(found) <= len(found.all_special_ids):  # transformers makes an empty one where there are no files
+            raise ValueError("there is no vocabulary on this machine")
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: no tokenizer found: {_first_line(error)}; give a model or tokenizer folder"
+            f"{path}: no tokenizer found: {_first_line(error)}; give a model or tokenizer folder, or a hub id that is "
+            "in the cache"
         ) from error
+    return found
 
 
 def digests_of(source: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +33,11 @@ class Options:
     quiet: bool = False
 
 
-def run_batch(manifest: Path, config: RunConfig, out: Path, options: Options) -> dict[str, int]:
-    """Number of subjects by state after the run. Raises StopRequested (75) after a stop request, and FleetError when no
-    worker can work; the same call goes on from there."""
+def run_batch(
+    manifest: Path, config: RunConfig, out: Path, options: Options, opened: Callable[[], object] = lambda: None
+) -> dict[str, int]:
+    """Number of subjects by state after the run; `opened` is called once it is let in. Raises StopRequested (75) after
+    a stop request, and FleetError when no worker can work; the same call goes on from there."""
     out.mkdir(parents=True, exist_ok=True)
     if options.ledger is not None:
         write_file(out / WHERE, str(options.ledger.resolve()).encode())
@@ -44,12 +47,14 @@ def run_batch(manifest: Path, config: RunConfig, out: Path, options: Options) ->
         with held(out / LOCK) as ours:
             if not ours:
                 raise FleetError(f"{out}: `dbtrain train` is working there; wait for it, or use another --out")
-            return _run(manifest, config, out, options, folder)
+            return _run(manifest, config, out, options, folder, opened)
     finally:
         lease.release()
 
 
-def _run(manifest: Path, config: RunConfig, out: Path, options: Options, folder: Path) -> dict[str, int]:
+def _run(
+    manifest: Path, config: RunConfig, out: Path, options: Options, folder: Path, opened: Callable[[], object]
+) -> dict[str, int]:
     ledger = Ledger(folder, create=True)
     try:
         with ledger.commit():
@@ -57,6 +62,7 @@ def _run(manifest: Path, config: RunConfig, out: Path, options: Options, folder:
         from dbtrain.fleet.prepare import enter_run, tell
 
         index = enter_run(ledger, manifest, config, out, quiet if options.quiet else tell, options.skip_bad)
+        opened()
         if options.address is None:
             # Ray reads this when it is imported: a node of its own then listens on the loopback interface only.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

@@ -1,6 +1,7 @@
 """The verbs of the fleet: `dbtrain batch run|status|retry|cancel|export`."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,9 +71,8 @@ def run_verb(
     options = Options(workers, gang, cpus=cpus, hang_s=hang, grace_s=grace, tries=tries, losses=losses, unit=unit,
                       address=address, after=after, ledger=ledger, skip_bad=skip_bad, quiet=quiet)  # fmt: skip
     stop_at_once()
-    if not (out / "run.json").exists():
-        keep_origin(out, "batch run", manifest, recipe, overrides)
-    counts = run_batch(manifest, config, out, options)
+    opened = partial(keep_origin, out, "batch run", manifest, recipe, overrides, skip_bad)
+    counts = run_batch(manifest, config, out, options, opened)
     summary = summarize_run(out)
     print_json(summary) if as_json else typer.echo(line(summary))
     if counts["quarantined"]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 
+from dbtrain.errors import ConfigError
 from dbtrain.terminal import Json, Overrides, Recipe, print_json
 
 app = typer.Typer(
@@ -39,11 +40,11 @@ def pack_verb(
 
     config = configfile.load(recipe, overrides or ())
     plan = pack.Plan(
-        [int(size) for size in sizes.split(",")],
+        numbers(sizes, "--sizes"),
         steps,
         turns,
         processes,
-        [int(count) for count in subjects.split(",") if count],
+        numbers(subjects, "--subjects") if subjects else [],
         random_weights,
     )
     result = pack.measure(config, plan)
@@ -85,12 +86,31 @@ def step_verb(
     """
     from dbtrain import configfile
     from dbtrain.bench import step
+    from dbtrain.config import EngineConfig, ModelConfig
 
     config = configfile.load(recipe, overrides or ())
-    counts = [int(size) for size in sizes.split(",")]
-    ways = capture.split(","), attention.split(",")
-    result = step.measure(config, step.Plan(*ways, counts, steps, turns, random_weights))
+    ways = (
+        choices(capture, "--capture", EngineConfig.model_fields["capture"].annotation),
+        choices(attention, "--attention", ModelConfig.model_fields["attention"].annotation),
+    )
+    result = step.measure(config, step.Plan(*ways, numbers(sizes, "--sizes"), steps, turns, random_weights))
     print_json(result) if as_json else typer.echo(step.table(result))
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """The numbers of a list with commas. Raises ConfigError for anything else."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise ConfigError(f"{option}: got {text!r}, want numbers from 1 with commas, such as 1,4,16")
+    return [int(word) for word in words]
+
+
+def choices(text: str, option: str, kind: Any) -> list[str]:
+    """The words of a list with commas, each one that the setting of this kind knows. Raises ConfigError for others."""
+    words, known = text.split(","), get_args(kind)
+    if not set(words) <= set(known):
+        raise ConfigError(f"{option}: got {text!r}, want {', '.join(known)}, with commas")
+    return words
 
 
 VERBS: dict[str, Callable[..., None]] = {"pack": pack_verb, "ops": ops_verb, "step": step_verb}

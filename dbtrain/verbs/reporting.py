@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -44,10 +45,12 @@ def report_verb(
         tell(rebuild(run, price=price, fresh=fresh))
         return
     try:
-        while not (built := rebuild(run, refresh_s=round(max(every, 2)), price=price, fresh=fresh)).over:
-            if built.made:
+        for look in count():
+            built = rebuild(run, refresh_s=round(max(every, 2)), price=price, fresh=fresh and not look)
+            if built.made or not look:
                 tell(built)
-            fresh = False
+            if built.over:
+                break
             time.sleep(every)
     finally:  # however it ends, what is left behind does not reload itself
         tell(rebuild(run, price=price))

@@ -1,6 +1,7 @@
 """The verbs that work on subjects: preflight, shard, prior, train, generate, export, demo."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,12 @@ def preflight_verb(
     from dbtrain.families import load_tokenizer
 
     config = configfile.load(recipe, overrides or ())
-    subjects, findings = sift(manifest, config, *caption_tokens(load_tokenizer(config.model.path)))
+    try:
+        counted = caption_tokens(load_tokenizer(config.model.single_file_layout or config.model.path))
+    except DataError as error:  # photos can be looked at where the base is not
+        counted = ()
+        typer.echo(f"lengths of captions are not checked: {error}", err=True)
+    subjects, findings = sift(manifest, config, *counted)
     if as_json:
         print_json([finding.row() for finding in findings])
     if findings and not (skip_bad and subjects):
@@ -38,7 +44,8 @@ def preflight_verb(
     for finding in findings:
         typer.echo(f"left out: {finding.line()}", err=True)
     if not as_json:
-        typer.echo(f"{manifest}: {len(subjects)} subjects, nothing to complain about")
+        bad = len({finding.subject for finding in findings})
+        typer.echo(f"{manifest}: {len(subjects)} subjects, {f'{bad} left out' if bad else 'nothing to complain about'}")
 
 
 def train_verb(
@@ -67,8 +74,8 @@ def train_verb(
     config = configfile.load(recipe, overrides or ())
     from dbtrain.train import train_manifest
 
-    keep_origin(out, "train", manifest, recipe, overrides)
-    records, failed = train_manifest(manifest, config, out, subject, quiet, skip_bad)
+    opened = partial(keep_origin, out, "train", manifest, recipe, overrides, skip_bad)
+    records, failed = train_manifest(manifest, config, out, subject, quiet, skip_bad, opened)
     if as_json:
         print_json(records)
     else:
@@ -157,6 +164,8 @@ def demo_verb(
     )
     for path in (*shown.sheets, *shown.reports):
         typer.echo(f"look at {path}")
+    if failed := [f"{each['subject']}: {each['failed']}" for each in shown.records if "failed" in each]:
+        raise EngineError("\n".join(failed))
 
 
 VERBS: dict[str, Callable[..., None]] = {
