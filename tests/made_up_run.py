@@ -75,18 +75,23 @@ def log(steps: int, dice: random.Random, last: float) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def evaluation(dice: random.Random, images: list[dict]) -> dict:
-    """evaluation.json of a subject."""
+def evaluation(made: dict, dice: random.Random, images: list[dict]) -> dict:
+    """evaluation.json of the subject that a record is of."""
 
     def scores(shift: float) -> dict:
         middle = {"dino": 0.62, "clip_i": 0.78, "clip_t": 0.29, "clip_t_plain": 0.3, "pres": 0.42, "div": 0.35}
         values = {key: value + shift * (value < 0.9) + dice.gauss(0, 0.06) for key, value in middle.items()}
-        return {key: {"value": at, "low": at - 0.03, "high": at + 0.03} for key, at in values.items()}
+        return {key: {"value": at, "low": at - 0.03, "high": at + 0.03, "count": 4} for key, at in values.items()}
 
     own = scores(0)
+    sampling = {"steps": 25, "guidance": 3.0, "resolution": 64, "seed": 0}
     low = [{"kind": "overfit", "text": "samples hardly differ between prompts"}] if own["div"]["value"] < 0.25 else []
     return {
         "schema": 1,
+        **{key: made[key] for key in ("subject", "class", "identifier", "run")},
+        "base_model": made["base"],
+        "photos": 4,
+        "protocol": {"name": "quick", "superclass": "live", "prompts": 2, "images": 1, "class_images": 4, **sampling},
         "encoders": {"identity": "embedded", "clip": "embedded", "distance": "patch"},
         "scores": own,
         "base": scores(-0.2),
@@ -129,7 +134,7 @@ def make_subject(
                 images.append(
                     {"file": name, "prompt": prompt.replace("{subject}", made["class"]), "seed": 0, "row": row}
                 )
-        (folder / "evaluation.json").write_text(json.dumps(evaluation(dice, images)))
+        (folder / "evaluation.json").write_text(json.dumps(evaluation(made, dice, images)))
 
 
 def make_run(
@@ -142,7 +147,8 @@ def make_run(
     steps: int = 400,
     photos: int = 0,
 ) -> Path:
-    """A run of `count` finished subjects; with `photos`, shards of so many photos for each subject too."""
+    """A run of `count` finished subjects, with the table over them if they are judged; with `photos`, shards of so many
+    photos for each subject too."""
     prompts = json.dumps(list(PROMPTS))
     recipe = render(loads(f"train: {{steps: {steps}}}\nsample: {{prompts: {prompts}}}"))
     images = [picture(seed, side) for seed in range(pool)]
@@ -155,6 +161,10 @@ def make_run(
             images,
             judged=judged,
         )
+    if judged and count:
+        from dbtrain.evaluate.summary import write_summary
+
+        write_summary(run)
     if photos:
         make_shards(run, count, photos, images)
     return run

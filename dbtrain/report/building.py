@@ -20,17 +20,28 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from dbtrain.atomic import held, write_file
+from dbtrain.atomic import LOCK, held, write_file
 from dbtrain.batch import SUBJECT_ID
 from dbtrain.data.index import Row
-from dbtrain.errors import DataError
-from dbtrain.report.facts import read_facts, row
+from dbtrain.errors import DataError, DbtrainError
+from dbtrain.report.facts import Facts, read_facts, row
 from dbtrain.report.pages import ASSETS, OVER, TEMPLATES, View, index_page, subject_page, version
 from dbtrain.report.pictures import Thumbnails, put
-from dbtrain.report.reading import CONFIG, EVALUATION, RECORD, Stamp, read_object, read_text, settings, stamps
+from dbtrain.report.reading import (
+    CONFIG,
+    EVALUATION,
+    RECORD,
+    RUN_BYTES,
+    Stamp,
+    read_object,
+    read_text,
+    settings,
+    stamps,
+    text,
+)
 from dbtrain.report.sheets import covers, evaluated, load_index, photos, strips
 
-FOLDER, INDEX, STATE, ORIGIN = "report", "index.html", ".state.json", "run.json"
+FOLDER, SUBJECTS, INDEX, STATE, ORIGIN = "report", "subjects", "index.html", ".state.json", "run.json"
 ALONE = 64
 """Pages up to which no helper processes are started: they need about as long to begin."""
 MAJORITY = 64
@@ -39,7 +50,7 @@ MAJORITY = 64
 
 @dataclass(frozen=True)
 class Built:
-    """The run's page, the number of subjects, pages made and left, and whether nothing will change any more."""
+    """The run's page, the number of subjects, pages made and left, and whether the run has ended."""
 
     index: Path
     subjects: int
@@ -88,13 +99,13 @@ def rebuild(
     """
     begin = time.perf_counter()
     ledger = read_ledger(run)
-    if ledger is None and not (run / "subjects").is_dir():
+    if ledger is None and not (run / SUBJECTS).is_dir():
         raise DataError(
             f"{run}: holds no run (neither subjects/ nor ledger.sqlite); "
             "give the folder that was --out of `dbtrain train` or `dbtrain batch run`"
         )
-    out = run / FOLDER
-    out.mkdir(exist_ok=True)
+    out = own_folder(run / FOLDER)
+    own_folder(out / SUBJECTS)
     with held(out / ".lock") as ours:
         if not ours:
             raise DataError(f"{out}: another process builds this report; wait for it, or stop its --watch")
@@ -108,26 +119,47 @@ def _rebuild(
 ) -> Built:
     notes: list[str] = []
     told = ledger.rows if ledger else {}
-    known = sorted({*subject_folders(run), *told})
-    state = {} if fresh else _state(out)
-    common = common_settings(read_text(run / "subjects" / name / CONFIG, []) for name in known)
+    linked = {name for name in told if (run / SUBJECTS / name).is_symlink()}
+    notes += [f"{name} is left out: {SUBJECTS}/{name} is a link" for name in sorted(linked)]
+    known = sorted({*subject_folders(run), *told} - linked)
+    before, state = _state(out)
+    state = {} if fresh else state
+    common = common_settings(read_text(run / SUBJECTS / name / CONFIG, []) for name in known)
     jobs = list(_jobs(run, known, told, view, common, notes))
     stale = [job for job in jobs if not _is_current(out, state.get(job.subject), job.digest)]
     for name in ASSETS:
         put(out / name, (TEMPLATES / name).read_bytes())
     made = dict(_make(stale, partial(make_page, run=run, view=view, common=common, fresh=fresh), processes))
     entries = {job.subject: made.get(job.subject) or state[job.subject] for job in jobs}
-    for name in set(_folders(out / "subjects")) - set(known):
-        shutil.rmtree(out / "subjects" / name)
+    for name in before & set(_folders(out / SUBJECTS)) - set(known):
+        shutil.rmtree(out / SUBJECTS / name)
     rows = [entries[name]["row"] for name in known]
-    evaluation = read_object(run / EVALUATION, notes)
-    over = ledger is not None and all(each["state"] in OVER for each in rows)
+    notes += [f"{name}: its page could not be made: {why}" for name in known if (why := entries[name].get("failed"))]
+    evaluation = read_object(run / EVALUATION, notes, RUN_BYTES)
+    over = not is_worked_on(run) and (ledger is None or all(each["state"] in OVER for each in rows))
     page = index_page(view, rows, ledger.retries if ledger else None, evaluation, common, notes)
     if made:
         os.sync()  # once for all pages, before anything says that they are there
     write_file(out / STATE, json.dumps({"version": version(), "subjects": entries}).encode())
     write_file(out / INDEX, page.encode("utf-8", "replace"))
     return Built(out / INDEX, len(jobs), len(stale), len(jobs) - len(stale), over, time.perf_counter() - begin)
+
+
+def own_folder(folder: Path) -> Path:
+    """The folder, made if it is not there. Raises DataError for a link or a file in its place: the report writes and
+    deletes in it, and behind a link may be another run."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise DataError(f"{folder}: is a link or a file, want a folder that the report can make; move it away")
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def is_worked_on(run: Path) -> bool:
+    """Whether a training or a fleet's driver holds the run; until it leaves, it may draw and score what is trained."""
+    if not (run / LOCK).exists():
+        return False
+    with held(run / LOCK) as free:
+        return not free
 
 
 def read_ledger(run: Path) -> Ledger | None:
@@ -144,7 +176,7 @@ def read_ledger(run: Path) -> Ledger | None:
 
 def subject_folders(run: Path) -> list[str]:
     """The ids in a run's `subjects/`; anything that is no id, or no folder of its own, is passed over."""
-    return _folders(run / "subjects")
+    return _folders(run / SUBJECTS)
 
 
 def _folders(parent: Path) -> list[str]:
@@ -161,8 +193,8 @@ def common_settings(texts: Iterable[str]) -> dict[str, Any]:
     """The run's recipe: for each setting the value that most subjects have."""
     found = Counter(filter(None, texts)).most_common(MAJORITY)
     votes: dict[str, Counter[str]] = {}
-    for text, count in found:
-        for key, value in settings(text).items():
+    for recipe, count in found:
+        for key, value in settings(recipe).items():
             votes.setdefault(key, Counter())[json.dumps(value)] += count
     return {key: json.loads(values.most_common(1)[0][0]) for key, values in votes.items()}
 
@@ -174,7 +206,7 @@ def _jobs(
     shared = [version(), view.run, view.origin, common, notes]
     base = hashlib.sha256(json.dumps(shared, sort_keys=True).encode())
     for name in known:
-        folder = run / "subjects" / name
+        folder = run / SUBJECTS / name
         files, rows = stamps(folder), index.rows_of(name) if index else ()
         own = ledger.get(name, {})
         state = own.get("state") or ("finished" if any(path == RECORD for path, _, _ in files) else "unfinished")
@@ -194,19 +226,17 @@ def newest_checkpoint(folder: Path) -> str | None:
     return max(names, default=None)
 
 
-def _state(out: Path) -> dict[str, Any]:
-    """What the last build knew of each subject: {"digest", "row"}; empty if it is unreadable or of another version."""
-    state = {}
-    if (out / STATE).exists():
-        try:
-            state = json.loads((out / STATE).read_bytes())
-        except ValueError:
-            return {}
-    return state.get("subjects", {}) if state.get("version") == version() else {}
+def _state(out: Path) -> tuple[set[str], dict[str, Any]]:
+    """Subjects that the last build made a page of, and what it knew of each: {"digest", "row"}, which is nothing if
+    another version of the report wrote it."""
+    state = read_object(out / STATE, [], RUN_BYTES)
+    subjects = state.get("subjects")
+    subjects = subjects if isinstance(subjects, dict) else {}
+    return set(subjects), subjects if state.get("version") == version() else {}
 
 
 def _is_current(out: Path, entry: Mapping[str, Any] | None, digest: str) -> bool:
-    return entry is not None and entry["digest"] == digest and (out / "subjects" / entry["row"]["id"] / INDEX).exists()
+    return entry is not None and entry["digest"] == digest and (out / SUBJECTS / entry["row"]["id"] / INDEX).exists()
 
 
 def _make(
@@ -221,9 +251,28 @@ def _make(
 
 
 def make_page(job: Job, run: Path, view: View, common: Mapping[str, Any], fresh: bool) -> dict[str, Any]:
-    """{"digest", "row"} of a subject, after its thumbnails and its page were written."""
-    folder, out = run / "subjects" / job.subject, run / FOLDER / "subjects" / job.subject
-    out.mkdir(parents=True, exist_ok=True)
+    """{"digest", "row"} of a subject, after its thumbnails and its page were written.
+
+    Whatever its files hold, the other pages are made: what they make of this one is then told in place of it, and under
+    "failed".
+    """
+    out = own_folder(run / FOLDER / SUBJECTS / job.subject)
+    try:
+        return _made_page(job, run / SUBJECTS / job.subject, run, out, view, common, fresh)
+    except (DbtrainError, OSError):
+        raise
+    except Exception as error:
+        failed = f"{type(error).__name__}: {text(str(error), 300)}"
+        notes = [f"its files make no page: {failed}"]
+        facts = Facts(job.subject, {}, {"state": job.ledger.get("state")}, {}, [], {}, notes)
+        nothing = {"photos": [], "strips": {"columns": [], "prompts": []}, "evaluated": []}
+        put(out / INDEX, subject_page(view, facts, nothing, common, None).encode("utf-8", "replace"))
+        return {"digest": job.digest, "row": row(facts, {}), "failed": failed}
+
+
+def _made_page(
+    job: Job, folder: Path, run: Path, out: Path, view: View, common: Mapping[str, Any], fresh: bool
+) -> dict[str, Any]:
     facts = read_facts(folder, job.subject, job.ledger)
     thumbnails = Thumbnails(out, fresh)
     shown = photos(run / "shards", job.photos, thumbnails, facts.notes)

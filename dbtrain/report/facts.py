@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.errors import ConfigError
+from dbtrain.evaluate.scores import SCORES, title
 from dbtrain.prompts import fill
 from dbtrain.report.reading import (
     CONFIG,
@@ -26,17 +27,8 @@ from dbtrain.report.reading import (
     text,
 )
 
-SCORES = {
-    "dino": ("DINO", "likeness to the photos, identity encoder", True),
-    "clip_i": ("CLIP-I", "likeness to the photos, CLIP", True),
-    "clip_t": ("CLIP-T", "agreement with the prompt", True),
-    "clip_t_plain": ("CLIP-T plain", "agreement with the prompt without the identifier", True),
-    "pres": ("PRES", "class members drawn as the subject", False),
-    "div": ("DIV", "how much images of one prompt differ", True),
-}
-"""Score -> (name, meaning, whether more is better)."""
-SHOWN = ("dino", "clip_i", "clip_t", "pres", "div")
-"""Scores that have a column in the table."""
+SHOWN = tuple(score for score in SCORES if score not in ("clip_t_plain", "prompt_gap"))
+"""Scores that have a column in the table; the others are on the subjects' own pages."""
 TAIL = 12
 """Lines of the log on a page."""
 
@@ -141,11 +133,17 @@ def _filled(template: str, words: Mapping[str, Any]) -> str:
 def score_table(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of a score table from {"scores", "base", "real"}, in SCORES' order; unknown scores are left out."""
     rows = []
-    for key, (name, meaning, more) in SCORES.items():
+    for key in SCORES:
         own, base, real = (_interval(evaluation.get(part), key) for part in ("scores", "base", "real"))
         if own["value"] is not None:
-            rows.append({"key": key, "name": name, "meaning": meaning, "more": more, **own, "base": base, "real": real})
+            rows.append({**about_score(key), **own, "base": base, "real": real})
     return rows
+
+
+def about_score(key: str) -> dict[str, Any]:
+    """{"key", "name", "meaning", "more"} of a score; more: whether more is better."""
+    metric = SCORES[key]
+    return {"key": key, "name": title(key), "meaning": metric.meaning, "more": metric.better == "higher"}
 
 
 def _interval(scores: Any, key: str) -> dict[str, float | None]:

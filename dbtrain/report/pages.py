@@ -14,9 +14,11 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dbtrain import __version__
+from dbtrain.evaluate.scores import title
 from dbtrain.report import charts, summary
-from dbtrain.report.facts import SCORES, SHOWN, TAIL, Facts, differences, score_table
+from dbtrain.report.facts import SHOWN, TAIL, Facts, differences, score_table
 from dbtrain.report.reading import number, text
+from dbtrain.snippets import python_snippet
 
 TEMPLATES = Path(__file__).parent / "templates"
 ASSETS = ("report.css", "report.js")
@@ -40,7 +42,7 @@ class View:
     price: float | None = None
     """Price of a device hour, for the cost chart."""
     origin: Mapping[str, Any] | None = None
-    """The run's own command: {"manifest", "config", "overrides", "out"}."""
+    """The run's own command: {"manifest", "config", "overrides", "out", "skip_bad"}."""
 
 
 @cache
@@ -58,6 +60,7 @@ def environment() -> Environment:
         "spell": summary.spell,
         "short": charts.short,
         "path": lambda name: quote(str(name)),
+        "tone": lambda state: state if state in summary.STATES else "other",
     }
     env.globals |= {"version": __version__}
     return env
@@ -104,7 +107,7 @@ def index_page(
             retries=sorted((retries or {}).items(), key=lambda item: (-item[1], item[0])),
             scores=summary.scores(rows),
             overall=overall(evaluation),
-            worst_by=SCORES[key][0] if key else None,
+            worst_by=title(key) if key else None,
             worst_key=key,
             worst=poor,
             slowest=summary.slowest(rows),
@@ -117,7 +120,13 @@ def index_page(
                 (key, value if isinstance(value, str) else ", ".join(value)) for key, value in common.items()
             ),
             notes=notes,
-            data={"columns": DATA, "shown": used, "rows": [[tidy(row[name]) for name in DATA] for row in rows]},
+            data={
+                "columns": DATA,
+                "shown": used,
+                "states": summary.STATES,
+                "scores": {name: title(name) for name in SHOWN},
+                "rows": [[tidy(row[name]) for name in DATA] for row in rows],
+            },
         )
     )
 
@@ -234,34 +243,31 @@ def log_line(line: Mapping[str, Any]) -> str:
 
 
 def snippets(view: View, facts: Facts) -> list[dict[str, str]]:
-    """What a user copies: how to go on with training, and how to load the result; title, language, text."""
+    """What a user copies: how to load the result, and how to go on with training; titles and texts."""
     folder = f"{view.run.rstrip('/')}/subjects/{facts.id}"
-    found = [{"title": "Resume or repeat", "text": resume(view, facts)}]
+    again = {"title": "Resume or repeat", "text": resume(view, facts)}
     if not facts.record:
-        return found
-    base, caption = text(facts.record.get("base"), 500), text(facts.record.get("caption"), 500)
-    lora = facts.record.get("method") != "full"
-    embedded = base == "embedded"
-    source = "BASE, safety_checker=None" if embedded else repr(base)
-    load = ["from diffusers import DiffusionPipeline", *(["from dbtrain.tiny import BASE"] if embedded else []), ""]
-    if lora:
-        load += [f"pipe = DiffusionPipeline.from_pretrained({source})", f"pipe.load_lora_weights({folder!r})"]
-    else:
-        load += [f"pipe = DiffusionPipeline.from_pretrained({folder + '/model'!r})"]
-    load += [f"pipe({caption!r}).images[0].save({facts.id + '.png'!r})"]
-    target = f"ComfyUI/models/loras/{facts.id}.safetensors"
-    comfy = (
-        f"dbtrain export {shlex.quote(folder)} --out {target}\n# node LoraLoader: {facts.id}.safetensors\n"
-        if lora
-        else f"# copy {folder}/model to ComfyUI/models/diffusers/{facts.id}\n# node DiffusersLoader: {facts.id}\n"
-    )
+        return [again]
+    known = {key: text(facts.record.get(key), 500) for key in ("base", "family", "method", "caption")}
+    comfy = {
+        "lora": f"dbtrain export {shlex.quote(folder)} --out ComfyUI/models/loras/{facts.id}.safetensors\n"
+        f"# node LoraLoader: {facts.id}.safetensors",
+        "full": f"cp -r {shlex.quote(folder + '/model')} ComfyUI/models/diffusers/{facts.id}\n"
+        f"# node DiffusersLoader: {facts.id}",
+    }["full" if known["method"] == "full" else "lora"]
     more = f"dbtrain generate {shlex.quote(folder)} --prompt 'a photo of {{subject}} in the snow'"
     return [
-        {"title": "diffusers", "text": "\n".join(load)},
-        {"title": "ComfyUI", "text": f"{comfy}# prompt: {caption}"},
+        {"title": "diffusers", "text": python_snippet(known, folder, f"{facts.id}.png")},
+        # Quoted although it is a comment: a line break would end that, and zsh takes none from the keyboard.
+        {"title": "ComfyUI", "text": f"{comfy}\n# prompt: {shlex.quote(one_line(known['caption']))}"},
         {"title": "More pictures", "text": more},
-        *found,
+        again,
     ]
+
+
+def one_line(words: str) -> str:
+    """Words with a single blank for everything between them that no reader sees."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in words).split())
 
 
 def resume(view: View, facts: Facts) -> str:
@@ -273,6 +279,7 @@ def resume(view: View, facts: Facts) -> str:
     words = ["dbtrain", "batch", "run", manifest] if fleet else ["dbtrain", "train", manifest, "--subject", facts.id]
     overrides = origin.get("overrides")
     words += ["--config", recipe, "--out", view.run]
+    words += ["--skip-bad"] if origin.get("skip_bad") is True else []
     words += [text(each, 1000) for each in (overrides if isinstance(overrides, list) else [])]
     again = ["dbtrain", "batch", "retry", view.run, facts.id] if facts.state in ("quarantined", "cancelled") else []
     return "\n".join(shlex.join(line) for line in (again, words) if line)

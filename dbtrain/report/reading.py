@@ -5,11 +5,13 @@ Everything here is untrusted text: nothing is parsed but JSON and YAML 1.2, and 
 
 from __future__ import annotations
 
+import errno
 import json
-import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,12 @@ IMAGE = re.compile(r"prompt-(\d{2,4})-image-(\d{2,4})\.png")
 STEP = re.compile(r"step-(\d{6,9})")
 MAX_BYTES = 4 * 2**20
 """Most that is read of one text file; of a longer log its end."""
+RUN_BYTES = 128 * 2**20
+"""Most that is read of the run's own evaluation.json, which names every subject: some 650 bytes for each."""
+SANE = 1e15
+"""Numbers from here on are no measurements, and charts could not place them."""
+YEARS = range(1990, 2200)
+"""Years in which a run can have ended."""
 
 Stamp = tuple[str, int, int]
 """A file's path in its folder, its size in bytes and its time of change in ns: it is the same while these are."""
@@ -60,24 +68,32 @@ def _stamp(folder: Path, name: str) -> Stamp | None:
     return (name, status.st_size, status.st_mtime_ns)
 
 
-def read_text(path: Path, notes: list[str]) -> str:
-    """A file's text, its last MAX_BYTES if it is longer; empty if there is none. What is wrong is noted."""
+def read_text(path: Path, notes: list[str], most: int = MAX_BYTES, tail: bool = False) -> str:
+    """A file's text; empty if there is none. What is wrong is noted: links and pipes are not followed, and of a file
+    longer than `most` bytes nothing is read, or with `tail` its end."""
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - MAX_BYTES))
-            content = file.read(MAX_BYTES)
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                notes.append(f"{path.name} is not read: it is no plain file")
+                return ""
+            if status.st_size > most and not tail:
+                notes.append(f"{path.name} is not read: it is larger than {most / 2**20:g} MiB")
+                return ""
+            file.seek(max(0, status.st_size - most))
+            content = file.read(most)
     except FileNotFoundError:
         return ""
     except OSError as error:
-        notes.append(f"{path.name} cannot be read: {error.strerror}")
+        what = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        notes.append(f"{path.name} cannot be read: {what}")
         return ""
     return content.decode("utf-8", "replace")
 
 
-def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
+def read_object(path: Path, notes: list[str], most: int = MAX_BYTES) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none, and with a note if it is something else."""
-    text = read_text(path, notes)
+    text = read_text(path, notes, most)
     if not text:
         return {}
     try:
@@ -93,7 +109,7 @@ def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
 def read_log(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The log's lines that are JSON objects with a step, in file order, less one that is still being written."""
     lines = []
-    for line in read_text(path, notes).splitlines():
+    for line in read_text(path, notes, tail=True).splitlines():
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
@@ -125,14 +141,21 @@ def _flat(node: yaml.MappingNode, prefix: str) -> Iterable[tuple[str, str | list
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else: NaN has no place in JSON, and a text is no measurement."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A number below SANE, or None for anything else: NaN has no place in JSON, and a text is no measurement."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -SANE < value < SANE:
         return None
+    return 0.0 if abs(value) < 1 / SANE else float(value)
+
+
+def moment(iso: Any) -> float | None:
+    """Seconds since 1970 of an ISO time (UTC where it names no zone), or None if it is none, or not of our YEARS."""
     try:
-        value = float(value)
-    except OverflowError:
+        found = datetime.fromisoformat(iso)
+    except (TypeError, ValueError):
         return None
-    return value if math.isfinite(value) else None
+    if found.year not in YEARS:
+        return None
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
 def text(value: Any, limit: int = 2000) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,29 +60,42 @@ def strips(folder: Path, files: Sequence[Stamp], facts: Facts, thumbnails: Thumb
     steps = sorted((name for name in sheets if STEP.fullmatch(name)), key=lambda name: int(name[5:]))
     shown = [*evenly(steps, STEPS), *([FINAL] if FINAL in sheets else [])]
     cells = sorted({cell for sheet in sheets.values() for cell in sheet})
+    first = _first_seed(facts)
     columns = [{"name": "finished" if name == FINAL else f"step {int(name[5:])}"} for name in shown]
     prompts = []
     for number_ in sorted({prompt for prompt, _ in cells})[:PROMPTS]:
         caption = facts.prompts[number_] if number_ < len(facts.prompts) else f"prompt {number_}"
-        seeds = [seed for prompt, seed in cells if prompt == number_][:SEEDS]
+        images = [image for prompt, image in cells if prompt == number_][:SEEDS]
         rows = [
             {
-                "seed": seed,
+                "seed": first + image,
                 "cells": [
                     _sample(
-                        folder, sheets[name].get((number_, seed)), f"{caption}, seed {seed}", thumbnails, facts.notes
+                        folder,
+                        sheets[name].get((number_, image)),
+                        f"{caption}, seed {first + image}",
+                        thumbnails,
+                        facts.notes,
                     )
                     for name in shown
                 ],
             }
-            for seed in seeds
+            for image in images
         ]
         prompts.append({"caption": caption, "rows": rows})
-    left_out = len(steps) - len(evenly(steps, STEPS)), len({prompt for prompt, _ in cells}) - len(prompts)
-    for count, what in zip(left_out, ("sheets drawn while training", "prompts")):
-        if count:
-            facts.notes.append(f"{count} more {what} are not shown")
+    left_out = {
+        "sheets drawn while training": len(steps) - len(evenly(steps, STEPS)),
+        "prompts": len({prompt for prompt, _ in cells}) - len(prompts),
+        "seeds of each prompt": max(Counter(prompt for prompt, _ in cells).values(), default=0) - SEEDS,
+    }
+    facts.notes += [f"{count} more {what} are not shown" for what, count in left_out.items() if count > 0]
     return {"columns": columns, "prompts": prompts}
+
+
+def _first_seed(facts: Facts) -> int:
+    """The seed of image 0 of every prompt; 0, the default, where the subject's settings do not tell."""
+    told = facts.settings.get("sample.seed")
+    return int(told) if isinstance(told, str) and re.fullmatch(r"\d{1,15}", told) else 0
 
 
 def evenly(names: Sequence[str], most: int) -> list[str]:
@@ -94,7 +109,11 @@ def _sample(folder: Path, stamp: Stamp | None, alt: str, thumbnails: Thumbnails,
     if stamp is None:
         return None
     name, size, changed = stamp
-    found = attempt(lambda: thumbnails.of(f"{name} {size} {changed}", lambda: folder / name), notes, name)
+    path = inside(folder, name)
+    if path is None:
+        notes.append(f"{name} is not shown: it is no file in this folder")
+        return None
+    found = attempt(lambda: thumbnails.of(f"{name} {size} {changed}", lambda: path), notes, name)
     return found and {**found, "alt": alt, "href": name}
 
 

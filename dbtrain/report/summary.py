@@ -8,8 +8,10 @@ from datetime import UTC, datetime
 from statistics import mean, median
 from typing import Any
 
+from dbtrain.evaluate.scores import title
 from dbtrain.report import charts
-from dbtrain.report.facts import SCORES, SHOWN
+from dbtrain.report.facts import SHOWN, about_score
+from dbtrain.report.reading import moment
 
 Rows = Sequence[Mapping[str, Any]]
 STATES = ("finished", "running", "waiting", "quarantined", "cancelled", "skipped", "unfinished")
@@ -78,8 +80,7 @@ def scores(rows: Rows) -> list[dict[str, Any]]:
     for key in SHOWN:
         values = [row[key] for row in rows if row[key] is not None]
         if values:
-            name, meaning, more = SCORES[key]
-            about = {"key": key, "name": name, "meaning": meaning, "more": more}
+            about, name = about_score(key), title(key)
             span = f"from {min(values):.3f} to {max(values):.3f}"
             said = f"{name}: mean {mean(values):.3f} over {len(values)} subjects, {span}"
             found.append(
@@ -150,15 +151,6 @@ def durations(rows: Rows) -> charts.Chart | None:
         return None
     said = f"Device seconds a subject: median {median(values):.4g}, from {min(values):.4g} to {max(values):.4g}"
     return histogram("Device seconds", values, said, charts.short)
-
-
-def moment(iso: Any) -> float | None:
-    """Seconds since 1970 of an ISO time (UTC where it names no zone), or None if it is none."""
-    try:
-        found = datetime.fromisoformat(iso)
-    except (TypeError, ValueError):
-        return None
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
 def clock(seconds: float, date: bool) -> str:

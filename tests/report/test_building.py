@@ -10,32 +10,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dbtrain.atomic import held
+from dbtrain.atomic import LOCK, held
 from dbtrain.errors import DataError
 from dbtrain.report import build, rebuild
 from dbtrain.report.building import Ledger
-from dbtrain.report.facts import Facts
-from dbtrain.report.pages import View, resume
 from tests.made_up_run import make_run
 from tests.main_job import dbtrain, start
-
-
-@pytest.fixture
-def run(tmp_path):
-    return make_run(tmp_path / "run", 5, sheets=("step-000100", "samples"), photos=2, pool=8)
-
-
-def page(run, subject):
-    return (run / "report" / "subjects" / subject / "index.html").read_text("utf-8")
-
-
-def tree(folder):
-    """Every file with its content, but for the hour of the build."""
-    return {
-        path.relative_to(folder).as_posix(): re.sub(rb"2\d{3}-[\d-]+T?[ \d:]+(Z| UTC)", b"", path.read_bytes())
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+from tests.report.conftest import page, tree
 
 
 def test_a_second_build_makes_nothing_and_changes_nothing(run):
@@ -128,6 +109,15 @@ def test_a_run_without_anything_but_a_record(tmp_path):
     (tmp_path / "subjects" / "rex" / "record.json").unlink()
     (tmp_path / "subjects" / "rex").rmdir()
     assert rebuild(tmp_path).subjects == 0
+
+
+def test_a_run_of_many_subjects_keeps_its_table(run):
+    whole = json.loads((run / "evaluation.json").read_text())
+    whole["by_subject"] = whole["by_subject"] * 2000  # 10,000 subjects
+    (run / "evaluation.json").write_text(json.dumps(whole, indent=1))
+    assert (run / "evaluation.json").stat().st_size > 4 * 2**20
+    told = build(run).read_text()
+    assert "Scores over subjects" in told and f"{whole['macro']['scores']['dino']['value']:.3f}" in told
 
 
 def test_no_run_is_an_error_that_says_what_to_do(tmp_path):
@@ -225,17 +215,6 @@ def test_pages_of_an_ongoing_run_reload_and_finished_ones_do_not(run):
     assert "data-refresh" not in (run / "report" / "index.html").read_text() + page(run, "dog-00000")
 
 
-def test_resume_command():
-    facts = Facts("rex", {}, {}, {}, [], {})
-    assert resume(View("runs/a b", ""), facts) == (
-        "dbtrain train MANIFEST --subject rex --config 'runs/a b/subjects/rex/config.yaml' --out 'runs/a b'"
-    )
-    origin = {"verb": "train", "manifest": "p.csv", "config": "tiny", "overrides": ["train.steps=5", "a.b=[1, 2]"]}
-    assert resume(View("out", "", origin=origin), facts) == (
-        "dbtrain train p.csv --subject rex --config tiny --out out train.steps=5 'a.b=[1, 2]'"
-    )
-
-
 def test_the_verb(run):
     told = dbtrain(["report", run, "--json"])
     assert told.returncode == 0
@@ -245,17 +224,33 @@ def test_the_verb(run):
     assert (wrong.returncode, wrong.stdout) == (3, "") and "holds no run" in wrong.stderr
 
 
-def test_a_watch_ends_with_pages_that_do_not_reload(run):
-    process = start(["report", run, "--watch", "--every", "1"])
+@pytest.mark.parametrize("end", ["the run's", "ctrl-c"])
+def test_a_watch_ends_with_pages_that_do_not_reload(run, end):
+    rebuild(run, refresh_s=2)
     index = run / "report" / "index.html"
-    wait_for(lambda: index.exists() and "data-refresh" in index.read_text())
-    (run / "subjects" / "cat-00001").rename(run / "subjects" / "renamed")
-    wait_for(lambda: (run / "report" / "subjects" / "renamed" / "index.html").exists())
-    process.send_signal(signal.SIGINT)
+    with held(run / LOCK) as ours:  # as a training does
+        assert ours
+        process = start(["report", run, "--watch", "--every", "1"])
+        first = process.stdout.readline()
+        assert "0 pages made, 5 unchanged" in first  # that it looks is told, even if there is nothing new
+        (run / "subjects" / "cat-00001").rename(run / "subjects" / "renamed")
+        wait_for(lambda: (run / "report" / "subjects" / "renamed" / "index.html").exists())
+        assert "data-refresh" in index.read_text()
+        if end == "ctrl-c":
+            process.send_signal(signal.SIGINT)
+            process.wait(100)
     told, complaint = process.communicate(timeout=100)
-    assert (process.returncode, "Traceback" in complaint) == (130, False)
-    assert "5 pages made" in told.splitlines()[0] and "5 subjects" in told.splitlines()[-1]
+    assert (process.returncode, "Traceback" in complaint) == (130 if end == "ctrl-c" else 0, False)
+    assert "1 pages made" in told.splitlines()[0] and "5 subjects" in told.splitlines()[-1]
     assert "data-refresh" not in index.read_text() and "renamed" in index.read_text()
+
+
+def test_a_fleet_that_still_draws_and_scores_is_not_over(run, monkeypatch):
+    rows = {name: {"state": "finished", "after": None} for name in os.listdir(run / "subjects")}
+    monkeypatch.setattr("dbtrain.report.building.read_ledger", lambda run: Ledger(rows, {}))
+    with held(run / LOCK):
+        assert not rebuild(run).over
+    assert rebuild(run).over
 
 
 def wait_for(holds, seconds=100):

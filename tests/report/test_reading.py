@@ -6,7 +6,18 @@ import math
 import pytest
 
 from dbtrain.report.facts import differences, read_facts, row
-from dbtrain.report.reading import MAX_BYTES, inside, number, numbers, read_log, read_object, settings, stamps, text
+from dbtrain.report.reading import (
+    MAX_BYTES,
+    RUN_BYTES,
+    inside,
+    number,
+    numbers,
+    read_log,
+    read_object,
+    settings,
+    stamps,
+    text,
+)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe\0", b"[" * 100_000, b'{"a": 1} x', b"null"])
@@ -47,10 +58,17 @@ def test_of_a_huge_log_the_end_is_read(tmp_path):
     assert found[-1]["step"] == 8 and len(found) < MAX_BYTES // 1000 + 2
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1", None, [1], 10**400])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1", None, [1], 10**400, 1e308, -1e15])
 def test_what_is_no_finite_number_is_none(value):
     assert number(value) is None
     assert numbers({"a": value, "b": 2}) == {"b": 2.0}
+
+
+def test_a_huge_object_is_not_read_by_its_end_and_a_huge_run_is(tmp_path):
+    path, notes = tmp_path / "evaluation.json", []
+    path.write_text(json.dumps({"macro": {"scores": {}}, "by_subject": ["x" * 1000] * (MAX_BYTES // 1000)}))
+    assert read_object(path, notes) == {} and notes == ["evaluation.json is not read: it is larger than 4 MiB"]
+    assert read_object(path, [], RUN_BYTES)["macro"] == {"scores": {}}
 
 
 def test_texts_are_bounded():
@@ -71,7 +89,8 @@ def test_no_name_leads_out_of_the_folder(tmp_path, name):
 
 def test_settings_are_dotted_texts():
     assert settings("a: {b: 1e-4, c: [x, 'y z']}\nd: null\n") == {"a.b": "1e-4", "a.c": ["x", "y z"], "d": "null"}
-    assert settings("a: &x 1\nb: *x\n") == {} and settings("- 1\n") == {} and settings("a: !!python/none 1") != 1
+    assert settings("a: &x 1\nb: *x\n") == {} and settings("- 1\n") == {}
+    assert settings("a: !!python/object/apply:os.getcwd []\n") == {"a": []}  # a tag makes nothing
     assert differences({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"}) == [("b", "3", "2"), ("c", "4", "")]
     assert differences({}, {"a": "1"}) == []
 

@@ -1,10 +1,17 @@
 """Sums over a run, against loops over the same rows."""
 
+import json
+import math
 import random
+from datetime import datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as some
 
 from dbtrain.report import summary
+from dbtrain.report.charts import lines
+from dbtrain.report.reading import number
 
 
 def make_row(number, **values):
@@ -88,9 +95,32 @@ def test_a_histogram_counts_every_value_once():
     assert len(summary.histogram("t", [2.0, 2.0, 2.0], "s", str).bars) == 4
 
 
-@pytest.mark.parametrize("iso", ["", None, 5, "yesterday", "2026-13-01", "<script>"])
+YEARS = ["0001-01-01T00:00:00+23:59", "1969-07-20", "9999-12-31T23:59:59Z"]
+
+
+@pytest.mark.parametrize("iso", ["", None, 5, "yesterday", "2026-13-01", "<script>", *YEARS])
 def test_what_is_no_time_is_no_moment(iso):
     assert summary.moment(iso) is None
+
+
+NUMBERS = some.floats(allow_nan=True, allow_infinity=True).map(number)
+TIMES = some.datetimes(timezones=some.timezones()).map(datetime.isoformat) | some.text(max_size=9)
+
+
+@given(some.lists(some.tuples(NUMBERS, NUMBERS, TIMES), max_size=30), some.none() | some.floats(0, 1e6))
+def test_charts_can_be_drawn_of_all_that_is_read(found, price):
+    """Whatever stands in a run's files: `number` and `moment` leave nothing that a chart cannot place."""
+    rows = [
+        make_row(i, seconds=first, device_s=first, dino=second, finished=text, stages={"train": first or 0})
+        for i, (first, second, text) in enumerate(found)
+    ]
+    charts = [summary.throughput(rows), summary.cost(rows, price), summary.durations(rows)]
+    charts += [score["chart"] for score in summary.scores(rows)]
+    line = [(float(i), value) for i, (value, _, _) in enumerate(found) if value is not None]
+    charts.append(lines("Loss", {"loss": line}, "") if line else None)
+    places = [place for chart in filter(None, charts) for place, _ in (*chart.x_ticks, *chart.y_ticks)]
+    assert all(math.isfinite(place) for place in places) and len(places) < 400
+    json.dumps([summary.totals(rows, price), summary.stage_table(rows)], allow_nan=False)
 
 
 def test_times_without_a_zone_are_utc():

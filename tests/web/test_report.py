@@ -56,6 +56,9 @@ def test_a_column_sorts_both_ways_and_unknown_values_stand_last(report, visit):
         ("TEAPOT 0", lambda row: row["class"] == "teapot" and "0" in row["id"]),
         ("dino<0.6", lambda row: row["dino"] is not None and row["dino"] < 0.6),
         ("clip-i>=0.8 dog", lambda row: row["clip_i"] is not None and row["clip_i"] >= 0.8 and row["class"] == "dog"),
+        ("loss<5e-1", lambda row: row["loss"] < 0.5),
+        ("attempts>.5E0", lambda row: False),  # no run without a ledger counts them
+        ("seconds>=+2.5e+1", lambda row: row["seconds"] >= 25),
         ("nothing-like-this", lambda row: False),
     ],
 )
@@ -82,6 +85,19 @@ def test_menus_filter_and_the_address_keeps_it_all(report, visit):
     page.reload()
     assert shown(page) == wanted
     assert page.input_value("#class") == "vase" and page.is_checked("#warned")
+
+
+def test_jumps_within_the_page_keep_what_the_table_was_asked_for(report, visit):
+    page = (seen := visit()).page
+    seen.open(report / "index.html", "#q=dog&sort=-loss")
+    for name in ("extremes", "summary", "recipe", "subjects"):
+        page.click(f".bar nav a[href='#{name}']")
+        assert page.evaluate("document.activeElement.id") == name
+        seen.until(f"Math.abs(document.getElementById('{name}').getBoundingClientRect().top) < innerHeight")
+        assert page.url.endswith("#q=dog&sort=-loss")
+    before = shown(page)
+    page.reload()
+    assert shown(page) == before and page.input_value("#find") == "dog"
 
 
 def test_the_keyboard_alone_sorts_walks_opens_and_comes_back(report, visit):
@@ -163,9 +179,18 @@ def test_snippets_are_copied(report, visit):
     code = seen.page.locator(".snippet code").first.text_content()
     seen.page.locator(".copy").first.click()
     seen.until("document.querySelector('.copy').textContent !== 'Copy'")
-    copied = seen.page.locator(".copy").first.inner_text()
-    assert "load_lora_weights" in code
-    assert (copied, seen.page.evaluate("navigator.clipboard.readText()")) == ("Copied", code) or copied == "Selected"
+    assert "load_lora_weights" in code and seen.page.locator(".copy").first.inner_text() == "Copied"
+    assert seen.page.evaluate("navigator.clipboard.readText()") == code
+
+
+def test_where_copying_is_refused_the_snippet_is_selected(report, visit):
+    seen = visit(permissions=[])
+    seen.open(report / "subjects" / "dog-00012" / "index.html")
+    code = seen.page.locator(".snippet code").first.text_content()
+    seen.page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    seen.page.locator(".copy").first.click()
+    seen.until("document.querySelector('.copy').textContent === 'Selected'")
+    assert seen.page.evaluate("getSelection().toString()") == code
 
 
 def test_dark_and_light_follow_the_system_until_the_reader_chooses(report, visit):
@@ -241,6 +266,32 @@ def test_print_shows_every_subject_and_none_of_the_tools(report, visit):
     page.emulate_media(media="print")
     assert not page.is_visible("#tools") and not page.is_visible(".bar nav")
     assert page.evaluate(BRIGHTNESS) == 3 * 255
+
+
+def test_print_of_the_gallery_shows_every_subject_with_its_pictures(report, visit):
+    page = (seen := visit(viewport={"width": 700, "height": 400})).page
+    seen.open(report / "index.html", "#view=gallery&sort=-loss")
+    page.evaluate("""() => { addEventListener('beforeprint', () => {
+      const images = [...document.querySelectorAll('#gallery img')];
+      window.printed = [document.querySelectorAll('#gallery .card').length, images.length,
+        images.filter((image) => image.loading === 'lazy').length]; }); }""")
+    page.pdf(format="A4")
+    assert page.evaluate("window.printed") == [60, 120, 0]
+
+
+@pytest.mark.parametrize("place", ["th[data-name=loss] button", "#body a >> nth=2", "#live"])
+def test_a_page_that_loads_itself_again_keeps_focus_and_place(tmp_path, visit, place):
+    run = make_run(tmp_path / "run", 30, pool=4)
+    page = (seen := visit(viewport={"width": 900, "height": 500})).page
+    seen.open(rebuild(run, refresh_s=1).index)
+    page.locator(place).evaluate("(each) => each.focus({ preventScroll: true })")
+    focused = "document.activeElement.outerHTML"
+    before = page.evaluate(focused)
+    page.evaluate("scrollTo({ top: 300, behavior: 'instant' }); window.old = true")
+    page.wait_for_timeout(100)
+    seen.until("!window.old && document.readyState === 'complete'")
+    assert page.evaluate(focused) == before
+    assert page.evaluate("scrollY") == 300  # at once: nothing glides there
 
 
 def test_an_ongoing_run_shows_news_by_itself_until_it_is_paused(tmp_path, visit):

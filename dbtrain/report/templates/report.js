@@ -46,18 +46,46 @@ function startAge() {
   setInterval(tell, 30000);
 }
 
+// Links within a page go there without touching the address, which keeps what the table was asked for.
+function startJumps() {
+  for (const link of document.querySelectorAll('a[href^="#"]')) {
+    link.addEventListener("click", (event) => {
+      if (event.button || event.ctrlKey || event.metaKey || event.shiftKey) return;
+      const goal = document.querySelector(link.hash);
+      event.preventDefault();
+      goal.tabIndex = -1;
+      goal.focus({ preventScroll: true });
+      goal.scrollIntoView();
+    });
+  }
+}
+
+// A selector that finds the focused element again on the same page loaded anew; none for an element without a name.
+function focusedPlace() {
+  const at = document.activeElement, href = at?.getAttribute("href"), column = at?.closest("th[data-name]")?.dataset.name;
+  if (at?.id) return `#${CSS.escape(at.id)}`;
+  if (column) return `th[data-name="${CSS.escape(column)}"] button`;
+  return href ? `a[href="${CSS.escape(href)}"]` : "";
+}
+
 // A page of an ongoing run loads itself again, unless the reader stops it; where one was reading is kept.
 function startLive() {
   const seconds = Number(document.body.dataset.refresh), button = byId("live");
   if (!seconds || !button) return;
   const key = `dbtrain-scroll ${location.pathname}`, at = remembered(sessionStorage, key);
-  if (at) { const [page, table] = JSON.parse(at); scrollTo(0, page); if (byId("scroll")) byId("scroll").scrollTop = table; }
+  if (at) {
+    const [top, table, place] = JSON.parse(at);
+    scrollTo({ top, behavior: "instant" });
+    if (byId("scroll")) { byId("scroll").scrollTop = table; byId("scroll").dispatchEvent(new Event("scroll")); }
+    if (place) document.querySelector(place)?.focus({ preventScroll: true });
+    remembered(sessionStorage, key, "");
+  }
   const set = (on) => { button.setAttribute("aria-pressed", on); button.textContent = on ? "Live" : "Paused"; remembered(sessionStorage, "dbtrain-paused", on ? "" : "1"); };
   set(remembered(sessionStorage, "dbtrain-paused") !== "1");
   button.addEventListener("click", () => set(button.getAttribute("aria-pressed") !== "true"));
   setInterval(() => {
     if (button.getAttribute("aria-pressed") !== "true" || document.hidden || document.activeElement?.matches("input, select")) return;
-    remembered(sessionStorage, key, JSON.stringify([scrollY, byId("scroll")?.scrollTop ?? 0]));
+    remembered(sessionStorage, key, JSON.stringify([scrollY, byId("scroll")?.scrollTop ?? 0, focusedPlace()]));
     location.reload();
   }, seconds * 1000);
 }
@@ -81,17 +109,17 @@ function startCopying() {
 
 const LABELS = {
   id: "Subject", class: "Class", state: "State", attempts: "Attempts", seconds: "Seconds", device_s: "Device s", rate: "Steps/s", loss: "Loss",
-  dino: "DINO", clip_i: "CLIP-I", clip_t: "CLIP-T", pres: "PRES", div: "DIV", warnings: "Warnings", finished: "Finished",
+  warnings: "Warnings", finished: "Finished",
 };
 const DIGITS = { attempts: 0, seconds: 1, device_s: 1, rate: 2, loss: 4 };
 const KEPT_ON_PHONES = new Set(["id", "state", "dino", "seconds"]);
-const STATES = new Set(["finished", "running", "waiting", "quarantined", "cancelled", "skipped", "unfinished"]);
 const ROW = 40, SPARE = 12, CARDS = 60;
 
 function startTable() {
   const source = byId("data");
   if (!source) return;
-  const { columns, shown, rows } = JSON.parse(source.textContent);
+  const { columns, shown, states, scores, rows } = JSON.parse(source.textContent);
+  const labels = { ...LABELS, ...scores };
   const at = Object.fromEntries(columns.map((name, i) => [name, i]));
   const textual = new Set(["id", "class", "state", "warnings", "finished"]);
   const haystack = rows.map((row) => ["id", "class", "state", "warnings", "reason"].map((name) => row[at[name]]).join("\n").toLowerCase());
@@ -109,14 +137,14 @@ function startTable() {
   };
   const stated = (name) => {
     const span = element("span", { class: "state" }, name);
-    span.classList.add(STATES.has(name) ? `state-${name}` : "state-other");
+    span.classList.add(states.includes(name) ? `state-${name}` : "state-other");
     return span;
   };
 
   function matcher() {
     const tests = [];
     for (const word of want.q.toLowerCase().split(/\s+/).filter(Boolean)) {
-      const compared = /^([a-z_-]+)(<=|>=|<|>|=)(-?[\d.]+)$/.exec(word), name = compared?.[1].replace("-", "_");
+      const compared = /^([a-z_-]+)(<=|>=|<|>|=)([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)$/.exec(word), name = compared?.[1].replace("-", "_");
       if (compared && name in at && !textual.has(name)) {
         const limit = Number(compared[3]), i = at[name];
         const holds = { "<": (v) => v < limit, ">": (v) => v > limit, "<=": (v) => v <= limit, ">=": (v) => v >= limit, "=": (v) => v === limit }[compared[2]];
@@ -149,7 +177,7 @@ function startTable() {
       if (cell.dataset.name === name) cell.setAttribute("aria-sort", down ? "descending" : "ascending");
       else cell.removeAttribute("aria-sort");
     }
-    byId("status").textContent = `${found.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} subjects, by ${LABELS[name] ?? "Subject"}, ${down ? "descending" : "ascending"}`;
+    byId("status").textContent = `${found.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} subjects, by ${labels[name] ?? "Subject"}, ${down ? "descending" : "ascending"}`;
     byId("table").setAttribute("aria-rowcount", found.length + 1);
     const table = want.view !== "gallery";
     byId("as-table").setAttribute("aria-pressed", table);
@@ -222,7 +250,7 @@ function startTable() {
       }
       const value = written(row, score);
       return element("div", { class: "card" }, element("a", { href: page(row) }, pair, element("span", { class: "name" }, row[at.id])),
-        element("span", { class: "sub" }, row[at.state] === "finished" ? row[at.class] : stated(row[at.state]), element("b", {}, value && `${LABELS[score]} ${value}`)));
+        element("span", { class: "sub" }, row[at.state] === "finished" ? row[at.class] : stated(row[at.state]), element("b", {}, value && `${labels[score]} ${value}`)));
     }));
     byId("more").hidden = gallery.childElementCount >= found.length;
   }
@@ -233,7 +261,7 @@ function startTable() {
     select.addEventListener("change", () => { want[name] = select.value; update(); });
   };
   for (const name of shown) {
-    const cell = element("th", { scope: "col", "data-name": name }, element("button", { type: "button" }, LABELS[name] ?? name));
+    const cell = element("th", { scope: "col", "data-name": name }, element("button", { type: "button" }, labels[name] ?? name));
     if (!textual.has(name)) cell.classList.add("n");
     if (!KEPT_ON_PHONES.has(name)) cell.classList.add("less");
     cell.firstChild.addEventListener("click", () => { want.sort = want.sort === name ? `-${name}` : name; update(); });
@@ -254,7 +282,13 @@ function startTable() {
   byId("scroll").addEventListener("keydown", walk);
   byId("more").addEventListener("click", addCards);
   new IntersectionObserver((seen) => { if (seen.some((each) => each.isIntersecting) && !byId("more").hidden) addCards(); }, { rootMargin: "400px" }).observe(byId("more"));
-  addEventListener("beforeprint", () => { printing = true; first = -1; draw(); });
+  addEventListener("beforeprint", () => {
+    printing = true;
+    first = -1;
+    if (want.view !== "gallery") { draw(); return; }
+    while (!byId("more").hidden) addCards();
+    for (const image of byId("gallery").querySelectorAll("img")) image.loading = "eager";
+  });
   addEventListener("afterprint", () => { printing = false; first = -1; draw(); });
   addEventListener("resize", draw);
   byId("tools").hidden = false;
@@ -263,6 +297,7 @@ function startTable() {
 
 startTheme();
 startAge();
+startJumps();
 startTable();
 startLive();
 startCopying();
