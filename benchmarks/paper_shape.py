@@ -3,7 +3,8 @@
 Trains every demo subject by the product's own path: with and without prior preservation (Table 3), and either way with
 no and with a wrong class noun (Table 4). A picture has the same noise in every variant
 and in the base row, so that rows are compared in pairs. Running again goes on where it was stopped; another recipe or
-base needs another --out. Writes paper-shape_<device>_<year and month>.{md,json,png}.
+base needs another --out, and another --name, that one result does not replace the other: it writes
+<name>_<device>_<year and month>.{md,json,png}. With several --seeds each subject counts once, as the mean of its seeds.
 """
 
 import argparse
@@ -13,29 +14,25 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from paper_shape_tables import BASE, GROUPS, write_results
-from PIL import Image
 
 from dbtrain.batch import Subject
 from dbtrain.config import RunConfig
 from dbtrain.configfile import load
 from dbtrain.data.manifest import read_manifest
-from dbtrain.evaluate.features import Encoder, load_identity, load_lpips, load_pair, zero_shot
-from dbtrain.evaluate.patches import patch_distances
-from dbtrain.evaluate.scores import METRICS, SubjectFeatures
+from dbtrain.evaluate.features import zero_shot
+from dbtrain.evaluate.judge import Judge, Seen, load_judge, read_images
+from dbtrain.evaluate.scores import METRICS
 from dbtrain.families import FAMILIES, Models, load_models
 from dbtrain.families.load import base_digest, load_tokenizer
-from dbtrain.generate import adapter, generate, image_seed, make_pipeline
+from dbtrain.generate import finished_pipeline, generate, image_seed
 from dbtrain.identifiers import allocate
-from dbtrain.publish import LORA_FILE, MODEL_FOLDER, read_lora
 from dbtrain.tiny import DEMO
 from dbtrain.tiny.scenery import SCENES
 from dbtrain.tiny.sprites import CLASSES
@@ -118,24 +115,9 @@ def pictures(named: str, subject: Subject, images: int, drift: bool) -> list[Pic
     return plain + placed + [Picture("class", "plain", i, told) for i in range(images if drift else 0)]
 
 
-@contextmanager
-def finished_pipeline(folder: Path | None, config: RunConfig, base: Models) -> Iterator:
-    """The pipeline of a finished subject, or of the base for None."""
-    family = FAMILIES[config.model.family]
-    if folder is None:
-        yield make_pipeline(family, base)
-    elif (folder / LORA_FILE).exists():
-        with adapter(family, base, read_lora(folder)[0]):
-            yield make_pipeline(family, base)
-    else:
-        own = config.model.model_copy(update={"path": str(folder / MODEL_FOLDER)})
-        yield make_pipeline(family, load_models(family, own).to(base.denoiser.device))
-
-
-def draw(
-    cache: Path, run: str, wanted: list[Picture], seeds: list[int], config: RunConfig, opened
-) -> list[Image.Image]:
-    """The wanted pictures, drawn or read again; the cache holds for one run digest, prompts, seeds and sampling."""
+def draw(cache: Path, run: str, wanted: list[Picture], seeds: list[int], config: RunConfig, opened) -> list[Path]:
+    """The wanted pictures' files, drawn unless they are there; the cache holds for one run digest, prompts, seeds and
+    sampling."""
     sample, about = config.sample, cache / "pictures.json"
     key = {"run": run, "sample": sample.model_dump(mode="json"), "seeds": seeds, "wanted": [asdict(p) for p in wanted]}
     text = json.dumps(key, indent=1)
@@ -148,62 +130,36 @@ def draw(
             for picture, image in zip(wanted, found):
                 image.save(cache / picture.file())
         about.write_text(text, encoding="utf-8")
-    return [Image.open(cache / picture.file()).convert("RGB") for picture in wanted]
+    return [cache / picture.file() for picture in wanted]
 
 
-@dataclass
-class Judge:
-    """The encoders, and what they say about one subject's pictures."""
+def scores_of(judge: Judge, subject: Subject, groups: dict[str, list[tuple[Picture, Path]]]) -> dict[str, float]:
+    """Every score of one subject, variant and seed; absent where its pictures were not drawn."""
+    photos, row = read_images(subject.images), {}
+    for group, before in (("plain", ""), ("placed", "placed ")):
+        prompts = [picture.prompt for picture, _ in groups[group]]
+        plain = [prompt(article(subject.class_noun), picture.place) for picture, _ in groups[group]]
+        number_N = torch.tensor([prompts.index(text) for text in prompts])
+        drawn = Seen([file for _, file in groups[group]], number_N, plain, prompts)
+        features = judge.features(photos, drawn, [file for _, file in groups["class"]])
+        values = {key: metric.values(features) for key, metric in METRICS.items()}
+        row |= {before + key: float(value.mean()) for key, value in values.items() if value.numel()}
+    return row | recognized(judge, subject, groups)
 
-    pair: Encoder
-    identity: Encoder
-    lpips: Any
 
-    def row(self, subject: Subject, groups: dict[str, list[tuple[Picture, Image.Image]]]) -> dict[str, float]:
-        """Every score of one subject, variant and seed; absent where its pictures were not drawn."""
-        row = {}
-        for group, before in (("plain", ""), ("placed", "placed ")):
-            features = self.features(subject, groups[group], groups["class"])
-            values = {key: metric.values(features) for key, metric in METRICS.items()}
-            row |= {before + key: float(value.mean()) for key, value in values.items() if value.numel()}
-        return row | self.recognized(subject, groups)
-
-    def features(self, subject: Subject, drawn: list, of_class: list) -> SubjectFeatures:
-        """The features of a subject's photos, of these pictures and of those of the class prompt."""
-        real, images = [Image.open(path).convert("RGB") for path in subject.images], [image for _, image in drawn]
-        prompts = [picture.prompt for picture, _ in drawn]
-        return SubjectFeatures(
-            real_identity_MD=self.identity.images(real),
-            real_clip_MD=self.pair.images(real),
-            generated_identity_ND=self.identity.images(images),
-            generated_clip_ND=self.pair.images(images),
-            prompt_N=torch.tensor([prompts.index(text) for text in prompts]),
-            texts_with_identifier_ND=self.pair.texts(prompts),
-            texts_without_identifier_ND=self.pair.texts(
-                [prompt(article(subject.class_noun), p.place) for p, _ in drawn]
-            ),
-            class_identity_PD=self.identity.images([image for _, image in of_class]),
-            **self.distances([[i for p, i in drawn if p.prompt == text] for text in dict.fromkeys(prompts)]),
-        )
-
-    def distances(self, groups: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-        """How far apart pictures of one prompt are, pair by pair: by patches, and by LPIPS where it is installed."""
-        found = {"patch_pairs": torch.cat([patch_distances(self.identity, group) for group in groups])}
-        return found | ({"lpips_pairs": torch.cat([self.lpips(group) for group in groups])} if self.lpips else {})
-
-    def recognized(self, subject: Subject, groups: dict) -> dict[str, float]:
-        """Zero-shot accuracy: the place of placed pictures (class given), the class of plain and of class pictures."""
-        places, classes = list(SCENES), list(CLASSES)
-        by_place = [prompt(article(subject.class_noun), place) for place in places]
-        by_class = [prompt(article(noun)) for noun in classes]
-        asked = {"scene": ("placed", by_place), "class": ("plain", by_class), "drift class": ("class", by_class)}
-        found = {}
-        for name, (group, texts) in asked.items():
-            images, own = [image for _, image in groups[group]], classes.index(subject.class_noun)
-            truth = [places.index(p.place) if group == "placed" else own for p, _ in groups[group]]
-            if images:
-                found[f"{name} accuracy"] = float(zero_shot(self.pair, images, [texts] * len(images), truth).mean())
-        return found
+def recognized(judge: Judge, subject: Subject, groups: dict[str, list[tuple[Picture, Path]]]) -> dict[str, float]:
+    """Zero-shot accuracy: the place of placed pictures (class given), the class of plain and of class pictures."""
+    places, classes = list(SCENES), list(CLASSES)
+    by_place = [prompt(article(subject.class_noun), place) for place in places]
+    by_class = [prompt(article(noun)) for noun in classes]
+    asked = {"scene": ("placed", by_place), "class": ("plain", by_class), "drift class": ("class", by_class)}
+    found = {}
+    for name, (group, texts) in asked.items():
+        images, own = read_images([file for _, file in groups[group]]), classes.index(subject.class_noun)
+        truth = [places.index(p.place) if group == "placed" else own for p, _ in groups[group]]
+        if images:
+            found[f"{name} accuracy"] = float(zero_shot(judge.pair, images, [texts] * len(images), truth).mean())
+    return found
 
 
 def train_variants(options, config: RunConfig, subjects: list[Subject], seed: int) -> dict[str, dict[str, dict]]:
@@ -265,9 +221,11 @@ class Bench:
         folder = self.options.out / at / "subjects" / subject.id if record else None
         run = record["run"] if record else base_digest(self.base)
         cache = self.options.out / "pictures" / at / subject.id
-        images = draw(cache, run, wanted, seeds, self.config, lambda: finished_pipeline(folder, self.config, self.base))
-        groups = {group: [(p, i) for p, i in zip(wanted, images) if p.group == group] for group in GROUPS}
-        scores = self.judge.row(subject, groups)
+        family = FAMILIES[self.config.model.family]
+        opened = partial(finished_pipeline, folder, family, self.base, self.config)
+        files = draw(cache, run, wanted, seeds, self.config, opened)
+        groups = {group: [(p, file) for p, file in zip(wanted, files) if p.group == group] for group in GROUPS}
+        scores = scores_of(self.judge, subject, groups)
         draw_s = time.perf_counter() - begin
         shown = f"identity {scores['identity']:.3f}  scene accuracy {scores['scene accuracy']:.2f}  {draw_s:.1f} s"
         print(f"   {name:<17}{subject.id:<16}{shown}", flush=True)
@@ -285,6 +243,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="training seeds")
     parser.add_argument("--images", type=int, default=6, help="pictures of the plain and of the class prompt")
     parser.add_argument("--out", type=Path, default=Path("runs/paper-shape"), help="working folder, kept for resuming")
+    parser.add_argument("--name", default="paper-shape", help="what the result files are called")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the three result files")
     options = parser.parse_args()
     begin = time.perf_counter()
@@ -292,14 +251,14 @@ def main() -> None:
     subjects = read_manifest(DEMO)[: options.subjects]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_models(FAMILIES[config.model.family], config.model).to(torch.device(device))
-    judge = Judge(load_pair(device=device), load_identity(device=device), load_lpips())
+    judge = load_judge(device=device)
     rows, sheets = Bench(options, config, base, judge).measure(subjects)
     if not rows:
         raise SystemExit("every subject failed in some variant; see the messages above")
     about = {**circumstances(options, config, judge), "base": base_digest(base)[:12]}
     about["training (s)"] = round(sum(row["train_s"] for row in rows))
     about["this command (s)"] = round(time.perf_counter() - begin)
-    write_results(options.results / f"paper-shape_{device}_{time.strftime('%Y%m')}", about, rows, subjects, sheets)
+    write_results(options.results / f"{options.name}_{device}_{time.strftime('%Y%m')}", about, rows, subjects, sheets)
 
 
 def circumstances(options: argparse.Namespace, config: RunConfig, judge: Judge) -> dict[str, Any]:
@@ -316,7 +275,7 @@ def circumstances(options: argparse.Namespace, config: RunConfig, judge: Judge) 
         "steps": config.train.steps,
         "training seeds": " ".join(map(str, options.seeds)),
         "plain and class pictures": options.images,
-        "encoders": f"{judge.identity.name}, {judge.pair.name}",
+        "encoders": f"{judge.identity.name}, {judge.pair.name}; DIV by {judge.names['distance']}",
         "sampling": f"{config.sample.steps} steps, guidance {config.sample.guidance:g}",
     }
 

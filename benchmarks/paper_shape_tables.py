@@ -2,13 +2,13 @@
 
 import json
 import statistics
-from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
 
 from dbtrain.batch import Subject
 from dbtrain.evaluate.intervals import Interval, closed_share, mean_interval
+from dbtrain.evaluate.judge import read_images
 from dbtrain.publish import grid
 from dbtrain.tiny.world import PLACES
 
@@ -35,6 +35,7 @@ def differences(rows: list[dict], score: str, first: str, second: str) -> list[f
 def findings(rows: list[dict]) -> list[dict]:
     """What the paper and the plan lead one to expect, what was measured, and whether it holds."""
     div = "div_lpips" if "div_lpips" in rows[-1]["scores"] else "div_patches"
+    div_name = COLUMNS[div]
     base, real = column(rows, BASE, "identity"), column(rows, BASE, "real_identity")
     found = []
     for name, goal in (("with prior", 0.7), ("without prior", None)):
@@ -44,8 +45,8 @@ def findings(rows: list[dict]) -> list[dict]:
     found.append(_finding("scene accuracy of recontextualized prompts, with prior", scenes, 0.8))
     for what, score, first, second in (
         ("Table 3: PRES, without minus with prior", "pres", "without prior", "with prior"),
-        (f"Table 3: {div} in scenes, with minus without prior", f"placed {div}", "with prior", "without prior"),
-        (f"Table 3: {div} of the plain prompt, with minus without", div, "with prior", "without prior"),
+        (f"Table 3: {div_name} in scenes, with minus without prior", f"placed {div}", "with prior", "without prior"),
+        (f"Table 3: {div_name} of the plain prompt, with minus without", div, "with prior", "without prior"),
         *(
             (f"Table 4, {prior}: {named}, right class noun minus {noun}", score, prior, f"{noun} class noun{tail}")
             for prior, tail in (("without prior", ", no prior"), ("with prior", ""))
@@ -59,9 +60,14 @@ def findings(rows: list[dict]) -> list[dict]:
 
 
 def _finding(what: str, interval: Interval, goal: float | None) -> dict:
-    """A finding as JSON holds it; `met` is None where there is no goal."""
-    met = None if goal is None else interval.value > 0 if goal == POSITIVE else interval.value >= goal
-    return {"what": what, **asdict(interval), "goal": goal, "met": met}
+    """A finding as JSON holds it, with its verdict: a sign is met or missed only where the whole interval has it."""
+    if goal is None:
+        verdict = ""
+    elif goal == POSITIVE:
+        verdict = "met" if interval.low > 0 else "missed" if interval.high < 0 else "not shown"
+    else:
+        verdict = "met" if interval.value >= goal else "missed"
+    return {"what": what, **interval.row(), "goal": goal, "verdict": verdict}
 
 
 COLUMNS = {
@@ -91,7 +97,8 @@ equals its identity. `no class noun` has `a photo of [V]` as caption and prompt 
 class); `wrong class noun` has another demo class in caption, prompt and priors. The right noun is the row `with prior`
 or `without prior`: with priors, the right noun alone shares its words with the prior caption and so bears its whole
 pull; without them, only the noun differs. DIV (patch distance) is LPIPS's form over the identity encoder's patches.
-The first table compares subject by subject; in the last one columns named only by a row are identity."""
+The first table compares subject by subject, each as the mean of its training seeds, and says `met` of a sign only where
+the whole interval has it, else `not shown`; in the last one columns named only by a row are identity."""
 
 
 def report(found: dict, rows: list[dict]) -> str:
@@ -110,10 +117,10 @@ def report(found: dict, rows: list[dict]) -> str:
     ]
     for one in found["findings"]:
         goal = {None: "", POSITIVE: "> 0"}.get(one["goal"], f">= {one['goal']}")
-        verdict = {None: "", True: "met", False: "missed"}[one["met"]]
-        lines.append(
-            f"| {one['what']} | {one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}] | {goal} | {verdict} |"
-        )
+        measured = f"{one['value']:.3f}"
+        if one["low"] is not None:
+            measured += f" [{one['low']:.3f}, {one['high']:.3f}]"
+        lines.append(f"| {one['what']} | {measured} | {goal} | {one['verdict']} |")
     lines += ["", "| row | " + " | ".join(shown.values()) + " |", "|---" * (len(shown) + 1) + "|"]
     real = {"identity": "real_identity", "clip_i": "real_clip_i"}
     cells = [str(mean_interval(column(rows, BASE, real[key]))) if key in real else "" for key in shown]
@@ -152,7 +159,7 @@ def contact_sheet(subjects: list[Subject], sheets: dict, seed: int) -> Image.Ima
         if (BASE, seed, subject.id) in sheets:
             cells = [Image.open(path).convert("RGB") for path in subject.images[:3]]
             for variant, group, count in SHEET:
-                cells += [image for _, image in sheets[variant, seed, subject.id][group][:count]]
+                cells += read_images([file for _, file in sheets[variant, seed, subject.id][group][:count]])
             rows.append(cells)
             captions.append(f"{subject.id}: {told}")
     return grid(rows, captions, cell=64)

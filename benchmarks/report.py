@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-RESULTS = ROOT / "benchmarks" / "results" / "report_cpu_202611"
+RESULTS = ROOT / "benchmarks" / "results" / f"report_cpu_{time.strftime('%Y%m')}"
 BUILD = """
 import json, resource, sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """How good the embedded base and its encoders are: `python benchmarks/tiny_quality.py`.
 
-Writes benchmarks/results/tiny-quality_cpu_202611.{md,json,png}. Everything is measured on seeds or art that no
+Writes benchmarks/results/<name>_<device>_<year and month>.{md,json,png}. Everything is measured on seeds or art that no
 model saw: scenes from `pool.HELD_OUT_SEED` on (training art), and the held-out art sets.
 Generation: DDIM, 25 steps, guidance 3.
 """
@@ -8,6 +8,7 @@ Generation: DDIM, 25 steps, guidance 3.
 import argparse
 import json
 import platform
+import subprocess
 import time
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dbtrain.tiny import ASSETS, BASE, CLIP, IDENTITY, pool, sprites, world
+from dbtrain.evaluate.features import Encoder, choose, load_identity, load_pair, zero_shot
+from dbtrain.tiny import ASSETS, BASE, pool, sprites, world
 from dbtrain.tiny.scenery import SCENES
 from dbtrain.tiny.world import Facts
 
@@ -65,55 +67,33 @@ def contact_sheet(images: np.ndarray, columns: int = 8, zoom: int = 2) -> Image.
     return sheet
 
 
-class Clip:
-    """The CLIP-style encoder: unit embeddings of pictures and texts."""
-
-    def __init__(self):
-        from transformers import CLIPModel, CLIPTokenizer
-
-        self.model, self.tokenizer = (
-            CLIPModel.from_pretrained(CLIP).eval(),
-            CLIPTokenizer.from_pretrained(BASE / "tokenizer"),
-        )
-
-    @torch.no_grad()
-    def images(self, pictures: np.ndarray) -> np.ndarray:
-        """(N, 128) of uint8 pictures."""
-        found = [
-            self.model.get_image_features(pixel_values=pool.to_tensor(p)).pooler_output
-            for p in np.array_split(pictures, -(-len(pictures) // 128))
-        ]
-        return torch.nn.functional.normalize(torch.cat(found), dim=-1).numpy()
-
-    @torch.no_grad()
-    def texts(self, texts: list) -> np.ndarray:
-        """(N, 128) of captions."""
-        ids = self.tokenizer(texts, return_tensors="pt", padding="max_length", truncation=True).input_ids
-        return torch.nn.functional.normalize(self.model.get_text_features(input_ids=ids).pooler_output, dim=-1).numpy()
-
-    def choose(self, embeddings: np.ndarray, options: list) -> np.ndarray:
-        """For each picture, the index of the nearest of its own `options[i]` (lists of equal length)."""
-        texts = self.texts([text for row in options for text in row]).reshape(len(options), len(options[0]), -1)
-        return np.einsum("nd,nkd->nk", embeddings, texts).argmax(axis=1)
-
-
 def prompt(noun: str, phrase: str) -> str:
     """`a photo of a <noun> <phrase>`."""
     return f"a photo of {world.article(noun)} {phrase}".strip()
 
 
-def class_accuracy(clip: Clip, pictures: np.ndarray, nouns: list, phrases: list) -> float:
-    """Share of pictures whose class wins over all classes, the scene phrase being given."""
+def pictures_of(pixels: np.ndarray) -> list[Image.Image]:
+    """The pictures of uint8 pixels (N, 64, 64, 3)."""
+    return [Image.fromarray(one) for one in pixels]
+
+
+def class_choices(pair: Encoder, pixels: np.ndarray, phrases: list) -> np.ndarray:
+    """The number of the class that wins over all classes, the scene phrase being given."""
+    options = [[prompt(noun, phrase) for noun in sprites.CLASSES] for phrase in phrases]
+    return choose(pair, pictures_of(pixels), options).numpy()
+
+
+def class_accuracy(pair: Encoder, pixels: np.ndarray, nouns: list, phrases: list) -> float:
+    """Share of pictures whose own class wins."""
     classes = list(sprites.CLASSES)
-    options = [[prompt(c, phrase) for c in classes] for phrase in phrases]
-    return float(np.mean(clip.choose(clip.images(pictures), options) == [classes.index(n) for n in nouns]))
+    return float(np.mean(class_choices(pair, pixels, phrases) == [classes.index(noun) for noun in nouns]))
 
 
-def scene_accuracy(clip: Clip, pictures: np.ndarray, nouns: list, places: list) -> float:
+def scene_accuracy(pair: Encoder, pixels: np.ndarray, nouns: list, places: list) -> float:
     """Share of pictures whose place wins over all places and plain, the class being given."""
     names = list(SCENES)
     options = [[prompt(noun, SCENES[name][1][0]) for name in names] for noun in nouns]
-    return float(np.mean(clip.choose(clip.images(pictures), options) == [names.index(p) for p in places]))
+    return float(zero_shot(pair, pictures_of(pixels), options, [names.index(place) for place in places]).mean())
 
 
 def clean_scenes(split: str, count: int) -> tuple:
@@ -128,17 +108,17 @@ def clean_scenes(split: str, count: int) -> tuple:
     return np.stack(pictures), nouns, places
 
 
-def retrieval(clip: Clip, split: str, count: int = 500) -> dict:
+def retrieval(pair: Encoder, split: str, count: int = 500) -> dict:
     """Top-1 image-to-text retrieval among the distinct captions of `count` scenes; zero-shot class and place."""
     images, captions, _ = pool.held_out(count, 5000, split)
     distinct = sorted(set(captions))
-    best = (clip.images(images) @ clip.texts(distinct).T).argmax(axis=1)
+    best = (pair.images(pictures_of(images)) @ pair.texts(distinct).T).argmax(1).tolist()
     pictures, nouns, places = clean_scenes(split, 416)
     return {
         "retrieval top-1": float(np.mean([distinct[b] == c for b, c in zip(best, captions, strict=True)])),
         "captions": len(distinct),
-        "zero-shot class": class_accuracy(clip, pictures, nouns, [SCENES[p][1][0] for p in places]),
-        "zero-shot scene": scene_accuracy(clip, pictures, nouns, places),
+        "zero-shot class": class_accuracy(pair, pictures, nouns, [SCENES[p][1][0] for p in places]),
+        "zero-shot scene": scene_accuracy(pair, pictures, nouns, places),
     }
 
 
@@ -149,18 +129,7 @@ def area_under_curve(positives: np.ndarray, negatives: np.ndarray) -> float:
     return float(np.mean((below + upto) / 2) / len(order))
 
 
-@torch.no_grad()
-def identity_states(pictures: np.ndarray) -> np.ndarray:
-    """Unit [CLS] states (N, 128) of the identity encoder."""
-    from transformers import ViTModel
-
-    model = ViTModel.from_pretrained(IDENTITY, add_pooling_layer=False).eval()
-    return torch.nn.functional.normalize(
-        model(pixel_values=pool.to_tensor(pictures)).last_hidden_state[:, 0], dim=-1
-    ).numpy()
-
-
-def identity_quality(split: str, scenes: int = 4) -> dict:
+def identity_quality(identity: Encoder, split: str, scenes: int = 4) -> dict:
     """Same-subject vs same-class (another drawing) and vs other-class pairs of one atlas, all across scenes."""
     rows = [i for i, row in enumerate(sprites.load(split)[0]) if row.noun in sprites.CLASSES]
     places, owner, pictures = list(SCENES), [], []
@@ -172,7 +141,7 @@ def identity_quality(split: str, scenes: int = 4) -> dict:
                 np.asarray(world.render(Facts(sprites.load(split)[0][index].noun, index, place), rng, split))
             )
             owner.append(index)
-    states, owner = identity_states(np.stack(pictures)), np.asarray(owner)
+    states, owner = identity.images(pictures_of(np.stack(pictures))).numpy(), np.asarray(owner)
     noun = np.asarray([sprites.load(split)[0][i].noun for i in owner])
     name = np.asarray([sprites.load(split)[0][i].name for i in owner])
     cosine, upper = states @ states.T, np.triu(np.ones((len(owner),) * 2, bool), 1)
@@ -188,7 +157,7 @@ def identity_quality(split: str, scenes: int = 4) -> dict:
     }
 
 
-def generated_quality(pipe, clip: Clip, each: int, steps: int) -> dict:
+def generated_quality(pipe, pair: Encoder, each: int, steps: int) -> dict:
     """Class accuracy of `a photo of a <class>` (`each` a class); class and scene accuracy of every place x classes."""
     nouns = [noun for noun in sprites.CLASSES for _ in range(each)]
     plain = generate(pipe, [prompt(n, "") for n in nouns], 1, steps)
@@ -200,13 +169,13 @@ def generated_quality(pipe, clip: Clip, each: int, steps: int) -> dict:
     phrases = [SCENES[place][1][0] for _, place in pairs]
     placed = generate(pipe, [prompt(n, phrase) for (n, _), phrase in zip(pairs, phrases, strict=True)], 2, steps)
     classes = list(sprites.CLASSES)
-    chosen = clip.choose(clip.images(plain), [[prompt(c, "") for c in classes]] * len(plain))
+    chosen = class_choices(pair, plain, [""] * len(plain))
     hits = {c: float(np.mean(chosen[[n == c for n in nouns]] == classes.index(c))) for c in classes}
     return {
         "class accuracy, plain prompt": float(np.mean(list(hits.values()))),
         "pictures, plain prompt": len(plain),
-        "class accuracy, placed": class_accuracy(clip, placed, [n for n, _ in pairs], phrases),
-        "scene accuracy, placed": scene_accuracy(clip, placed, [n for n, _ in pairs], [p for _, p in pairs]),
+        "class accuracy, placed": class_accuracy(pair, placed, [n for n, _ in pairs], phrases),
+        "scene accuracy, placed": scene_accuracy(pair, placed, [n for n, _ in pairs], [p for _, p in pairs]),
         "pictures, placed": len(placed),
         "by class": hits,
     }
@@ -223,13 +192,20 @@ def vae_quality(pipe, count: int = 512) -> dict:
     return found
 
 
+def commit() -> str:
+    """The short name of the commit that is measured, with a + where files differ from it."""
+    asked = ["git", "describe", "--always", "--dirty=+"]
+    return subprocess.run(asked, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def report(found: dict) -> str:
     """The results as Markdown."""
     gen = found["generated"]
     lines = [
         "# Quality of the embedded base",
         "",
-        f"{found['machine']}; {found['seconds']:.0f} s; DDIM {found['steps']} steps, guidance 3.",
+        f"{found['machine']}; commit {found['commit']}; {found['seconds']:.0f} s.",
+        f"Pictures are drawn in {found['steps']} steps of DDIM at guidance 3.",
         "",
         "| what | measured | goal |",
         "|---|---|---|",
@@ -273,21 +249,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--each", type=int, default=8, help="generated pictures a class")
     parser.add_argument("--steps", type=int, default=25, help="DDIM steps")
+    parser.add_argument("--name", default="tiny-quality", help="what the result files are called")
     options = parser.parse_args()
     started = time.monotonic()
     pipe = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    clip = Clip()
+    pair, identity = load_pair(), load_identity()
     prompts = [p for line in SHEET.splitlines() for p in line.split("|")]
     RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / "tiny-quality_cpu_202611"
+    target = RESULTS / f"{options.name}_{pipe.device.type}_{time.strftime('%Y%m')}"
     contact_sheet(generate(pipe, prompts, 0, options.steps)).save(target.with_suffix(".png"), optimize=True)
     found = {"steps": options.steps, "prompts": prompts, "vae": vae_quality(pipe)}
-    found["clip"] = {split: retrieval(clip, split) for split in ("train", "heldout")}
-    found["identity"] = {split: identity_quality(split) for split in ("train", "heldout")}
-    found["generated"] = generated_quality(pipe, clip, options.each, options.steps)
+    found["clip"] = {split: retrieval(pair, split) for split in ("train", "heldout")}
+    found["identity"] = {split: identity_quality(identity, split) for split in ("train", "heldout")}
+    found["generated"] = generated_quality(pipe, pair, options.each, options.steps)
     found["asset_bytes"] = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
     found["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    found["commit"] = commit()
     found["seconds"] = time.monotonic() - started
     target.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     target.with_suffix(".md").write_text(report(found), encoding="utf-8")
