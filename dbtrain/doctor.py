@@ -5,7 +5,6 @@ part) is tried, and then in a process of its own, so that a broken library is a 
 """
 
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -14,13 +13,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
 
-from dbtrain.errors import DbtrainError
 from dbtrain.heads import is_loopback, token_file_finding, token_path
 
 MIN_DISK_GIB = 10.0
@@ -50,11 +48,6 @@ def examine(model: str | None = None) -> list[Check]:
     optional = [check_torchvision(), check_xformers(), check_kernels_package()]
     around = [check_launcher(), check_hub(), *check_ray(), *([check_model(model)] if model else [])]
     return [check_python(), *check_requirements(), *machine, *optional, *around]
-
-
-def as_json(checks: list[Check]) -> str:
-    """The checks as a JSON list of objects with the fields of `Check`."""
-    return json.dumps([asdict(check) for check in checks], indent=2)
 
 
 def probe(code: str) -> tuple[bool, str]:
@@ -291,10 +284,3 @@ def check_model(model: str) -> Check:
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         return Check("model", "warn", f"{model} is no path here; it will be looked up as a hub id")
     return Check("model", "fail", f"{model} does not exist", "check the path")
-
-
-def require_healthy(checks: list[Check]) -> None:
-    """Raises DbtrainError with every `fail` and its remedy; does nothing when there is none."""
-    failed = [f"{check.name}: {check.detail}; {check.remedy}" for check in checks if check.state == "fail"]
-    if failed:
-        raise DbtrainError("\n".join(failed))

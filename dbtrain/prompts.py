@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from dbtrain import yaml12
 from dbtrain.configfile import configs_dir
 from dbtrain.errors import ConfigError
 
@@ -25,6 +26,9 @@ _LIVE_CLASSES = """
 """
 LIVE_CLASSES = frozenset(_LIVE_CLASSES.split())
 """Class nouns of live subjects: the data set's two, then common others."""
+
+MADE = frozenset("ceramic corn gummy hot lego plastic plush rubber stuffed teddy toy wooden".split())
+"""Words that make a thing of the animal behind them: a hot dog, a teddy bear, a rubber duck."""
 
 Sections = dict[str, dict[str, tuple[str, ...]]]
 """A prompt set: `paper` or `more`, then `all`, `live` or `object`, then the prompts."""
@@ -43,8 +47,11 @@ def read_set(name: str) -> Sections:
         raise ConfigError(f"prompt set {name!r}: is not there; sets are {', '.join(set_names())}, or give a .yaml file")
     path = configs_dir() / "prompts" / f"{name}.yaml" if shipped else Path(name)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = yaml12.read(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        line, problem = yaml12.explain_error(error)
+        raise ConfigError(f"{path}:{line}: cannot be read as a prompt set: {problem}") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a prompt set: {str(error).splitlines()[0]}") from error
     return _checked(tree, path)
 
@@ -68,9 +75,10 @@ def _checked(tree: object, path: Path) -> Sections:
 
 
 def is_live(class_noun: str, live: Collection[str] = LIVE_CLASSES) -> bool:
-    """Whether a class is one of live subjects: the noun or its last word is listed ("corgi dog" is, "dog toy" not)."""
-    noun = " ".join(class_noun.casefold().split())
-    return noun in live or noun.rpartition(" ")[2] in live
+    """Whether a class is one of live subjects: the noun is listed, or its last word without one of `MADE` before it:
+    "corgi dog" is, "dog toy" and "hot dog" are not."""
+    words = class_noun.casefold().split()
+    return " ".join(words) in live or (not MADE.intersection(words) and "".join(words[-1:]) in live)
 
 
 def application(

@@ -76,6 +76,27 @@ def read_node(text: str) -> yaml.Node | None:
         reader.dispose()
 
 
+def read(text: str) -> Any:
+    """The plain value of a text's only document; None if it has none. Raises yaml.YAMLError for what is no such value,
+    a key that stands twice included."""
+    node = read_node(text)
+    return None if node is None else _plain(node)
+
+
+def _plain(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        found = {key.value: _plain(value) for key, value in node.value if isinstance(key, yaml.ScalarNode)}
+        if len(found) < len(node.value):
+            raise yaml.MarkedYAMLError(problem="a key is no plain text, or stands twice", problem_mark=node.start_mark)
+        return found
+    try:
+        return SCALARS[node.tag.removeprefix(CORE)](node.value)
+    except (KeyError, ValueError) as error:
+        raise yaml.MarkedYAMLError(problem=f"cannot hold {node.value!r}", problem_mark=node.start_mark) from error
+
+
 def explain_error(error: yaml.YAMLError) -> tuple[int, str]:
     """Line and one-line description of a syntax error."""
     if isinstance(error, yaml.MarkedYAMLError):

@@ -5,15 +5,16 @@ import socket
 
 import pytest
 from packaging.requirements import Requirement
+from typer.testing import CliRunner
 
-from dbtrain import doctor
-from dbtrain.errors import DbtrainError
+from dbtrain import cli, doctor
 
 
 @pytest.mark.slow
 def test_this_machine_is_examined_as_data(tmp_path):
-    checks = doctor.examine(str(tmp_path / "absent model"))
-    rows = json.loads(doctor.as_json(checks))
+    told = CliRunner().invoke(cli.app, ["doctor", "--json", "--model", str(tmp_path / "absent model")])
+    rows = json.loads(told.stdout)
+    assert told.exit_code == 1  # a failure stops, whatever else is only warned of
     assert {"python", "gpu", "compiler", "disk", "memory", "torchvision", "xformers", "launcher", "hub"} <= {
         row["name"] for row in rows
     }
@@ -150,10 +151,3 @@ def test_model_places(tmp_path):
     assert {model: doctor.check_model(model).state for model in states} == states
     (tmp_path / "model_index.json").touch()
     assert doctor.check_model(str(tmp_path)).state == "ok"
-
-
-def test_failures_stop_and_warnings_do_not():
-    warned = doctor.Check("disk", "warn", "little", "free some")
-    doctor.require_healthy([warned])
-    with pytest.raises(DbtrainError, match="torch: absent; install it"):
-        doctor.require_healthy([warned, doctor.Check("torch", "fail", "absent", "install it")])

@@ -26,7 +26,7 @@ def test_the_prompts_are_those_of_the_data_set():
 
 
 LIVE = ["dog", "Cat", "corgi dog", " Corgi  dog ", "person"]
-OBJECTS = ["stuffed animal", "toy", "dog toy", "", "teapot"]
+OBJECTS = ["stuffed animal", "toy", "dog toy", "", "teapot", "hot dog", "Teddy Bear", "brown plush rabbit"]
 
 
 @pytest.mark.parametrize("noun", LIVE + OBJECTS)
@@ -72,7 +72,7 @@ def test_a_set_of_ones_own(tmp_path):
 def test_what_is_no_set_is_refused(tmp_path, text):
     own = tmp_path / "own.yaml"
     own.write_text(text)
-    with pytest.raises(ConfigError, match=r"own.yaml: (is no prompt set; want `paper:`|cannot be read as)"):
+    with pytest.raises(ConfigError, match=r"own.yaml(:\d+)?: (is no prompt set; want `paper:`|cannot be read as)"):
         prompts.read_set(str(own))
 
 
