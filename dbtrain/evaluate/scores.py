@@ -140,7 +140,7 @@ METRICS: dict[str, Metric] = {
         "identity",
         lambda s: across(s.generated_identity_ND, s.real_identity_MD),
         lambda s: each(s.generated_identity_ND, len(s.real_identity_MD)),
-        "cosine of generated and real images, all pairs",
+        "likeness to the photos: cosine of every image with every photo, identity encoder",
     ),
     "clip_i": Metric(
         "CLIP-I",
@@ -150,7 +150,7 @@ METRICS: dict[str, Metric] = {
         "pair",
         lambda s: across(s.generated_clip_ND, s.real_clip_MD),
         lambda s: each(s.generated_clip_ND, len(s.real_clip_MD)),
-        "cosine of generated and real images, all pairs",
+        "likeness to the photos: cosine of every image with every photo, CLIP",
     ),
     "clip_t": Metric(
         "CLIP-T, with identifier",
@@ -160,7 +160,7 @@ METRICS: dict[str, Metric] = {
         "pair",
         lambda s: matched(s.generated_clip_ND, s.texts_with_identifier_ND),
         lambda s: each(s.texts_with_identifier_ND, 1),
-        "plain cosine of a generated image and its prompt, identifier kept",
+        "agreement with the prompt: cosine of an image and its text, identifier kept",
     ),
     "clip_t_plain": Metric(
         "CLIP-T, without identifier",
@@ -170,7 +170,7 @@ METRICS: dict[str, Metric] = {
         "pair",
         lambda s: matched(s.generated_clip_ND, s.texts_without_identifier_ND),
         lambda s: each(s.texts_without_identifier_ND, 1),
-        "plain cosine of a generated image and its prompt, identifier left out",
+        "agreement with the prompt: cosine of an image and its text, identifier left out",
     ),
     "prompt_gap": Metric(
         "prompt gap",
@@ -180,7 +180,7 @@ METRICS: dict[str, Metric] = {
         "pair",
         lambda s: prompt_gap(s.generated_clip_ND, s.texts_without_identifier_ND, s.prompt_N),
         lambda s: each(prompt_gap(s.generated_clip_ND, s.texts_without_identifier_ND, s.prompt_N), 1),
-        "CLIP-T without identifier, minus the cosine with the other prompts: how much prompts decide; not in the paper",
+        "how much prompts decide: CLIP-T without identifier, minus the same with the other prompts' texts",
     ),
     "pres": Metric(
         "PRES",
@@ -190,7 +190,7 @@ METRICS: dict[str, Metric] = {
         "identity",
         lambda s: across(s.class_identity_PD, s.real_identity_MD),
         lambda s: each(s.class_identity_PD, len(s.real_identity_MD)),
-        "cosine of the class prompt's images after tuning and the subject's real images: language drift",
+        "the class drawn as the subject: cosine of the class prompt's images with every photo",
     ),
     "div_lpips": Metric(
         "DIV (LPIPS)",

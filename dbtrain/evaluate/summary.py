@@ -194,7 +194,8 @@ def _legend(found: dict[str, Any]) -> list[str]:
     counts, encoders = ", ".join(f"{count} {row}" for row, count in found["counts"].items()), found["encoders"]
     lines = [
         f"{found['subjects']} subjects, protocol {found['protocol']['name']}; images: {counts}",
-        "95% intervals, bootstrap over subjects; PRES is better when lower",
+        ("95% intervals, bootstrap over subjects" if found["subjects"] > 1 else "no intervals over a single subject")
+        + "; PRES is better when lower",
         f"DINO and PRES by {encoders['identity']}, CLIP by {encoders['clip']}, DIV by {encoders['distance']}",
     ]
     small = any(name.startswith(f"{EMBEDDED}/") for name in encoders.values())
