@@ -1,6 +1,7 @@
 """The verbs of the main job, one after another as a user types them, in one process."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -87,6 +88,14 @@ def test_a_missing_model_is_2_and_a_missing_manifest_3(job, tmp_path):
     assert (missing.exit_code, "model.path" in missing.stderr) == (2, True), missing.output
     missing = run("train", tmp_path / "none.csv", *words, f"model.path={sd_folder()}")
     assert (missing.exit_code, "none.csv" in missing.stderr) == (3, True), missing.output
+
+
+def test_a_base_without_its_tokenizer_is_2(job, tmp_path):
+    """transformers makes an empty one of nothing, and every caption would be the same."""
+    shutil.copytree(sd_folder(), tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer"))
+    words = ["--config", job[1][2], "--subject", "rex", "--out", tmp_path / "out", f"model.path={tmp_path / 'base'}"]
+    bare = run("train", job[1][0], *words)
+    assert (bare.exit_code, "its tokenizer has no vocabulary" in bare.stderr) == (2, True), bare.output
 
 
 def test_a_failed_subject_is_4_and_the_others_are_printed(job, tmp_path, monkeypatch):

@@ -97,7 +97,14 @@ def _load_component(source: str, name: str, index: dict, config: ModelConfig) ->
 def _load_part_tokenizer(source: str, name: str, config: ModelConfig) -> Any:
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(source, subfolder=name, revision=config.revision)
+    return _with_vocabulary(CLIPTokenizer.from_pretrained(source, subfolder=name, revision=config.revision))
+
+
+def _with_vocabulary(tokenizer: Any) -> Any:
+    """The tokenizer; ValueError for an empty one, which transformers makes where there are no files."""
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError("its tokenizer has no vocabulary on this machine")
+    return tokenizer
 
 
 def _load_scheduler(source: str, index: dict, config: ModelConfig) -> Any:
@@ -165,17 +172,13 @@ def load_tokenizer(path: str) -> Any:
     source = source_of(path)
     try:
         if (Path(source) / "tokenizer").is_dir() or not is_local(source):
-            found = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
-        else:
-            found = AutoTokenizer.from_pretrained(source)
-        if len(found) <= len(found.all_special_ids):  # transformers makes an empty one where there are no files
-            raise ValueError("there is no vocabulary on this machine")
+            return _with_vocabulary(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"))
+        return _with_vocabulary(AutoTokenizer.from_pretrained(source))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: no tokenizer found: {_first_line(error)}; give a model or tokenizer folder, or a hub id that is "
             "in the cache"
         ) from error
-    return found
 
 
 def digests_of(source: str) -> dict[str, str]:

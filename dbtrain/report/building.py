@@ -158,8 +158,11 @@ def is_worked_on(run: Path) -> bool:
     """Whether a training or a fleet's driver holds the run; until it leaves, it may draw and score what is trained."""
     if not (run / LOCK).exists():
         return False
-    with held(run / LOCK) as free:
-        return not free
+    try:
+        with held(run / LOCK) as free:
+            return not free
+    except PermissionError:  # another user's run: it is shown as it is
+        return False
 
 
 def read_ledger(run: Path) -> Ledger | None:
