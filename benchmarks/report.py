@@ -31,8 +31,10 @@ if __name__ == "__main__":
     built = rebuild(Path(sys.argv[1]))
     use = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     spent = sum(each.ru_utime + each.ru_stime for each in use)
+    # ru_maxrss of a process counts that of the one that started it, too.
+    peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
     print(json.dumps({"seconds": built.seconds, "made": built.made, "processor_s": spent,
-                      "peak_mib": use[0].ru_maxrss / 1024, "peak_mib_of_a_helper": use[1].ru_maxrss / 1024}))
+                      "peak_mib": peak / 1024, "peak_mib_of_a_helper": use[1].ru_maxrss / 1024}))
 """
 SORT = """(name) => { const button = document.querySelector(`th[data-name=${name}] button`);
   const begin = performance.now(); button.click(); document.body.offsetHeight; return performance.now() - begin; }"""
@@ -150,7 +152,8 @@ def main() -> None:
         next((run / "subjects").iterdir()).joinpath("record.json").touch()
         one = build(run, script)
         result = {
-            "command": "python benchmarks/report.py " + " ".join(each for each in sys.argv[1:] if each != "--write"),
+            "command": f"python benchmarks/report.py --subjects {options.subjects} --side {options.side} "
+                       f"--turns {options.turns}",
             "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
                                      check=False).stdout.strip(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores shared with other work",

@@ -84,6 +84,8 @@ class Session:
     """Where the photos lie: of all subjects, or of those at hand."""
     beat: Callable[[str], None] = lambda stage: None
     """Told at every stage and step that this process is alive and at what."""
+    opened: Callable[[], object] = lambda: None
+    """Told by the first rank when a subject's settings and data are let in and there is work to do for it."""
 
     @property
     def prior_store(self) -> Path:

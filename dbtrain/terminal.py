@@ -29,8 +29,9 @@ def keep_origin(
     """Nothing; afterwards OUT/run.json holds the words of the run's last command, with which the report says how to
     resume. Only for a command that was let in: one that is refused would be refused again."""
     words = {"verb": verb, "manifest": str(manifest), "config": recipe, "out": str(out)}
-    found = {**words, "overrides": [*(overrides or ())], "skip_bad": skip_bad}
-    write_file(out / "run.json", json.dumps(found, indent=1).encode())
+    found = json.dumps({**words, "overrides": [*(overrides or ())], "skip_bad": skip_bad}, indent=1).encode()
+    if not (out / "run.json").exists() or (out / "run.json").read_bytes() != found:
+        write_file(out / "run.json", found)
 
 
 def stop_at_once() -> None:

@@ -74,6 +74,8 @@ def open_job(session: Session, subject: Subject) -> Job | dict[str, Any]:
         return done
     if done is not None:
         raise DataError(f"{folder}: holds a finished subject trained with other settings or data; use another --out")
+    if session.world.first:
+        session.opened()
     bank = fill_bank(session, subject, config, instances)
     return Job(session, subject, config, folder, run, bank)
 
@@ -312,8 +314,8 @@ def train_manifest(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The records of the chosen subjects (None is all), and a reason for each that failed; the others are not affected.
 
-    skip_bad: leave subjects with findings out; they are told, and named in `shards/skipped.json`. opened: called by the
-    first rank once settings and data are let in. Raises DataError for
+    skip_bad: leave subjects with findings out; they are told, and named in `shards/skipped.json`. opened: what
+    `Session.opened` is. Raises DataError for
     unknown ids or while another run works on `out`, and StopRequested when the process was asked to stop.
     """
     subjects = scan_manifest(manifest)[0] if skip_bad else read_manifest(manifest)
@@ -326,8 +328,7 @@ def train_manifest(
         if not ours:
             raise DataError(f"{out}: another run is working there; wait for it or stop it, or use another --out")
         session = open_session(config, subjects, manifest, out, quiet, skip_bad)
-        if session.world.first:
-            opened()
+        session.opened = opened
         sound = [known[name] for name in chosen or known if name in session.index.subjects]
         return _train_all(session, sound)
 

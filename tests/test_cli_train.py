@@ -50,11 +50,11 @@ def test_the_report_is_told_the_last_command_that_was_let_in(job, tmp_path):
     told = json.loads((out / "run.json").read_text())
     assert (told["manifest"], told["skip_bad"], told["verb"]) == (str(job[1][0]), True, "train")
     assert told["overrides"] == [*job[1][3:], "prior.weight=0"]
-    assert run("train", tmp_path / "none.csv", *words[2:]).exit_code == 3  # refused: the words are kept
-    assert json.loads((out / "run.json").read_text()) == told
-    assert run(*words, "prior.weight=0", "sample.seed=0").exit_code == 0
-    again = json.loads((out / "run.json").read_text())
-    assert again == {**told, "skip_bad": False, "overrides": [*told["overrides"], "sample.seed=0"]}
+    for refused in (("train", tmp_path / "none.csv", *words[2:]), (*words, "prior.weight=0", "train.lr=0.5")):
+        assert run(*refused).exit_code == 3
+        assert json.loads((out / "run.json").read_text()) == told
+    assert run(*words, "prior.weight=0", "--subject", "rex").exit_code == 0
+    assert json.loads((out / "run.json").read_text()) == {**told, "skip_bad": False}
 
 
 @pytest.mark.parametrize("setting", ["sample.prompts=[]", "sample.images=0"])
