@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dbtrain.randomness import Purpose
+from dbtrain_kernels import reference
 from dbtrain_kernels.adamw import _layout_problem, adamw
 from dbtrain_kernels.cases import on
 from dbtrain_kernels.reference import ROUNDING, round_at_random
@@ -160,6 +161,28 @@ def test_rounding_keeps_infinities_and_nan():
     value = torch.tensor([[torch.inf, -torch.inf, torch.nan, 0.0]])
     got = round_at_random(value, torch.tensor([[1, 2]]), torch.tensor([1]))[0]
     assert got[0] == torch.inf and got[1] == -torch.inf and got[2].isnan() and got[3] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_in_parts_is_the_update_of_the_whole(dtype, monkeypatch):
+    """On a CPU an arena is updated in parts that its cache holds; no bit of the result tells."""
+    rows, count = 2, 4 * 90 + 3
+    drawn = torch.randn((4, rows, count), generator=torch.Generator().manual_seed(5))
+
+    def updated(cached):
+        monkeypatch.setattr(reference, "CACHED", cached)
+        master, exp_avg, exp_avg_sq, ema = drawn[0].to(dtype, copy=True), drawn[1].clone(), drawn[2].square(), drawn[0].clone()
+        row_N = torch.ones(rows, dtype=torch.float64)
+        settings = (torch.tensor([3, 5]), row_N * 1e-2, row_N * 0.5, row_N * 0.1, torch.tensor([True, True]))
+        keys = torch.tensor([[1, 2], [3, 4]]) if dtype == torch.bfloat16 else None
+        compute = torch.zeros_like(master, dtype=torch.bfloat16)
+        reference.adamw(master, drawn[3], exp_avg, exp_avg_sq, *settings, 0.9, 0.99, 1e-8, ema, 0.9, compute, keys)
+        return master, exp_avg, exp_avg_sq, ema, compute
+
+    assert len(reference._parts(drawn[0])) == 1
+    whole, parts = updated(2**20), updated(2 * 40)
+    assert len(reference._parts(drawn[0])) == 10
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
 
 
 def test_the_stream_of_rounding_has_its_own_purpose():
