@@ -74,7 +74,7 @@ class Operators(TorchDispatchMode):
             self.fused += kernels
             self.launches += kernels or 1
             self.casts += name == "_to_copy" and result.dtype != args[0].dtype
-        if name in WAITS or _leaves_the_device(name, args, kwargs) or _finds_places(name, args):
+        if name in WAITS or _crosses(name, args, kwargs) or _finds_places(name, args):
             self.waits[name] += 1
         return result
 
@@ -89,11 +89,16 @@ class Operators(TorchDispatchMode):
         return not view and name not in NOTHING
 
 
-def _leaves_the_device(name: str, args: Any, kwargs: Any) -> bool:
-    target = kwargs.get("device")
+def _crosses(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a copy goes to the host, or from it so that the host waits for all that was launched before."""
     if name == "copy_":
-        return args[0].device.type == "cpu" != args[1].device.type
-    return name == "_to_copy" and target is not None and torch.device(target).type == "cpu" != args[0].device.type
+        target, source, unwaited = args[0].device.type, args[1].device.type, len(args) > 2 and args[2]
+    elif name == "_to_copy":
+        target, source = torch.device(kwargs.get("device") or args[0].device).type, args[0].device.type
+        unwaited = kwargs.get("non_blocking", False)
+    else:
+        return False
+    return source != target and (target == "cpu" or not unwaited)
 
 
 def _finds_places(name: str, args: Any) -> bool:

@@ -122,7 +122,7 @@ class Pack:
         for row, bank, step in banks:
             self.parts[row] = bank.draw(step, slots)
         known = [part for part in self.parts if part is not None]
-        joined = join_batches([part or known[0] for part in self.parts]).to(self.device)
+        joined = join_batches([part or known[0] for part in self.parts]).to(self.device, non_blocking=True)
         return Batch(
             joined.images_BCHW,
             joined.caption_B + CAPTIONS * self.subject_B,

@@ -303,7 +303,8 @@ def masked_by_a_factor(
     count, lr, decay = (value.to(grad.dtype)[:, None] for value in (step_N.clamp(min=1), lr_N, decay_N))
     change = mean / (1 - beta1**count) / ((square / (1 - beta2**count)).sqrt() + eps)
     value = master * (1 - lr * decay) - lr * change
-    for arena, new in ((exp_avg, mean), (exp_avg_sq, square), (master, value), (ema, ema + (value - ema) * (1 - ema_decay))):
+    changed = ((exp_avg, mean), (exp_avg_sq, square), (master, value), (ema, ema + (value - ema) * (1 - ema_decay)))
+    for arena, new in changed:
         arena += (new - arena) * active_N[:, None]
     return norm_N
 
