@@ -103,14 +103,14 @@ def test_every_operation_has_its_launches():
 @pytest.mark.gpu
 def test_on_a_gpu_a_packs_step_waits_for_nothing():
     """CUDA itself says so: any wait inside the step is an error."""
-    from dbtrain.bench.step import make_rig
-    from dbtrain.configfile import load
+    from dbtrain import configfile
+    from dbtrain.bench.pack import load, packed
 
-    rig = make_rig(load("tiny", ["engine.kind=packed", "train.precision=bf16"]), 2)
-    rig.pack.advance(rig.batch)  # compiles and allocates
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        rig.pack.advance(rig.batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    config = configfile.load("tiny", ["engine.kind=packed", "engine.capture=off", "train.precision=bf16"])
+    with packed(load(config, False), config, 2) as rig:  # warm: compiled and allocated
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            rig.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

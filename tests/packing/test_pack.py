@@ -62,6 +62,18 @@ def test_neighbours_slot_and_order_change_no_bit():
             assert case.name not in again or equal(again[case.name], first[case.name]), case.name
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_too(monkeypatch):
+    """The kernels' step against solo training on the CPU, and among other neighbours to the bit."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    first, norms, _ = train_pack(CASES, torch.float32, size=3, device="cuda")
+    again, _, _ = train_pack(CASES[::-1], torch.float32, size=3, device="cuda")
+    for case in CASES:
+        assert distance(first[case.name], train_alone(case, torch.float32)) < SINGLE, case.name
+        assert equal(again[case.name], first[case.name]), case.name
+        assert case.steps / 2 < sum(norm > case.clip for norm in norms[case.name])
+
+
 def test_padding_of_smaller_ranks_stays_exactly_zero():
     pack = train_pack(CASES[:3], torch.float32)[2]
     arena = pack.engine.arenas[0]
