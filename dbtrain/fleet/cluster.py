@@ -30,12 +30,13 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
             ray.init(address=address, namespace="dbtrain", log_to_driver=False, configure_logging=False)
         except ray.exceptions.AuthenticationError as error:
             raise FleetError(
-                f"--address {address}: the Ray cluster refuses this token ({first_line(error)}); use the cluster's own "
-                "token file with RAY_AUTH_MODE=token, see docs/operations.md"
+                f"--address {address}: Ray's token is missing or wrong ({first_line(error)}); use the cluster's token "
+                "file with RAY_AUTH_MODE=token, see docs/operations.md"
             ) from error
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise FleetError(
-                f"--address {address}: no Ray cluster answers ({first_line(error)}); start one, or leave it out"
+                f"--address {address}: no Ray cluster answers, or none that takes this token ({first_line(error)}); "
+                "start one, or leave it out"
             ) from error
         try:
             yield
