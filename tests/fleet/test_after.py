@@ -38,6 +38,8 @@ def test_drawing_and_scoring_outlive_a_kill_and_a_subject_that_cannot_be_scored(
     (out / "hold").unlink()
     finish(driver, out, 3)
     assert "error: --evaluate: failed for 1 subjects" in said(out)
+    told = "".join(path.read_text() for path in (out / "logs").iterdir())
+    assert told.count("\nIndexError: list index out of range") == 1, "it is told, and ends no trainer"
     found = outcomes(out)
     assert found.pop("index-c")["evaluate"].startswith("IndexError: list index out of range")
     assert found == {name: {"generate": "done", "evaluate": "done"} for name in ("wait-a", "b", "d")}

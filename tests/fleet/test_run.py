@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -209,6 +210,20 @@ def test_packs_are_of_one_size_whatever_happens(tmp_path):
     records = [json.loads(path.read_text()) for path in out.glob("subjects/*/record.json")]
     assert [record["pack_size"] for record in records] == [3] * 7
     assert digests(out) == digests(calm)
+
+
+@pytest.mark.slow
+def test_a_base_that_cannot_be_loaded_ends_the_run_and_shows(tmp_path):
+    words, out = write_small(tmp_path, "a:dog"), tmp_path / "out"
+    place = next(number for number, word in enumerate(words) if word.startswith("model.path="))
+    shutil.copytree(words[place].partition("=")[2], tmp_path / "sd")
+    for weights in (tmp_path / "sd" / "unet").glob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:100])
+    words[place] = f"model.path={tmp_path / 'sd'}"
+    finish(start(words, out), out, 5)
+    assert "its trainer cannot start" in said(out)
+    status = json.loads(batch("status", out, "--json").stdout)
+    assert (status["state"], status["driven"], status["subjects"]["waiting"]) == ("failed", False, 1)
 
 
 def test_a_lease_is_held_by_one_and_freed_by_death(tmp_path):
