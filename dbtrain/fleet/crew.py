@@ -1,7 +1,7 @@
 """The driver's end of a worker: one Ray actor, or a gang of them that trains as one. Nothing here waits.
 
 A crew is a small state machine fed with finished Ray calls: placing (actors are being made) -> starting (trainers load
-the base) -> idle <-> busy. When a trainer dies (-> dying, until it is clear of what) the crew starts its trainers anew;
+the base) -> idle <-> busy. When a trainer dies (-> dying, until its reason is known) the crew starts its trainers anew;
 when an actor dies the crew is lost and the driver makes another. Ray's own restarts and retries are off: only the
 ledger decides what is tried again.
 """
