@@ -44,11 +44,10 @@ class Options:
 
 
 def run_batch(
-    manifest: Path, config: RunConfig, out: Path, options: Options, entered: Callable[[], None] = lambda: None
+    manifest: Path, config: RunConfig, out: Path, options: Options, opened: Callable[[], object] = lambda: None
 ) -> dict[str, int]:
-    """Number of subjects by state after the run. Raises StopRequested (75) after a stop request, and FleetError when no
-    worker can work; the same call goes on from there. entered: called when the run is in the ledger, which it is once
-    all that was given has proved to be right."""
+    """Number of subjects by state after the run; `opened` is called once it is let in. Raises StopRequested (75) after
+    a stop request, and FleetError when no worker can work; the same call goes on from there."""
     if not manifest.is_file():
         raise DataError(f"{manifest}: there is no such manifest; give a CSV, JSONL, YAML or Parquet file")
     check_after(config, options)
@@ -60,7 +59,7 @@ def run_batch(
             if not ours:
                 raise FleetError(f"{out}: `dbtrain train` is working there; wait for it, or use another --out")
             ledger_folder(out, options.ledger)  # another driver may have come and gone meanwhile
-            return _run(manifest, config, out, options, folder, entered)
+            return _run(manifest, config, out, options, folder, opened)
     finally:
         lease.release()
 
@@ -106,7 +105,7 @@ def ledger_folder(out: Path, asked: Path | None) -> Path:
 
 
 def _run(
-    manifest: Path, config: RunConfig, out: Path, options: Options, folder: Path, entered: Callable[[], None]
+    manifest: Path, config: RunConfig, out: Path, options: Options, folder: Path, opened: Callable[[], object]
 ) -> dict[str, int]:
     ledger = Ledger(folder, create=True)
     try:
@@ -121,7 +120,7 @@ def _run(
         from dbtrain.fleet.prepare import enter_run, tell
 
         index = enter_run(ledger, manifest, config, out, quiet if options.quiet else tell, options.skip_bad)
-        entered()
+        opened()
         if options.address is None:
             # Ray reads this when it is imported: a node of its own then listens on the loopback interface only.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

@@ -1,6 +1,7 @@
 """The verbs of the fleet: `dbtrain batch run|status|retry|cancel|export`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,7 +91,8 @@ def run_verb(
                       address=address, after=after, evaluation=judging, ledger=ledger, skip_bad=skip_bad,
                       quiet=quiet)  # fmt: skip
     stop_at_once()
-    run_batch(manifest, config, out, options, lambda: keep_origin(out, "batch run", manifest, recipe, overrides))
+    opened = partial(keep_origin, out, "batch run", manifest, recipe, overrides)
+    run_batch(manifest, config, out, options, opened)
     summary = summarize_run(out)
     print_json(summary) if as_json else typer.echo(line(summary))
     tell_failures(summary, after)
