@@ -27,15 +27,15 @@ def generate(session: Session, folder: Path, task: Task) -> None:
 
 def evaluate(session: Session, folder: Path, task: Task) -> None:
     """Score the subject, as the run was told to, into its `evaluation.json`."""
-    settings = Settings(**task.evaluation)
-    judge = warm_judge(settings.identity, settings.clip, session.world.device)
-    evaluate_finished(folder, session.models, session.family, settings, judge)
+    encoders = {name: value for name, value in task.evaluation.items() if name != "protocol"}
+    judge = warm_judge(session.world.device, **encoders)
+    evaluate_finished(folder, session.models, session.family, Settings(**task.evaluation), judge)
 
 
 @cache
-def warm_judge(identity: str, clip: str, device: str) -> Judge:
+def warm_judge(device: str, **encoders: str) -> Judge:
     """The encoders, loaded once a worker."""
-    return load_judge(identity, clip, device)
+    return load_judge(device=device, **encoders)
 
 
 AFTER: dict[str, Callable[[Session, Path, Task], None]] = {"generate": generate, "evaluate": evaluate}

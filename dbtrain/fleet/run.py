@@ -78,9 +78,8 @@ def check_after(config: RunConfig, options: Options) -> None:
             findings.append(f"--protocol: got {protocol!r}, want {' or '.join(PROTOCOLS)}")
         if protocol == "quick" and not sample.prompts:
             findings.append("--evaluate: the quick protocol has no prompts of its own; set sample.prompts")
-        encoders = {name: options.evaluation[name] for name in ("identity", "clip") if name in options.evaluation}
         if not findings:
-            load_judge(**encoders)
+            load_judge(**{name: value for name, value in options.evaluation.items() if name != "protocol"})
     if findings:
         raise ConfigError(findings)
 
