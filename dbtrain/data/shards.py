@@ -7,17 +7,15 @@ While a folder is being written it holds a locked `.writing`; the index comes la
 away what the dead writer left (the mark proves that those files are ours) and starts over.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dbtrain.atomic import TEMPORARY, sync_folder, write_file
+from dbtrain.atomic import TEMPORARY, held, sync_folder, write_file
 from dbtrain.batch import SUBJECT_ID, Role, Sample, Subject
 from dbtrain.config import RunConfig
 from dbtrain.data import tar
@@ -229,8 +227,9 @@ def _claim(out: Path, remake: bool) -> Iterator[None]:
     taken = [] if MARK in found else [name for name in found if not (remake and _is_ours(name))]
     if taken:
         raise DataError(f"{out}: is not empty ({shown(min(taken))}); choose another --out, or move its content away")
-    descriptor = _lock(out / MARK)
-    try:
+    with held(out / MARK) as ours:
+        if not ours:
+            raise DataError(f"{out}: another process is writing there; wait for it, then run again")
         _sweep(out)
         try:
             yield
@@ -241,21 +240,6 @@ def _claim(out: Path, remake: bool) -> Iterator[None]:
             raise
         (out / MARK).unlink()
         sync_folder(out)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(mark: Path) -> int:
-    """The descriptor of the locked mark; DataError if another process holds it or has just finished."""
-    descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not mark.exists() or os.fstat(descriptor).st_ino != mark.stat().st_ino:
-            raise BlockingIOError
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise DataError(f"{mark.parent}: another process is writing there; wait for it, then run again") from error
-    return descriptor
 
 
 def _is_ours(name: str) -> bool:
