@@ -58,6 +58,13 @@ DISK_REMEDIES = {
     "EMFILE": "raise the limit on open files (ulimit -n)",
 }
 """What to do about a failure of the file system, by the name of its errno."""
+PATH_REMEDIES = {
+    "ENOENT": "check the path",
+    "EEXIST": "something else has that name; choose another folder, or move it away",
+    "ENOTDIR": "a part of the path is a file; choose another folder",
+    "EISDIR": "it is a folder; name a file",
+}
+"""The same for what a wrong path comes to. A mistake of this program looks alike, so its place can be asked for."""
 
 
 def disk_trouble(error: BaseException) -> str | None:
@@ -70,11 +77,14 @@ def disk_trouble(error: BaseException) -> str | None:
         told = re.search(r"\(os error (\d+)\)", str(seen))
         number = seen.errno if isinstance(seen, OSError) else int(told[1]) if told else None
         name = errno.errorcode.get(number or 0, "")
+        path = seen.filename if isinstance(seen, OSError) else None
+        where = f"{path}: " if path is not None else ""
         if name in DISK_REMEDIES:
-            where = f"{seen.filename}: " if isinstance(seen, OSError) and seen.filename is not None else ""
             return (
                 f"{where}{os.strerror(number or 0)}; {DISK_REMEDIES[name]}, then run the same command again: "
                 "what was finished is kept"
             )
+        if name in PATH_REMEDIES and where:
+            return f"{where}{os.strerror(number or 0)}; {PATH_REMEDIES[name]} (`dbtrain --traceback ...` shows where)"
         seen = seen.__cause__
     return None
