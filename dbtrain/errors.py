@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from collections.abc import Mapping
 
 
 class DbtrainError(Exception):
@@ -27,6 +28,10 @@ class DataError(DbtrainError):
     exit_code = 3
 
 
+class SubjectTaken(DataError):
+    """Another process trains the subject, or one did that is not known to be dead yet."""
+
+
 class EngineError(DbtrainError):
     """Training cannot go on: a non-finite loss, an impossible engine choice, too little memory."""
 
@@ -43,6 +48,19 @@ class StopRequested(EngineError):
     """SIGTERM or SIGUSR1 came: what was done is kept, and running the same command again goes on."""
 
     exit_code = 75
+
+
+def bare(error: DbtrainError) -> DbtrainError:
+    """The error without the frames that it came through, which would keep a model in memory for as long as itself."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
+
+
+def summed(failed: Mapping[str, DbtrainError]) -> DbtrainError:
+    """One error that tells of every subject that failed; its exit code is theirs, where they agree on one."""
+    first, *others = failed.values()
+    kind = type(first) if all(other.exit_code == first.exit_code for other in others) else EngineError
+    return kind("\n".join(f"{name}: {error}" for name, error in failed.items()))
 
 
 DISK_REMEDIES = {

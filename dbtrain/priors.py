@@ -136,11 +136,13 @@ def make_priors(
     batch: int,
     report: Callable[[str], None] = lambda line: None,
     stop: Callable[[], bool] = lambda: False,
+    beat: Callable[[], object] = lambda: None,
 ) -> int:
     """Number of images this rank drew; the ranks share the blocks. Afterwards (and a barrier) all are there and sound.
 
     Damaged blocks are drawn anew. Blocks that another run draws at this moment are waited for. `stop` is asked between
-    blocks; when it says so, the rest is left for another time.
+    blocks; when it says so, the rest is left for another time. `beat` is told of every image and every look at what
+    another run draws, for whoever would take this process to hang.
     """
     folder = store / key.name
     # By number, not by place in the list: a slower rank already sees the blocks of the others.
@@ -160,13 +162,14 @@ def make_priors(
                 return drawn
             with held(folder / f".block-{start:06d}.lock") as ours:
                 if ours:
-                    drawn += _complete(folder, start, images, key, pipeline, batch, report)
+                    drawn += _complete(folder, start, images, key, pipeline, batch, report, beat)
                 else:
                     busy.append(start)
         if busy and not told:
             report(f"priors: {key.prompt!r} images {busy[0]} and on are being drawn by another run; waiting for it")
             told = True
         waiting = busy
+        beat()
         time.sleep(POLL_S if busy else 0)
     return drawn
 
@@ -183,7 +186,14 @@ def _todo(folder: Path, start: int, images: int) -> list[range]:
 
 
 def _complete(
-    folder: Path, start: int, images: int, key: PriorKey, pipeline, batch: int, report: Callable[[str], None]
+    folder: Path,
+    start: int,
+    images: int,
+    key: PriorKey,
+    pipeline,
+    batch: int,
+    report: Callable[[str], None],
+    beat: Callable[[], object],
 ) -> int:
     """Number of images drawn so that the BLOCK from `start` is whole; its lock is held."""
     todo = _todo(folder, start, images)
@@ -192,8 +202,14 @@ def _complete(
     for block in todo:
         report(f"priors: {key.prompt!r} images {block.start}-{block.stop - 1} of {images}")
         place = folder / f"block-{block.start:06d}-{len(block):03d}"
-        write_shards(_draw(pipeline, key, block, batch), place, remake=True)
+        write_shards(_told(_draw(pipeline, key, block, batch), beat), place, remake=True)
     return sum(len(block) for block in todo)
+
+
+def _told(samples: Iterator[Sample], beat: Callable[[], object]) -> Iterator[Sample]:
+    for sample in samples:
+        beat()
+        yield sample
 
 
 def write_key(folder: Path, key: PriorKey) -> None:

@@ -82,6 +82,8 @@ class Session:
     """What `engine.packed.size: auto` came to on this machine."""
     index: Index = field(default_factory=lambda: Index((), ()))
     """Where the photos lie: of all subjects, or of those at hand."""
+    taken_wait_s: float = 30.0
+    """How long a subject that another process trains is waited for; a killed one's lock may take a while to fall."""
     beat: Callable[[str], None] = lambda stage: None
     """Told at every stage and step that this process is alive and at what."""
 

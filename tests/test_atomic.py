@@ -101,6 +101,6 @@ def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(DataError, match=r"\.lock: this file system keeps no locks .*; mount it with them"):
-        with atomic.held(tmp_path / ".lock"):
-            pytest.fail("was held")
+    refused = pytest.raises(DataError, match=r"\.lock: this file system keeps no locks .*; mount it with them")
+    with refused, atomic.held(tmp_path / ".lock"):
+        pytest.fail("was held")

@@ -5,6 +5,7 @@ bytes stay bytes, provenance is JSON. So its `pipe:` addresses and its pickling 
 WDS_SECURE says. What it would pass over in silence is compared with the index: names, counts, order.
 """
 
+import errno
 import hashlib
 from collections.abc import Collection, Iterable, Iterator
 from itertools import zip_longest
@@ -19,7 +20,7 @@ from dbtrain.data import tar
 from dbtrain.data.ahead import ahead
 from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Index, Row, Shard
 from dbtrain.data.place import Place, place_of
-from dbtrain.errors import DataError
+from dbtrain.errors import DISK_REMEDIES, DataError
 
 PIECE = 1 << 20
 SKIPPED = "skipped.json"
@@ -160,12 +161,17 @@ def _shard_damage(place: Place, shard: Shard, rows: list[Row]) -> list[str]:
 
 
 def _open(place: Place, name: str) -> BinaryIO:
-    """A shard's file for reading; DataError unless it is a plain file that bears this very name."""
+    """A shard's file for reading; DataError unless it is a plain file that bears this very name.
+
+    A disk that refuses is no defect of the shard: its OSError comes out as it is.
+    """
     if not SHARD_NAME.fullmatch(name):
         raise DataError(f"shard {name!r}: is no shard name; {REMEDY}")
     try:
         return place.open(name)
     except OSError as error:
+        if errno.errorcode.get(error.errno or 0) in DISK_REMEDIES:
+            raise
         problem = error.strerror or type(error).__name__
         raise DataError(f"shard {name}: cannot be opened ({problem}), or is a link; {REMEDY}") from error
     except DataError as error:

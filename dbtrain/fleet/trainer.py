@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbtrain.batch import Subject
 from dbtrain.config import RunConfig
-from dbtrain.errors import DbtrainError, EngineError
+from dbtrain.errors import DbtrainError, EngineError, SubjectTaken
 from dbtrain.fleet.schedule import WorkUnit
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ def explain(error: BaseException) -> tuple[str, str]:
         return "oom", text[:500] or "memory ran out"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return "disk", text
+    if isinstance(error, SubjectTaken):
+        return "lost", text  # the worker that had it is not known to be dead
     if isinstance(error, DbtrainError):
         return "error", text[:2000]
     where = traceback.extract_tb(error.__traceback__)[-1:]
@@ -215,8 +217,10 @@ def draw_priors(session: Any, task: Task, order: Order, send: Callable[[Message]
         world = World(unit.part, unit.parts, world.device)
     key = prior_key(config, session.models, unit.class_noun)
     with sampling_mode(session.models):
-        say = session.beat
-        make_priors(store, key, config.prior.images, session.family, session.models, world, config.prior.batch, say)
+        say, beat = session.beat, lambda: session.beat("prior")
+        make_priors(
+            store, key, config.prior.images, session.family, session.models, world, config.prior.batch, say, beat=beat
+        )
 
 
 def draw_and_score(session: Any, task: Task, order: Order, send: Callable[[Message], None]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dbtrain.errors import ConfigError, DataError, EngineError
+from dbtrain.errors import ConfigError, DataError, summed
 from dbtrain.terminal import Json, Overrides, Recipe, SkipBad, keep_origin, print_json, stop_at_once
 
 
@@ -76,7 +76,7 @@ def train_verb(
             folder = out / "subjects" / record["subject"]
             typer.echo(f"{record['subject']}: `{record['identifier']} {record['class']}` in {folder}")
     if failed:
-        raise EngineError("\n".join(f"{name}: {reason}" for name, reason in failed.items()))
+        raise summed(failed)
 
 
 def generate_verb(
