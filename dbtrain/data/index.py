@@ -83,7 +83,7 @@ class Index:
             raise DataError(f"{what}; make the folder with `dbtrain shard MANIFEST --out {directory}`") from error
         try:
             index = _parse(content)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             what = f"{path}: is damaged ({shown(str(error))})"
             raise DataError(f"{what}; move the folder away and run `dbtrain shard` again") from error
         return index
@@ -169,7 +169,7 @@ def _closing(body: bytes) -> bytes:
 
 
 def _parse(content: bytes) -> Index:
-    """The index in a file's bytes; ValueError, TypeError or KeyError says what is wrong."""
+    """The index in a file's bytes; ValueError, TypeError or LookupError says what is wrong."""
     cut = content.rfind(b"\n", 0, -1) + 1
     if content[cut:] != _closing(content[:cut]):
         raise ValueError("its digest differs")
@@ -186,6 +186,10 @@ def _parse(content: bytes) -> Index:
 
 def _check(rows: tuple[Row, ...], shards: tuple[Shard, ...]) -> None:
     """Nothing; ValueError if names are unsafe, keys repeat, or the rows do not fill the shards without gaps."""
+    numbers = [number for row in rows for number in (row.offset, row.length)]
+    numbers += [number for shard in shards for number in (shard.size, shard.count)]
+    if not all(type(number) is int for number in numbers):
+        raise ValueError("a size or an offset is no whole number")
     if len({row.key for row in rows}) < len(rows):
         raise ValueError("a key stands twice")
     if len({shard.name for shard in shards}) < len(shards):

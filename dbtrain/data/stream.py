@@ -7,6 +7,7 @@ WDS_SECURE says. What it would pass over in silence is compared with the index: 
 
 import errno
 import hashlib
+import os
 from collections.abc import Collection, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -95,9 +96,11 @@ def _runs(rows: list[Row]) -> Iterator[list[Row]]:
 def _verified(place: Place, run: list[Row]) -> Iterator[bytes]:
     """The bytes of touching rows, one row at a time and each after its proof; then the end of a tar file."""
     with _open(place, run[0].shard) as file:
-        file.seek(run[0].offset)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(min(run[0].offset, size))
         for row in run:
-            content = file.read(row.length)
+            # Never more than there is: an index may claim any length.
+            content = file.read(min(row.length, size))
             problem = _row_problem(row, content)
             if problem is not None:
                 raise DataError(problem)
@@ -115,6 +118,16 @@ def _row_problem(row: Row, content: bytes) -> str | None:
     else:
         problem = tar.problem(content, row.key)
     return None if problem is None else f"shard {row.shard}, sample {row.key}: {problem}; {REMEDY}"
+
+
+def _sample_problem(row: Row, content: bytes) -> str | None:
+    """One line on what is wrong with the sample in a row's sound members; None if nothing is."""
+    group = {"__url__": row.shard, "__key__": row.key, **tar.members(content)}
+    try:
+        _sample(row, group)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _sample(row: Row | None, group: dict | None) -> Sample:
@@ -141,13 +154,14 @@ def _shard_damage(place: Place, shard: Shard, rows: list[Row]) -> list[str]:
     whole, found = hashlib.sha256(), []
     try:
         with _open(place, shard.name) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             for row in rows:
-                content = file.read(row.length)
+                content = file.read(min(row.length, size))
                 whole.update(content)
-                found.append(_row_problem(row, content))
+                found.append(_row_problem(row, content) or _sample_problem(row, content))
             while piece := file.read(PIECE):
                 whole.update(piece)
-            size = file.tell()
     except OSError as error:
         found.append(f"shard {shard.name}: cannot be read ({error.strerror or error}); {REMEDY}")
     except DataError as error:

@@ -26,7 +26,7 @@ def problem(content: bytes, key: str) -> str | None:
     names, offset = [], 0
     while offset < len(content):
         try:
-            member = tarfile.TarInfo.frombuf(content[offset : offset + BLOCK], "utf-8", "strict")
+            member = _header(content, offset)
         except (tarfile.HeaderError, UnicodeDecodeError) as error:
             return f"has a damaged tar header at byte {offset} ({error})"
         if member.type != tarfile.REGTYPE or member.size < 0:
@@ -37,6 +37,21 @@ def problem(content: bytes, key: str) -> str | None:
     if names not in wanted or offset != len(content):
         return f"holds {names}, want {wanted[0]}"
     return None
+
+
+def members(content: bytes) -> dict[str, bytes]:
+    """The contents of a sample's members by their extension; of bytes with which there is no `problem`."""
+    found, offset = {}, 0
+    while offset < len(content):
+        member = _header(content, offset)
+        start = offset + BLOCK
+        found[member.name.rpartition(".")[2]] = content[start : start + member.size]
+        offset = start + _padded(member.size)
+    return found
+
+
+def _header(content: bytes, offset: int) -> tarfile.TarInfo:
+    return tarfile.TarInfo.frombuf(content[offset : offset + BLOCK], "utf-8", "strict")
 
 
 def unpack(key: str, image: bytes, extension: str, meta: bytes) -> Sample:

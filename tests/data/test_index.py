@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import math
 from collections import Counter
@@ -123,6 +124,9 @@ CONTRADICTIONS = {
     "gap": lambda i: change_row(i, 1, offset=i.rows[1].offset + 512),
     "negative length": lambda i: change_row(i, 1, length=-512),
     "text for a number": lambda i: change_row(i, 1, offset="0"),
+    "fraction for a number": lambda i: change_row(i, 1, offset=float(i.rows[1].offset)),
+    "fraction for a length": lambda i: change_row(i, 1, length=float(i.rows[1].length)),
+    "fraction for a size": lambda i: change_shard(i, size=float(i.shards[0].size)),
     "missing row": lambda i: dataclasses.replace(i, rows=i.rows[:-1]),
     "fewer in a shard": lambda i: change_shard(i, count=i.shards[0].count - 1),
     "size": lambda i: change_shard(i, size=i.shards[0].size + 512),
@@ -134,6 +138,17 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_an_index_at_odds_with_itself_is_refused_though_its_digest_is_right(shard_folder, tmp_path, name):
     CONTRADICTIONS[name](Index.load(shard_folder)).save(tmp_path)
+    with pytest.raises(DataError, match=r"index\.jsonl: is damaged"):
+        Index.load(tmp_path)
+
+
+@pytest.mark.parametrize("shard", [99, -99, None, "0", True])
+def test_a_row_of_no_shard_is_refused_though_the_digest_is_right(shard_folder, tmp_path, shard):
+    body = (shard_folder / INDEX_NAME).read_bytes().splitlines(keepends=True)[:-1]
+    row = json.loads(body[3])
+    body[3] = json.dumps([shard, *row[1:]]).encode() + b"\n"
+    digest = hashlib.sha256(b"".join(body)).hexdigest()
+    (tmp_path / INDEX_NAME).write_bytes(b"".join(body) + f'{{"sha256":"{digest}"}}\n'.encode())
     with pytest.raises(DataError, match=r"index\.jsonl: is damaged"):
         Index.load(tmp_path)
 

@@ -188,6 +188,26 @@ def test_hostile_members_are_refused_though_every_digest_is_right(tmp_path, name
     Index((row,), (shard,)).save(tmp_path)
     with pytest.raises(DataError, match="shard train-000000.tar"):
         list(read_samples(tmp_path, Index.load(tmp_path).rows))
+    assert verify(tmp_path)[0].startswith("shard train-000000.tar, sample cat-0-0: ")
+
+
+@pytest.mark.parametrize("length", [2**62, 10**30], ids=["2^62", "10^30"])
+def test_a_length_that_no_file_has_is_refused_without_its_memory(folder, length):
+    """The index agrees with itself: only the files do not."""
+    index = Index.load(folder)
+    length -= length % 512
+    first, *others = index.shards
+    rows = [row for row in index.rows if row.shard == first.name]
+    rows[0] = dataclasses.replace(rows[0], length=length)
+    for number, row in enumerate(rows[1:], 1):
+        rows[number] = dataclasses.replace(row, offset=rows[number - 1].offset + rows[number - 1].length)
+    size = rows[-1].offset + rows[-1].length + TAR_END
+    shards = (dataclasses.replace(first, size=size), *others)
+    Index((*rows, *(row for row in index.rows if row.shard != first.name)), shards).save(folder)
+    for row in Index.load(folder).rows[:2]:
+        with pytest.raises(DataError, match=f"sample {row.key}: is cut short"):
+            list(read_samples(folder, [row]))
+    assert "is cut short" in verify(folder)[0]
 
 
 @pytest.mark.parametrize("name", list(HOSTILE)[: list(HOSTILE).index("empty provenance")])
