@@ -32,7 +32,12 @@ class Place(Protocol):
 
 
 def place_of(directory: Path | str, schemes: Collection[str] = ()) -> Place:
-    """The place that a folder or address names; DataError for an address whose scheme was not allowed."""
+    """The place that a folder or address names; DataError for an address whose scheme was not allowed.
+
+    A Path is always a folder, whatever its name looks like.
+    """
+    if isinstance(directory, Path):
+        return Folder(directory)
     text = str(directory)
     match = ADDRESS.match(text)
     if match is None:

@@ -1,6 +1,8 @@
 """Where shards are read from: folders, and addresses whose scheme was allowed; nothing else, however it is spelt."""
 
+import shutil
 import sys
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -107,6 +109,18 @@ def test_other_addresses_are_refused_before_anything_is_opened(address, allowed,
     with pytest.raises(DataError, match="address"):
         place_of(address, allowed)
     assert verify(address, allowed) != []
+
+
+def test_a_path_is_a_folder_whatever_its_name(shard_folder, tmp_path, monkeypatch):
+    """As in `--out run:1`."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run:1", "s3:shards"):
+        shutil.copytree(shard_folder, name)
+        rows = Index.load(Path(name)).rows
+        assert list(read_samples(Path(name), rows)) == list(make_samples())
+        assert verify(Path(name)) == []
+        with pytest.raises(DataError, match="address"):
+            Index.load(name)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "", ".hidden", "x..y", "a\0b"])
