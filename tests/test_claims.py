@@ -19,7 +19,6 @@ from dbtrain.ranks import from_first
 from tests.faults.campaigns import RUN, checkpoint
 from tests.ranks_at_work import on_ranks
 
-
 ALONE = World(0, 1, "cpu")
 
 

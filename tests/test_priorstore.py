@@ -152,7 +152,7 @@ def test_damage_is_named_and_drawn_anew(tmp_path, models, key, store):
     tar.write_bytes(bad)
     assert all(tar.parent.name in line for line in store_damage(tmp_path))
     assert store_damage(tmp_path)
-    with pytest.raises(DataError, match="run the same command again, which draws it anew"):
+    with pytest.raises(DataError, match="run `dbtrain prior make` again, which draws it anew"):
         read_priors(tmp_path, key, BLOCK + 2)
     assert make_priors(tmp_path, key, BLOCK + 2, FAMILY, models, ALONE, 8) == 2
     assert [one.image for one in read_priors(tmp_path, key, BLOCK + 2)] == want
@@ -183,6 +183,47 @@ def test_own_images_are_imported_once_and_grow(tmp_path, photos):
     (row,) = list_store(tmp_path / "store")
     assert (row["sampler"], row["images"], row["model"]) == ("imported", 20, "")
     assert images_digest(tmp_path / "store", key, 5) != images_digest(tmp_path / "store", key, 6)
+
+
+def test_damage_to_imported_images_says_to_import_them_again_and_that_helps(tmp_path, photos, models):
+    """Nothing can draw them anew. What comes after the gap is kept."""
+    store, config = tmp_path / "store", small_config("prior.sampler=imported")
+    for count in (5, 20):
+        for number in range(count):
+            photo(number).save(photos / f"{number}.jpg")
+        import_images(photos, "dog", store, config)
+    key = prior_key(config, models, "dog")
+    before = [one.image for one in read_priors(store, key, 20)]
+    block = store / key.name / "block-000005-011"
+    tar = block / "train-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-3000])
+    told = "delete this folder and run `dbtrain prior import` again"
+    assert store_damage(store) and all(line.endswith(told) for line in store_damage(store))
+    for read in (
+        lambda: read_priors(store, key, 20),
+        lambda: make_priors(store, key, 20, FAMILY, models, ALONE, 8),
+        lambda: import_images(photos, "dog", store, config),
+    ):
+        with pytest.raises(DataError, match=f"{block}: .*; {told}"):
+            read()
+    shutil.rmtree(block)
+    (line,) = store_damage(store)
+    assert "block-000016-004: does not follow" in line and "`dbtrain prior import` of the lost images fills" in line
+    photo(99).save(photos / "99.jpg")
+    assert import_images(photos, "dog", store, config) == (12, 21)
+    after = [one.image for one in read_priors(store, key, 21)]
+    assert sorted(after[:20]) == sorted(before) and after[16:20] == before[16:20]
+    assert store_damage(store) == []
+
+
+def test_other_folders_beside_blocks_are_no_blocks(tmp_path, models, key, store):
+    """As a backup that a person made."""
+    shutil.copytree(store, tmp_path, dirs_exist_ok=True)
+    for name in ("block-000000-016.bak", "block-000000-0x6", "block-x", "block-000000-016-2", "block-000000-999 copy"):
+        shutil.copytree(tmp_path / key.name / "block-000000-016", tmp_path / key.name / name)
+    assert make_priors(tmp_path, key, BLOCK + 2, FAMILY, models, ALONE, 8) == 0
+    assert list_store(tmp_path)[0]["images"] == len(read_priors(tmp_path, key, BLOCK + 2)) == BLOCK + 2
+    assert store_damage(tmp_path) == []
 
 
 def test_a_bad_photo_imports_nothing(tmp_path, photos):
