@@ -20,6 +20,7 @@ LAYERS = {
         "dbtrain.config",
         "dbtrain.batch",
         "dbtrain.randomness",
+        "dbtrain.sealed",
         "dbtrain.yaml12",
         "dbtrain_kernels",
     ],

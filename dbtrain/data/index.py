@@ -1,12 +1,9 @@
 """The index of a shard folder: what lies where, with a digest for all of it; and the order in which it is drawn.
 
-`index.jsonl` is one header line, one line a sample in storage order, and a last line with the SHA-256 of all lines
-before it, so that no damage to the index itself goes unseen. A row is a list under the header's `columns`, which keeps
-a million samples near 200 MB.
+`index.jsonl` is sealed lines (`sealed.py`): a header, and one line a sample in storage order. A row is a list under the
+header's `columns`, which keeps a million samples near 200 MB.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +16,7 @@ from dbtrain.data.finding import shown
 from dbtrain.data.place import place_of
 from dbtrain.errors import DataError
 from dbtrain.randomness import permutation
+from dbtrain.sealed import seal, unseal
 
 INDEX_NAME = "index.jsonl"
 FORMAT = "dbtrain-shards"
@@ -104,10 +102,8 @@ class Index:
             "columns": COLUMNS,
             "shards": shards,
         }
-        lines: list[object] = [header]
-        lines += [[numbers[r.shard], r.key, r.offset, r.length, r.sha256, r.caption] for r in self.rows]
-        body = "".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines).encode()
-        return body + _closing(body)
+        rows = ([numbers[r.shard], r.key, r.offset, r.length, r.sha256, r.caption] for r in self.rows)
+        return seal([header, *rows])
 
     def rows_of(self, subject: str, role: Role = Role.INSTANCE) -> tuple[Row, ...]:
         """A subject's samples of a role in storage order; empty if it has none."""
@@ -164,16 +160,9 @@ def split_key(key: str) -> tuple[str, Role, int]:
     return match[1], Role(int(match[2])), int(match[3])
 
 
-def _closing(body: bytes) -> bytes:
-    return f'{{"sha256":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode()
-
-
 def _parse(content: bytes) -> Index:
     """The index in a file's bytes; ValueError, TypeError or LookupError says what is wrong."""
-    cut = content.rfind(b"\n", 0, -1) + 1
-    if content[cut:] != _closing(content[:cut]):
-        raise ValueError("its digest differs")
-    header, *lines = map(json.loads, content[:cut].splitlines())
+    header, *lines = unseal(content)
     if header["format"] != FORMAT or header["version"] != VERSION or header["columns"] != COLUMNS:
         raise ValueError(f"format {header['format']} {header['version']}, want {FORMAT} {VERSION}")
     shards = tuple(Shard(*shard) for shard in header["shards"])
