@@ -7,7 +7,7 @@ from typing import Any
 from dbtrain.batch import SUBJECT_ID, Subject
 from dbtrain.config import RunConfig
 from dbtrain.data.ahead import ahead
-from dbtrain.data.finding import Finding, shown
+from dbtrain.data.finding import Finding, named, shown
 from dbtrain.data.images import open_photo
 from dbtrain.data.manifest import scan_manifest
 from dbtrain.errors import DataError
@@ -102,5 +102,5 @@ def _photo(pair: tuple[Subject, Path]) -> Finding | None:
         open_photo(path)
     except DataError as error:
         what, _, remedy = str(error).removeprefix(f"{path}: ").rpartition("; ")
-        return Finding(subject.id, str(path), what, remedy)
+        return Finding(subject.id, named(path), named(what), remedy)
     return None

@@ -56,7 +56,8 @@ def shard_manifest(
         if findings and not (skip_bad and subjects):
             raise DataError("\n".join(finding.line() for finding in findings))
         for finding in findings:
-            left_out.setdefault(finding.subject, []).append(finding.line())
+            # A row without an id is named by its place in the manifest, such as photos.csv:4.
+            left_out.setdefault(finding.subject or Path(finding.file).name, []).append(finding.line())
             say(f"left out: {finding.line()}")
     else:
         subjects = read_manifest(manifest)

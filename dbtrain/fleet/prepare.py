@@ -72,9 +72,9 @@ def enter_run(
 
 
 def left_out(path: Path) -> dict[str, str]:
-    """Reasons of the subjects that sharding left out, by id."""
+    """Reasons of the subjects that sharding left out, by id; of a row without one, by its place in the manifest."""
     found = json.loads(path.read_text()) if path.exists() else {}
-    return {name: "; ".join(reasons) for name, reasons in found.items() if name}
+    return {name: "; ".join(reasons) for name, reasons in found.items()}
 
 
 def spec_of(subject: Subject, identifier: str) -> dict[str, Any]:

@@ -56,7 +56,9 @@ def test_shards_hold_the_sound_ones_and_say_who_is_missing(manifest, tmp_path):
     shard_manifest(manifest, tmp_path / "s", CONFIG, said.append, True, tokenizer)
     assert Index.load(tmp_path / "s").subjects == ("good", "fine")
     skipped = json.loads((tmp_path / "s" / SKIPPED).read_text())
-    assert {"torn", "wordy"} <= set(skipped) and all(skipped.values())
+    assert set(skipped) == {"torn", "twice", "TWICE", "wordy", "m.csv:4"} and all(skipped.values())
+    assert "differs only by case from 'TWICE' of row 6" in skipped["twice"][0]
+    assert "column subject: got 'bad id!'" in skipped["m.csv:4"][0]
     assert sum(line.startswith("left out: ") for line in said) == sum(map(len, skipped.values()))
     assert verify(tmp_path / "s") == []
     (tmp_path / "s" / SKIPPED).unlink()
@@ -79,6 +81,6 @@ def test_the_verb_lists_everything_and_writes_nothing(manifest):
     refused, skipping, as_json = run(), run("--skip-bad"), run("--skip-bad", "--json")
     assert (refused.exit_code, skipping.exit_code, as_json.exit_code) == (3, 0, 0)
     findings = json.loads(as_json.stdout)
-    assert len(findings) == refused.stderr.count("error: ") == skipping.stderr.count("left out: ") == 4
+    assert len(findings) == refused.stderr.count("error: ") == skipping.stderr.count("left out: ") == 5
     assert "2 subjects" in skipping.stdout
     assert {path: path.stat().st_mtime_ns for path in manifest.parent.rglob("*")} == before
