@@ -121,15 +121,17 @@ def open_session(
     """Load the base and shard the photos, once for all subjects; a request to stop is met at once until it returns."""
     session = join_session(config, out, quiet)
     tokenizer = next(iter(session.models.tokenizers.values()))
+    registry = Path(config.identifier.registry or out / REGISTRY)
     with session.stages("shard"):
         on_stop(_stop_now)
         if session.world.first:
-            shard_manifest(manifest, session.shards, config, session.say, skip_bad, tokenizer)
+            shard_manifest(manifest, session.shards, config, session.say, skip_bad, tokenizer, registry)
         dist.barrier()
         on_stop(lambda *_: setattr(session, "stop", True))
     session.index = Index.load(session.shards)
-    registry = Path(config.identifier.registry or out / REGISTRY)
-    session.identifiers = recorded_identifiers(registry, tokenizer, subjects, config.identifier.tokens, config.seed)
+    stored = set(session.index.subjects)
+    sound = [subject for subject in subjects if subject.id in stored]
+    session.identifiers = recorded_identifiers(registry, tokenizer, sound, config.identifier.tokens, config.seed)
     return session
 
 

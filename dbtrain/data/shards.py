@@ -23,8 +23,7 @@ from dbtrain.data.ahead import ahead
 from dbtrain.data.finding import shown
 from dbtrain.data.images import encode, open_photo, read_photo, shorten
 from dbtrain.data.index import FORMAT, INDEX_NAME, SHARD_NAME, TAR_END, VERSION, Index, Row, Shard, make_key
-from dbtrain.data.manifest import read_manifest
-from dbtrain.data.preflight import caption_tokens, sift
+from dbtrain.data.preflight import sift
 from dbtrain.data.stream import SKIPPED, verify
 from dbtrain.errors import DataError
 
@@ -40,27 +39,25 @@ def shard_manifest(
     say: Callable[[str], None] = print,
     skip_bad: bool = False,
     tokenizer: Any = None,
+    registry: Path | None = None,
 ) -> Index:
     """The index of the shards that hold a manifest's photos at `data.resolution`.
 
     Run again on the same input it changes nothing, or remakes what is damaged, and says so; a folder made from other
     input is refused. Bad photos are all named in one DataError before anything is written. With `skip_bad`, subjects
-    with findings are left out: each is told, and named with its reasons in `skipped.json`. `tokenizer`: the base
-    model's, to check the length of captions.
+    with findings are left out: each is told, and named with its reasons in `skipped.json`. `tokenizer` and `registry`:
+    see `preflight`; photos that are in the shards already are not looked at again.
     """
     out, resolution = Path(out), config.data.resolution
     made = Index.load(out) if (out / INDEX_NAME).exists() and not (out / MARK).exists() else None
     left_out: dict[str, list[str]] = {}
-    if made is None or skip_bad:
-        subjects, findings = sift(manifest, config, *(caption_tokens(tokenizer) if tokenizer else ()))
-        if findings and not (skip_bad and subjects):
-            raise DataError("\n".join(finding.line() for finding in findings))
-        for finding in findings:
-            # A row without an id is named by its place in the manifest, such as photos.csv:4.
-            left_out.setdefault(finding.subject or Path(finding.file).name, []).append(finding.line())
-            say(f"left out: {finding.line()}")
-    else:
-        subjects = read_manifest(manifest)
+    subjects, findings = sift(manifest, config, tokenizer, registry, photos=made is None or skip_bad)
+    if findings and not (skip_bad and subjects):
+        raise DataError("\n".join(finding.line() for finding in findings))
+    for finding in findings:
+        # A row without an id is named by its place in the manifest, such as photos.csv:4.
+        left_out.setdefault(finding.subject or Path(finding.file).name, []).append(finding.line())
+        say(f"left out: {finding.line()}")
     source = source_digest(subjects, resolution)
     if made is not None:
         damage = _repair_reason(made, source, out)

@@ -54,18 +54,19 @@ def enter_run(
             return Index.load(out / "shards")
     tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
     subjects = scan_manifest(manifest)[0] if skip_bad else read_manifest(manifest)
-    index = shard_manifest(manifest, out / "shards", config, say, skip_bad, tokenizer)
+    registry = Path(config.identifier.registry or out / REGISTRY)
+    index = shard_manifest(manifest, out / "shards", config, say, skip_bad, tokenizer, registry)
     if run is None:
-        registry = Path(config.identifier.registry or out / REGISTRY)
-        names = recorded_identifiers(registry, tokenizer, subjects, config.identifier.tokens, config.seed)
+        stored = set(index.subjects)
+        sound = [subject for subject in subjects if subject.id in stored]
+        names = recorded_identifiers(registry, tokenizer, sound, config.identifier.tokens, config.seed)
         about = {
             "config": config.model_dump_json(),
             "config_digest": config_digest,
             "manifest": str(manifest.resolve()),
             "manifest_digest": manifest_digest,
         }
-        sound = set(index.subjects)
-        specs = (spec_of(subject, names[subject.id]) for subject in subjects if subject.id in sound)
+        specs = (spec_of(subject, names[subject.id]) for subject in sound)
         with ledger.commit():
             ledger.create_run(about, specs, left_out(out / "shards" / SKIPPED))
     return index

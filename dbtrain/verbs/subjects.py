@@ -26,11 +26,11 @@ def preflight_verb(
       dbtrain preflight photos.csv --config sd15_lora --json
     """
     from dbtrain import configfile
-    from dbtrain.data.preflight import caption_tokens, sift
+    from dbtrain.data.preflight import sift
     from dbtrain.families import load_tokenizer
 
     config = configfile.load(recipe, overrides or ())
-    subjects, findings = sift(manifest, config, *caption_tokens(load_tokenizer(config.model.path)))
+    subjects, findings = sift(manifest, config, load_tokenizer(config.model.single_file_layout or config.model.path))
     if as_json:
         print_json([finding.row() for finding in findings])
     if findings and not (skip_bad and subjects):

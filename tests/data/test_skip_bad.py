@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from dbtrain import cli
 from dbtrain.config import RunConfig
 from dbtrain.data.index import Index
-from dbtrain.data.preflight import caption_tokens, sift
+from dbtrain.data.preflight import sift
 from dbtrain.data.shards import shard_manifest
 from dbtrain.data.stream import SKIPPED, verify
 from dbtrain.errors import DataError
@@ -39,11 +39,10 @@ def manifest(tmp_path):
 
 
 def test_sound_subjects_go_on_and_every_other_has_its_reasons(manifest):
-    tokens, limit = caption_tokens(load_tokenizer("embedded"))
-    subjects, findings = sift(manifest, CONFIG, tokens, limit)
+    subjects, findings = sift(manifest, CONFIG, load_tokenizer("embedded"))
     assert [subject.id for subject in subjects] == ["good", "fine"]
     lines = "\n".join(finding.line() for finding in findings)
-    for reason in ("bad id!", "differs only by case", "torn", f"tokens, {limit} are read", "cut short"):
+    for reason in ("bad id!", "differs only by case", "torn", "tokens, 30 are read", "cut short"):
         assert reason in lines
 
 
@@ -65,6 +64,15 @@ def test_shards_hold_the_sound_ones_and_say_who_is_missing(manifest, tmp_path):
     shard_manifest(manifest, tmp_path / "s", CONFIG, said.append, True, tokenizer)
     assert "nothing to do" in said[-1]
     assert json.loads((tmp_path / "s" / SKIPPED).read_text()) == skipped
+
+
+def test_settings_are_judged_though_the_shards_are_there(manifest, tmp_path):
+    """They may have been made under others; photos that are in them are not decoded again."""
+    manifest.write_text("subject,class,images,prior_weight\ngood,cat,good,0.5\nfine,dog,fine,\n")
+    shard_manifest(manifest, tmp_path / "s", CONFIG, str)
+    packed = {"data": {"resolution": 32}, "engine": {"kind": "packed"}, "prior": {"weight": 0}}
+    with pytest.raises(DataError, match="subject good: is 0.5 while prior.weight is 0"):
+        shard_manifest(manifest, tmp_path / "s", RunConfig.model_validate(packed), str)
 
 
 def test_nothing_sound_is_an_error(manifest, tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dbtrain.bank import Bank
 from dbtrain.configfile import load
 from dbtrain.data.manifest import read_manifest
-from dbtrain.errors import ConfigError, EngineError, StopRequested
+from dbtrain.errors import DataError, EngineError, StopRequested
 from dbtrain.packing.pack import Pack
 from dbtrain.publish import LORA_FILE, read_record
 from dbtrain.session import open_session
@@ -249,7 +249,7 @@ def test_auto_measures_and_says_why(job, capsys):
 
 
 def test_priors_for_some_are_refused_before_anything_trains(job):
-    with pytest.raises(ConfigError, match="tom: prior_weight is 0.25 while prior.weight is 0"):
+    with pytest.raises(DataError, match="prior_weight: subject tom: is 0.25 while prior.weight is 0"):
         train(job, "none", *PACKED, "prior.weight=0")
 
 
