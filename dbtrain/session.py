@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dbtrain.adapters import detach
@@ -28,13 +27,14 @@ from dbtrain.families import FAMILIES, Family, Models, load_models
 from dbtrain.families.attention import engage_attention
 from dbtrain.families.load import base_digest
 from dbtrain.priors import IMPORTED, PriorKey, images_digest, make_priors, prior_key
+from dbtrain.ranks import from_first
 from dbtrain.registry import REGISTRY, recorded_identifiers
 from dbtrain.telemetry import Stages
 
 IRRELEVANT: dict[str, set[str] | bool] = {
     **dict.fromkeys(("track", "sample", "checkpoint", "publish", "engine"), True),
     "model": {"path", "revision", "variant", "single_file_layout", "attention"},
-    "data": {"cache_latents", "cache_text"},
+    "data": {"cache_latents", "cache_text", "shards", "schemes"},
     "train": {"micro_batch", "gradient_checkpointing"},
     "prior": {"store", "batch"},
     "identifier": {"registry"},
@@ -69,7 +69,7 @@ class Session:
     family: Family
     models: Models
     identifiers: dict[str, str]
-    shards: Path
+    shards: Path | str
     stages: Stages = field(default_factory=Stages)
     quiet: bool = False
     stop: bool = False
@@ -122,14 +122,16 @@ def open_session(
     session = join_session(config, out, quiet)
     tokenizer = next(iter(session.models.tokenizers.values()))
     registry = Path(config.identifier.registry or out / REGISTRY)
+
+    def shard() -> set[str]:
+        index = shard_manifest(manifest, out / "shards", config, session.say, skip_bad, tokenizer, registry)
+        return set(index.subjects)
+
     with session.stages("shard"):
         on_stop(_stop_now)
-        if session.world.first:
-            shard_manifest(manifest, session.shards, config, session.say, skip_bad, tokenizer, registry)
-        dist.barrier()
+        stored = from_first(session.world, shard)
         on_stop(lambda *_: setattr(session, "stop", True))
-    session.index = Index.load(session.shards)
-    stored = set(session.index.subjects)
+    session.index = Index.load(session.shards, config.data.schemes)
     sound = [subject for subject in subjects if subject.id in stored]
     session.identifiers = recorded_identifiers(registry, tokenizer, sound, config.identifier.tokens, config.seed)
     return session
@@ -143,9 +145,8 @@ def join_session(
     plan_batches(config.train.batch, config.train.micro_batch, world.size)
     with stages("load"):
         models = load_base(config, world)
-    session = Session(
-        config, out, world, FAMILIES[config.model.family], models, {}, out / "shards", stages, quiet, beat=beat
-    )
+    shards = config.data.shards or out / "shards"
+    session = Session(config, out, world, FAMILIES[config.model.family], models, {}, shards, stages, quiet, beat=beat)
     on_stop(lambda *_: setattr(session, "stop", True))
     return session
 
@@ -220,7 +221,7 @@ def make_class_priors(manifest: Path, config: RunConfig, store: Path) -> dict[st
     world = start_world()
     family = FAMILIES[config.model.family]
     models = load_base(config, world)
-    classes = sorted({subject.class_noun for subject in read_manifest(manifest)})
+    classes = sorted({subject.class_noun for subject in read_manifest(manifest, config.data.shards is None)})
     return {
         noun: make_priors(
             store, prior_key(config, models, noun), config.prior.images, family, models, world, config.prior.batch

@@ -23,7 +23,7 @@ from dbtrain.claims import choose_checkpoint, read_chosen, take_subject
 from dbtrain.config import RunConfig
 from dbtrain.configfile import render
 from dbtrain.data.manifest import read_manifest, scan_manifest
-from dbtrain.data.stream import read_samples
+from dbtrain.data.stream import read_samples, refuse_small
 from dbtrain.engines.capture import Capture, choose_capture, compile_regions
 from dbtrain.engines.engine import BatchPlan, EngineState, lr_scale, plan_batches
 from dbtrain.engines.zero import ZeroEngine, start_world
@@ -79,7 +79,9 @@ def open_job(session: Session, subject: Subject) -> Job | dict[str, Any]:
 
 def _instances(session: Session, subject: Subject, config: RunConfig) -> tuple[list[Sample], str]:
     """A subject's stored photos, and the digest of all that decides its result."""
-    instances = list(read_samples(session.shards, session.index.rows_of(subject.id)))
+    rows, data = session.index.rows_of(subject.id), config.data
+    instances = list(read_samples(session.shards, rows, data.schemes))
+    refuse_small(instances, data.resolution, session.shards)
     return instances, run_digest(config, subject, session, instances)
 
 
@@ -313,7 +315,8 @@ def train_manifest(
     skip_bad: leave subjects with findings out; they are told, and named in `shards/skipped.json`. Raises DataError for
     unknown ids or while another run works on `out`, and StopRequested when the process was asked to stop.
     """
-    subjects = scan_manifest(manifest)[0] if skip_bad else read_manifest(manifest)
+    photos = config.data.shards is None
+    subjects = scan_manifest(manifest, photos)[0] if skip_bad else read_manifest(manifest, photos)
     known = {subject.id: subject for subject in subjects}
     unknown = [name for name in chosen or () if name not in known]
     if unknown:
@@ -323,7 +326,7 @@ def train_manifest(
         if not ours:
             raise DataError(f"{out}: another run is working there; wait for it or stop it, or use another --out")
         session = open_session(config, subjects, manifest, out, quiet, skip_bad)
-        sound = [known[name] for name in chosen or known if name in session.index.subjects]
+        sound = [known[name] for name in chosen or known if name in session.identifiers]
         return _train_all(session, sound)
 
 

@@ -301,3 +301,32 @@ def test_the_stop_flag_of_any_rank_reaches_all(monkeypatch):
     )
     assert values["stop"] == 1
     assert values["loss"] == 1
+
+
+def test_ready_made_shards_are_read_from_an_address_that_was_allowed(finished, job, tmp_path):
+    """The same bytes as from the photos, which this manifest does not name; with what is missing named, or left out."""
+    import fsspec
+
+    bucket, manifest = fsspec.filesystem("memory"), tmp_path / "subjects.csv"
+    bucket.put(f"{finished[0]}/shards", "/bucket/shards", recursive=True)
+    manifest.write_text("subject,class\nben,dog\nrex,dog\neve,cat\n")
+    words = ["publish.kohya=true", "data.shards=memory://bucket/shards"]
+    allowed = small_config(*words, "data.schemes=[memory]")
+    try:
+        with pytest.raises(DataError, match="is an address; .* or allow its scheme"):
+            train_manifest(manifest, small_config(*words), tmp_path / "refused", ["ben"], quiet=True)
+        with pytest.raises(DataError, match="subject eve: holds no photo of it"):
+            train_manifest(manifest, allowed, tmp_path / "out", ["ben"], quiet=True)
+        larger = small_config(*words, "data.schemes=[memory]", "data.resolution=40")
+        _, failed = train_manifest(manifest, larger, tmp_path / "40", ["ben"], quiet=True, skip_bad=True)
+        assert "stored at 32 px, data.resolution is 40; make the shards at that" in str(failed["ben"])
+        records, failed = train_manifest(manifest, allowed, tmp_path / "out", None, quiet=True, skip_bad=True)
+    finally:
+        bucket.rm("/bucket", recursive=True)
+    assert not failed and [record["subject"] for record in records] == ["ben", "rex"]
+    assert {path.name for path in (tmp_path / "out" / "shards").iterdir()} == {"skipped.json"}
+    of_photos = {record["subject"]: record for record in finished[1]}
+    for record in records:
+        ours, theirs = (place / "subjects" / record["subject"] / LORA for place in (tmp_path / "out", finished[0]))
+        assert record["run"] == of_photos[record["subject"]]["run"]
+        assert file_digest(ours) == file_digest(theirs)

@@ -5,7 +5,7 @@ header's `columns`, which keeps a million samples near 200 MB.
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,15 +136,6 @@ def order(count: int, start: int, n: int, seed: int, subject: str, role: Role = 
         for epoch in range(start // count, (start + n - 1) // count + 1)
     }
     return [epochs[p // count][p % count] for p in range(start, start + n)]
-
-
-def share(rows: Sequence[Row], worker: int, workers: int) -> Sequence[Row]:
-    """A worker's contiguous part of rows, to read on its own.
-
-    Parts differ by one row at most, however uneven the shards are; in the workers' order they are all the rows. A
-    rank's workers share the rank's share.
-    """
-    return rows[len(rows) * worker // workers : len(rows) * (worker + 1) // workers]
 
 
 def make_key(subject: str, role: Role, number: int) -> str:

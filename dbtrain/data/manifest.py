@@ -36,21 +36,24 @@ class _CellError(Exception):
     """A cell's defect: (what, want, do)."""
 
 
-def read_manifest(path: Path) -> list[Subject]:
+def read_manifest(path: Path, photos: bool = True) -> list[Subject]:
     """The subjects of a manifest, in its order; a DataError lists all defects, one a line."""
-    subjects, findings = scan_manifest(path)
+    subjects, findings = scan_manifest(path, photos)
     if findings:
         raise DataError("\n".join(finding.line() for finding in findings))
     return subjects
 
 
-def scan_manifest(path: Path) -> tuple[list[Subject], list[Finding]]:
-    """(sound subjects, defects) of a manifest; DataError only if the file as a whole cannot be read."""
+def scan_manifest(path: Path, photos: bool = True) -> tuple[list[Subject], list[Finding]]:
+    """(sound subjects, defects) of a manifest; DataError only if the file as a whole cannot be read.
+
+    photos: False leaves the column `images` out, for subjects whose photos lie in shards already.
+    """
     path = Path(path)
     rows = read_rows(path)
     subjects: list[Subject] = []
     findings: list[Finding] = []
-    checked = [(row, *_check_row(row, path.resolve().parent)) for row in rows]
+    checked = [(row, *_check_row(row, path.resolve().parent, photos)) for row in rows]
     clashes = _clashes([(row.place, cells["subject"]) for row, cells, _ in checked if "subject" in cells])
     for row, cells, defects in checked:
         name = cells.get("subject", "")
@@ -80,7 +83,7 @@ def natural_key(text: str) -> tuple:
     return tuple((int(part), "") if part.isdigit() and part.isascii() else (-1, part) for part in parts), text
 
 
-def _check_row(row: Row, folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def _check_row(row: Row, folder: Path, photos: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """(values of the sound cells, defects as (what, remedy)) of one row."""
     defects = [(what, remedy) for what, remedy in (problem.split("; ", 1) for problem in row.problems)]
     if row.problems and not row.cells:
@@ -88,6 +91,9 @@ def _check_row(row: Row, folder: Path) -> tuple[dict[str, Any], list[tuple[str, 
     defects += [(f"column {shown(name)}: is unknown", _hint(name)) for name in row.cells if name not in COLUMNS]
     values = {}
     for column, check in COLUMNS.items():
+        if column == "images" and not photos:
+            values[column] = ()
+            continue
         cell = row.cells.get(column)
         try:
             if cell is not None and cell != []:

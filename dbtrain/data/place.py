@@ -9,12 +9,13 @@ import re
 import stat
 from collections.abc import Collection
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, Protocol, cast, get_args
 
+from dbtrain.config import Scheme
 from dbtrain.data.finding import shown
 from dbtrain.errors import DataError
 
-REMOTE = ("file", "memory", "s3", "gs", "az", "abfs")
+REMOTE: tuple[str, ...] = get_args(Scheme)
 """Schemes that can be allowed at all: object stores and test doubles; none runs code or asks a web server."""
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9]*://[A-Za-z0-9._/ -]*")

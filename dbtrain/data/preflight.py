@@ -42,7 +42,7 @@ def sift(
     manifest: Path, config: RunConfig, tokenizer: Any = None, registry: Path | None = None, photos: bool = True
 ) -> tuple[list[Subject], list[Finding]]:
     """(subjects of a manifest without a finding, all findings): what `--skip-bad` goes on with, and why."""
-    subjects, findings = scan_manifest(manifest)
+    subjects, findings = scan_manifest(manifest, config.data.shards is None)
     findings += preflight(subjects, config, tokenizer, registry, photos)
     # A row whose id is none cannot be told apart from others by it, but it is no subject either.
     bad = {finding.subject for finding in findings}

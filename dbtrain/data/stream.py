@@ -19,6 +19,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from dbtrain.batch import Sample
 from dbtrain.data import tar
 from dbtrain.data.ahead import ahead
+from dbtrain.data.images import picture_size
 from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Index, Row, Shard
 from dbtrain.data.place import Place, place_of
 from dbtrain.errors import DISK_REMEDIES, DataError
@@ -46,6 +47,16 @@ def read_samples(directory: Path | str, rows: Iterable[Row], schemes: Collection
     except DataError as error:
         # webdataset adds its own arguments to exceptions that pass through it.
         raise DataError(error.args[0]) from None
+
+
+def refuse_small(samples: Iterable[Sample], resolution: int, directory: Path | str) -> None:
+    """Nothing; DataError for a sample that was made smaller than training wants it."""
+    for sample in samples:
+        stored = min(picture_size(sample.image))
+        had = min(sample.meta.get("width", stored), sample.meta.get("height", stored))
+        if stored < min(had, resolution):
+            what = f"{directory}: sample {sample.key} was stored at {stored} px, data.resolution is {resolution}"
+            raise DataError(f"{what}; make the shards at that resolution, or lower it")
 
 
 def verify(directory: Path | str, schemes: Collection[str] = ()) -> list[str]:

@@ -60,6 +60,8 @@ def unpack(key: str, image: bytes, extension: str, meta: bytes) -> Sample:
     caption, subject = values.pop("caption"), values.pop("subject")
     if not isinstance(caption, str) or not isinstance(subject, str):
         raise TypeError("caption and subject must be text")
+    if not all(type(values.get(side, 1)) is int and values.get(side, 1) > 0 for side in ("width", "height")):
+        raise TypeError("width and height must be whole numbers above 0")
     if values.pop("size") != len(image):
         raise ValueError("the image's size differs from the one written down")
     return Sample(key, subject, Role(values.pop("role")), caption, image, extension, values)

@@ -53,7 +53,8 @@ def enter_run(
         if (out / "shards" / INDEX_NAME).exists():
             return Index.load(out / "shards")
     tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
-    subjects = scan_manifest(manifest)[0] if skip_bad else read_manifest(manifest)
+    photos = config.data.shards is None
+    subjects = scan_manifest(manifest, photos)[0] if skip_bad else read_manifest(manifest, photos)
     registry = Path(config.identifier.registry or out / REGISTRY)
     index = shard_manifest(manifest, out / "shards", config, say, skip_bad, tokenizer, registry)
     if run is None:
