@@ -27,7 +27,7 @@ from dbtrain.families import FAMILIES, Family, Models, load_models
 from dbtrain.families.attention import engage_attention
 from dbtrain.families.load import base_digest
 from dbtrain.priors import IMPORTED, PriorKey, images_digest, make_priors, prior_key
-from dbtrain.ranks import from_first
+from dbtrain.ranks import from_first, together
 from dbtrain.registry import REGISTRY, recorded_identifiers
 from dbtrain.telemetry import Stages
 
@@ -131,9 +131,11 @@ def open_session(
         on_stop(_stop_now)
         stored = from_first(session.world, shard)
         on_stop(lambda *_: setattr(session, "stop", True))
-    session.index = Index.load(session.shards, config.data.schemes)
+    world = session.world
+    session.index = together(world, lambda: Index.load(session.shards, config.data.schemes))
     sound = [subject for subject in subjects if subject.id in stored]
-    session.identifiers = recorded_identifiers(registry, tokenizer, sound, config.identifier.tokens, config.seed)
+    tokens, seed = config.identifier.tokens, config.seed
+    session.identifiers = from_first(world, lambda: recorded_identifiers(registry, tokenizer, sound, tokens, seed))
     return session
 
 

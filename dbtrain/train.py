@@ -6,7 +6,7 @@ import difflib
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -322,8 +322,8 @@ def train_manifest(
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, 1)
         raise DataError(f"{manifest}: has no subject {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    with held(out / LOCK) if start_world().first else nullcontext(True) as ours:
-        if not ours:
+    with ExitStack() as fence:
+        if not from_first(start_world(), lambda: fence.enter_context(held(out / LOCK))):
             raise DataError(f"{out}: another run is working there; wait for it or stop it, or use another --out")
         session = open_session(config, subjects, manifest, out, quiet, skip_bad)
         sound = [known[name] for name in chosen or known if name in session.identifiers]
