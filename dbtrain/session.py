@@ -168,6 +168,8 @@ def load_base(config: RunConfig, world: World) -> Models:
     kind = torch.device(world.device).type
     choose_capture(config.engine, kind)  # refuses before anything is loaded
     models = load_models(FAMILIES[config.model.family], config.model).to(torch.device(world.device))
+    if kind == "cuda" and config.train.precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False  # else convolutions round what they multiply to 10 bits
     if config.engine.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
     models.attention = engage_attention(models.denoiser, config.model.attention, kind, config.train.precision)

@@ -109,8 +109,6 @@ class Job:
         with session.stages("build"):
             captions = captions_of(session.family, session.models, config, self.bank.texts, session.world.device)
             groups = make_trainable(session.family, session.models, config, self.subject.id)
-            if self.capture.mode == "compile":
-                compile_regions(session.models.denoiser)
             module = TrainingStep(
                 session.family, session.models, config, stream_key(config.seed, self.subject.id), captions
             )
@@ -147,6 +145,8 @@ class Job:
                     measured, wait_s = train_step(
                         engine, self.bank, plan, step, session, lr_scale(step, config.train, steps)
                     )
+                if step == start and self.capture.mode == "compile":
+                    compile_regions(session.models.denoiser)
                 meter.add(self.images_a_step, wait_s, measured)
                 progress.advance(step + 1)
                 if (step + 1) % config.track.every_steps == 0 or step + 1 == steps:

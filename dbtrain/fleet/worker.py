@@ -77,7 +77,7 @@ class Worker:
             return self.trainer
 
     def give(self, order: bytes, generation: int) -> None:
-        """Hand the trainer of a generation an order, pickled: unpacking it here would load all that its parts come from.
+        """Hand the trainer of a generation an order, pickled: unpacking it here would load what its parts come from.
         A dead trainer shows in `poll`; one that followed it never sees the order."""
         with self.lock:
             if generation != self.generation:

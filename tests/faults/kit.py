@@ -1,8 +1,8 @@
 """Faults on order: what a process does to its files is counted, and the n-th operation is made to go wrong.
 
 Nothing of this is in the program. A child process is patched (`os.replace`, `os.fsync`, `open`, `safetensors` ...), and
-only what it does below one folder counts, so that the numbering is the same each time; where several threads work, which
-of them comes to the n-th may differ, and every operation is struck all the same. Actions:
+only what it does below one folder counts, so that the numbering is the same each time. Where several threads work, who
+comes to the n-th may differ, and every operation is struck all the same. Actions:
 
 - `kill`: SIGKILL just before the operation; a write is torn in the middle.
 - `cut`: the same, and everything that was not yet synced to the disk is lost, as in a power cut.

@@ -187,8 +187,9 @@ def test_a_nan_ends_its_subject_and_leaves_the_others_as_they_were(job, packed, 
     assert read_record(job / "nan" / "subjects" / "tom") is None
 
 
-def test_a_stop_request_checkpoints_every_row_and_the_rest_ends_in_the_same_bytes(job, packed, monkeypatch):
-    batch = Pack.batch
+@pytest.mark.parametrize("names", [None, ["rex", "tom"]], ids=["others wait", "all are seated"])
+def test_a_stop_request_checkpoints_every_row_and_the_rest_ends_in_the_same_bytes(job, packed, monkeypatch, names):
+    batch, out = Pack.batch, f"stopped-{len(names or ())}"
 
     def stopping(self, banks):
         if any(step == 2 for _, _, step in banks):
@@ -198,14 +199,14 @@ def test_a_stop_request_checkpoints_every_row_and_the_rest_ends_in_the_same_byte
     monkeypatch.setattr(Pack, "batch", stopping)
     config = small_config(*words(job, *PACKED, "train.schedule=cosine"))
     with pytest.raises(StopRequested, match="2 subjects under way"):
-        train_manifest(job / "photos.csv", config, job / "stopped", None, quiet=True)
+        train_manifest(job / "photos.csv", config, job / out, names, quiet=True)
     monkeypatch.undo()
     for name in ("rex", "tom"):
-        (left,) = (job / "stopped" / "subjects" / name / "checkpoints").iterdir()
+        (left,) = (job / out / "subjects" / name / "checkpoints").iterdir()
         assert left.name == "step-00000003"
-    train(job, "stopped", *PACKED, "train.schedule=cosine")
-    for name in packed[0]:
-        ours, theirs = adapter(job / "stopped", name), adapter(packed[1], name)
+    train(job, out, *PACKED, "train.schedule=cosine", names=names)
+    for name in names or packed[0]:
+        ours, theirs = adapter(job / out, name), adapter(packed[1], name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
 
 
