@@ -209,11 +209,11 @@ Work is struck at a file operation, then the same work is done again. As it must
 line and exit code 3; and the second time gives the SHA-256 of every file of a run that nobody disturbed, with nothing
 half-written left. Compared is every file but locks and those that hold times ({", ".join(TIMED)}).
 
-`train` is a whole run: shards, identifiers, priors, encoded priors, checkpoints, adapter, samples, card. `packed` is one
-of two subjects in a pack, whose banks and results two more threads take care of, so that the order of operations varies;
-its writer goes on after a checkpoint that failed, so that after an error no checkpoints are compared. Damage at rest must
-be named by `verify`, and reading must raise or give the very bytes; a damaged checkpoint must be passed over for the one
-before.
+`train` is a whole run: shards, identifiers, priors, encoded priors, checkpoints, adapter, samples, card. `packed` is
+one of two subjects in a pack, whose banks and results two more threads take care of, so that the order of operations
+varies; its writer goes on after a checkpoint that failed, so that after an error no checkpoints are compared. Damage
+at rest must be named by `verify`, and reading must raise or give the very bytes; a damaged checkpoint must be passed
+over for the one before.
 
 {table(tallies)}
 
