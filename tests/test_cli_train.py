@@ -66,7 +66,7 @@ def test_a_failed_subject_is_4_and_the_others_are_printed(job, tmp_path, monkeyp
 
     def fail_one(session, subject):
         if subject.id == "rex":
-            raise train.EngineError("step 1: the loss is nan")
+            return train.EngineError("step 1: the loss is nan")
         return finish(session, subject)
 
     monkeypatch.setattr(train, "train_subject", fail_one)

@@ -16,8 +16,10 @@ def plan_run(
 ) -> dict[str, Any]:
     """subjects (by state), classes, photos, photo_bytes, prior_images, and the estimate: gpu_seconds to come, bytes of
     results to come, and `basis`, how many measured subjects that rests on (0: unknown, None values). skip_bad: without
-    the subjects whose rows have findings; what is wrong with photos shows when they are read."""
-    subjects = scan_manifest(manifest)[0] if skip_bad else read_manifest(manifest)
+    the subjects whose rows have findings; what is wrong with photos shows when they are read. Photos are those of the
+    manifest; ready-made shards are not looked into."""
+    own = config.data.shards is None
+    subjects = scan_manifest(manifest, own)[0] if skip_bad else read_manifest(manifest, own)
     counts = {"waiting": len(subjects)}
     if (find_ledger(out) / NAME).exists():
         ledger = Ledger(find_ledger(out))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbtrain.batch import Subject
 from dbtrain.config import RunConfig
-from dbtrain.errors import DbtrainError, EngineError, StopRequested, disk_trouble
+from dbtrain.errors import DbtrainError, EngineError, StopRequested, SubjectTaken, disk_trouble
 from dbtrain.fleet.schedule import BLAMED, WorkUnit
 
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ def explain(error: BaseException) -> tuple[str, str]:
         return "oom", text[:500] or "memory ran out"
     if trouble := disk_fault(error):
         return "disk", trouble
+    if isinstance(error, SubjectTaken):
+        return "lost", text  # the worker that had it is not known to be dead
     if isinstance(error, DbtrainError):
         return "error", text[:2000]
     where = traceback.extract_tb(error.__traceback__)[-1:]

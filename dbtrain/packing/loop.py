@@ -22,7 +22,7 @@ from dbtrain.bank import captions_of
 from dbtrain.batch import Subject
 from dbtrain.checkpoint import Checkpoint, save_checkpoint
 from dbtrain.data.ahead import ahead
-from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested
+from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested, bare
 from dbtrain.families import encode_images
 from dbtrain.filling import ensure_priors
 from dbtrain.packing.clock import Clock
@@ -112,6 +112,7 @@ class PackedRun:
             self.writer.shutdown(wait=True)  # what was handed to it is a finished subject's, whatever ended the run
             for seat in self.seats.values():
                 close(seat.sinks)
+                seat.job.close()
             restore_base(session)
         self.clock.lap("idle")
         spent = "  ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.clock.stages.seconds.items())
@@ -195,7 +196,7 @@ class PackedRun:
             if found is None:
                 found = Checkpoint(0, job.run, {"master": fresh_adapter(family, models, config, subject.id)})
         except DbtrainError as error:
-            return subject, error
+            return subject, bare(error)
         except torch.OutOfMemoryError as error:
             return subject, EngineError(f"memory ran out while its photos were encoded: {str(error).splitlines()[0]}")
         return subject, (job, Start(subject.id, config, captions, found))
@@ -235,7 +236,7 @@ class PackedRun:
                 if isinstance(what, tuple):
                     self._seat(row, what[0], what[1], shares)
                 else:
-                    self._tell(subject, what if isinstance(what, dict) else EngineError(str(what)))
+                    self._tell(subject, what)
         return bool(self.seats)
 
     def _seat(self, row: int, job: Job, start: Start, shares: dict[str, float]) -> None:
@@ -340,6 +341,7 @@ class PackedRun:
     def _leave(self, seat: Seat) -> None:
         self.pack.engine.release(seat.row)
         close(seat.sinks)
+        self.writer.submit(seat.job.close)  # after what is still to be written for it
         del self.seats[seat.row]
 
     def _write(self, subject: Subject | None, work: Callable, *arguments: Any) -> None:
@@ -360,7 +362,7 @@ class PackedRun:
         if subject is not None:
             self._tell(subject, outcome)
 
-    def _tell(self, subject: Subject, outcome: dict[str, Any] | EngineError) -> None:
+    def _tell(self, subject: Subject, outcome: dict[str, Any] | DbtrainError) -> None:
         self.ended += 1
         self.tell(subject, outcome)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dbtrain.errors import ConfigError, DataError, EngineError
+from dbtrain.errors import ConfigError, DataError, summed
 from dbtrain.terminal import Json, Overrides, Recipe, SkipBad, keep_origin, print_json, stop_at_once
 
 
@@ -26,11 +26,11 @@ def preflight_verb(
       dbtrain preflight photos.csv --config sd15_lora --json
     """
     from dbtrain import configfile
-    from dbtrain.data.preflight import caption_tokens, sift
+    from dbtrain.data.preflight import sift
     from dbtrain.families import load_tokenizer
 
     config = configfile.load(recipe, overrides or ())
-    subjects, findings = sift(manifest, config, *caption_tokens(load_tokenizer(config.model.path)))
+    subjects, findings = sift(manifest, config, load_tokenizer(config.model.single_file_layout or config.model.path))
     if as_json:
         print_json([finding.row() for finding in findings])
     if findings and not (skip_bad and subjects):
@@ -76,7 +76,7 @@ def train_verb(
             folder = out / "subjects" / record["subject"]
             typer.echo(f"{record['subject']}: `{record['identifier']} {record['class']}` in {folder}")
     if failed:
-        raise EngineError("\n".join(f"{name}: {reason}" for name, reason in failed.items()))
+        raise summed(failed)
 
 
 def generate_verb(

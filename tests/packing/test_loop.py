@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dbtrain.bank import Bank
 from dbtrain.configfile import load
 from dbtrain.data.manifest import read_manifest
-from dbtrain.errors import ConfigError, EngineError, StopRequested
+from dbtrain.errors import DataError, EngineError, StopRequested
 from dbtrain.packing.pack import Pack
 from dbtrain.publish import LORA_FILE, read_record
 from dbtrain.session import open_session
@@ -174,8 +174,8 @@ def test_a_nan_ends_its_subject_and_leaves_the_others_as_they_were(job, packed, 
         job / "photos.csv", small_config(*words(job, *PACKED, *more)), job / "nan", None, quiet=True
     )
     assert {record["subject"] for record in records} == {"rex", "ben", "ada"}
-    assert failed.keys() == {"tom"} and "step 3: the loss or its gradient is not finite" in failed["tom"]
-    assert "Lower train.lr" in failed["tom"]
+    assert failed.keys() == {"tom"} and "step 3: the loss or its gradient is not finite" in str(failed["tom"])
+    assert "Lower train.lr" in str(failed["tom"])
     for name in ("rex", "ben", "ada"):
         ours, theirs = adapter(job / "nan", name), adapter(packed[1], name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
@@ -250,7 +250,7 @@ def test_auto_measures_and_says_why(job, capsys):
 
 
 def test_priors_for_some_are_refused_before_anything_trains(job):
-    with pytest.raises(ConfigError, match="tom: prior_weight is 0.25 while prior.weight is 0"):
+    with pytest.raises(DataError, match="prior_weight: subject tom: is 0.25 while prior.weight is 0"):
         train(job, "none", *PACKED, "prior.weight=0")
 
 
