@@ -1,15 +1,17 @@
 """Faults on order: every file operation struck, files damaged at rest, and what the proofs against that cost.
 
-    python benchmarks/faults.py            # all of it, about half an hour on two cores
+    python benchmarks/faults.py            # all of it into one table, about an hour on two cores
     python benchmarks/faults.py --small    # a look at each part, a few minutes
     python benchmarks/faults.py --only train --only preflight
 
+A look and a part have files of their own, by their names, beside the table of all.
 Work is begun in forks of one warm process, killed (or refused) at its n-th file operation, and begun again; the result
 must have the digests of a run that nobody disturbed. The pieces are in `tests/faults/`, whose tests run a part of them.
 """
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -38,7 +40,9 @@ from tests.faults.kit import forked  # noqa: E402
 from tests.main_job import small_config  # noqa: E402
 
 ACTIONS = (("kill", False), ("cut", False), ("ENOSPC", True), ("EIO", False), ("SIGTERM", False))
-PARTS = ("shards", "checkpoints", "import_priors", "priors", "train")
+PARTS = ("shards", "checkpoints", "import_priors", "priors", "train", "packed")
+WHOLE_RUNS = ("train", "packed")
+OTHERS = ("damage", "preflight", "identifiers", "proofs")
 MEANING = {
     "kill": "SIGKILL, a write torn",
     "cut": "power cut: SIGKILL, and what was not synced is lost",
@@ -54,9 +58,9 @@ def strikes(folder: Path, parts: list[str], small: bool) -> list[Tally]:
     for part in parts:
         work = getattr(works, part)(folder / part)
         for action, forever in ACTIONS:
-            if action == "SIGTERM" and part != "train":
+            if action == "SIGTERM" and part not in WHOLE_RUNS:
                 continue
-            stride = 12 if small else 1 if part != "train" or action == "kill" else 4
+            stride = 12 if small else 1 if part not in WHOLE_RUNS or action == "kill" else 4
             found.append(disturb(part, work, folder / part, action, stride, forever))
             say(found[-1])
     return found
@@ -105,8 +109,6 @@ def preflight_cost(folder: Path, small: bool) -> dict:
 
 def env() -> dict[str, str]:
     """The environment of a child that finds this checkout."""
-    import os
-
     return {**os.environ, "PYTHONPATH": ":".join(sys.path[:3]), "OMP_NUM_THREADS": "1"}
 
 
@@ -176,6 +178,12 @@ def verification_cost(folder: Path, small: bool) -> dict:
     }
 
 
+def title(chosen: list[str] | None, small: bool) -> str:
+    """The name of a run's files: of all, of the chosen parts, or of a look at them."""
+    words = ["faults", *(sorted(set(chosen or ()))), *(["small"] if small else [])]
+    return f"{'-'.join(words)}_cpu_{time.strftime('%Y%m')}"
+
+
 def say(tally: Tally) -> None:
     """One line on a campaign as it ends."""
     print(f"{tally.name}: {tally.good} of {tally.cases}", *tally.wrong[:3], sep="\n  ", flush=True)
@@ -199,9 +207,13 @@ def report(tallies: list[Tally], costs: dict, about: dict) -> str:
 
 Work is struck at a file operation, then the same work is done again. As it must be: it ends by the signal, or with one
 line and exit code 3; and the second time gives the SHA-256 of every file of a run that nobody disturbed, with nothing
-half-written left. Compared is every file but locks and those that hold times ({", ".join(TIMED)}). `train` is a whole
-run: shards, identifiers, priors, encoded priors, checkpoints, adapter, samples, card. Damage at rest must be named by
-`verify`, and reading must raise or give the very bytes; a damaged checkpoint must be passed over for the one before.
+half-written left. Compared is every file but locks and those that hold times ({", ".join(TIMED)}).
+
+`train` is a whole run: shards, identifiers, priors, encoded priors, checkpoints, adapter, samples, card. `packed` is
+one of two subjects in a pack, whose banks and results two more threads take care of, so that the order of operations
+varies; its writer goes on after a checkpoint that failed, so that after an error no checkpoints are compared. Damage
+at rest must be named by `verify`, and reading must raise or give the very bytes; a damaged checkpoint must be passed
+over for the one before.
 
 {table(tallies)}
 
@@ -220,11 +232,11 @@ Made by `{about["command"]}`.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a part of each campaign")
-    parser.add_argument("--only", action="append", help=f"{', '.join(PARTS)}, damage, preflight, identifiers, proofs")
+    parser.add_argument("--only", action="append", choices=[*PARTS, *OTHERS], help="a part; repeat for more")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     words = parser.parse_args()
     torch.set_num_threads(1)
-    chosen = words.only or [*PARTS, "damage", "preflight", "identifiers", "proofs"]
+    chosen = words.only or [*PARTS, *OTHERS]
     begin, costs = time.perf_counter(), {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -239,7 +251,7 @@ def main() -> None:
             costs["proofs in a tiny run"] = verification_cost(folder, words.small)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     about = {
-        "machine": f"{platform.machine()}, 2 shared cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "commit": commit.strip(),
         "seconds": round(time.perf_counter() - begin),
@@ -247,8 +259,9 @@ def main() -> None:
     }
     words.out.mkdir(parents=True, exist_ok=True)
     content = {"about": about, "campaigns": [one.row() for one in tallies], "costs": costs}
-    (words.out / "faults_cpu_202611.json").write_text(json.dumps(content, indent=1))
-    (words.out / "faults_cpu_202611.md").write_text(report(tallies, costs, about))
+    result = words.out / title(words.only, words.small)
+    result.with_suffix(".json").write_text(json.dumps(content, indent=1))
+    result.with_suffix(".md").write_text(report(tallies, costs, about))
     print(json.dumps(costs, indent=1))
     wrong = sum(one.cases - one.good for one in tallies)
     print(f"{sum(one.cases for one in tallies)} cases, {wrong} not as they must be")

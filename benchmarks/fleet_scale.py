@@ -25,7 +25,7 @@ def timed(found: dict[str, float], name: str, per: int = 1, factor: float = 1.0)
 def measure(subjects: int, workers: int, folder: Path) -> dict:
     """Milliseconds of processor time a subject for each thing a driver does, commits a second, memory, status time."""
     from dbtrain.data.manifest import read_manifest
-    from dbtrain.fleet.driver import read_view
+    from dbtrain.fleet.books import read_view
     from dbtrain.fleet.ledger import Ledger
     from dbtrain.fleet.schedule import Idle, Settings, schedule
 
@@ -41,7 +41,7 @@ def measure(subjects: int, workers: int, folder: Path) -> dict:
         ledger.create_run(about, specs)
     index = rows_of(subjects)
     with timed(found, "read_view_ms_a_subject", subjects, 1e3):
-        view = read_view(ledger, False)
+        view = read_view(ledger)
     spent, wall = {"schedule": 0.0, "start": 0.0, "finish": 0.0}, 0.0
     idle, settings = [Idle(f"w{n}") for n in range(workers)], Settings(prior_parts=0)
     number = commits = 0

@@ -4,6 +4,7 @@ Every writer here goes: temporary name in the same folder, fsync, rename, fsync 
 leaves behind is a hidden `.name.<random>.tmp`, which no reader opens; `sweep` removes it.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -14,10 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from dbtrain.errors import DataError
+
 TEMPORARY = ".tmp"
 """Suffix of everything that is not finished."""
 LOCK = ".lock"
 """File by which a process holds a folder."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system says that keeps no locks."""
 
 
 def write_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
@@ -70,19 +75,38 @@ def held(lock: Path, wait: bool = False) -> Iterator[bool]:
     """Whether this process now has the sole right to what a lock file stands for; False if another has it.
 
     `wait` waits for it instead. The right ends with the block or with the process, however that ends. The file is empty
-    and stays: removing it would let two processes hold two files of one name.
+    and stays, unless its holder removes it; whoever then has the removed file has no right. DataError where the file
+    system keeps no locks.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        ours = True
-    except BlockingIOError:
-        ours = False
-    try:
-        yield ours
+        yield _locked(descriptor, lock, wait) and _names(lock, descriptor)
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int, lock: Path, wait: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise DataError(
+            f"{lock}: this file system keeps no locks ({error.strerror}); mount it with them (Lustre: -o flock), or "
+            "choose another folder"
+        ) from error
+    return True
+
+
+def _names(path: Path, descriptor: int) -> bool:
+    """Whether a path is still the name of an open file."""
+    try:
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def file_digest(path: Path) -> str:

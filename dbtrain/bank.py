@@ -61,7 +61,7 @@ class Bank:
 
     def batch(self, step: int, instance_slots: Sequence[int], device: str) -> Batch:
         """The micro-batch of these instance draw slots and, where there are priors, as many prior slots."""
-        return self.draw(step, instance_slots).to(device)
+        return self.draw(step, instance_slots).to(device, non_blocking=True)
 
     def draw(self, step: int, instance_slots: Sequence[int]) -> Batch:
         """The same where its parts lie: cached moments on their device, everything else on the CPU."""
@@ -88,7 +88,9 @@ class Bank:
     def _images(self, role: Role, step: int, slot_B: Tensor, pick_B: Tensor, flip_B: Tensor) -> tuple[Tensor, Tensor]:
         if role in self.moments:
             moments = self.moments[role]
-            return moments[pick_B.to(moments.device), flip_B.long().to(moments.device)], self.sizes[role][pick_B]
+            # A copy that the host waited for would also wait for the step before it to end.
+            place = (pick_B.to(moments.device, non_blocking=True), flip_B.long().to(moments.device, non_blocking=True))
+            return moments[place], self.sizes[role][pick_B]
         crops = [(0.5, 0.5)] * len(slot_B)
         if self.data.crop == "random":
             top_B, left_B = (uniforms(self.key, Purpose.CROP, step, 2 * slot_B + axis) for axis in (0, 1))

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dbtrain.atomic import TEMPORARY, file_digest, replace_dir, sweep
 from dbtrain.engines.engine import EngineState
@@ -41,7 +43,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{checkpoint.step:08d}"
     sweep(root)
-    temporary = root / f".{final.name}.00000000{TEMPORARY}"
+    temporary = _hidden(final)
     temporary.mkdir()
     try:
         flat = {f"{kind}/{name}": tensor for kind, group in checkpoint.state.items() for name, tensor in group.items()}
@@ -58,8 +60,8 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return final
 
 
-def latest_checkpoint(root: Path, run: str) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, or None, and a line for every newer one that did not.
+def latest_checkpoint(root: Path, run: str) -> tuple[Path | None, list[str]]:
+    """The folder of the newest checkpoint that verifies, or None, and a line for every newer one that did not.
 
     Raises DataError for a good checkpoint of another run: resuming from it would mix two trainings.
     """
@@ -72,7 +74,7 @@ def latest_checkpoint(root: Path, run: str) -> tuple[Checkpoint | None, list[str
     return None, passed_over
 
 
-def named_checkpoint(root: Path, name: str, run: str) -> Checkpoint:
+def named_checkpoint(root: Path, name: str, run: str) -> Path:
     """The checkpoint that a user asked for by its folder's name; DataError if it is missing, damaged or foreign."""
     there = ", ".join(folder.name for folder in _folders(root)) or "none"
     if not (root / name).is_dir():
@@ -83,15 +85,15 @@ def named_checkpoint(root: Path, name: str, run: str) -> Checkpoint:
     return _own(root / name, run)
 
 
-def _own(folder: Path, run: str) -> Checkpoint:
-    """The contents of a verified checkpoint; DataError if it is another run's."""
-    checkpoint = read_checkpoint(folder)
-    if checkpoint.run != run:
+def _own(folder: Path, run: str) -> Path:
+    """A verified checkpoint's folder; DataError if it is another run's."""
+    found = str(_about(folder).get("run"))
+    if found != run:
         raise DataError(
-            f"{folder}: belongs to a run with other settings or data (run {checkpoint.run[:12]}, "
+            f"{folder}: belongs to a run with other settings or data (run {found[:12]}, "
             f"this one is {run[:12]}); use another --out, or delete the folder to start afresh"
         )
-    return checkpoint
+    return folder
 
 
 def verify_checkpoint(folder: Path) -> str | None:
@@ -106,7 +108,7 @@ def verify_checkpoint(folder: Path) -> str | None:
         visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
         if strange := visible - {STATE, ABOUT, MANIFEST}:
             return f"holds {min(strange)!r}, which is none of its files"
-        step = json.loads((folder / ABOUT).read_text())["step"]
+        step = _about(folder)["step"]
         if folder.name != f"step-{step:08d}":
             return f"holds the state after step {step}"
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -118,12 +120,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """The contents of a verified checkpoint, on the CPU."""
     from safetensors.torch import load_file
 
-    about = json.loads((folder / ABOUT).read_text())
+    about = _about(folder)
     state: EngineState = {}
     for key, tensor in load_file(folder / STATE).items():
         kind, name = key.split("/", 1)
         state.setdefault(kind, {})[name] = tensor
     return Checkpoint(about["step"], about["run"], state, about.get("average", 0.0))
+
+
+def _hidden(folder: Path) -> Path:
+    """A name beside a folder for what is not finished, or not any more; no other process takes the same."""
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{TEMPORARY}")
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / ABOUT).read_text())
 
 
 def _folders(root: Path) -> list[Path]:
@@ -138,7 +149,7 @@ def tidy_checkpoints(root: Path, keep: int) -> None:
     for folder in _folders(root):
         if good >= keep:
             # Out of sight first: a deletion that is killed leaves no half checkpoint under a real name.
-            os.rename(folder, root / f".{folder.name}.00000000{TEMPORARY}")
+            os.rename(folder, _hidden(folder))
         else:
             good += verify_checkpoint(folder) is None
     if root.is_dir():

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Scheme = Literal["file", "memory", "s3", "gs", "az", "abfs"]
 Template = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
@@ -60,6 +61,11 @@ class DataConfig(Section):
     """Encode each image once, as VAE moments, and sample the posterior anew each step."""
     cache_text: bool = True
     """Encode each caption once while the text encoder is frozen."""
+    shards: str | None = None
+    """Ready-made shards to read the photos from, a folder or an address; the manifest then needs no `images`. None
+    makes them from the manifest's photos, in the output."""
+    schemes: tuple[Scheme, ...] = ()
+    """Schemes of an address that `data.shards` may be; others are refused."""
 
 
 class IdentifierConfig(Section):

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from collections.abc import Mapping
 
 
 class DbtrainError(Exception):
@@ -27,6 +28,10 @@ class DataError(DbtrainError):
     exit_code = 3
 
 
+class SubjectTaken(DataError):
+    """Another process trains the subject, or one did that is not known to be dead yet."""
+
+
 class EngineError(DbtrainError):
     """Training cannot go on: a non-finite loss, an impossible engine choice, too little memory."""
 
@@ -45,6 +50,19 @@ class StopRequested(EngineError):
     exit_code = 75
 
 
+def bare(error: DbtrainError) -> DbtrainError:
+    """The error without the frames that it came through, which would keep a model in memory for as long as itself."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
+
+
+def summed(failed: Mapping[str, DbtrainError]) -> DbtrainError:
+    """One error that tells of every subject that failed; its exit code is theirs, where they agree on one."""
+    first, *others = failed.values()
+    kind = type(first) if all(other.exit_code == first.exit_code for other in others) else EngineError
+    return kind("\n".join(f"{name}: {error}" for name, error in failed.items()))
+
+
 DISK_REMEDIES = {
     "ENOSPC": "free space on that disk",
     "EDQUOT": "free space in that quota",
@@ -58,6 +76,13 @@ DISK_REMEDIES = {
     "EMFILE": "raise the limit on open files (ulimit -n)",
 }
 """What to do about a failure of the file system, by the name of its errno."""
+PATH_REMEDIES = {
+    "ENOENT": "check the path",
+    "EEXIST": "something else has that name; choose another folder, or move it away",
+    "ENOTDIR": "a part of the path is a file; choose another folder",
+    "EISDIR": "it is a folder; name a file",
+}
+"""The same for what a wrong path comes to. A mistake of this program looks alike, so its place can be asked for."""
 
 
 def disk_trouble(error: BaseException) -> str | None:
@@ -70,11 +95,14 @@ def disk_trouble(error: BaseException) -> str | None:
         told = re.search(r"\(os error (\d+)\)", str(seen))
         number = seen.errno if isinstance(seen, OSError) else int(told[1]) if told else None
         name = errno.errorcode.get(number or 0, "")
+        path = seen.filename if isinstance(seen, OSError) else None
+        where = f"{path}: " if path is not None else ""
         if name in DISK_REMEDIES:
-            where = f"{seen.filename}: " if isinstance(seen, OSError) and seen.filename is not None else ""
             return (
                 f"{where}{os.strerror(number or 0)}; {DISK_REMEDIES[name]}, then run the same command again: "
                 "what was finished is kept"
             )
+        if name in PATH_REMEDIES and where:
+            return f"{where}{os.strerror(number or 0)}; {PATH_REMEDIES[name]} (`dbtrain --traceback ...` shows where)"
         seen = seen.__cause__
     return None

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from dbtrain.bank import Bank, Item
 from dbtrain.batch import Role, Sample, Subject
@@ -16,6 +15,7 @@ from dbtrain.families.load import base_digest
 from dbtrain.generate import sampling_mode
 from dbtrain.priors import PriorKey, make_priors, prior_key, prior_moments, read_priors
 from dbtrain.prompts import fill
+from dbtrain.ranks import together
 from dbtrain.session import ClassPriors, Session
 
 
@@ -47,6 +47,7 @@ def encode_priors(session: Session, config: RunConfig, key: PriorKey, items: Seq
     vae, device = session.models.vae, session.world.device
 
     def encode(group: Sequence[Sample]) -> torch.Tensor:
+        session.beat("encode")
         part = Bank({Role.PRIOR: [Item(one, key.prompt) for one in group]}, config.data, 0, "", 1)
         return part.cache(Role.PRIOR, vae, device)
 
@@ -62,10 +63,11 @@ def encode_priors(session: Session, config: RunConfig, key: PriorKey, items: Seq
 
 def ensure_priors(session: Session, config: RunConfig, key: PriorKey) -> list[Sample]:
     """A class's priors from the store, which all ranks first complete together; a request to stop ends it early."""
+    world = session.world
     with session.stages("prior"):
         if not session.priors_drawn:
-            _complete_priors(session, config, key)
-        return read_priors(session.prior_store, key, config.prior.images)
+            together(world, lambda: _complete_priors(session, config, key))
+        return together(world, lambda: read_priors(session.prior_store, key, config.prior.images))
 
 
 def _complete_priors(session: Session, config: RunConfig, key: PriorKey) -> None:
@@ -81,8 +83,7 @@ def _complete_priors(session: Session, config: RunConfig, key: PriorKey) -> None
             prior.batch,
             session.say,
             stop=lambda: session.stop,
+            beat=lambda: session.beat("prior"),
         )
-    stop = torch.tensor(float(session.stop))
-    dist.all_reduce(stop)
-    if stop > 0:
+    if session.stop:
         raise StopRequested(f"stopped on request while drawing {key.prompt!r}; run the same command to go on")

@@ -16,6 +16,7 @@ from PIL import Image
 from dbtrain.adapters import LoraWeights, attach, detach, write_rows
 from dbtrain.config import ModelConfig, RunConfig, SampleConfig
 from dbtrain.configfile import load
+from dbtrain.engines.capture import as_python
 from dbtrain.errors import ConfigError, DataError
 from dbtrain.families import FAMILIES, Family, Models, load_models
 from dbtrain.families.pipelines import assemble
@@ -81,13 +82,14 @@ def draw_samples(
 
 @contextmanager
 def sampling_mode(models: Models) -> Iterator[None]:
-    """Evaluation mode for the trained parts, put back afterwards."""
+    """Evaluation mode for the trained parts, and compiled ones as Python, put back afterwards."""
     modules = [models.denoiser, *models.text_encoders.values()]
     before = [module.training for module in modules]
     for module in modules:
         module.eval()
     try:
-        yield
+        with as_python(models.denoiser):
+            yield
     finally:
         for module, training in zip(modules, before):
             module.train(training)

@@ -21,6 +21,13 @@ QUESTION = "/api/version"
 HeadState = Literal["open", "guarded", "absent"]
 
 
+class Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection, which then is an error with the answer's code."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
 def head_state(address: str) -> HeadState:
     """What the dashboard at http(s)://host:port tells somebody without a token.
 
@@ -28,7 +35,7 @@ def head_state(address: str) -> HeadState:
     """
     try:
         # Nothing is sent but the question, and a redirection is an answer.
-        with urllib.request.urlopen(address.rstrip("/") + QUESTION, timeout=ANSWER_S):  # noqa: S310 - http(s), see callers
+        with urllib.request.build_opener(Stay).open(address.rstrip("/") + QUESTION, timeout=ANSWER_S):
             return "open"
     except urllib.error.HTTPError as error:
         return "guarded" if error.code in (401, 403) else "open"

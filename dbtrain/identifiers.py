@@ -230,6 +230,13 @@ def explain(tokenizer: Any, text: str) -> Explanation:
     return Explanation(text, tuple(lexicon.names.get(rank, "?") for rank in ids), tuple(ids), verdict, reason)
 
 
+def meanings(tokenizer: Any, texts: Iterable[str]) -> dict[str, str]:
+    """Why texts have a meaning of their own, by text; without those that have none."""
+    lexicon = _Lexicon(tokenizer)
+    found = ((text, next(_meaningful(lexicon, text), None)) for text in dict.fromkeys(texts))
+    return {text: meant for text, meant in found if meant}
+
+
 def _judge(lexicon: _Lexicon, text: str, ids: list[int]) -> tuple[Verdict, str]:
     meant = next(_meaningful(lexicon, text), None)
     if meant:

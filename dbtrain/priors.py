@@ -40,6 +40,8 @@ IMPORTED = "imported"
 """The sampler of a user's own class images."""
 KEY_FILE = "key.json"
 LATENTS = "latents"
+BLOCK_NAME = re.compile(r"block-([0-9]{6,})-([0-9]{3})")
+"""The first image number of a block and its number of images."""
 POLL_S = 0.2
 
 
@@ -93,11 +95,10 @@ def imported_key(config: RunConfig, class_noun: str) -> PriorKey:
 
 def missing_blocks(folder: Path, images: int, first: int = 0) -> list[range]:
     """Ranges of image numbers first..images-1 that no block holds yet; none crosses a multiple of BLOCK."""
-    missing, start = [], first
+    held_by, missing, start = _by_start(folder), [], first
     while start < images:
-        held_there = _held(folder, start)
-        stop = start + held_there if held_there else min(start - start % BLOCK + BLOCK, images)
-        if not held_there:
+        stop = held_by[start].stop if start in held_by else min(start - start % BLOCK + BLOCK, images)
+        if start not in held_by:
             missing.append(range(start, stop))
         start = stop
     return missing
@@ -105,25 +106,43 @@ def missing_blocks(folder: Path, images: int, first: int = 0) -> list[range]:
 
 def block_folders(folder: Path, images: int | None = None) -> list[Path]:
     """The blocks that hold the first `images` images (None is all) without a gap, in order."""
-    found, start = [], 0
-    while (images is None or start < images) and (count := _held(folder, start)):
-        found.append(folder / f"block-{start:06d}-{count:03d}")
-        start += count
-    return found
+    return [block_folder(folder, block) for block in chain(folder, images)]
 
 
 def held_images(folder: Path) -> int:
     """Number of images that a class's folder holds without a gap."""
-    return sum(int(block.name.split("-")[2]) for block in block_folders(folder))
+    return sum(map(len, chain(folder)))
 
 
-def _held(folder: Path, start: int) -> int:
-    found = [
-        int(path.name.split("-")[2])
-        for path in folder.glob(f"block-{start:06d}-*")
-        if (path / INDEX_NAME).exists() and not (path / MARK).exists()
-    ]
-    return max(found, default=0)
+def chain(folder: Path, images: int | None = None) -> list[range]:
+    """The image numbers of the blocks that hold the first `images` images (None is all) without a gap."""
+    held_by, found, start = _by_start(folder), [], 0
+    while (images is None or start < images) and start in held_by:
+        found.append(held_by[start])
+        start = found[-1].stop
+    return found
+
+
+def all_blocks(folder: Path) -> list[range]:
+    """The image numbers of every finished block of a class's folder, in order."""
+    names = [BLOCK_NAME.fullmatch(path.name) for path in folder.glob("block-*")]
+    found = [range(int(name[1]), int(name[1]) + int(name[2])) for name in names if name]
+    done = [block for block in found if block and _is_done(block_folder(folder, block))]
+    return sorted(done, key=lambda block: (block.start, block.stop))
+
+
+def block_folder(folder: Path, block: range) -> Path:
+    """The folder of the block of these image numbers."""
+    return folder / f"block-{block.start:06d}-{len(block):03d}"
+
+
+def _is_done(block: Path) -> bool:
+    return (block / INDEX_NAME).exists() and not (block / MARK).exists()
+
+
+def _by_start(folder: Path) -> dict[int, range]:
+    """The longest block that begins at each number."""
+    return {block.start: block for block in all_blocks(folder)}
 
 
 def make_priors(
@@ -136,21 +155,20 @@ def make_priors(
     batch: int,
     report: Callable[[str], None] = lambda line: None,
     stop: Callable[[], bool] = lambda: False,
+    beat: Callable[[], object] = lambda: None,
 ) -> int:
     """Number of images this rank drew; the ranks share the blocks. Afterwards (and a barrier) all are there and sound.
 
     Damaged blocks are drawn anew. Blocks that another run draws at this moment are waited for. `stop` is asked between
-    blocks; when it says so, the rest is left for another time.
+    blocks; when it says so, the rest is left for another time. `beat` is told of every image and every look at what
+    another run draws, for whoever would take this process to hang.
     """
     folder = store / key.name
     # By number, not by place in the list: a slower rank already sees the blocks of the others.
     mine = [start for start in range(0, images, BLOCK) if start // BLOCK % world.size == world.rank]
     waiting = [start for start in mine if _todo(folder, start, images)]
     if waiting and key.sampler == IMPORTED:
-        raise DataError(
-            f"{folder}: has {held_images(folder)} sound imported images of {key.prompt!r}, want {images}; "
-            "bring more with `dbtrain prior import`, or lower prior.images"
-        )
+        raise DataError(_lacking(folder, key, images))
     pipeline, drawn, told = None, 0, False
     while waiting:
         pipeline = pipeline or make_pipeline(family, models, key.sampler)
@@ -160,30 +178,46 @@ def make_priors(
                 return drawn
             with held(folder / f".block-{start:06d}.lock") as ours:
                 if ours:
-                    drawn += _complete(folder, start, images, key, pipeline, batch, report)
+                    drawn += _complete(folder, start, images, key, pipeline, batch, report, beat)
                 else:
                     busy.append(start)
         if busy and not told:
             report(f"priors: {key.prompt!r} images {busy[0]} and on are being drawn by another run; waiting for it")
             told = True
         waiting = busy
+        beat()
         time.sleep(POLL_S if busy else 0)
     return drawn
+
+
+def _lacking(folder: Path, key: PriorKey, images: int) -> str:
+    """Why a class's imported images do not do."""
+    damaged = [block_folder(folder, block) for block in chain(folder, images) if verify(block_folder(folder, block))]
+    if damaged:
+        return f"{damaged[0]}: is damaged; {remedy(key.sampler)}"
+    return (
+        f"{folder}: has {held_images(folder)} sound imported images of {key.prompt!r}, want {images}; "
+        "bring more with `dbtrain prior import`, or lower prior.images"
+    )
 
 
 def _todo(folder: Path, start: int, images: int) -> list[range]:
     """The ranges of image numbers from `start` to the next multiple of BLOCK that are missing or damaged."""
     stop = min(start + BLOCK, images)
-    damaged = []
-    for block in block_folders(folder):
-        first, count = (int(part) for part in block.name.split("-")[1:])
-        if start <= first < stop and verify(block):
-            damaged.append(range(first, first + count))
+    mine = [block for block in chain(folder) if start <= block.start < stop]
+    damaged = [block for block in mine if verify(block_folder(folder, block))]
     return damaged + missing_blocks(folder, stop, start)
 
 
 def _complete(
-    folder: Path, start: int, images: int, key: PriorKey, pipeline, batch: int, report: Callable[[str], None]
+    folder: Path,
+    start: int,
+    images: int,
+    key: PriorKey,
+    pipeline,
+    batch: int,
+    report: Callable[[str], None],
+    beat: Callable[[], object],
 ) -> int:
     """Number of images drawn so that the BLOCK from `start` is whole; its lock is held."""
     todo = _todo(folder, start, images)
@@ -191,9 +225,14 @@ def _complete(
         write_key(folder, key)
     for block in todo:
         report(f"priors: {key.prompt!r} images {block.start}-{block.stop - 1} of {images}")
-        place = folder / f"block-{block.start:06d}-{len(block):03d}"
-        write_shards(_draw(pipeline, key, block, batch), place, remake=True)
+        write_shards(_told(_draw(pipeline, key, block, batch), beat), block_folder(folder, block), remake=True)
     return sum(len(block) for block in todo)
+
+
+def _told(samples: Iterator[Sample], beat: Callable[[], object]) -> Iterator[Sample]:
+    for sample in samples:
+        beat()
+        yield sample
 
 
 def write_key(folder: Path, key: PriorKey) -> None:
@@ -225,19 +264,27 @@ def prior_sample(key: PriorKey, number: int, image: bytes, extension: str, meta:
 
 def read_priors(store: Path, key: PriorKey, images: int) -> list[Sample]:
     """The first `images` priors, verified."""
-    samples = [sample for block in block_folders(store / key.name, images) for sample in read_block(block)]
+    blocks = block_folders(store / key.name, images)
+    samples = [sample for block in blocks for sample in read_block(block, key.sampler)]
     if len(samples) < images:
         raise DataError(f"{store / key.name}: has {len(samples)} of {images} images; run `dbtrain prior make` again")
     return samples[:images]
 
 
-def read_block(block: Path) -> Iterator[Sample]:
+def read_block(block: Path, sampler: str) -> Iterator[Sample]:
     """The samples of a block, verified."""
     try:
         yield from read_samples(block, Index.load(block).rows)
     except DataError as error:
         defect = str(error).partition(";")[0]
-        raise DataError(f"{block}: {defect}; run the same command again, which draws it anew") from error
+        raise DataError(f"{block}: {defect}; {remedy(sampler)}") from error
+
+
+def remedy(sampler: str) -> str:
+    """What to do about a damaged block, by what its images came from."""
+    if sampler == IMPORTED:
+        return "delete this folder and run `dbtrain prior import` again"
+    return "train or run `dbtrain prior make` again, which draws it anew"
 
 
 def images_digest(store: Path, key: PriorKey, images: int) -> str:

@@ -6,14 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dbtrain.atomic import held
 from dbtrain.config import RunConfig
 from dbtrain.data.images import read_photo
-from dbtrain.data.index import INDEX_NAME
 from dbtrain.data.manifest import subject_from_folder
 from dbtrain.data.preflight import preflight
 from dbtrain.data.shards import photo_samples, write_shards
@@ -21,14 +19,17 @@ from dbtrain.data.stream import verify
 from dbtrain.errors import DataError
 from dbtrain.priors import (
     BLOCK,
+    IMPORTED,
     KEY_FILE,
     LATENTS,
     PriorKey,
-    block_folders,
+    all_blocks,
+    block_folder,
     held_images,
     imported_key,
     prior_sample,
     read_block,
+    remedy,
     write_key,
 )
 from dbtrain.proved import tensor_damage
@@ -55,19 +56,26 @@ def store_damage(store: Path) -> list[str]:
     """One line for everything in a store that does not verify: keys, blocks, encoded images. Empty means sound."""
     damage = []
     for folder in _class_folders(store):
+        sampler = ""
         try:
-            if _read_key(folder).name != folder.name:
+            key = _read_key(folder)
+            sampler = key.sampler
+            if key.name != folder.name:
                 damage.append(f"{folder / KEY_FILE}: names other images than the folder; take it out")
         except DataError as error:
             damage.append(str(error))
-        blocks = sorted(path for path in folder.glob("block-*") if (path / INDEX_NAME).exists())
-        damage += [f"{block}: {line.partition(';')[0]}; delete this folder, and the next run draws it anew"
-                   for block in blocks for line in verify(block)]
-        chain = block_folders(folder)
-        damage += [f"{block}: does not follow the blocks before it; the next run fills the gap"
-                   for block in blocks if block not in chain and int(block.name.split("-")[1]) > held_images(folder)]
-        damage += tensor_damage(folder / LATENTS)
+        damage += _block_damage(folder, sampler) + tensor_damage(folder / LATENTS)
     return damage
+
+
+def _block_damage(folder: Path, sampler: str) -> list[str]:
+    """One line for each defect of a class's blocks, and for each block that nothing leads up to."""
+    blocks, held_there = all_blocks(folder), held_images(folder)
+    places = [block_folder(folder, block) for block in blocks]
+    damage = [f"{place}: {line.partition(';')[0]}; {remedy(sampler)}" for place in places for line in verify(place)]
+    filled = "`dbtrain prior import` of the lost images" if sampler == IMPORTED else "the next run"
+    apart = [place for block, place in zip(blocks, places) if block.start > held_there]
+    return damage + [f"{place}: does not follow the blocks before it; {filled} fills the gap" for place in apart]
 
 
 def import_images(folder: Path, class_noun: str, store: Path, config: RunConfig) -> tuple[int, int]:
@@ -84,19 +92,28 @@ def import_images(folder: Path, class_noun: str, store: Path, config: RunConfig)
     with held(place / ".import.lock") as ours:
         if not ours:
             raise DataError(f"{place}: another process imports there; wait for it, then run again")
-        known = {sample.meta["source_sha256"] for block in block_folders(place) for sample in read_block(block)}
+        blocks = [block_folder(place, block) for block in all_blocks(place)]
+        known = {sample.meta["source_sha256"] for block in blocks for sample in read_block(block, IMPORTED)}
         digests = {hashlib.sha256(read_photo(path)).hexdigest(): path for path in reversed(subject.images)}
-        new = tuple(path for path in subject.images if path in {digests[one] for one in digests.keys() - known})
+        wanted = {digests[one] for one in digests.keys() - known}
+        new = [path for path in subject.images if path in wanted]
         write_key(place, key)
-        start = held_images(place)
-        samples = photo_samples(replace(subject, images=new), config.data.resolution)
-        for first in range(start, start + len(new)):
-            if first == start or first % BLOCK == 0:
-                count = min(BLOCK - first % BLOCK, start + len(new) - first)
-                part = (prior_sample(key, first + i, one.image, one.extension, one.meta)
-                        for i, one in enumerate(islice(samples, count)))
-                write_shards(part, place / f"block-{first:06d}-{count:03d}")
-    return len(new), start + len(new)
+        left = new
+        while left:
+            block = _free_block(place, len(left))
+            photos = photo_samples(replace(subject, images=tuple(left[: len(block)])), config.data.resolution)
+            samples = (prior_sample(key, number, one.image, one.extension, one.meta)
+                       for number, one in zip(block, photos))  # fmt: skip
+            write_shards(samples, block_folder(place, block))
+            left = left[len(block) :]
+    return len(new), held_images(place)
+
+
+def _free_block(folder: Path, images: int) -> range:
+    """Numbers for at most so many further images: the first that no block holds, in one block."""
+    first = held_images(folder)
+    later = [block.start for block in all_blocks(folder) if block.start > first]
+    return range(first, min([first - first % BLOCK + BLOCK, first + images, *later]))
 
 
 def _class_folders(store: Path) -> Iterator[Path]:

@@ -6,6 +6,7 @@ numbers the samples of one step's *global* batch.
 
 import hashlib
 from enum import IntEnum
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -57,11 +58,12 @@ def uniforms(key: Key, purpose: Purpose, step: int | Tensor, slots: Tensor) -> T
     return uniform(philox(key, (0, slots, step, int(purpose)))[0])
 
 
-def permutation(seed: int, subject: str, role: int, epoch: int, count: int) -> list[int]:
+@lru_cache(maxsize=1024)  # each step of an epoch asks for it, for every subject of a pack
+def permutation(seed: int, subject: str, role: int, epoch: int, count: int) -> tuple[int, ...]:
     """A keyed shuffle of range(count): the order in which one epoch visits a subject's samples of a role."""
     words = philox(stream_key(seed, subject), (torch.arange(count), role, epoch, int(Purpose.ORDER)))
     ranks = (words[0] << 31) | (words[1] >> 1)
-    return torch.argsort(ranks, stable=True).tolist()
+    return tuple(torch.argsort(ranks, stable=True).tolist())
 
 
 def uniform_range(key: tuple[int, int], purpose: Purpose, count: int) -> Tensor:

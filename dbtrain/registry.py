@@ -1,7 +1,7 @@
 """Which identifier was given to which subject, written down: so that none changes when subjects come later.
 
-A registry is `identifiers.jsonl`: a header line that names the vocabulary, a line a subject, and a last line with the
-SHA-256 of all lines before it. Runs that share one (`identifier.registry`) never give two subjects the same identifier;
+A registry is `identifiers.jsonl`, sealed lines (`sealed.py`): a header that names the vocabulary, and a line a subject.
+Runs that share one (`identifier.registry`) never give two subjects the same identifier;
 within them, a subject's id means the same subject everywhere.
 """
 
@@ -13,8 +13,10 @@ from typing import Any
 
 from dbtrain.atomic import held, sweep, write_file
 from dbtrain.batch import Subject
+from dbtrain.data.finding import Finding
 from dbtrain.errors import ConfigError, DataError
 from dbtrain.identifiers import allocate
+from dbtrain.sealed import seal, unseal
 
 REGISTRY = "identifiers.jsonl"
 FORMAT = "dbtrain-identifiers"
@@ -33,10 +35,12 @@ def recorded_identifiers(
     if any(_is_new(subject, known) for subject in subjects):
         with held(registry.with_name(f".{registry.name}.lock"), wait=True):
             known = read_registry(registry, vocabulary)
-            _refuse_taken(registry, subjects, known)
+            if findings := taken_identifiers(registry, subjects, known):
+                raise ConfigError([finding.line() for finding in findings])
             known |= allocate(tokenizer, subjects, tokens, seed, known)
             sweep(registry.parent, registry.name)
-            write_file(registry, _to_bytes(vocabulary, known))
+            header = {"format": FORMAT, "version": 1, "vocabulary": vocabulary}
+            write_file(registry, seal([header, *map(list, known.items())]))
     return {subject.id: known[subject.id] for subject in subjects}
 
 
@@ -44,11 +48,10 @@ def read_registry(registry: Path, vocabulary: str) -> dict[str, str]:
     """The recorded identifiers by subject id; empty if there is no registry yet."""
     if not registry.exists():
         return {}
-    content = registry.read_bytes()
-    cut = content.rfind(b"\n", 0, -1) + 1
-    if content[cut:] != _closing(content[:cut]):
-        raise DataError(f"{registry}: is damaged (its digest differs); put a copy back, or use another registry")
-    header, *lines = map(json.loads, content[:cut].splitlines())
+    try:
+        header, *lines = unseal(registry.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{registry}: is damaged ({error}); put a copy back, or use another registry") from error
     if header != {"format": FORMAT, "version": 1, "vocabulary": vocabulary}:
         raise ConfigError(f"{registry}: was made for a model with another vocabulary; give each vocabulary its own")
     return dict(lines)
@@ -63,25 +66,20 @@ def _is_new(subject: Subject, known: dict[str, str]) -> bool:
     return known.get(subject.id) is None or subject.identifier not in (None, known[subject.id])
 
 
-def _refuse_taken(registry: Path, subjects: Sequence[Subject], known: dict[str, str]) -> None:
-    """An identifier that a manifest asks for must not have been given to a subject outside this manifest."""
-    own = {subject.id for subject in subjects}
-    owners = {name.casefold(): subject for subject, name in known.items() if subject not in own}
-    findings = [
-        f"{registry}: {subject.identifier!r}, asked for by subject {subject.id}, was given to subject "
-        f"{owners[subject.identifier.casefold()]}; choose another identifier, or leave it empty"
-        for subject in subjects
-        if subject.identifier and subject.identifier.casefold() in owners
+def taken_identifiers(registry: Path, subjects: Sequence[Subject], known: dict[str, str]) -> list[Finding]:
+    """A finding for each subject that asks for an identifier which was given to another, here or in another manifest.
+
+    Subjects that ask for one identifier by name share it on purpose.
+    """
+    asking = {subject.id: subject.identifier for subject in subjects if subject.identifier}
+    owners = {name.casefold(): owner for owner, name in known.items() if owner not in asking}
+    return [
+        Finding(
+            name,
+            str(registry),
+            f"identifier {wanted!r} was given to subject {owners[wanted.casefold()]}",
+            "choose another identifier, or leave it empty",
+        )
+        for name, wanted in asking.items()
+        if wanted != known.get(name) and wanted.casefold() in owners
     ]
-    if findings:
-        raise ConfigError(findings)
-
-
-def _to_bytes(vocabulary: str, known: dict[str, str]) -> bytes:
-    lines = [{"format": FORMAT, "version": 1, "vocabulary": vocabulary}, *map(list, known.items())]
-    body = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
-    return body + _closing(body)
-
-
-def _closing(body: bytes) -> bytes:
-    return f'{{"sha256":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode()

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dbtrain.adapters import detach
@@ -28,13 +27,14 @@ from dbtrain.families import FAMILIES, Family, Models, load_models
 from dbtrain.families.attention import engage_attention
 from dbtrain.families.load import base_digest
 from dbtrain.priors import IMPORTED, PriorKey, images_digest, make_priors, prior_key
+from dbtrain.ranks import from_first, together
 from dbtrain.registry import REGISTRY, recorded_identifiers
 from dbtrain.telemetry import Stages
 
 IRRELEVANT: dict[str, set[str] | bool] = {
     **dict.fromkeys(("track", "sample", "checkpoint", "publish", "engine"), True),
     "model": {"path", "revision", "variant", "single_file_layout", "attention"},
-    "data": {"cache_latents", "cache_text"},
+    "data": {"cache_latents", "cache_text", "shards", "schemes"},
     "train": {"micro_batch", "gradient_checkpointing"},
     "prior": {"store", "batch"},
     "identifier": {"registry"},
@@ -69,7 +69,7 @@ class Session:
     family: Family
     models: Models
     identifiers: dict[str, str]
-    shards: Path
+    shards: Path | str
     stages: Stages = field(default_factory=Stages)
     quiet: bool = False
     stop: bool = False
@@ -80,8 +80,12 @@ class Session:
     """Whether every class's priors are complete, so that a thread beside training need not look (or draw)."""
     pack_size: int | None = None
     """What `engine.packed.size: auto` came to on this machine."""
+    pack_probed: int = 0
+    """How many subjects it was measured for, which bounds it."""
     index: Index = field(default_factory=lambda: Index((), ()))
     """Where the photos lie: of all subjects, or of those at hand."""
+    taken_wait_s: float = 30.0
+    """How long a subject that another process trains is waited for; a killed one's lock may take a while to fall."""
     beat: Callable[[str], None] = lambda stage: None
     """Told at every stage and step that this process is alive and at what."""
     opened: Callable[[], object] = lambda: None
@@ -121,15 +125,21 @@ def open_session(
     """Load the base and shard the photos, once for all subjects; a request to stop is met at once until it returns."""
     session = join_session(config, out, quiet)
     tokenizer = next(iter(session.models.tokenizers.values()))
+    registry = Path(config.identifier.registry or out / REGISTRY)
+
+    def shard() -> set[str]:
+        index = shard_manifest(manifest, out / "shards", config, session.say, skip_bad, tokenizer, registry)
+        return set(index.subjects)
+
     with session.stages("shard"):
         on_stop(_stop_now)
-        if session.world.first:
-            shard_manifest(manifest, session.shards, config, session.say, skip_bad, tokenizer)
-        dist.barrier()
+        stored = from_first(session.world, shard)
         on_stop(lambda *_: setattr(session, "stop", True))
-    session.index = Index.load(session.shards)
-    registry = Path(config.identifier.registry or out / REGISTRY)
-    session.identifiers = recorded_identifiers(registry, tokenizer, subjects, config.identifier.tokens, config.seed)
+    world = session.world
+    session.index = together(world, lambda: Index.load(session.shards, config.data.schemes))
+    sound = [subject for subject in subjects if subject.id in stored]
+    tokens, seed = config.identifier.tokens, config.seed
+    session.identifiers = from_first(world, lambda: recorded_identifiers(registry, tokenizer, sound, tokens, seed))
     return session
 
 
@@ -141,9 +151,8 @@ def join_session(
     plan_batches(config.train.batch, config.train.micro_batch, world.size)
     with stages("load"):
         models = load_base(config, world)
-    session = Session(
-        config, out, world, FAMILIES[config.model.family], models, {}, out / "shards", stages, quiet, beat=beat
-    )
+    shards = config.data.shards or out / "shards"
+    session = Session(config, out, world, FAMILIES[config.model.family], models, {}, shards, stages, quiet, beat=beat)
     on_stop(lambda *_: setattr(session, "stop", True))
     return session
 
@@ -163,6 +172,8 @@ def load_base(config: RunConfig, world: World) -> Models:
     kind = torch.device(world.device).type
     choose_capture(config.engine, kind)  # refuses before anything is loaded
     models = load_models(FAMILIES[config.model.family], config.model).to(torch.device(world.device))
+    if kind == "cuda" and config.train.precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False  # else convolutions round what they multiply to 10 bits
     if config.engine.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
     models.attention = engage_attention(models.denoiser, config.model.attention, kind, config.train.precision)
@@ -218,7 +229,7 @@ def make_class_priors(manifest: Path, config: RunConfig, store: Path) -> dict[st
     world = start_world()
     family = FAMILIES[config.model.family]
     models = load_base(config, world)
-    classes = sorted({subject.class_noun for subject in read_manifest(manifest)})
+    classes = sorted({subject.class_noun for subject in read_manifest(manifest, config.data.shards is None)})
     return {
         noun: make_priors(
             store, prior_key(config, models, noun), config.prior.images, family, models, world, config.prior.batch

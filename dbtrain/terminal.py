@@ -15,6 +15,16 @@ from dbtrain.errors import StopRequested
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings to replace.")]
 Recipe = Annotated[str, typer.Option("--config", help="Name of a shipped recipe, or a file.")]
+Protocol = Annotated[
+    str, typer.Option(help="`quick`: the recipe's sample prompts; `dreambooth`: the paper's 25 prompts, 4 images each.")
+]
+Identity = Annotated[
+    str, typer.Option(metavar="ENC", help="Encoder in DINO's role: a folder, a hub id, or `embedded`.")
+]
+Clip = Annotated[str, typer.Option(metavar="ENC", help="Encoder of pictures and texts, the same way.")]
+Distance = Annotated[
+    str, typer.Option(help="Of DIV: `lpips`, `dreamsim`, `patches`; `auto` is LPIPS where it works.")
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave subjects with findings out, naming each.")]
 
 

@@ -6,7 +6,7 @@ import difflib
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,26 @@ import torch
 import torch.distributed as dist
 
 from dbtrain import __version__
-from dbtrain.atomic import LOCK, held, sweep
+from dbtrain.atomic import LOCK, held
 from dbtrain.bank import Bank, captions_of
-from dbtrain.batch import Batch, Role, StepLoss, Subject
-from dbtrain.checkpoint import Checkpoint, latest_checkpoint, named_checkpoint, save_checkpoint, tidy_checkpoints
+from dbtrain.batch import Batch, Role, Sample, StepLoss, Subject
+from dbtrain.checkpoint import Checkpoint, save_checkpoint
+from dbtrain.claims import choose_checkpoint, read_chosen, take_subject
 from dbtrain.config import RunConfig
 from dbtrain.configfile import render
 from dbtrain.data.manifest import read_manifest, scan_manifest
-from dbtrain.data.stream import read_samples
+from dbtrain.data.stream import read_samples, refuse_small
 from dbtrain.engines.capture import Capture, choose_capture, compile_regions
 from dbtrain.engines.engine import BatchPlan, EngineState, lr_scale, plan_batches
 from dbtrain.engines.zero import ZeroEngine, start_world
-from dbtrain.errors import DataError, EngineError, StopRequested
+from dbtrain.errors import DataError, DbtrainError, EngineError, StopRequested, bare
 from dbtrain.families.load import base_digest
 from dbtrain.filling import fill_bank
 from dbtrain.generate import draw_samples, make_pipeline, sampling_mode
 from dbtrain.prompts import fill
 from dbtrain.publish import publish_card, publish_sheet, read_record, write_record
 from dbtrain.randomness import stream_key
+from dbtrain.ranks import from_first, together
 from dbtrain.session import (
     Session,
     data_digest,
@@ -46,43 +48,47 @@ from dbtrain.step import TrainingStep
 from dbtrain.telemetry import Meter, Progress, open_sinks, peak_memory_gib
 from dbtrain.trainables import final_weights, make_trainable, publish_weights
 
-Finished = Callable[[Subject, dict[str, Any] | EngineError], None]
+Finished = Callable[[Subject, dict[str, Any] | DbtrainError], None]
 """What is told of a subject that has ended: its record, or why it failed."""
 
 
-def train_subject(session: Session, subject: Subject) -> dict[str, Any]:
-    """The record of a subject: of this training, or of an earlier one with the same settings and data."""
-    opened = open_job(session, subject)
-    return opened.run_to_end() if isinstance(opened, Job) else opened
-
-
 def open_job(session: Session, subject: Subject) -> Job | dict[str, Any]:
-    """What there is to do for a subject, its bank filled; or its record, if it is done already."""
+    """What there is to do for a subject, its bank filled; or its record, if it is done already.
+
+    All ranks get the same, or the same DbtrainError.
+    """
     config = subject_config(session.config, subject)
     folder = session.out / "subjects" / subject.id
-    folder.mkdir(parents=True, exist_ok=True)
-    if session.world.first:
-        for place in (folder, *folder.glob("samples/*")):
-            sweep(place)
-    stages = session.start_stages()
-    with stages("data"):
-        instances = list(read_samples(session.shards, session.index.rows_of(subject.id)))
-    run = run_digest(config, subject, session, instances)
-    done = read_record(folder)
-    if done is not None and done["run"] == run:
-        session.say(f"{subject.id}: already finished in {folder}")
-        return done
-    if done is not None:
-        raise DataError(f"{folder}: holds a finished subject trained with other settings or data; use another --out")
-    if session.world.first:
-        session.opened()
-    bank = fill_bank(session, subject, config, instances)
-    return Job(session, subject, config, folder, run, bank)
+    world, stages = session.world, session.start_stages()
+    with ExitStack() as fence:
+        from_first(world, lambda: take_subject(session, folder, fence))
+        with stages("data"):
+            instances, run = together(world, lambda: _instances(session, subject, config))
+        done = from_first(world, lambda: read_record(folder))
+        if done is not None and done["run"] == run:
+            session.say(f"{subject.id}: already finished in {folder}")
+            return done
+        if done is not None:
+            raise DataError(
+                f"{folder}: holds a finished subject trained with other settings or data; use another --out"
+            )
+        found = from_first(world, lambda: choose_checkpoint(session, folder, config.checkpoint, run))
+        from_first(world, session.opened)
+        bank = fill_bank(session, subject, config, instances)
+        return Job(session, subject, config, folder, run, bank, found, fence.pop_all())
+
+
+def _instances(session: Session, subject: Subject, config: RunConfig) -> tuple[list[Sample], str]:
+    """A subject's stored photos, and the digest of all that decides its result."""
+    rows, data = session.index.rows_of(subject.id), config.data
+    instances = list(read_samples(session.shards, rows, data.schemes))
+    refuse_small(instances, data.resolution, session.shards)
+    return instances, run_digest(config, subject, session, instances)
 
 
 @dataclass
 class Job:
-    """One subject's training."""
+    """One subject's training. found: the checkpoint to go on from. fence: what keeps others from the subject."""
 
     session: Session
     subject: Subject
@@ -90,6 +96,12 @@ class Job:
     folder: Path
     run: str
     bank: Bank
+    found: Path | None
+    fence: ExitStack
+
+    def close(self) -> None:
+        """Let others train the subject."""
+        self.fence.close()
 
     def run_to_end(self) -> dict[str, Any]:
         """Build, resume, loop, publish."""
@@ -98,8 +110,6 @@ class Job:
         with session.stages("build"):
             captions = captions_of(session.family, session.models, config, self.bank.texts, session.world.device)
             groups = make_trainable(session.family, session.models, config, self.subject.id)
-            if self.capture.mode == "compile":
-                compile_regions(session.models.denoiser)
             module = TrainingStep(
                 session.family, session.models, config, stream_key(config.seed, self.subject.id), captions
             )
@@ -121,19 +131,8 @@ class Job:
         return found.step
 
     def checkpoint(self) -> Checkpoint | None:
-        """What to go on from: the newest good checkpoint of this run, or the named one; None is a fresh start."""
-        name, root = self.config.checkpoint.resume, self.folder / "checkpoints"
-        if self.session.world.first:
-            tidy_checkpoints(root, self.config.checkpoint.keep)
-        if name == "latest":
-            found, notes = latest_checkpoint(root, self.run)
-            for note in notes:
-                self.session.say(note)
-        else:
-            found = named_checkpoint(root, name, self.run)
-        if found is not None:
-            self.session.say(f"{self.subject.id}: resuming after step {found.step}")
-        return found
+        """The contents of the checkpoint to go on from; None is a fresh start."""
+        return read_chosen(self.session, self.found) if self.found else None
 
     def loop(self, engine: ZeroEngine, plan: BatchPlan, start: int) -> dict[str, float]:
         """Train to the last step; the last log interval's values."""
@@ -147,6 +146,8 @@ class Job:
                     measured, wait_s = train_step(
                         engine, self.bank, plan, step, session, lr_scale(step, config.train, steps)
                     )
+                if step == start and self.capture.mode == "compile":
+                    compile_regions(session.models.denoiser)
                 meter.add(self.images_a_step, wait_s, measured)
                 progress.advance(step + 1)
                 if (step + 1) % config.track.every_steps == 0 or step + 1 == steps:
@@ -311,37 +312,38 @@ def train_manifest(
     quiet: bool = False,
     skip_bad: bool = False,
     opened: Callable[[], object] = lambda: None,
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The records of the chosen subjects (None is all), and a reason for each that failed; the others are not affected.
+) -> tuple[list[dict[str, Any]], dict[str, DbtrainError]]:
+    """The records of the chosen subjects (None is all), and the error of each that failed; the others are not affected.
 
     skip_bad: leave subjects with findings out; they are told, and named in `shards/skipped.json`. opened: what
     `Session.opened` is. Raises DataError for
     unknown ids or while another run works on `out`, and StopRequested when the process was asked to stop.
     """
-    subjects = scan_manifest(manifest)[0] if skip_bad else read_manifest(manifest)
+    photos = config.data.shards is None
+    subjects = scan_manifest(manifest, photos)[0] if skip_bad else read_manifest(manifest, photos)
     known = {subject.id: subject for subject in subjects}
     unknown = [name for name in chosen or () if name not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, 1)
         raise DataError(f"{manifest}: has no subject {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    with held(out / LOCK) if start_world().first else nullcontext(True) as ours:
-        if not ours:
+    with ExitStack() as fence:
+        if not from_first(start_world(), lambda: fence.enter_context(held(out / LOCK))):
             raise DataError(f"{out}: another run is working there; wait for it or stop it, or use another --out")
         session = open_session(config, subjects, manifest, out, quiet, skip_bad)
         session.opened = opened
-        sound = [known[name] for name in chosen or known if name in session.index.subjects]
+        sound = [known[name] for name in chosen or known if name in session.identifiers]
         return _train_all(session, sound)
 
 
 def _train_all(
     session: Session, subjects: Sequence[Subject]
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
+) -> tuple[list[dict[str, Any]], dict[str, DbtrainError]]:
     records: list[dict[str, Any]] = []
-    failed: dict[str, str] = {}
+    failed: dict[str, DbtrainError] = {}
 
-    def finished(subject: Subject, outcome: dict[str, Any] | EngineError) -> None:
-        if isinstance(outcome, EngineError):
-            failed[subject.id] = str(outcome)
+    def finished(subject: Subject, outcome: dict[str, Any] | DbtrainError) -> None:
+        if isinstance(outcome, DbtrainError):
+            failed[subject.id] = outcome
             session.say(f"{subject.id}: failed: {outcome}")
         else:
             records.append(outcome)
@@ -353,7 +355,8 @@ def _train_all(
 def train_subjects(session: Session, subjects: Sequence[Subject], finished: Finished) -> None:
     """Nothing; calls `finished` with every subject's record, or with the error that ended it, as soon as it is known.
 
-    A failed subject does not affect the others. Raises StopRequested when the process was asked to stop.
+    A failed subject does not affect the others; a disk that refuses ends them all. Raises StopRequested when the
+    process was asked to stop.
     """
     if session.config.engine.kind == "packed":
         from dbtrain.packing.loop import train_packed
@@ -361,10 +364,25 @@ def train_subjects(session: Session, subjects: Sequence[Subject], finished: Fini
         train_packed(session, subjects, finished)
         return
     for subject in subjects:
-        try:
-            finished(subject, train_subject(session, subject))
-        except StopRequested:
-            raise
-        except EngineError as error:
+        finished(subject, train_subject(session, subject))
+
+
+def train_subject(session: Session, subject: Subject) -> dict[str, Any] | DbtrainError:
+    """The record of a subject, of this training or of an earlier one with the same settings and data; or what keeps it,
+    and it alone, from being trained."""
+    opened = None
+    try:
+        opened = open_job(session, subject)
+        if isinstance(opened, dict):
+            return opened
+        with closing(opened):
+            return opened.run_to_end()
+    except StopRequested:
+        raise
+    except (EngineError, DataError) as error:
+        if opened is not None:
+            # Bad data in training may have met one rank alone, and the others would wait for it without end.
+            if isinstance(error, DataError) and session.world.size > 1:
+                raise
             restore_base(session)
-            finished(subject, error)
+        return bare(error)

@@ -1,8 +1,11 @@
+import errno
+import fcntl
 import os
 
 import pytest
 
 from dbtrain import atomic
+from dbtrain.errors import DataError
 
 
 def test_content_is_bytes_or_a_writer(tmp_path):
@@ -70,3 +73,34 @@ def test_sweeping_takes_only_remains_of_the_name(tmp_path):
         (tmp_path / name).touch()
     assert len(atomic.sweep(tmp_path, "a")) == 2
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_lock_is_held_once_at_a_time_and_its_holder_may_remove_it(tmp_path):
+    lock = tmp_path / "new" / ".lock"
+    with atomic.held(lock) as first:
+        with atomic.held(lock) as second:
+            assert (first, second) == (True, False)
+        lock.unlink()
+        with atomic.held(lock) as third:
+            assert third
+    with atomic.held(lock) as again:
+        assert again
+
+
+def test_whoever_waited_for_a_lock_that_was_then_removed_has_no_right(tmp_path, monkeypatch):
+    """The removal falls between opening and locking."""
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *words: ((tmp_path / ".lock").unlink(), real(*words)))
+    with atomic.held(tmp_path / ".lock") as ours:
+        assert not ours
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    refused = pytest.raises(DataError, match=r"\.lock: this file system keeps no locks .*; mount it with them")
+    with refused, atomic.held(tmp_path / ".lock"):
+        pytest.fail("was held")

@@ -30,8 +30,9 @@ def root(tmp_path):
 
 
 def test_a_checkpoint_comes_back_to_the_bit(root):
-    found, notes = latest_checkpoint(root, RUN)
-    assert (found.step, found.run, notes) == (2, RUN, [])
+    folder, notes = latest_checkpoint(root, RUN)
+    found = read_checkpoint(folder)
+    assert (folder.name, found.step, found.run, notes) == ("step-00000002", 2, RUN, [])
     want = make(2).state
     assert found.state.keys() == want.keys()
     for kind, tensors in want.items():
@@ -95,7 +96,7 @@ def test_the_newest_that_verifies_is_taken_with_a_word_about_the_others(root, na
     elif harm == "garbage":
         path.write_bytes(bytes(random.Random(2).randbytes(len(sound))))
     found, (note,) = latest_checkpoint(root, RUN)
-    assert found.step == 1
+    assert found.name == "step-00000001"
     assert "step-00000002" in note and "falling back" in note
 
 
@@ -104,13 +105,13 @@ def test_the_newest_that_verifies_is_taken_with_a_word_about_the_others(root, na
 )
 def test_a_manifest_of_another_shape_is_a_defect(root, text):
     (root / "step-00000002" / "manifest.json").write_text(text)
-    assert latest_checkpoint(root, RUN)[0].step == 1
+    assert latest_checkpoint(root, RUN)[0].name == "step-00000001"
 
 
 def test_a_number_in_the_name_is_not_believed(root):
     """A sound checkpoint under another step's name: what it says of itself holds."""
     shutil.copytree(root / "step-00000001", root / "step-00000007")
-    found, _ = latest_checkpoint(root, RUN)
+    found = read_checkpoint(latest_checkpoint(root, RUN)[0])
     assert found.step in (1, 2)
     assert torch.equal(found.state["master"]["unet.c"], make(found.step).state["master"]["unet.c"])
 
@@ -120,7 +121,7 @@ def test_other_names_are_no_checkpoints(root):
         shutil.copytree(root / "step-00000001", root / name)
     (root / "step-00000009").write_text("a file")
     found, notes = latest_checkpoint(root, RUN)
-    assert found.step == 2
+    assert found.name == "step-00000002"
     assert len(notes) == 1
 
 
@@ -136,17 +137,17 @@ def test_retention_keeps_the_newest_good_ones(root):
     save_checkpoint(root, make(4), keep=2)
     names = {path.name for path in root.iterdir()}
     assert {"step-00000002", "step-00000004"} <= names
-    assert latest_checkpoint(root, RUN)[0].step == 4
+    assert latest_checkpoint(root, RUN)[0].name == "step-00000004"
 
 
 def test_what_a_killed_writer_left_is_no_obstacle(root):
     remains = root / ".step-00000003.00000000.tmp"
     remains.mkdir()
     (remains / "state.safetensors").write_bytes(b"half")
-    assert latest_checkpoint(root, RUN)[0].step == 2
+    assert latest_checkpoint(root, RUN)[0].name == "step-00000002"
     assert save_checkpoint(root, make(3), keep=5).name == "step-00000003"
     assert not remains.exists()
-    assert latest_checkpoint(root, RUN)[0].step == 3
+    assert latest_checkpoint(root, RUN)[0].name == "step-00000003"
 
 
 def test_writing_the_same_step_again_replaces_it(root):
@@ -167,4 +168,4 @@ def test_a_full_disk_leaves_the_former_checkpoints(root, monkeypatch):
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(root, make(3), keep=1)
-    assert latest_checkpoint(root, RUN)[0].step == 2
+    assert latest_checkpoint(root, RUN)[0].name == "step-00000002"

@@ -105,7 +105,7 @@ def test_a_failed_subject_is_4_and_the_others_are_printed(job, tmp_path, monkeyp
 
     def fail_one(session, subject):
         if subject.id == "rex":
-            raise train.EngineError("step 1: the loss is nan")
+            return train.EngineError("step 1: the loss is nan")
         return finish(session, subject)
 
     monkeypatch.setattr(train, "train_subject", fail_one)
@@ -129,7 +129,7 @@ def test_preflight_counts_who_is_left_out_and_looks_without_a_base(job, tmp_path
     assert left.stderr.count("left out: ") == left.stderr.count("subject tom: ") == 2
     blind = run("preflight", *words, "--skip-bad", "model.path=nowhere/base")
     assert (blind.exit_code, blind.stdout) == (0, left.stdout)
-    assert blind.stderr.startswith("lengths of captions are not checked: nowhere/base: no tokenizer found")
+    assert blind.stderr.startswith("captions and identifiers are not checked: nowhere/base: no tokenizer found")
 
 
 def test_shards_are_verified(job):

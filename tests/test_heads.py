@@ -14,11 +14,11 @@ def answering():
     """A way to start an HTTP server that gives one status to every question; its address."""
     servers = []
 
-    def start(status: int) -> str:
+    def start(status: int, elsewhere: str = "/elsewhere") -> str:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 self.send_response(status)
-                self.send_header("Location", "/elsewhere")
+                self.send_header("Location", elsewhere)
                 self.end_headers()
 
             def log_message(self, *args): ...
@@ -40,6 +40,13 @@ def answering():
 )
 def test_only_a_refusal_counts_as_guarded(answering, status, state):
     assert heads.head_state(answering(status)) == state
+
+
+@pytest.mark.parametrize("status", [401, None])
+def test_a_redirection_is_an_answer_and_is_not_followed(answering, status):
+    """Not to a guarded head, which would speak for the open one, nor to one that is not there."""
+    elsewhere = answering(status) if status else "http://127.0.0.1:1"
+    assert heads.head_state(answering(302, elsewhere)) == "open"
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ LIBRARIES = {
     "pydantic",
     "pytest",
     "ray",
+    "requests",
     "rich",
     "safetensors",
     "tensorboard",

@@ -65,11 +65,25 @@ def test_runs_that_share_a_registry_at_once_never_share_an_identifier(tmp_path, 
 
 def test_an_identifier_asked_for_must_be_free(tmp_path, tokenizer):
     given = recorded_identifiers(tmp_path / "r", tokenizer, people(1))["s1"]
-    with pytest.raises(ConfigError, match="asked for by subject s2, was given to subject s1; choose another"):
+    with pytest.raises(ConfigError, match="subject s2: identifier .* was given to subject s1; choose another"):
         recorded_identifiers(tmp_path / "r", tokenizer, people(2, identifier=given.upper()))
     own = recorded_identifiers(tmp_path / "r", tokenizer, people(2, identifier="sks"))
     assert own == {"s2": "sks"} == recorded_identifiers(tmp_path / "r", tokenizer, people(2))
     assert recorded_identifiers(tmp_path / "r", tokenizer, people(1, identifier="xqz")) == {"s1": "xqz"}
+
+
+def test_an_identifier_given_to_a_neighbour_is_refused_and_one_that_both_ask_for_is_shared(tmp_path, tokenizer):
+    """All in one manifest, which grows: the first subject's name was given to it, so that it is not free."""
+    given = recorded_identifiers(tmp_path / "r", tokenizer, people(1))["s1"]
+    for wanted in (given, given.upper()):
+        with pytest.raises(ConfigError, match="subject s2: identifier .* was given to subject s1; choose another"):
+            recorded_identifiers(tmp_path / "r", tokenizer, [*people(1), *people(2, identifier=wanted)])
+        assert read_registry(tmp_path / "r", vocabulary_digest(tokenizer)) == {"s1": given}
+    shared = recorded_identifiers(tmp_path / "r", tokenizer, people(1, 2, identifier=given))
+    assert shared == {"s1": given, "s2": given}
+    # Who has it keeps it, though the other no longer asks and a third comes.
+    later = recorded_identifiers(tmp_path / "r", tokenizer, [*people(1, identifier=given), *people(2, 3)])
+    assert later.pop("s3") != given and later == shared
 
 
 def test_damage_and_another_vocabulary_are_refused_and_left_alone(tmp_path, tokenizer):

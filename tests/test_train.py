@@ -8,16 +8,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dbtrain.atomic import file_digest
+from dbtrain.atomic import LOCK, file_digest, held
+from dbtrain.bank import Bank
+from dbtrain.checkpoint import Checkpoint, save_checkpoint
 from dbtrain.configfile import load
 from dbtrain.data.manifest import read_manifest
 from dbtrain.engines.engine import BatchPlan, World
 from dbtrain.engines.zero import ZeroEngine
-from dbtrain.errors import DataError
+from dbtrain.errors import DataError, SubjectTaken, summed
 from dbtrain.publish import read_lora, read_record
-from dbtrain.session import subject_config
+from dbtrain.session import open_session, subject_config
 from dbtrain.step import TrainingStep
-from dbtrain.train import train_manifest
+from dbtrain.train import Job, train_manifest, train_subjects
 from tests.main_job import sd_folder, small_config, write_job
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -153,7 +155,7 @@ def test_a_nan_stops_its_subject_at_the_last_good_state_and_no_other(job, tmp_pa
     records, failed = train_manifest(job / "photos.csv", config, tmp_path, ["rex", "ben"], quiet=True)
     assert [record["subject"] for record in records] == ["ben"]
     assert failed.keys() == {"rex"}
-    assert "step 3: the loss is nan" in failed["rex"] and "Lower train.lr" in failed["rex"]
+    assert "step 3: the loss is nan" in str(failed["rex"]) and "Lower train.lr" in str(failed["rex"])
     assert sorted(path.name for path in (tmp_path / "subjects/rex/checkpoints").iterdir()) == [
         "step-00000001",
         "step-00000002",
@@ -178,8 +180,80 @@ def test_a_non_finite_gradient_stops_too(job, tmp_path, monkeypatch):
     config = small_config("checkpoint.every_steps=1", "sample.images=0", "train.steps=2")
     records, failed = train_manifest(job / "photos.csv", config, tmp_path, ["rex"], quiet=True)
     assert not records
-    assert "step 1" in failed["rex"]
+    assert "step 1" in str(failed["rex"])
     assert not (tmp_path / "subjects/rex/checkpoints").exists()
+
+
+SOLO_OR_PACKED = pytest.mark.parametrize("engine", [(), ("engine.kind=packed", "engine.packed.size=2")])
+
+
+def outcomes(session, subjects) -> dict:
+    told = {}
+    train_subjects(session, subjects, lambda subject, outcome: told.update({subject.id: outcome}))
+    return told
+
+
+def opened(job, out, *words):
+    """A session on three subjects, with their shards made, and the subjects."""
+    config, manifest = small_config("train.steps=2", "sample.images=0", *words), job / "photos.csv"
+    subjects = read_manifest(manifest)
+    return open_session(config, subjects, manifest, out, quiet=True), subjects
+
+
+@SOLO_OR_PACKED
+def test_bad_data_of_one_subject_leaves_the_others_alone(job, tmp_path, engine):
+    """A torn sample and a foreign checkpoint: each ends its own subject, with the code of bad data."""
+    session, subjects = opened(job, tmp_path, *engine)
+    row = session.index.rows_of("rex")[0]
+    shard = tmp_path / "shards" / row.shard
+    with shard.open("r+b") as file:
+        file.seek(row.offset + 700)
+        file.write(b"torn")
+    save_checkpoint(tmp_path / "subjects" / "tom" / "checkpoints", Checkpoint(1, "b" * 64, {}), keep=1)
+    told = outcomes(session, subjects)
+    assert list(told) == ["rex", "tom", "ben"]
+    assert type(told["rex"]) is type(told["tom"]) is DataError
+    assert "sample rex-0-0: digest differs" in str(told["rex"]) and "other settings or data" in str(told["tom"])
+    assert told["ben"]["subject"] == "ben"
+    assert summed({name: told[name] for name in ("rex", "tom")}).exit_code == 3
+
+
+@pytest.mark.parametrize("at", ["read", "write"])
+def test_a_disk_that_refuses_ends_them_all(job, tmp_path, monkeypatch, at):
+    import errno
+
+    from dbtrain.data.place import Folder
+
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    session, subjects = opened(job, tmp_path)
+    monkeypatch.setattr(*((Folder, "open") if at == "read" else (Job, "write")), refuse)
+    told = {}
+    with pytest.raises(OSError, match="Input/output error"):
+        train_subjects(session, subjects, lambda subject, outcome: told.update({subject.id: outcome}))
+    assert told == {}
+
+
+@SOLO_OR_PACKED
+def test_a_subject_is_trained_by_one_process_at_a_time(job, tmp_path, engine, monkeypatch):
+    session, subjects = opened(job, tmp_path, *engine)
+    session.taken_wait_s, seen, draw = 0.1, set(), Bank.draw
+
+    def looking(self, *words):
+        with held(tmp_path / "subjects" / self.subject / LOCK) as free:
+            seen.add((self.subject, free))
+        return draw(self, *words)
+
+    monkeypatch.setattr(Bank, "draw", looking)
+    with held(tmp_path / "subjects" / "rex" / LOCK):
+        told = outcomes(session, subjects)
+    assert type(told["rex"]) is SubjectTaken
+    assert seen == {("tom", False), ("ben", False)}
+    for name in ("rex", "tom", "ben"):
+        with held(tmp_path / "subjects" / name / LOCK) as free:
+            assert free, name
+    assert {name for name, outcome in outcomes(session, subjects).items() if isinstance(outcome, dict)} == set(told)
 
 
 def test_an_unknown_subject_gets_a_hint_before_anything_is_loaded(job, tmp_path):
@@ -227,3 +301,32 @@ def test_the_stop_flag_of_any_rank_reaches_all(monkeypatch):
     )
     assert values["stop"] == 1
     assert values["loss"] == 1
+
+
+def test_ready_made_shards_are_read_from_an_address_that_was_allowed(finished, job, tmp_path):
+    """The same bytes as from the photos, which this manifest does not name; with what is missing named, or left out."""
+    import fsspec
+
+    bucket, manifest = fsspec.filesystem("memory"), tmp_path / "subjects.csv"
+    bucket.put(f"{finished[0]}/shards", "/bucket/shards", recursive=True)
+    manifest.write_text("subject,class\nben,dog\nrex,dog\neve,cat\n")
+    words = ["publish.kohya=true", "data.shards=memory://bucket/shards"]
+    allowed = small_config(*words, "data.schemes=[memory]")
+    try:
+        with pytest.raises(DataError, match="is an address; .* or allow its scheme"):
+            train_manifest(manifest, small_config(*words), tmp_path / "refused", ["ben"], quiet=True)
+        with pytest.raises(DataError, match="subject eve: holds no photo of it"):
+            train_manifest(manifest, allowed, tmp_path / "out", ["ben"], quiet=True)
+        larger = small_config(*words, "data.schemes=[memory]", "data.resolution=40")
+        _, failed = train_manifest(manifest, larger, tmp_path / "40", ["ben"], quiet=True, skip_bad=True)
+        assert "stored at 32 px, data.resolution is 40; make the shards at that" in str(failed["ben"])
+        records, failed = train_manifest(manifest, allowed, tmp_path / "out", None, quiet=True, skip_bad=True)
+    finally:
+        bucket.rm("/bucket", recursive=True)
+    assert not failed and [record["subject"] for record in records] == ["ben", "rex"]
+    assert {path.name for path in (tmp_path / "out" / "shards").iterdir()} == {"skipped.json"}
+    of_photos = {record["subject"]: record for record in finished[1]}
+    for record in records:
+        ours, theirs = (place / "subjects" / record["subject"] / LORA for place in (tmp_path / "out", finished[0]))
+        assert record["run"] == of_photos[record["subject"]]["run"]
+        assert file_digest(ours) == file_digest(theirs)

@@ -13,15 +13,37 @@ from dbtrain_kernels.lora import SPLIT
 NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "_unsafe_view"}
 """Operators that only make or rename memory."""
 
+
+
+def _copies(*tensors: torch.Tensor | None, dtype: torch.dtype | None = None) -> int:
+    """How many of a fused operation's arguments are copied first: cast to a dtype, or made contiguous."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return sum(tensor.dtype != (dtype or tensor.dtype) or not tensor.is_contiguous() for tensor in given)
+
+
+def _noising(moments: torch.Tensor, key: torch.Tensor, slot: torch.Tensor, step: torch.Tensor, *others: Any) -> int:
+    tables, chosen = others[:2], others[6:9]
+    return 1 + _copies(*tables, dtype=torch.float32) + _copies(moments, key, slot, step, *chosen)
+
+
+def _lora(x: torch.Tensor, base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: torch.Tensor) -> int:
+    return 2 + _copies(x, base, down[0], up[0]) + _copies(scale, dtype=torch.float32)
+
+
+def _lora_backward(grad: torch.Tensor, small: torch.Tensor, x: torch.Tensor, *matrices: torch.Tensor) -> int:
+    *matrices, scale = matrices
+    parts = 4 if small.shape[1] <= SPLIT else 6  # the parts of many tokens are added up, for both matrices
+    return parts + _copies(grad, small, x, *(one[0] for one in matrices)) + _copies(scale, dtype=torch.float32)
+
+
 LAUNCHES: dict[str, Callable[..., int]] = {
-    "loss": lambda *_: 2,
-    "noising": lambda *_: 1,
+    "loss": lambda *args: 2 + _copies(*args[:3], args[7]) + _copies(*args[3:6], args[9], dtype=torch.float32),
+    "noising": _noising,
     "adamw": lambda *_: 3,
-    "lora": lambda *_: 2,
-    "lora_backward": lambda grad, small_NTR, *_: 4 if small_NTR.shape[1] <= SPLIT else 6,
+    "lora": _lora,
+    "lora_backward": _lora_backward,
 }
-"""Kernels that a fused operation starts for its arguments. `lora_backward` adds up parts of many tokens, for both
-matrices."""
+"""Kernels that a fused operation starts for its arguments, copies of arguments included."""
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
 """Operators whose result the host must see before it can go on."""
@@ -30,14 +52,15 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero
 class Operators(TorchDispatchMode):
     """Counts, inside the block, backward included; of one kind of device, or of all.
 
-    launches: operators that compute or copy; a fused one counts as the kernels it starts. casts: those of them that
-    only change a dtype. waits: names of operators for which the host would wait on a GPU. names: how often each ran.
+    launches: operators that compute or copy; a fused one counts as the kernels it starts, whose sum is `fused`. casts:
+    those of them that only change a dtype. waits: names of operators for which the host would wait on a GPU. names: how
+    often each ran.
     """
 
     def __init__(self, device_type: str | None = None) -> None:
         super().__init__()
         self.device_type = device_type
-        self.launches, self.casts = 0, 0
+        self.launches, self.fused, self.casts = 0, 0, 0
         self.waits: Counter[str] = Counter()
         self.names: Counter[str] = Counter()
 
@@ -47,9 +70,11 @@ class Operators(TorchDispatchMode):
         result = func(*args, **kwargs)
         if self._computes(func, name) and self._is_there((args, kwargs, result)):
             self.names[name] += 1
-            self.launches += LAUNCHES[name](*args) if func.namespace == "dbtrain" else 1
+            kernels = LAUNCHES[name](*args) if func.namespace == "dbtrain" else 0
+            self.fused += kernels
+            self.launches += kernels or 1
             self.casts += name == "_to_copy" and result.dtype != args[0].dtype
-        if name in WAITS or _leaves_the_device(name, args, kwargs) or _finds_places(name, args):
+        if name in WAITS or _crosses(name, args, kwargs) or _finds_places(name, args):
             self.waits[name] += 1
         return result
 
@@ -64,11 +89,16 @@ class Operators(TorchDispatchMode):
         return not view and name not in NOTHING
 
 
-def _leaves_the_device(name: str, args: Any, kwargs: Any) -> bool:
-    target = kwargs.get("device")
+def _crosses(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a copy goes to the host, or from it so that the host waits for all that was launched before."""
     if name == "copy_":
-        return args[0].device.type == "cpu" != args[1].device.type
-    return name == "_to_copy" and target is not None and torch.device(target).type == "cpu" != args[0].device.type
+        target, source, unwaited = args[0].device.type, args[1].device.type, len(args) > 2 and args[2]
+    elif name == "_to_copy":
+        target, source = torch.device(kwargs.get("device") or args[0].device).type, args[0].device.type
+        unwaited = kwargs.get("non_blocking", False)
+    else:
+        return False
+    return source != target and (target == "cpu" or not unwaited)
 
 
 def _finds_places(name: str, args: Any) -> bool:

@@ -7,6 +7,7 @@ attaches each contestant's adapters anew to the one base, warms it up and times 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -25,12 +26,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+import dbtrain_kernels.lora  # noqa: F401  registers the operations that are counted
 from dbtrain import __version__
 from dbtrain.adapters import detach
 from dbtrain.atomic import write_file
 from dbtrain.batch import Batch, Conditioning
 from dbtrain.config import RunConfig
+from dbtrain.engines.capture import release
 from dbtrain.engines.engine import World, plan_batches
 from dbtrain.engines.zero import ZeroEngine, start_world
 from dbtrain.families import FAMILIES, Models
@@ -43,14 +47,11 @@ from dbtrain.step import TrainingStep
 from dbtrain.tiny import DEMO
 from dbtrain.trainables import DTYPES, make_trainable
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bf16 products a second that makers state, by a part of the device's name; without one there is no MFU."""
-
 
 @dataclass(frozen=True)
 class Plan:
     """What to compare. steps: timed in a turn. processes: independent ones at once, 0 for none. subjects: counts for
-    the line T(S). random_weights: those of Stable Diffusion 1.5's shape instead of the recipe's base."""
+    the line T(S). random_weights: in the published shape of the recipe's family, instead of the recipe's base."""
 
     sizes: Sequence[int]
     steps: int = 3
@@ -71,7 +72,7 @@ class Base:
 
 
 def load(config: RunConfig, random_weights: bool) -> Base:
-    """The recipe's base, or one of Stable Diffusion 1.5's shape with random weights."""
+    """The recipe's base, or random weights in the published shape of its family (SD 1.5's or XL's)."""
     world, side = start_world(), config.data.resolution // 8
     draw = torch.Generator().manual_seed(0)
     if not random_weights:
@@ -82,43 +83,75 @@ def load(config: RunConfig, random_weights: bool) -> Base:
             pixels = torch.zeros(1, 3, config.data.resolution, config.data.resolution, device=world.device)
             mean = models.vae.encode(pixels).latent_dist.mean
         return Base(models, captions, (2 * mean.shape[1], *mean.shape[2:]), world)
-    shape = ARCHITECTURES["sd15"]
-    unet = blank_denoiser("sd15", world.device, DTYPES[config.train.precision])
+    name, shape = next((name, one) for name, one in ARCHITECTURES.items() if one.family == config.model.family)
+    unet = blank_denoiser(name, world.device, DTYPES[config.train.precision])
+    if config.engine.channels_last:
+        unet.to(memory_format=torch.channels_last)
     vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.18215, shift_factor=None))
     beta_S = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     schedule = discrete_schedule((1 - beta_S).cumprod(0), "epsilon").to(torch.device(world.device))
     states = torch.randn(2, shape.tokens, shape.width, generator=draw).to(world.device)
-    models = Models(unet, {}, {}, vae, None, schedule, "random", {"weights": "random"})
-    return Base(models, Conditioning(states), (2 * shape.channels, side, side), world)
+    pooled = shape.pooled and torch.randn(2, shape.pooled, generator=draw).to(world.device)
+    models = Models(unet, {}, {}, vae, None, schedule, f"random weights, {name}", {"weights": "random"})
+    return Base(models, Conditioning(states, pooled), (2 * shape.channels, side, side), world)
 
 
 @contextmanager
-def packed(base: Base, config: RunConfig, size: int) -> Iterator[Callable[[], None]]:
-    """One step of a pack, as a function."""
-    family = FAMILIES[config.model.family]
-    pack = Pack(family, base.models, config, size, config.lora.rank, config.train.steps, base.captions)
-    batch = pack.rehearsal(base.shape)
-    for table, own in zip(tensors_of(pack.captions), tensors_of(base.captions)):
-        table.copy_(own.repeat(size, *[1] * (own.dim() - 1)))
-    engine = pack.engine
-    for arena in engine.arenas:
-        arena["master"].normal_(std=0.01)
-    for row in range(size):
-        engine.show(row)
-    engine.live_N.fill_(True)
-    engine.end_N.fill_(config.train.steps)
-    engine.rates_GNS.fill_(config.train.lr)
+def packed(base: Base, config: RunConfig, size: int) -> Iterator[Rig]:
+    """A pack of random samples whose rows never end, warm. Afterwards the base is as it was."""
+    denoiser = base.models.denoiser
     try:
+        pack = Pack(
+            FAMILIES[config.model.family], base.models, config, size, config.lora.rank, config.train.steps,
+            base.captions,
+        )  # fmt: skip
+        for table, own in zip(tensors_of(pack.captions), tensors_of(base.captions)):
+            table.copy_(own.repeat(size, *[1] * (own.dim() - 1)))
+        engine = pack.engine
+        for arena in engine.arenas:
+            arena["master"].normal_(std=0.01)
+        for row in range(size):
+            engine.show(row)
+        engine.live_N.fill_(True)
+        engine.end_N.fill_(2**62)
+        engine.rates_GNS.fill_(config.train.lr)
+        rig = Rig(pack, pack.rehearsal(base.shape))
         for _ in range(pack.warm_steps):
-            pack.step(batch)
-        yield lambda: pack.step(batch)
+            rig.step()
+        yield rig
     finally:
-        detach(base.models.denoiser)
+        detach(denoiser)
+        release(denoiser)
+
+
+@dataclass
+class Solo:
+    """One subject's engine with a batch for it."""
+
+    engine: ZeroEngine
+    batch: Batch
+
+    def step(self) -> None:
+        """One training step."""
+        self.engine.backward(self.engine(self.batch, 0).loss)
+        self.engine.step(1.0)
+
+
+@dataclass
+class Rig:
+    """A pack with a batch for it."""
+
+    pack: Pack
+    batch: Batch
+
+    def step(self) -> None:
+        """One training step."""
+        self.pack.step(self.batch)
 
 
 @contextmanager
-def alone(base: Base, config: RunConfig) -> Iterator[Callable[[], None]]:
-    """One step of a subject alone under DeepSpeed, warm, as a function."""
+def alone(base: Base, config: RunConfig) -> Iterator[Solo]:
+    """A subject alone under DeepSpeed, warm."""
     family, plan = FAMILIES[config.model.family], plan_batches(config.train.batch, None, 1)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "zero"})})
     groups = make_trainable(family, base.models, config, "rex")
@@ -128,21 +161,17 @@ def alone(base: Base, config: RunConfig) -> Iterator[Callable[[], None]]:
     role_B, slot_B = torch.arange(roles).repeat_interleave(count), torch.arange(roles * count)
     sizes = torch.full((len(slot_B), 6), float(config.data.resolution))
     batch = Batch(torch.randn(len(slot_B), *base.shape), 0 * role_B, role_B, slot_B, sizes).to(base.world.device)
-
-    def step() -> None:
-        engine.backward(engine(batch, 0).loss)
-        engine.step(1.0)
-
+    solo = Solo(engine, batch)
     try:
-        step()
-        yield step
+        solo.step()
+        yield solo
     finally:
         engine.close()
         detach(base.models.denoiser)
 
 
 def contestants(config: RunConfig, plan: Plan, device: str) -> dict[str, tuple[int, Any]]:
-    """(subjects, how to make a step) by name; on a GPU packs run both eagerly and captured."""
+    """(subjects, how to set it up) by name; on a GPU packs run both eagerly and captured."""
     modes = ["off", "graph"] if device.startswith("cuda") else ["off"]
     found: dict[str, tuple[int, Any]] = {"solo": (1, lambda base: alone(base, config))}
     for mode in modes:
@@ -163,13 +192,15 @@ def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
     peaks: dict[str, int] = {}
     for _ in range(plan.turns):
         for name, (size, make) in entries.items():
-            with used_bytes(device) as used, make(base) as step:
+            with used_bytes(device) as used, make(base):
                 pass
             peaks[name] = used[0]
-            with make(base) as step:
-                wall_s, cost_s = timed(step, plan.steps, device)
+            with make(base) as warm:
+                wall_s, cost_s = timed(warm.step, plan.steps, device)
             seconds[name].append((wall_s / size, cost_s / size))
-    flops = count_flops(base, config)
+    with packed(base, config, 1) as rig:
+        flops = count_flops(rig)
+    top = ceiling_flop_per_s(device, config.train.precision)
     for name, (size, _) in entries.items():
         wall_s, cost_s = (statistics.median(values) for values in zip(*seconds[name]))
         rows[name] = {
@@ -177,11 +208,11 @@ def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
             "cost_s": cost_s,
             "wall_s": wall_s,
             "peak_bytes": peaks[name],
-            "mfu": mfu(flops, wall_s, device),
+            "mfu": flops / cost_s / top,
         }
     for row in rows.values():
         row["times_solo"] = rows["solo"]["cost_s"] / row["cost_s"]
-    result = {"about": about(config, plan, base, flops), "steps": rows}
+    result = {"about": about(config, plan, base, flops, top), "steps": rows}
     if plan.processes:
         result["processes"] = side_by_side(config, plan)
     if plan.subjects:
@@ -201,20 +232,42 @@ def timed(step: Callable[[], None], steps: int, device: str) -> tuple[float, flo
     return wall / steps, (wall if cuda else cost) / steps
 
 
-def count_flops(base: Base, config: RunConfig) -> int:
-    """Floating-point operations of one subject's step, counted by PyTorch; a multiplication and an addition are two."""
-    from torch.utils.flop_counter import FlopCounterMode
+def count_flops(rig: Rig) -> int:
+    """Floating-point operations of a step; a multiplication and an addition are two.
 
-    with alone(base, config) as step, FlopCounterMode(display=False) as counter:
-        step()
+    Our operations count as the matrix products that they are, and attention as PyTorch's, whoever computes it.
+    """
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        rig.pack.advance(rig.batch)
     return counter.get_total_flops()
 
 
-def mfu(flops: int, seconds: float, device: str) -> float | None:
-    """Share of the device's stated peak that a subject's step of so many seconds reaches; None where none is stated."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else ""
-    peak = next((value for part, value in PEAK_FLOPS.items() if part in name), None)
-    return None if peak is None else flops / seconds / peak
+def _lora_flops(x: Any, base: Any, down: Any, up: Any, *_: Any, **__: Any) -> int:
+    tokens = math.prod(x[:-1])
+    return 2 * tokens * down[1] * (down[2] + up[1])
+
+
+def _lora_backward_flops(grad: Any, small: Any, x: Any, down: Any, up: Any, *_: Any, **__: Any) -> int:
+    return 2 * _lora_flops(x, grad, down, up)
+
+
+FORMULAS = {
+    torch.ops.dbtrain.lora: _lora_flops,
+    torch.ops.dbtrain.lora_backward: _lora_backward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+"""What PyTorch's counter does not know, by the shapes of the arguments."""
+
+
+def ceiling_flop_per_s(device: str, precision: str) -> float:
+    """FLOP/s of a large matrix product in the compute precision; the best of a few."""
+    side, dtype = (8192 if device != "cpu" else 1024), torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    torch.mm(a, b)
+    return 2 * side**3 / min(timed(lambda: torch.mm(a, b), 1, device)[1] for _ in range(5))
 
 
 def side_by_side(config: RunConfig, plan: Plan) -> dict[str, float]:
@@ -234,8 +287,8 @@ def side_by_side(config: RunConfig, plan: Plan) -> dict[str, float]:
 def _one_process(config: RunConfig, plan: Plan) -> tuple[float, float, int]:
     torch.set_num_threads(1)
     base = load(config, plan.random_weights)
-    with alone(base, config) as step:
-        turns = [timed(step, plan.steps, base.world.device) for _ in range(plan.turns)]
+    with alone(base, config) as solo:
+        turns = [timed(solo.step, plan.steps, base.world.device) for _ in range(plan.turns)]
     wall, cost = (statistics.median(values) for values in zip(*turns))
     return wall, cost, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -294,7 +347,7 @@ def whole_run(config: RunConfig, subjects: int, classes: int, folder: Path) -> f
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def about(config: RunConfig, plan: Plan, base: Base, flops: int) -> dict[str, Any]:
+def about(config: RunConfig, plan: Plan, base: Base, flops: int, top: float) -> dict[str, Any]:
     """What was measured, where, and with what."""
     cuda = base.world.device.startswith("cuda")
     return {
@@ -306,6 +359,7 @@ def about(config: RunConfig, plan: Plan, base: Base, flops: int) -> dict[str, An
         "rank": config.lora.rank,
         "precision": config.train.precision,
         "flops_a_subject_step": flops,
+        "gemm_flop_per_s": top,
         "plan": asdict(replace(plan, sizes=list(plan.sizes), subjects=list(plan.subjects))),
         "torch": torch.__version__,
         "dbtrain": __version__,
@@ -321,10 +375,9 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, row in result["steps"].items():
-        share = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
         cost_ms, wall_ms = 1e3 * row["cost_s"], 1e3 * row["wall_s"]
         lines.append(
-            f"| {name} | {cost_ms:.2f} ms | {row['times_solo']:.2f} | {wall_ms:.2f} ms | {share} "
+            f"| {name} | {cost_ms:.2f} ms | {row['times_solo']:.2f} | {wall_ms:.2f} ms | {row['mfu']:.1%} "
             f"| {row['peak_bytes'] / 2**20:.0f} MiB |"
         )
     if found := result.get("processes"):

@@ -1,36 +1,31 @@
 """A whole training step of a pack, in every way that this machine can run it, interleaved: times, memory, FLOPs, MFU.
 
-Samples are random and rows train with a learning rate of 0, so nothing is learnt and every step is alike. The ceiling
-of FLOP/s is a matrix product measured in the same run, in the compute precision.
+Samples are random, and what is learnt is thrown away. The ceiling of FLOP/s is a matrix product measured in the same
+run, in the compute precision; FLOPs are counted once for all ways.
 """
 
 from __future__ import annotations
 
+import platform
 import statistics
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from dbtrain.batch import Batch
 from dbtrain.bench.operators import Operators
-from dbtrain.bench.pack import load
+from dbtrain.bench.pack import Base, Rig, ceiling_flop_per_s, count_flops, load, packed, timed
 from dbtrain.config import RunConfig
-from dbtrain.engines.capture import WARM_STEPS, release
-from dbtrain.errors import ConfigError
-from dbtrain.families import FAMILIES
-from dbtrain.families.attention import engage_attention
-from dbtrain.packing.pack import Pack
-from dbtrain.telemetry import peak_memory_gib
+from dbtrain.engines.capture import as_python, choose_capture
+from dbtrain.errors import ConfigError, EngineError
+from dbtrain.families.attention import CANDIDATES, engage_attention
+from dbtrain.packing.size import used_bytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compare, and how long. random: Stable Diffusion 1.5's shape."""
+    """What to compare, and how long. random: weights of the published shape of the recipe's family."""
 
     captures: Sequence[str] = ("off",)
     attentions: Sequence[str] = ("sdpa",)
@@ -41,33 +36,22 @@ class Plan:
 
 
 @dataclass
-class Rig:
-    """A pack with a batch for it, and the milliseconds of its steps."""
+class Way:
+    """One way to run a step, and what was measured of it. settings: the recipe, changed to that way."""
 
-    name: dict[str, Any]
-    pack: Pack
-    batch: Batch
+    size: int
+    settings: RunConfig
     taken_ms: list[float] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
-    def step(self) -> None:
-        """One training step, waited for."""
-        self.pack.step(self.batch)
-        if self.pack.device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-
-def make_rig(config: RunConfig, size: int, random: bool = False) -> Rig:
-    """A pack of random samples whose rows never end; raises ConfigError for a way that cannot be on this machine."""
-    base = load(config, random)
-    models, kind = base.models, torch.device(base.world.device).type
-    if random:
-        models.attention = engage_attention(models.denoiser, config.model.attention, kind, config.train.precision)
-    family = FAMILIES[config.model.family]
-    pack = Pack(family, models, config, size, config.lora.rank, config.train.steps, base.captions)
-    pack.engine.live_N.fill_(True)
-    pack.engine.end_N.fill_(2**62)
-    name = {"capture": config.engine.capture, "attention": config.model.attention, "subjects": size}
-    return Rig(name, pack, pack.rehearsal(base.shape))
+    @property
+    def name(self) -> dict[str, Any]:
+        """The way in a row's words."""
+        return {
+            "capture": self.settings.engine.capture,
+            "attention": self.settings.model.attention,
+            "subjects": self.size,
+        }
 
 
 def variant(config: RunConfig, capture: str, attention: str) -> RunConfig:
@@ -78,93 +62,88 @@ def variant(config: RunConfig, capture: str, attention: str) -> RunConfig:
 
 
 def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """A row for each way that can be, with the reasons of those that cannot. Turns are interleaved."""
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    rigs, refused = [], []
-    for size in plan.sizes:
-        for capture in plan.captures:
-            for attention in plan.attentions:
-                try:
-                    rigs.append(make_rig(variant(config, capture, attention), size, plan.random))
-                except ConfigError as error:
-                    refused.append({"capture": capture, "attention": attention, "why": str(error)})
-    refused = [one for number, one in enumerate(refused) if one not in refused[:number]]
-    top = ceiling_flop_per_s(device, config.train.precision)
-    rows = [count(rig) for rig in rigs]
+    """A row for each way that can be, with the reasons of those that cannot. Turns are interleaved, on one base that
+    each way's pack is put on and taken off again, so that they share its memory."""
+    base = load(config, plan.random)
+    device = base.world.device
+    ways = [
+        Way(size, variant(config, capture, attention))
+        for size in plan.sizes
+        for capture in plan.captures
+        for attention in plan.attentions
+    ]
+    refused: list[dict[str, Any]] = []
     for turn in range(plan.turns):
-        for rig in rigs:
-            for _ in range(WARM_STEPS + 1 if turn == 0 else 1):
-                rig.step()
-            rig.taken_ms += [timed(rig.step, rig.pack.device) for _ in range(plan.steps)]
-    for rig, row in zip(rigs, rows):
-        row |= summary(rig, row["flop"], top)
-        release(rig.pack.models.denoiser)
-    about = {"device": torch.cuda.get_device_name() if device != "cpu" else "cpu", "torch": torch.__version__}
+        for way in list(ways):
+            try:
+                take_turn(way, base, plan.steps, first=turn == 0)
+            except (ConfigError, EngineError, torch.OutOfMemoryError) as error:
+                ways.remove(way)
+                refused.append({**way.name, "why": str(error).splitlines()[0]})
+    refused = [one for i, one in enumerate(refused) if not any(_alike(one, other) for other in refused[:i])]
+    top = ceiling_flop_per_s(device, config.train.precision)
+    flops = {size: flops_of(base, config, size) for size in {way.size for way in ways}}
+    cuda = device.startswith("cuda")
     return {
-        **about,
-        "base": "random weights" if plan.random else config.model.path,
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "torch": torch.__version__,
+        "base": base.models.source,
         "gemm_flop_per_s": top,
-        "rows": rows,
+        "rows": [{**way.name, **way.facts, **summary(way, flops[way.size], top)} for way in ways],
         "refused": refused,
     }
 
 
+def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two ways were refused for the same reason, at whatever size."""
+    return {**one, "subjects": 0} == {**other, "subjects": 0}
+
+
+def take_turn(way: Way, base: Base, steps: int, first: bool) -> None:
+    """Time some steps of a way; at first also count its operators. Raises ConfigError where it cannot be."""
+    models, device = base.models, base.world.device
+    kind = torch.device(device).type
+    choose_capture(way.settings.engine, kind)
+    attention = engage_attention(models.denoiser, way.settings.model.attention, kind, way.settings.train.precision)
+    if first:
+        with used_bytes(device) as used, packed(base, way.settings, way.size) as rig:
+            way.facts = count(rig)
+        way.facts["peak_bytes"] = used[0]
+    with packed(base, way.settings, way.size) as rig:
+        way.taken_ms += [1e3 * timed(rig.step, 1, device)[1] for _ in range(steps)]
+        way.facts["capture"] = rig.pack.runner.choice.mode  # what ran, where `auto` was asked for
+    way.facts |= {"runs": attention.name, "shapes": attention.row().get("shapes", [])}
+
+
+def flops_of(base: Base, config: RunConfig, size: int) -> int:
+    """FLOPs of a pack's step, the same for every way to run it."""
+    kind = torch.device(base.world.device).type
+    engage_attention(base.models.denoiser, "sdpa", kind, config.train.precision)
+    with packed(base, variant(config, "off", "sdpa"), size) as rig:
+        return count_flops(rig)
+
+
 def count(rig: Rig) -> dict[str, Any]:
-    """Operators, casts and waits of a step as it is (before a graph or a compiler takes it), and its FLOPs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the layout of arenas, once a process
+    """Operators, casts and waits of a step as it is, before a graph or a compiler takes it."""
+    with as_python(rig.pack.models.denoiser), Operators() as seen:
         rig.pack.advance(rig.batch)
-        with Operators() as seen:
-            rig.pack.advance(rig.batch)
-        with FlopCounterMode(display=False) as flops:
-            rig.pack.advance(rig.batch)
-    attention = rig.pack.models.attention
-    return {
-        **rig.name,
-        "runs": attention.name if attention else rig.name["attention"],
-        "launches": seen.launches,
-        "casts": seen.casts,
-        "waits": dict(seen.waits),
-        "flop": flops.get_total_flops(),
-    }
+    return {"launches": seen.launches, "casts": seen.casts, "waits": dict(seen.waits)}
 
 
-def timed(step: Callable[[], None], device: str) -> float:
-    """Milliseconds of one step: wall time on a GPU, processor time on a CPU, which others may be using too."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    begin = clock()
-    step()
-    return (clock() - begin) * 1e3
-
-
-def summary(rig: Rig, flop: int, top: float) -> dict[str, Any]:
+def summary(way: Way, flop: int, top: float) -> dict[str, Any]:
     """Quantiles, images and FLOPs a second, and the share of the measured ceiling (MFU)."""
-    taken = rig.taken_ms if len(rig.taken_ms) > 1 else rig.taken_ms * 2
+    taken = way.taken_ms if len(way.taken_ms) > 1 else way.taken_ms * 2
     low, *_, high = statistics.quantiles(taken, n=10, method="inclusive")
-    median = statistics.median(rig.taken_ms)
-    reached = flop / median * 1e3
+    median = statistics.median(way.taken_ms)
+    roles = 2 if way.settings.prior.weight > 0 else 1
     return {
+        "flop": flop,
         "ms": [low, median, high],
-        "ms_a_subject": median / rig.pack.size,
-        "images_per_s": len(rig.batch.slot_B) / median * 1e3,
-        "flop_per_s": reached,
-        "mfu": reached / top,
-        "peak_gib": peak_memory_gib(rig.pack.device),
+        "ms_a_subject": median / way.size,
+        "images_per_s": way.size * roles * way.settings.train.batch / median * 1e3,
+        "flop_per_s": flop / median * 1e3,
+        "mfu": flop / median * 1e3 / top,
     }
-
-
-def ceiling_flop_per_s(device: str, precision: str) -> float:
-    """FLOP/s of a large matrix product in the compute precision; the best of a few."""
-    side, dtype = (8192 if device != "cpu" else 1024), torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-
-    def product() -> None:
-        torch.mm(a, b)
-        if device != "cpu":
-            torch.cuda.synchronize()
-
-    product()
-    return 2 * side**3 / min(timed(product, device) for _ in range(5)) * 1e3
 
 
 def table(result: dict[str, Any]) -> str:
@@ -172,15 +151,23 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['base']} on {result['device']}: matrix product {result['gemm_flop_per_s'] / 1e9:,.0f} GFLOP/s",
         "",
-        "| subjects | capture | attention | launches | casts | waits | ms (10, 50, 90%) | a subject | images/s | MFU |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| subjects | capture | attention | launches | casts | waits | ms (10, 50, 90%) | each | img/s | MFU | MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         spread = " ".join(f"{value:.1f}" for value in row["ms"])
         lines.append(
             f"| {row['subjects']} | {row['capture']} | {row['runs']} | {row['launches']:,} | {row['casts']:,} "
             f"| {sum(row['waits'].values())} | {spread} | {row['ms_a_subject']:.1f} | {row['images_per_s']:.2f} "
-            f"| {row['mfu']:.0%} |"
+            f"| {row['mfu']:.0%} | {row['peak_bytes'] / 2**20:,.0f} |"
         )
+    shapes = {str(one): one for row in result["rows"] for one in row["shapes"]}
+    if shapes:
+        names = " | ".join(CANDIDATES)
+        lines += ["", f"| attention at | {names} | chosen |", "|---" * (len(CANDIDATES) + 2) + "|"]
+        for one in shapes.values():
+            sides = "{batch}x{heads}x{queries}x{width} on {keys} keys, {dtype}".format(**one)
+            cells = (f"{one['ms'][name]:.4f} ms" if name in one["ms"] else "" for name in CANDIDATES)
+            lines.append(f"| {sides} | " + " | ".join(cells) + f" | {one['chosen']} |")
     lines += [f"not run: {one['capture']}, {one['attention']}: {one['why']}" for one in result["refused"]]
     return "\n".join(lines)

@@ -24,6 +24,12 @@ class Finding:
         return asdict(self)
 
 
+def named(path: object) -> str:
+    """A path as one printable line; one of plain characters stays as it is."""
+    text = str(path)
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
 def shown(value: object) -> str:
     """A value as a short printable excerpt on one line, safe for a terminal."""
     text = ascii(value)

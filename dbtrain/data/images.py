@@ -78,6 +78,15 @@ def open_photo(source: Path | bytes, max_pixels: int = MAX_PIXELS, max_bytes: in
     raise DataError(f"{name}: {problem}")
 
 
+def picture_size(content: bytes) -> tuple[int, int]:
+    """(width, height) in pixels, by a picture's header; DataError if it has none."""
+    try:
+        with _header(content) as image:
+            return image.size
+    except DECODE_ERRORS as error:
+        raise DataError(f"photo: {_decode_problem(error, content, MAX_PIXELS)}") from error
+
+
 def read_photo(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """A photo file's bytes; DataError if it is missing, unreadable, no regular file, empty or above `max_bytes`."""
     try:

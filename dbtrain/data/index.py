@@ -1,14 +1,11 @@
 """The index of a shard folder: what lies where, with a digest for all of it; and the order in which it is drawn.
 
-`index.jsonl` is one header line, one line a sample in storage order, and a last line with the SHA-256 of all lines
-before it, so that no damage to the index itself goes unseen. A row is a list under the header's `columns`, which keeps
-a million samples near 200 MB.
+`index.jsonl` is sealed lines (`sealed.py`): a header, and one line a sample in storage order. A row is a list under the
+header's `columns`, which keeps a million samples near 200 MB.
 """
 
-import hashlib
-import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +16,7 @@ from dbtrain.data.finding import shown
 from dbtrain.data.place import place_of
 from dbtrain.errors import DataError
 from dbtrain.randomness import permutation
+from dbtrain.sealed import seal, unseal
 
 INDEX_NAME = "index.jsonl"
 FORMAT = "dbtrain-shards"
@@ -83,7 +81,7 @@ class Index:
             raise DataError(f"{what}; make the folder with `dbtrain shard MANIFEST --out {directory}`") from error
         try:
             index = _parse(content)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             what = f"{path}: is damaged ({shown(str(error))})"
             raise DataError(f"{what}; move the folder away and run `dbtrain shard` again") from error
         return index
@@ -104,10 +102,8 @@ class Index:
             "columns": COLUMNS,
             "shards": shards,
         }
-        lines: list[object] = [header]
-        lines += [[numbers[r.shard], r.key, r.offset, r.length, r.sha256, r.caption] for r in self.rows]
-        body = "".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines).encode()
-        return body + _closing(body)
+        rows = ([numbers[r.shard], r.key, r.offset, r.length, r.sha256, r.caption] for r in self.rows)
+        return seal([header, *rows])
 
     def rows_of(self, subject: str, role: Role = Role.INSTANCE) -> tuple[Row, ...]:
         """A subject's samples of a role in storage order; empty if it has none."""
@@ -142,15 +138,6 @@ def order(count: int, start: int, n: int, seed: int, subject: str, role: Role = 
     return [epochs[p // count][p % count] for p in range(start, start + n)]
 
 
-def share(rows: Sequence[Row], worker: int, workers: int) -> Sequence[Row]:
-    """A worker's contiguous part of rows, to read on its own.
-
-    Parts differ by one row at most, however uneven the shards are; in the workers' order they are all the rows. A
-    rank's workers share the rank's share.
-    """
-    return rows[len(rows) * worker // workers : len(rows) * (worker + 1) // workers]
-
-
 def make_key(subject: str, role: Role, number: int) -> str:
     """The key of a subject's number-th sample of a role: safe as a file name, and without dots."""
     return f"{subject}-{int(role)}-{number}"
@@ -164,16 +151,9 @@ def split_key(key: str) -> tuple[str, Role, int]:
     return match[1], Role(int(match[2])), int(match[3])
 
 
-def _closing(body: bytes) -> bytes:
-    return f'{{"sha256":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode()
-
-
 def _parse(content: bytes) -> Index:
-    """The index in a file's bytes; ValueError, TypeError or KeyError says what is wrong."""
-    cut = content.rfind(b"\n", 0, -1) + 1
-    if content[cut:] != _closing(content[:cut]):
-        raise ValueError("its digest differs")
-    header, *lines = map(json.loads, content[:cut].splitlines())
+    """The index in a file's bytes; ValueError, TypeError or LookupError says what is wrong."""
+    header, *lines = unseal(content)
     if header["format"] != FORMAT or header["version"] != VERSION or header["columns"] != COLUMNS:
         raise ValueError(f"format {header['format']} {header['version']}, want {FORMAT} {VERSION}")
     shards = tuple(Shard(*shard) for shard in header["shards"])
@@ -186,6 +166,10 @@ def _parse(content: bytes) -> Index:
 
 def _check(rows: tuple[Row, ...], shards: tuple[Shard, ...]) -> None:
     """Nothing; ValueError if names are unsafe, keys repeat, or the rows do not fill the shards without gaps."""
+    numbers = [number for row in rows for number in (row.offset, row.length)]
+    numbers += [number for shard in shards for number in (shard.size, shard.count)]
+    if not all(type(number) is int for number in numbers):
+        raise ValueError("a size or an offset is no whole number")
     if len({row.key for row in rows}) < len(rows):
         raise ValueError("a key stands twice")
     if len({shard.name for shard in shards}) < len(shards):

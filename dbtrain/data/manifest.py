@@ -28,33 +28,37 @@ REQUIRED = ("subject", "class", "images")
 FOREIGN = (".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jxl", ".jp2", ".dng", ".cr2", ".nef", ".arw")
 """Endings of pictures that dbtrain does not read: called out in a folder instead of silently left out."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+LONE = re.compile(r"[\ud800-\udfff]")
+"""Half of a pair that stands for one character, which JSON can spell alone: no text, and no encoder takes it."""
 
 
 class _CellError(Exception):
     """A cell's defect: (what, want, do)."""
 
 
-def read_manifest(path: Path) -> list[Subject]:
+def read_manifest(path: Path, photos: bool = True) -> list[Subject]:
     """The subjects of a manifest, in its order; a DataError lists all defects, one a line."""
-    subjects, findings = scan_manifest(path)
+    subjects, findings = scan_manifest(path, photos)
     if findings:
         raise DataError("\n".join(finding.line() for finding in findings))
     return subjects
 
 
-def scan_manifest(path: Path) -> tuple[list[Subject], list[Finding]]:
-    """(sound subjects, defects) of a manifest; DataError only if the file as a whole cannot be read."""
+def scan_manifest(path: Path, photos: bool = True) -> tuple[list[Subject], list[Finding]]:
+    """(sound subjects, defects) of a manifest; DataError only if the file as a whole cannot be read.
+
+    photos: False leaves the column `images` out, for subjects whose photos lie in shards already.
+    """
     path = Path(path)
     rows = read_rows(path)
     subjects: list[Subject] = []
     findings: list[Finding] = []
-    seen: dict[str, tuple[str, int]] = {}
-    for row in rows:
-        cells, defects = _check_row(row, path.resolve().parent)
-        name = cells.get("subject")
-        if name is not None:
-            defects += _repeats(name, row.place, seen)
-        findings += [Finding(name or "", f"{path}:{row.place}", what, remedy) for what, remedy in defects]
+    checked = [(row, *_check_row(row, path.resolve().parent, photos)) for row in rows]
+    clashes = _clashes([(row.place, cells["subject"]) for row, cells, _ in checked if "subject" in cells])
+    for row, cells, defects in checked:
+        name = cells.get("subject", "")
+        defects += clashes.get(row.place, [])
+        findings += [Finding(name, f"{path}:{row.place}", what, remedy) for what, remedy in defects]
         if not defects:
             subjects.append(_subject(cells))
     if not rows:
@@ -79,7 +83,7 @@ def natural_key(text: str) -> tuple:
     return tuple((int(part), "") if part.isdigit() and part.isascii() else (-1, part) for part in parts), text
 
 
-def _check_row(row: Row, folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def _check_row(row: Row, folder: Path, photos: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """(values of the sound cells, defects as (what, remedy)) of one row."""
     defects = [(what, remedy) for what, remedy in (problem.split("; ", 1) for problem in row.problems)]
     if row.problems and not row.cells:
@@ -87,6 +91,9 @@ def _check_row(row: Row, folder: Path) -> tuple[dict[str, Any], list[tuple[str, 
     defects += [(f"column {shown(name)}: is unknown", _hint(name)) for name in row.cells if name not in COLUMNS]
     values = {}
     for column, check in COLUMNS.items():
+        if column == "images" and not photos:
+            values[column] = ()
+            continue
         cell = row.cells.get(column)
         try:
             if cell is not None and cell != []:
@@ -111,13 +118,26 @@ def _names_subject(values: dict[str, Any]) -> bool:
     return "{identifier}" in values["caption"] or (identifier is not None and identifier in values["caption"])
 
 
-def _repeats(name: str, place: int, seen: dict[str, tuple[str, int]]) -> list[tuple[str, str]]:
-    """Defects of an id that an earlier row has too, exactly or but for the case of its letters."""
-    other, first = seen.setdefault(name.casefold(), (name, place))
-    if first == place:
-        return []
-    same = "repeats" if other == name else f"differs only by case from {shown(other)} of"
-    return [(f"column subject: {shown(name)} {same} row {first}", "give each subject an id of its own")]
+def _clashes(ids: list[tuple[int, str]]) -> dict[int, list[tuple[str, str]]]:
+    """Defects by row of ids that several rows have, exactly or but for the case of their letters.
+
+    Of one id the rows after the first are named; ids that differ by case only are different subjects, and all are.
+    """
+    seen: dict[str, dict[str, int]] = {}
+    found: dict[int, list[tuple[str, str]]] = {}
+    remedy = "give each subject an id of its own"
+    for place, name in ids:
+        firsts = seen.setdefault(name.casefold(), {})
+        if name in firsts:
+            found[place] = [(f"column subject: {shown(name)} repeats row {firsts[name]}", remedy)]
+        firsts.setdefault(name, place)
+    for firsts in seen.values():
+        for name, place in firsts.items():
+            other = next((one for one in firsts if one != name), None)
+            if other is not None:
+                what = f"column subject: {shown(name)} differs only by case from {shown(other)} of row {firsts[other]}"
+                found[place] = [(what, remedy)]
+    return found
 
 
 def _hint(name: str) -> str:
@@ -180,7 +200,10 @@ def _caption(cell: Any, _: Path) -> str:
 def _string(cell: Any) -> str:
     if isinstance(cell, bool) or not isinstance(cell, (str, int)):
         raise _CellError(f"got {shown(cell)}", "text", "put quotes around it, or leave it empty")
-    return str(cell)
+    text = str(cell)
+    if LONE.search(text):
+        raise _CellError(f"got {shown(text)}, with half a character", "Unicode text", "write that character again")
+    return text
 
 
 def _whole(low: int, high: int) -> Callable[[Any, Path], int]:

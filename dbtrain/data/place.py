@@ -9,12 +9,13 @@ import re
 import stat
 from collections.abc import Collection
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, Protocol, cast, get_args
 
+from dbtrain.config import Scheme
 from dbtrain.data.finding import shown
 from dbtrain.errors import DataError
 
-REMOTE = ("file", "memory", "s3", "gs", "az", "abfs")
+REMOTE: tuple[str, ...] = get_args(Scheme)
 """Schemes that can be allowed at all: object stores and test doubles; none runs code or asks a web server."""
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9]*://[A-Za-z0-9._/ -]*")
@@ -32,7 +33,12 @@ class Place(Protocol):
 
 
 def place_of(directory: Path | str, schemes: Collection[str] = ()) -> Place:
-    """The place that a folder or address names; DataError for an address whose scheme was not allowed."""
+    """The place that a folder or address names; DataError for an address whose scheme was not allowed.
+
+    A Path is always a folder, whatever its name looks like.
+    """
+    if isinstance(directory, Path):
+        return Folder(directory)
     text = str(directory)
     match = ADDRESS.match(text)
     if match is None:

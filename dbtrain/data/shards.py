@@ -7,26 +7,23 @@ While a folder is being written it holds a locked `.writing`; the index comes la
 away what the dead writer left (the mark proves that those files are ours) and starts over.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dbtrain.atomic import TEMPORARY, sync_folder, write_file
+from dbtrain.atomic import TEMPORARY, held, sync_folder, write_file
 from dbtrain.batch import SUBJECT_ID, Role, Sample, Subject
-from dbtrain.config import RunConfig
+from dbtrain.config import DataConfig, RunConfig
 from dbtrain.data import tar
 from dbtrain.data.ahead import ahead
-from dbtrain.data.finding import shown
+from dbtrain.data.finding import Finding, shown
 from dbtrain.data.images import encode, open_photo, read_photo, shorten
 from dbtrain.data.index import FORMAT, INDEX_NAME, SHARD_NAME, TAR_END, VERSION, Index, Row, Shard, make_key
-from dbtrain.data.manifest import read_manifest
-from dbtrain.data.preflight import caption_tokens, sift
+from dbtrain.data.preflight import sift
 from dbtrain.data.stream import SKIPPED, verify
 from dbtrain.errors import DataError
 
@@ -42,26 +39,23 @@ def shard_manifest(
     say: Callable[[str], None] = print,
     skip_bad: bool = False,
     tokenizer: Any = None,
+    registry: Path | None = None,
 ) -> Index:
     """The index of the shards that hold a manifest's photos at `data.resolution`.
 
     Run again on the same input it changes nothing, or remakes what is damaged, and says so; a folder made from other
     input is refused. Bad photos are all named in one DataError before anything is written. With `skip_bad`, subjects
-    with findings are left out: each is told, and named with its reasons in `skipped.json`. `tokenizer`: the base
-    model's, to check the length of captions.
+    with findings are left out: each is told, and named with its reasons in `skipped.json`. `tokenizer` and `registry`:
+    see `preflight`; photos that are in the shards already are not looked at again.
     """
     out, resolution = Path(out), config.data.resolution
-    made = Index.load(out) if (out / INDEX_NAME).exists() and not (out / MARK).exists() else None
-    left_out: dict[str, list[str]] = {}
-    if made is None or skip_bad:
-        subjects, findings = sift(manifest, config, *(caption_tokens(tokenizer) if tokenizer else ()))
-        if findings and not (skip_bad and subjects):
-            raise DataError("\n".join(finding.line() for finding in findings))
-        for finding in findings:
-            left_out.setdefault(finding.subject, []).append(finding.line())
-            say(f"left out: {finding.line()}")
-    else:
-        subjects = read_manifest(manifest)
+    ready = config.data.shards is not None
+    made = Index.load(out) if not ready and (out / INDEX_NAME).exists() and not (out / MARK).exists() else None
+    photos = not ready and (made is None or skip_bad)
+    subjects, findings = sift(manifest, config, tokenizer, registry, photos)
+    if ready:
+        return _ready_made(config.data, subjects, findings, out, skip_bad, say)
+    left_out = _left_out(findings, skip_bad and bool(subjects), say)
     source = source_digest(subjects, resolution)
     if made is not None:
         damage = _repair_reason(made, source, out)
@@ -74,6 +68,44 @@ def shard_manifest(
     _name_left_out(out, left_out)
     say(f"{out}: {len(index.rows)} samples of {len(subjects)} subjects in {len(index.shards)} shards")
     return index
+
+
+def _ready_made(
+    data: DataConfig,
+    subjects: list[Subject],
+    findings: list[Finding],
+    out: Path,
+    skip_bad: bool,
+    say: Callable[[str], None],
+) -> Index:
+    """The part of ready-made shards that holds these subjects. They are only read: `skipped.json` goes into `out`."""
+    place = str(data.shards)
+    index = Index.load(place, data.schemes)
+    remedy = "shard its photos too, or take its row out"
+    absent = [subject for subject in subjects if not index.rows_of(subject.id)]
+    findings = findings + [Finding(subject.id, place, "holds no photo of it", remedy) for subject in absent]
+    sound = {subject.id for subject in subjects} - {subject.id for subject in absent}
+    left_out = _left_out(findings, skip_bad and bool(sound), say)
+    if left_out:
+        out.mkdir(parents=True, exist_ok=True)
+        _name_left_out(out, left_out)
+    rows = tuple(row for row in index.rows if row.subject in sound and row.role == Role.INSTANCE)
+    say(f"{place}: {len(rows)} samples of {len(sound)} subjects")
+    return Index(rows, index.shards, index.source)
+
+
+def _left_out(findings: list[Finding], skip: bool, say: Callable[[str], None]) -> dict[str, list[str]]:
+    """Reasons of the subjects that are left out, by id; DataError with all of them unless that was asked for.
+
+    A row without an id is named by its place in the manifest, such as photos.csv:4.
+    """
+    if findings and not skip:
+        raise DataError("\n".join(finding.line() for finding in findings))
+    left_out: dict[str, list[str]] = {}
+    for finding in findings:
+        left_out.setdefault(finding.subject or Path(finding.file).name, []).append(finding.line())
+        say(f"left out: {finding.line()}")
+    return left_out
 
 
 def write_shards(
@@ -229,8 +261,9 @@ def _claim(out: Path, remake: bool) -> Iterator[None]:
     taken = [] if MARK in found else [name for name in found if not (remake and _is_ours(name))]
     if taken:
         raise DataError(f"{out}: is not empty ({shown(min(taken))}); choose another --out, or move its content away")
-    descriptor = _lock(out / MARK)
-    try:
+    with held(out / MARK) as ours:
+        if not ours:
+            raise DataError(f"{out}: another process is writing there; wait for it, then run again")
         _sweep(out)
         try:
             yield
@@ -241,21 +274,6 @@ def _claim(out: Path, remake: bool) -> Iterator[None]:
             raise
         (out / MARK).unlink()
         sync_folder(out)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(mark: Path) -> int:
-    """The descriptor of the locked mark; DataError if another process holds it or has just finished."""
-    descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not mark.exists() or os.fstat(descriptor).st_ino != mark.stat().st_ino:
-            raise BlockingIOError
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise DataError(f"{mark.parent}: another process is writing there; wait for it, then run again") from error
-    return descriptor
 
 
 def _is_ours(name: str) -> bool:

@@ -5,7 +5,9 @@ bytes stay bytes, provenance is JSON. So its `pipe:` addresses and its pickling 
 WDS_SECURE says. What it would pass over in silence is compared with the index: names, counts, order.
 """
 
+import errno
 import hashlib
+import os
 from collections.abc import Collection, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -17,9 +19,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from dbtrain.batch import Sample
 from dbtrain.data import tar
 from dbtrain.data.ahead import ahead
+from dbtrain.data.images import picture_size
 from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Index, Row, Shard
 from dbtrain.data.place import Place, place_of
-from dbtrain.errors import DataError
+from dbtrain.errors import DISK_REMEDIES, DataError
 
 PIECE = 1 << 20
 SKIPPED = "skipped.json"
@@ -44,6 +47,16 @@ def read_samples(directory: Path | str, rows: Iterable[Row], schemes: Collection
     except DataError as error:
         # webdataset adds its own arguments to exceptions that pass through it.
         raise DataError(error.args[0]) from None
+
+
+def refuse_small(samples: Iterable[Sample], resolution: int, directory: Path | str) -> None:
+    """Nothing; DataError for a sample that was made smaller than training wants it."""
+    for sample in samples:
+        stored = min(picture_size(sample.image))
+        had = min(sample.meta.get("width", stored), sample.meta.get("height", stored))
+        if stored < min(had, resolution):
+            what = f"{directory}: sample {sample.key} was stored at {stored} px, data.resolution is {resolution}"
+            raise DataError(f"{what}; make the shards at that resolution, or lower it")
 
 
 def verify(directory: Path | str, schemes: Collection[str] = ()) -> list[str]:
@@ -94,9 +107,11 @@ def _runs(rows: list[Row]) -> Iterator[list[Row]]:
 def _verified(place: Place, run: list[Row]) -> Iterator[bytes]:
     """The bytes of touching rows, one row at a time and each after its proof; then the end of a tar file."""
     with _open(place, run[0].shard) as file:
-        file.seek(run[0].offset)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(min(run[0].offset, size))
         for row in run:
-            content = file.read(row.length)
+            # Never more than there is: an index may claim any length.
+            content = file.read(min(row.length, size))
             problem = _row_problem(row, content)
             if problem is not None:
                 raise DataError(problem)
@@ -114,6 +129,16 @@ def _row_problem(row: Row, content: bytes) -> str | None:
     else:
         problem = tar.problem(content, row.key)
     return None if problem is None else f"shard {row.shard}, sample {row.key}: {problem}; {REMEDY}"
+
+
+def _sample_problem(row: Row, content: bytes) -> str | None:
+    """One line on what is wrong with the sample in a row's sound members; None if nothing is."""
+    group = {"__url__": row.shard, "__key__": row.key, **tar.members(content)}
+    try:
+        _sample(row, group)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _sample(row: Row | None, group: dict | None) -> Sample:
@@ -140,13 +165,14 @@ def _shard_damage(place: Place, shard: Shard, rows: list[Row]) -> list[str]:
     whole, found = hashlib.sha256(), []
     try:
         with _open(place, shard.name) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             for row in rows:
-                content = file.read(row.length)
+                content = file.read(min(row.length, size))
                 whole.update(content)
-                found.append(_row_problem(row, content))
+                found.append(_row_problem(row, content) or _sample_problem(row, content))
             while piece := file.read(PIECE):
                 whole.update(piece)
-            size = file.tell()
     except OSError as error:
         found.append(f"shard {shard.name}: cannot be read ({error.strerror or error}); {REMEDY}")
     except DataError as error:
@@ -160,12 +186,17 @@ def _shard_damage(place: Place, shard: Shard, rows: list[Row]) -> list[str]:
 
 
 def _open(place: Place, name: str) -> BinaryIO:
-    """A shard's file for reading; DataError unless it is a plain file that bears this very name."""
+    """A shard's file for reading; DataError unless it is a plain file that bears this very name.
+
+    A disk that refuses is no defect of the shard: its OSError comes out as it is.
+    """
     if not SHARD_NAME.fullmatch(name):
         raise DataError(f"shard {name!r}: is no shard name; {REMEDY}")
     try:
         return place.open(name)
     except OSError as error:
+        if errno.errorcode.get(error.errno or 0) in DISK_REMEDIES:
+            raise
         problem = error.strerror or type(error).__name__
         raise DataError(f"shard {name}: cannot be opened ({problem}), or is a link; {REMEDY}") from error
     except DataError as error:

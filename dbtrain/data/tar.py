@@ -26,7 +26,7 @@ def problem(content: bytes, key: str) -> str | None:
     names, offset = [], 0
     while offset < len(content):
         try:
-            member = tarfile.TarInfo.frombuf(content[offset : offset + BLOCK], "utf-8", "strict")
+            member = _header(content, offset)
         except (tarfile.HeaderError, UnicodeDecodeError) as error:
             return f"has a damaged tar header at byte {offset} ({error})"
         if member.type != tarfile.REGTYPE or member.size < 0:
@@ -39,12 +39,29 @@ def problem(content: bytes, key: str) -> str | None:
     return None
 
 
+def members(content: bytes) -> dict[str, bytes]:
+    """The contents of a sample's members by their extension; of bytes with which there is no `problem`."""
+    found, offset = {}, 0
+    while offset < len(content):
+        member = _header(content, offset)
+        start = offset + BLOCK
+        found[member.name.rpartition(".")[2]] = content[start : start + member.size]
+        offset = start + _padded(member.size)
+    return found
+
+
+def _header(content: bytes, offset: int) -> tarfile.TarInfo:
+    return tarfile.TarInfo.frombuf(content[offset : offset + BLOCK], "utf-8", "strict")
+
+
 def unpack(key: str, image: bytes, extension: str, meta: bytes) -> Sample:
     """The sample in its members' contents; ValueError, TypeError or KeyError if they are no sample."""
     values = json.loads(meta)
     caption, subject = values.pop("caption"), values.pop("subject")
     if not isinstance(caption, str) or not isinstance(subject, str):
         raise TypeError("caption and subject must be text")
+    if not all(type(values.get(side, 1)) is int and values.get(side, 1) > 0 for side in ("width", "height")):
+        raise TypeError("width and height must be whole numbers above 0")
     if values.pop("size") != len(image):
         raise ValueError("the image's size differs from the one written down")
     return Sample(key, subject, Role(values.pop("role")), caption, image, extension, values)

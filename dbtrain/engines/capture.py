@@ -6,8 +6,10 @@ recorded only where a step reads and writes the same tensors each time and never
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -23,6 +25,8 @@ WARM_STEPS = 3
 """Real training steps that run one by one before the recording: kernels are compiled and libraries choose in them."""
 REGIONS = ("BasicTransformerBlock", "ResnetBlock2D")
 """Blocks that repeat in a U-Net: compiled by themselves, they are compiled once for each set of shapes."""
+SHAPES = 64
+"""Most sets of shapes of a kind of block. PyTorch's own limit is 8, and SD1.5's residual blocks come in 14."""
 
 
 class Capture(NamedTuple):
@@ -49,20 +53,23 @@ def choose_capture(settings: EngineConfig, device_type: str) -> Capture:
     return Capture("graph", "auto: a pack's step reads and writes the same tensors each time", may_fall_back=True)
 
 
-def captured(step: Step, choice: Capture, denoiser: nn.Module) -> Step:
-    """The step, run as chosen. Regions are compiled inside the denoiser, until `release`."""
+def make_runner(choice: Capture, denoiser: nn.Module) -> Eager:
+    """What runs the steps of a denoiser, as chosen."""
     if choice.mode == "graph":
-        return Recorded(step, choice.may_fall_back)
-    if choice.mode == "compile":
-        compile_regions(denoiser)
-    return step
+        return Recorded(choice)
+    return Compiled(choice, denoiser) if choice.mode == "compile" else Eager(choice)
 
 
 def compile_regions(denoiser: nn.Module, backend: str = "inductor") -> int:
-    """The number of repeated blocks that are now compiled on their first call."""
+    """The number of repeated blocks that are now compiled on their first call, until `release`.
+
+    Let one step run before: attention that is chosen by measurement is measured where a shape is first met.
+    """
+    known = inspect.signature(torch.compile).parameters
+    more = {"recompile_limit": SHAPES} if "recompile_limit" in known else {}
     blocks = [block for block in denoiser.modules() if type(block).__name__ in REGIONS]
     for block in blocks:
-        block.compile(dynamic=False, backend=backend)
+        block.compile(dynamic=False, backend=backend, **more)
     return len(blocks)
 
 
@@ -72,29 +79,68 @@ def release(denoiser: nn.Module) -> None:
         block._compiled_call_impl = None
 
 
-class Recorded:
+@contextmanager
+def as_python(denoiser: nn.Module) -> Iterator[None]:
+    """Compiled blocks run as Python within: pictures are drawn in other shapes and rows than steps are made."""
+    compiled = {block: block._compiled_call_impl for block in denoiser.modules()}
+    release(denoiser)
+    try:
+        yield
+    finally:
+        for block, was in compiled.items():
+            block._compiled_call_impl = was
+
+
+class Eager:
+    """Runs a step as it is. choice: how steps are run, and why."""
+
+    def __init__(self, choice: Capture):
+        self.choice = choice
+
+    def __call__(self, step: Step, batch: Batch) -> None:
+        """One training step on a batch."""
+        step(batch)
+
+
+class Compiled(Eager):
+    """Runs the first step as it is, and from there on with the denoiser's regions compiled."""
+
+    def __init__(self, choice: Capture, denoiser: nn.Module):
+        super().__init__(choice)
+        self.denoiser: nn.Module | None = denoiser
+
+    def __call__(self, step: Step, batch: Batch) -> None:
+        """One training step on a batch."""
+        step(batch)
+        if self.denoiser is not None:
+            compile_regions(self.denoiser)
+            self.denoiser = None
+
+
+class Recorded(Eager):
     """A step as a CUDA graph: WARM_STEPS real steps run as they are, the next is recorded, and from there on replayed.
 
     Recording executes nothing, so every call is one training step. Batches are copied into buffers that stay; one of
-    other shapes than the first would need another graph and is an error. may_fall_back: where recording fails, warn and
-    go on with steps as they are.
+    other shapes than the first would need another graph and is an error. Where recording fails and eager steps may take
+    over, they do, with a warning, and `choice` says so.
     """
 
-    def __init__(self, step: Step, may_fall_back: bool = False):
-        self.step, self.may_fall_back = step, may_fall_back
-        self.warm, self.failed = 0, False
+    def __init__(self, choice: Capture):
+        super().__init__(choice)
+        self.warm = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.buffers: Batch | None = None
+        self.stream: torch.cuda.Stream | None = None
 
-    def __call__(self, batch: Batch) -> None:
+    def __call__(self, step: Step, batch: Batch) -> None:
         """One training step on a batch."""
         buffers = self._fill(batch)
-        if self.graph is None and self.warm >= WARM_STEPS and not self.failed:
-            self._record(buffers)
+        if self.graph is None and self.warm >= WARM_STEPS and self.choice.mode == "graph":
+            self._record(step, buffers)
         if self.graph is not None:
             self.graph.replay()
         else:
-            self._beside(buffers)
+            self._beside(step, buffers)
             self.warm += 1
 
     def _fill(self, batch: Batch) -> Batch:
@@ -114,28 +160,32 @@ class Recorded:
             buffer.copy_(value, non_blocking=True)
         return self.buffers
 
-    def _beside(self, buffers: Batch) -> None:
+    def _beside(self, step: Step, buffers: Batch) -> None:
         """A real step on a stream of its own, as recording wants of what comes before it."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step(buffers)
-        torch.cuda.current_stream().wait_stream(stream)
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            step(buffers)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
-    def _record(self, buffers: Batch) -> None:
+    def _record(self, step: Step, buffers: Batch) -> None:
         try:
-            self._graph(buffers)
+            self._graph(step, buffers)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            if not self.may_fall_back:
+            if not self.choice.may_fall_back:
                 raise EngineError(f"engine.capture: recording failed: {reason}; use engine.capture=off") from error
             message = f"engine.capture: auto runs steps one by one, because recording failed: {reason}"
             warnings.warn(message, stacklevel=3)
-            self.failed = True
+            self.choice = Capture("off", f"auto: recording failed: {reason}")
 
-    def _graph(self, buffers: Batch) -> None:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads fill banks on the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.step(buffers)
+    def _graph(self, step: Step, buffers: Batch) -> None:
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads fill banks on the device meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                step(buffers)
+        finally:
+            # PyTorch stays on the stream of a recording whose end fails.
+            torch.cuda.set_stream(before)
         self.graph = graph

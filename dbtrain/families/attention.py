@@ -24,6 +24,7 @@ KERNELS = (
     ("_scaled_dot_product_efficient_attention", "efficient"),
     ("_scaled_dot_product_cudnn_attention", "cudnn"),
     ("xformers", "xformers"),
+    ("mslk", "xformers"),
     ("_efficient_attention_forward", "xformers"),
     ("_flash_attention_forward", "xformers"),
     ("softmax", "math"),
@@ -75,11 +76,6 @@ class Attention:
             {**shape._asdict(), "chosen": name, "ms": MEASURED.get(shape, {})} for shape, name in self.shapes.items()
         ]
         return {"name": self.name, "reason": self.reason, **({"shapes": table} if table else {})}
-
-    def line(self) -> str:
-        """One line for a person."""
-        found = "; ".join(f"{shape}: {name}" for shape, name in self.shapes.items())
-        return f"attention: {self.name} ({self.reason})" + (f": {found}" if found else "")
 
 
 def engage_attention(denoiser: nn.Module, choice: str, device_type: str, precision: str = "fp32") -> Attention:
@@ -253,14 +249,14 @@ def fastest(names: list[str], shape: Shape) -> str:
 
 
 def measure(core: Callable[[Tensor, Tensor, Tensor], Tensor], shape: Shape, warm: int = 3, turns: int = 10) -> float:
-    """Median ms of one forward and backward of an attention of this shape."""
+    """Median ms of one forward and backward of an attention of this shape, from and to a layer's own [B, T, H, D]."""
     device = "cpu" if shape.device == "cpu" else "cuda"
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     sides = (shape.queries, shape.keys, shape.keys)
-    dtype, lead = getattr(torch, shape.dtype), (shape.batch, shape.heads)
+    dtype, each = getattr(torch, shape.dtype), (shape.heads, shape.width)
     taken_ms = []
     with torch.enable_grad(), torch.autocast(device, enabled=False):
-        q, k, v = (torch.randn(*lead, n, shape.width, device=device, dtype=dtype, requires_grad=True) for n in sides)
+        q, k, v = (torch.randn(shape.batch, n, *each, device=device, dtype=dtype, requires_grad=True) for n in sides)
         cotangent = torch.randn_like(q)
         for turn in range(warm + turns):
             wait()
@@ -272,25 +268,23 @@ def measure(core: Callable[[Tensor, Tensor, Tensor], Tensor], shape: Shape, warm
     return statistics.median(taken_ms)
 
 
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+        return _sdpa(q, k, v)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As diffusers' processor does it: heads are merged into the batch, by a copy."""
     from xformers.ops import memory_efficient_attention
 
-    return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    batch, _, heads, _ = q.shape
+    merged = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))
+    return memory_efficient_attention(*merged).unflatten(0, (batch, heads)).transpose(1, 2)
 
 
-CORES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "sdpa": F.scaled_dot_product_attention,
-    "flash": _flash,
-    "math": _math,
-    "xformers": _xformers,
-}
-"""Attention of [B, H, T, D] tensors by each implementation, for measurements."""
+CORES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"sdpa": _sdpa, "flash": _flash, "xformers": _xformers}
+"""Attention of [B, T, H, D] tensors by each of `CANDIDATES`, as their processors compute it, for measurements."""

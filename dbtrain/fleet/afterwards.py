@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from dbtrain.evaluate.judge import Judge, load_judge
 from dbtrain.evaluate.protocol import Settings, evaluate_finished
+from dbtrain.fleet.trainer import Task
 from dbtrain.generate import draw_samples, finished_config, finished_pipeline, finished_record, refuse_nothing
 from dbtrain.prompts import fill
 from dbtrain.publish import publish_sheet
 from dbtrain.session import Session
 
 
-def generate(session: Session, folder: Path) -> None:
+def generate(session: Session, folder: Path, task: Task) -> None:
     """Draw the recipe's prompts into the subject's `generated.png`."""
     record, config = finished_record(folder), finished_config(folder, ())
     refuse_nothing(folder, {"generated": config.sample.prompts}, config)
@@ -26,18 +26,18 @@ def generate(session: Session, folder: Path) -> None:
     publish_sheet(folder, rows, texts, "generated")
 
 
-def evaluate(session: Session, folder: Path) -> None:
-    """Score the subject by the quick protocol into its `evaluation.json`."""
-    settings = Settings()
-    judge = warm_judge(settings.identity, settings.clip, session.world.device)
-    evaluate_finished(folder, session.models, session.family, settings, judge)
+def evaluate(session: Session, folder: Path, task: Task) -> None:
+    """Score the subject, as the run was told to, into its `evaluation.json`."""
+    encoders = {name: value for name, value in task.evaluation.items() if name != "protocol"}
+    judge = warm_judge(session.world.device, **encoders)
+    evaluate_finished(folder, session.models, session.family, Settings(**task.evaluation), judge)
 
 
 @cache
-def warm_judge(identity: str, clip: str, device: str) -> Judge:
+def warm_judge(device: str, **encoders: str) -> Judge:
     """The encoders, loaded once a worker."""
-    return load_judge(identity, clip, device)
+    return load_judge(device=device, **encoders)
 
 
-AFTER: dict[str, Callable[[Any, Path], None]] = {"generate": generate, "evaluate": evaluate}
+AFTER: dict[str, Callable[[Session, Path, Task], None]] = {"generate": generate, "evaluate": evaluate}
 """What can be asked for, by its name."""

@@ -28,9 +28,15 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
     if address is not None:
         try:
             ray.init(address=address, namespace="dbtrain", log_to_driver=False, configure_logging=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except ray.exceptions.AuthenticationError as error:
             raise FleetError(
-                f"--address {address}: no Ray cluster answers ({error}); start one, or leave it out"
+                f"--address {address}: Ray's token is missing or wrong ({first_line(error)}); use the cluster's token "
+                "file with RAY_AUTH_MODE=token, see docs/operations.md"
+            ) from error
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            raise FleetError(
+                f"--address {address}: no Ray cluster answers, or none that takes this token ({first_line(error)}); "
+                "start one, or leave it out"
             ) from error
         try:
             yield
@@ -53,6 +59,11 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
         release(guard)
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, without what follows it."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def close_token() -> None:
     """Make Ray's token file readable by its owner only; Ray writes it for everybody."""
     token = Path.home() / ".ray" / "auth_token"
@@ -60,8 +71,13 @@ def close_token() -> None:
         token.chmod(0o600)
 
 
-def crews_possible(gpus: float, cpus: float, size: int) -> int:
-    """How many crews of `size` actors with these resources the cluster holds at the moment."""
-    whole = ray.cluster_resources()
-    slots = whole.get("GPU", 0) / gpus if gpus else whole.get("CPU", 0) / cpus
-    return int(slots // size)
+def has_gpus() -> bool:
+    """Whether a machine of the cluster has a GPU at the moment."""
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def room(gpus: float, cpus: float) -> int:
+    """How many actors with these resources each the cluster's machines hold at the moment, if nothing else is there."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wanted = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+    return sum(min(int(machine.get(name, 0) / each + 1e-9) for name, each in wanted.items()) for machine in machines)

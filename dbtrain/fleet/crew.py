@@ -1,8 +1,9 @@
 """The driver's end of a worker: one Ray actor, or a gang of them that trains as one. Nothing here waits.
 
 A crew is a small state machine fed with finished Ray calls: placing (actors are being made) -> starting (trainers load
-the base) -> idle <-> busy. When a trainer dies the crew starts its trainers anew; when an actor dies the crew is lost
-and the driver makes another. Ray's own restarts and retries are off: only the ledger decides what is tried again.
+the base) -> idle <-> busy. When a trainer dies (-> dying, until its reason is known) the crew starts its trainers anew;
+when an actor dies the crew is lost and the driver makes another. Ray's own restarts and retries are off: only the
+ledger decides what is tried again.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from dbtrain.fleet.processes import born, kill
-from dbtrain.fleet.schedule import WorkUnit
+from dbtrain.fleet.schedule import WorkUnit, explains
 from dbtrain.fleet.trainer import Message, Order, Task
 from dbtrain.fleet.worker import Worker
 
 POLL_S = 1.0
 """How long a worker waits for news before it answers that there are none."""
+DYING_S = 5.0
+"""How long a gang with a dead member may say why: the error that one member sees may follow from another's end."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Crew:
         self.pending: dict[Any, tuple[Callable, int, float]] = {}
         self.places: dict[int, dict[str, Any]] = {}
         self.waiting_for: set[int] = set()
+        self.ends: dict[int, tuple[str, str]] = {}
+        self.dying = 0.0
         self.group: PlacementGroup | None = None
         if shape.size > 1:
             each = {"CPU": shape.cpus, **({"GPU": shape.gpus} if shape.gpus else {})}
@@ -107,6 +112,7 @@ class Crew:
     def _start(self) -> None:
         """Fresh trainers; a gang needs a port of its first member before."""
         self.state, self.unit, self.waiting_for = "starting", None, set(range(len(self.members)))
+        self.ends = {}
         self.generation += 1
         if len(self.members) == 1:
             self._call(self.members[0].start, 0, lambda *_: None, self.task, self.generation)
@@ -130,18 +136,27 @@ class Crew:
         self._call(self.members[rank].poll, rank, self._heard, POLL_S)
         told: list[Message] = []
         for event in events if generation == self.generation else []:
+            if event[0] == "died":
+                self.dying = self.dying if self.ends else time.monotonic()
+                self.state, self.ends[rank] = "dying", event[1:]
+                break
             if event[0] in ("ready", "done"):
                 self.waiting_for.discard(rank)
                 if self.waiting_for:
                     continue
-                self.state = "idle"
-            if event[0] == "died":
-                told.append(event)
-                self.restarts += 1
-                self._start()
-                break
+                self.state = "dying" if self.ends else "idle"
             told.append(event)
-        return told
+        return told + self._bury()
+
+    def _bury(self) -> list[Message]:
+        """("died", cause, reason) and new trainers, once it is known, or too late to learn, why the old ones ended."""
+        late = bool(self.ends) and time.monotonic() - self.dying > DYING_S
+        end = explains(self.ends, len(self.ends) if late else len(self.members))
+        if end is None:
+            return []
+        self.restarts += 1
+        self._start()
+        return [("died", *end)]
 
     def give(self, order: Order) -> None:
         """Hand a unit to every member."""

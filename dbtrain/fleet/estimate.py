@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.config import RunConfig
-from dbtrain.data.manifest import read_manifest
+from dbtrain.data.manifest import read_manifest, scan_manifest
 from dbtrain.fleet.ledger import NAME, Ledger, find_ledger
 
 
-def plan_run(manifest: Path, config: RunConfig, out: Path, measured: Path | None) -> dict[str, Any]:
+def plan_run(
+    manifest: Path, config: RunConfig, out: Path, measured: Path | None, skip_bad: bool = False
+) -> dict[str, Any]:
     """subjects (by state), classes, photos, photo_bytes, prior_images, and the estimate: gpu_seconds to come, bytes of
-    results to come, and `basis`, how many measured subjects that rests on (0: unknown, None values)."""
-    subjects = read_manifest(manifest)
+    results to come, and `basis`, how many measured subjects that rests on (0: unknown, None values). skip_bad: without
+    the subjects whose rows have findings; what is wrong with photos shows when they are read. Photos are those of the
+    manifest; ready-made shards are not looked into."""
+    own = config.data.shards is None
+    subjects = scan_manifest(manifest, own)[0] if skip_bad else read_manifest(manifest, own)
     counts = {"waiting": len(subjects)}
     if (find_ledger(out) / NAME).exists():
         ledger = Ledger(find_ledger(out))

@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.atomic import write_file
-from dbtrain.errors import ConfigError
+from dbtrain.errors import ConfigError, DataError
 from dbtrain.fleet.status import read_rows
 
 
 def write_rows(out: Path, path: Path) -> int:
     """Number of rows written to a .parquet or .csv file; nested values are JSON text in both."""
+    if path.suffix not in WRITERS:
+        raise ConfigError(f"--to {path}: ends in {path.suffix or 'nothing'}, want {' or '.join(WRITERS)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--to {path}: its folder does not exist; make it, or name another")
     rows = [
         {key: json.dumps(value, sort_keys=True) if isinstance(value, dict) else value for key, value in row.items()}
         for row in read_rows(out)
     ]
-    if path.suffix not in WRITERS:
-        raise ConfigError(f"--to {path}: ends in {path.suffix or 'nothing'}, want {' or '.join(WRITERS)}")
+    if not rows:
+        raise DataError(f"{out}: its run has no subjects yet; `dbtrain batch run` did not get past its checks")
     write_file(path, WRITERS[path.suffix](rows))
     return len(rows)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,26 @@ NAME = "ledger.sqlite"
 LOCK = "ledger.lock"
 WHERE = "ledger.where"
 """In an output folder whose ledger is elsewhere: a file with that folder's path."""
-VERSION = 1
+VERSION = 2
 STATES = ("waiting", "running", "finished", "quarantined", "cancelled", "skipped")
-REMOTE = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "afs", "fuse.sshfs", "fuse.s3fs"}
+REMOTE = {"nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "afs", "beegfs", "glusterfs",
+          "pvfs2", "wekafs"}  # fmt: skip
 """File systems on which SQLite's locks or shared memory cannot be relied on (sqlite.org/wal.html)."""
+LOCAL_FUSE = {"fuse.fuse-overlayfs", "fuse.bindfs", "fuse.mergerfs", "fuse.gocryptfs", "fuse.encfs", "fuse.lxcfs"}
+"""What `fuse.` names that is not a bucket or another machine's disk."""
+LEASE_TRIES = 50
+"""Looks, 10 ms apart, at a lease that is held: `is_driven` holds it too, for an instant."""
 SCHEMA = """
 CREATE TABLE run (
   one INTEGER PRIMARY KEY CHECK (one = 1), config TEXT, config_digest TEXT, manifest TEXT, manifest_digest TEXT,
   base_digest TEXT, created REAL, driver_pid INTEGER, driver_host TEXT, heartbeat REAL, state TEXT);
 CREATE TABLE subjects (
   position INTEGER PRIMARY KEY, id TEXT UNIQUE, class TEXT, spec TEXT, state TEXT NOT NULL, attempts INTEGER NOT NULL,
-  failures INTEGER NOT NULL, losses INTEGER NOT NULL, pack INTEGER, lease INTEGER, worker TEXT, cause TEXT, reason TEXT,
-  run TEXT, files TEXT, seconds REAL, gpu_seconds REAL, stages_s TEXT, after TEXT, started REAL, finished REAL);
+  failures INTEGER NOT NULL, losses INTEGER NOT NULL, pack INTEGER, worker TEXT, cause TEXT, reason TEXT,
+  run TEXT, files TEXT, seconds REAL, gpu_seconds REAL, stages_s TEXT, started REAL, finished REAL);
 CREATE INDEX by_state ON subjects (state);
+CREATE TABLE afterwards (
+  position INTEGER, name TEXT, how TEXT, outcome TEXT, PRIMARY KEY (position, name)) WITHOUT ROWID;
 CREATE TABLE attempts (
   position INTEGER, attempt INTEGER, unit INTEGER, worker TEXT, started REAL, ended REAL, outcome TEXT, cause TEXT,
   reason TEXT, gpu_seconds REAL, PRIMARY KEY (position, attempt)) WITHOUT ROWID;
@@ -51,17 +59,23 @@ class Lease:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not any(self._take() for _ in range(LEASE_TRIES)):
             holder = os.pread(self.descriptor, 200, 0).decode(errors="replace").strip()
             os.close(self.descriptor)
             raise FleetError(
                 f"{folder}: another driver ({holder or 'starting'}) is at work on this run; wait for it, watch it with "
                 f"`dbtrain batch status {folder}`, or stop it (SIGTERM) and run the same command again"
-            ) from None
+            )
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def _take(self) -> bool:
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+            return False
+        return True
 
     def release(self) -> None:
         """Let another driver take over."""
@@ -94,7 +108,7 @@ def file_system(path: Path, mounts: str) -> str:
     best = ("", "")
     for line in mounts.splitlines():
         _, place, kind = line.split()[:3]
-        place = place.encode().decode("unicode_escape")
+        place = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place)
         if Path(path).is_relative_to(place) and len(place) >= len(best[0]):
             best = (place, kind)
     return best[1]
@@ -102,12 +116,17 @@ def file_system(path: Path, mounts: str) -> str:
 
 def check_local(folder: Path) -> None:
     """Nothing; FleetError if a ledger in this folder could lose what it was told."""
-    kind = file_system(folder.resolve(), Path("/proc/self/mounts").read_text())
-    if kind in REMOTE:
+    mounts = Path("/proc/self/mounts").read_text("utf-8", "surrogateescape")
+    if is_remote(kind := file_system(folder.resolve(), mounts)):
         raise FleetError(
             f"{folder}: is on {kind}, where SQLite can lose commits; give --ledger a folder on a local disk of the "
             "driver's machine (results may stay where they are)"
         )
+
+
+def is_remote(kind: str) -> bool:
+    """Whether a file system of this type is a network's or a bucket's."""
+    return kind in REMOTE or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)
 
 
 class Ledger:
@@ -118,6 +137,14 @@ class Ledger:
         path = folder / NAME
         if not create and not path.exists():
             raise DataError(f"{folder}: holds no run ({NAME} is missing); start one with `dbtrain batch run`")
+        try:
+            self._open(path)
+        except sqlite3.OperationalError as error:
+            raise FleetError(f"{path}: the ledger cannot be opened and written ({error}); restore access") from error
+        except sqlite3.DatabaseError as error:
+            raise DataError(f"{path}: is no ledger ({error}); put a copy back, or use another --out") from error
+
+    def _open(self, path: Path) -> None:
         self.db = sqlite3.connect(path, isolation_level=None, timeout=30)
         self.db.row_factory = sqlite3.Row
         self.db.execute("PRAGMA journal_mode=WAL")
@@ -167,10 +194,14 @@ class Ledger:
             "VALUES (1, :config, :config_digest, :manifest, :manifest_digest, :created, 'new')",
             {**about, "created": time.time()},
         )
-        rows = ((number, spec["id"], spec["class_noun"], json.dumps(spec)) for number, spec in enumerate(specs))
-        self.db.executemany("INSERT INTO subjects VALUES (?, ?, ?, ?, 'waiting', 0, 0, 0" + ", NULL" * 13 + ")", rows)
-        blank = "INSERT INTO subjects (id, state, reason, spec, attempts, failures, losses) VALUES "
-        self.db.executemany(blank + "(?, 'skipped', ?, '{}', 0, 0, 0)", (skipped or {}).items())
+        row = (
+            "INSERT INTO subjects (position, id, class, spec, state, reason, attempts, failures, losses) "
+            "VALUES (?, ?, ?, ?, ?, ?, 0, 0, 0)"
+        )
+        rows = ((n, spec["id"], spec["class_noun"], json.dumps(spec), "waiting", None) for n, spec in enumerate(specs))
+        self.db.executemany(row, rows)
+        left_out = ((None, name, None, "{}", "skipped", reason) for name, reason in (skipped or {}).items())
+        self.db.executemany(row, left_out)
 
     def same_base(self, digest: str) -> bool:
         """Whether this is the base of the run so far; the first one told is."""
@@ -192,16 +223,16 @@ class Ledger:
             (now,),
         )
         self.db.execute("DELETE FROM workers")
-        return self.db.execute("UPDATE subjects SET state='waiting', lease=NULL WHERE state='running'").rowcount
+        return self.db.execute("UPDATE subjects SET state='waiting' WHERE state='running'").rowcount
 
     def start(self, unit: int, positions: Sequence[int], worker: str) -> dict[int, int]:
         """The number of the attempt that begins for each subject of a unit; only waiting ones may begin."""
         now, attempts = time.time(), {}
         for position in positions:
             row = self.db.execute(
-                "UPDATE subjects SET state='running', attempts=attempts+1, lease=?, worker=?, started=? "
+                "UPDATE subjects SET state='running', attempts=attempts+1, worker=?, started=? "
                 "WHERE position=? AND state='waiting' RETURNING attempts",
-                (unit, worker, now, position),
+                (worker, now, position),
             ).fetchone()
             if row is None:
                 raise FleetError(f"ledger: subject number {position} was given out while it was not waiting")
@@ -220,7 +251,7 @@ class Ledger:
         now = time.time()
         values = {**result, "files": json.dumps(result["files"]), "stages_s": json.dumps(result["stages_s"])}
         done = self.db.execute(
-            "UPDATE subjects SET state='finished', lease=NULL, cause=NULL, reason=NULL, run=:run, files=:files, "
+            "UPDATE subjects SET state='finished', cause=NULL, reason=NULL, run=:run, files=:files, "
             "seconds=:seconds, gpu_seconds=COALESCE(gpu_seconds, 0)+:gpu_seconds, stages_s=:stages_s, finished=:now "
             "WHERE position=:position AND state='running' AND attempts=:attempt",
             {**values, "now": now, "position": position, "attempt": attempt},
@@ -233,7 +264,7 @@ class Ledger:
         """Whether this attempt's end was noted. verdict: state, failures, losses, pack, cause, reason."""
         done = self.db.execute(
             "UPDATE subjects SET state=:state, failures=:failures, losses=:losses, pack=:pack, cause=:cause, "
-            "reason=:reason, lease=NULL, gpu_seconds=COALESCE(gpu_seconds, 0)+:spent "
+            "reason=:reason, gpu_seconds=COALESCE(gpu_seconds, 0)+:spent "
             "WHERE position=:position AND state='running' AND attempts=:attempt",
             {**verdict, "spent": gpu_seconds, "position": position, "attempt": attempt},
         ).rowcount
@@ -259,9 +290,31 @@ class Ledger:
             found = [row for name in ids for row in self.db.execute(one, (new, reason, *old, name)).fetchall()]
         return [tuple(row) for row in found]
 
-    def note_after(self, position: int, outcome: str) -> None:
-        """Keep what became of a finished subject's generation and evaluation: `done`, or why not."""
-        self.db.execute("UPDATE subjects SET after=? WHERE position=?", (outcome, position))
+    def note_after(self, position: int, name: str, how: str, outcome: str) -> None:
+        """Keep what became of something that was asked for a finished subject: `done`, or why not. how: settings."""
+        self.db.execute("INSERT OR REPLACE INTO afterwards VALUES (?, ?, ?, ?)", (position, name, how, outcome))
+
+    def retry_after(self, asked: Mapping[str, str]) -> None:
+        """Forget of what is asked (settings by name) whatever was not done, so that it is tried again."""
+        for name in asked:
+            self.db.execute("DELETE FROM afterwards WHERE name=? AND outcome!='done'", (name,))
+
+    def open_after(self, asked: Mapping[str, str]) -> list[tuple[int, str, str]]:
+        """(position, class, name) of what is asked (settings by name) for finished subjects and was not tried so, in
+        storage order."""
+        question = (
+            "SELECT position, class, ? FROM subjects WHERE state='finished' AND NOT EXISTS "
+            "(SELECT 1 FROM afterwards a WHERE a.position=subjects.position AND a.name=? AND a.how=?)"
+        )
+        found = [self.db.execute(question, (name, name, how)).fetchall() for name, how in asked.items()]
+        return sorted((tuple(row) for rows in found for row in rows), key=lambda row: row[0])
+
+    def afterwards(self) -> dict[int, dict[str, str]]:
+        """What became of what was asked for finished subjects: outcomes by name, by position."""
+        found: dict[int, dict[str, str]] = {}
+        for position, name, outcome in self.db.execute("SELECT position, name, outcome FROM afterwards"):
+            found.setdefault(position, {})[name] = outcome
+        return found
 
     def note_spent(self, kind: str, class_noun: str, worker: str, seconds: float, outcome: str, reason: str) -> None:
         """Keep what a unit that trains nobody took."""

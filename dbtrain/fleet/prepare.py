@@ -53,28 +53,30 @@ def enter_run(
         if (out / "shards" / INDEX_NAME).exists():
             return Index.load(out / "shards")
     tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
-    subjects = scan_manifest(manifest)[0] if skip_bad else read_manifest(manifest)
-    index = shard_manifest(manifest, out / "shards", config, say, skip_bad, tokenizer)
+    photos = config.data.shards is None
+    subjects = scan_manifest(manifest, photos)[0] if skip_bad else read_manifest(manifest, photos)
+    registry = Path(config.identifier.registry or out / REGISTRY)
+    index = shard_manifest(manifest, out / "shards", config, say, skip_bad, tokenizer, registry)
     if run is None:
-        registry = Path(config.identifier.registry or out / REGISTRY)
-        names = recorded_identifiers(registry, tokenizer, subjects, config.identifier.tokens, config.seed)
+        stored = set(index.subjects)
+        sound = [subject for subject in subjects if subject.id in stored]
+        names = recorded_identifiers(registry, tokenizer, sound, config.identifier.tokens, config.seed)
         about = {
             "config": config.model_dump_json(),
             "config_digest": config_digest,
             "manifest": str(manifest.resolve()),
             "manifest_digest": manifest_digest,
         }
-        sound = set(index.subjects)
-        specs = (spec_of(subject, names[subject.id]) for subject in subjects if subject.id in sound)
+        specs = (spec_of(subject, names[subject.id]) for subject in sound)
         with ledger.commit():
             ledger.create_run(about, specs, left_out(out / "shards" / SKIPPED))
     return index
 
 
 def left_out(path: Path) -> dict[str, str]:
-    """Reasons of the subjects that sharding left out, by id."""
+    """Reasons of the subjects that sharding left out, by id; of a row without one, by its place in the manifest."""
     found = json.loads(path.read_text()) if path.exists() else {}
-    return {name: "; ".join(reasons) for name, reasons in found.items() if name}
+    return {name: "; ".join(reasons) for name, reasons in found.items()}
 
 
 def spec_of(subject: Subject, identifier: str) -> dict[str, Any]:

@@ -32,12 +32,14 @@ def die_with_parent(parent: int) -> None:
 
 def born(pid: int) -> str:
     """When a process started, in clock ticks since boot: with the pid, a name that is never given twice; "" if gone."""
-    return _stat(pid)[19] if _stat(pid) else ""
+    fields = _stat(pid)
+    return fields[19] if fields else ""
 
 
 def parent_of(pid: int) -> int:
     """The process above another; 0 if that is gone."""
-    return int(_stat(pid)[1]) if _stat(pid) else 0
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
 
 
 def descendants(pid: int) -> dict[int, int]:

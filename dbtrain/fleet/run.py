@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dbtrain.atomic import LOCK, held, write_file
 from dbtrain.config import RunConfig
-from dbtrain.errors import FleetError
-from dbtrain.fleet.ledger import WHERE, Lease, Ledger, find_ledger
+from dbtrain.errors import ConfigError, DataError, FleetError
+from dbtrain.fleet.inbox import take_requests
+from dbtrain.fleet.ledger import NAME, WHERE, Lease, Ledger, find_ledger
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is driven; nothing here decides a result, so none of it is part of a recipe."""
+    """How a run is driven; nothing here decides a result, so none of it is part of a recipe. after: what is done with
+    finished subjects, by its names in `afterwards.AFTER`. evaluation: fields of `evaluate.protocol.Settings`."""
 
     workers: int | None = None
     gang: int = 1
@@ -28,9 +32,15 @@ class Options:
     unit: int = 64
     address: str | None = None
     after: tuple[str, ...] = ()
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
     ledger: Path | None = None
     skip_bad: bool = False
     quiet: bool = False
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """What is done with finished subjects, with the settings that tell it from the same with others."""
+        return {name: json.dumps(self.evaluation, sort_keys=True) if name == "evaluate" else "" for name in self.after}
 
 
 def run_batch(
@@ -38,18 +48,59 @@ def run_batch(
 ) -> dict[str, int]:
     """Number of subjects by state after the run; `opened` is called once it is let in. Raises StopRequested (75) after
     a stop request, and FleetError when no worker can work; the same call goes on from there."""
+    if not manifest.is_file():
+        raise DataError(f"{manifest}: there is no such manifest; give a CSV, JSONL, YAML or Parquet file")
+    check_after(config, options)
     out.mkdir(parents=True, exist_ok=True)
-    if options.ledger is not None:
-        write_file(out / WHERE, str(options.ledger.resolve()).encode())
-    folder = find_ledger(out)
+    folder = ledger_folder(out, options.ledger)
     lease = Lease(folder)
     try:
         with held(out / LOCK) as ours:
             if not ours:
                 raise FleetError(f"{out}: `dbtrain train` is working there; wait for it, or use another --out")
+            ledger_folder(out, options.ledger)  # another driver may have come and gone meanwhile
             return _run(manifest, config, out, options, folder, opened)
     finally:
         lease.release()
+
+
+def check_after(config: RunConfig, options: Options) -> None:
+    """Nothing; ConfigError for what cannot be done with any finished subject."""
+    sample, protocol = config.sample, options.evaluation.get("protocol", "quick")
+    findings = []
+    if "generate" in options.after and not (sample.prompts and sample.images):
+        findings.append("--generate: there is nothing to draw; set sample.prompts and sample.images")
+    if "evaluate" in options.after:
+        from dbtrain.evaluate.judge import load_judge
+        from dbtrain.evaluate.protocol import PROTOCOLS
+
+        if protocol not in PROTOCOLS:
+            findings.append(f"--protocol: got {protocol!r}, want {' or '.join(PROTOCOLS)}")
+        if protocol == "quick" and not sample.prompts:
+            findings.append("--evaluate: the quick protocol has no prompts of its own; set sample.prompts")
+        if not findings:
+            load_judge(**{name: value for name, value in options.evaluation.items() if name != "protocol"})
+    if findings:
+        raise ConfigError(findings)
+
+
+def ledger_folder(out: Path, asked: Path | None) -> Path:
+    """The folder of a run's ledger: the one that the run has, or for a new run the one that is asked for (None is the
+    output folder). ConfigError where these differ, FleetError where a run's ledger is not there."""
+    known = find_ledger(out)
+    begun = (out / WHERE).exists() or (out / NAME).exists()
+    folder = asked.resolve() if asked is not None else known
+    if begun and folder.resolve() != known.resolve():
+        raise ConfigError(
+            f"--ledger {asked}: the ledger of {out} is in {known}; give that folder or leave --ledger out. "
+            f"To move a ledger, stop the run, move its files and name the new folder in {out / WHERE}"
+        )
+    if begun and not (folder / NAME).exists():
+        raise FleetError(
+            f"{folder}: the ledger of {out} is not there, so what became of its subjects is not known; go on where it "
+            f"is (another machine's local disk?), put it back, or remove {out / WHERE} to begin a new ledger"
+        )
+    return folder
 
 
 def _run(
@@ -57,8 +108,14 @@ def _run(
 ) -> dict[str, int]:
     ledger = Ledger(folder, create=True)
     try:
+        if folder.resolve() != out.resolve() and not (out / WHERE).exists():
+            if ledger.run() is not None:
+                raise ConfigError(f"--ledger {folder}: holds another run's ledger; give each run a folder of its own")
+            write_file(out / WHERE, str(folder).encode())
         with ledger.commit():
             ledger.take_over()
+        # What was asked of a driver in its last moments.
+        take_requests(ledger, folder)
         from dbtrain.fleet.prepare import enter_run, tell
 
         index = enter_run(ledger, manifest, config, out, quiet if options.quiet else tell, options.skip_bad)
@@ -70,12 +127,24 @@ def _run(
         from dbtrain.fleet.driver import Driver
 
         driver = Driver(ledger, index, config, out, options)
-        if not driver.view.empty:
+        if not driver.books.view.empty:
             with connected(options.address, local_cpus(options)):
                 driver.drive()
+        if "evaluate" in options.after:
+            sum_up(ledger, out)
         return ledger.counts()
     finally:
         ledger.close()
+
+
+def sum_up(ledger: Ledger, out: Path) -> None:
+    """Nothing; afterwards OUT/evaluation.json is the table over the subjects that were scored, if any was."""
+    from dbtrain.evaluate.summary import write_summary
+
+    found = ledger.afterwards()
+    outcomes = {row["id"]: found.get(row["position"], {}).get("evaluate") for row in ledger.rows("id, position")}
+    if "done" in outcomes.values():
+        write_summary(out, {name: outcome for name, outcome in outcomes.items() if outcome not in (None, "done")})
 
 
 def quiet(line: str) -> None:

@@ -8,10 +8,11 @@ its subjects share priors, and to storage order, because shards are then read fr
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Literal
 
 
@@ -21,6 +22,9 @@ class Settings:
 
     pack: int = 1
     """Subjects that a worker trains together."""
+    whole: bool = True
+    """Whether a pack runs all its rows, taken or not: then units are whole packs, as fewer subjects save nothing. False
+    where workers measure how many subjects a pack holds, at most `pack`."""
     unit: int = 64
     """Most subjects in a unit."""
     rounds: int = 8
@@ -38,7 +42,7 @@ class Settings:
 @dataclass(frozen=True)
 class WorkUnit:
     """What one worker does next. `prior` draws part `part` of `parts` of a class's priors; `train` trains subjects, by
-    their positions, `pack` together; `after` generates and evaluates for finished ones."""
+    their positions, in a pack of `pack` rows; `after` generates and evaluates for finished ones."""
 
     kind: Literal["prior", "train", "after"]
     class_noun: str
@@ -90,14 +94,17 @@ class View:
         """A subject waits: with others of its class, or to be tried alone."""
         self.priors.setdefault(class_noun, Priors())
         queue = self.waiting.setdefault(class_noun, deque())
+        self.limit.pop(position, None)
         if pack is not None:
             self.limit[position] = pack
         if alone:
             self.alone.append((class_noun, position))
-        elif queue and position < queue[0]:
-            queue.appendleft(position)
         else:
-            queue.append(position)
+            put(queue, position)
+
+    def add_finished(self, class_noun: str, position: int) -> None:
+        """A finished subject waits to be drawn or scored."""
+        put(self.after.setdefault(class_noun, deque()), position)
 
     def remove(self, positions: set[int]) -> None:
         """These subjects wait no longer."""
@@ -138,6 +145,14 @@ class View:
     def empty(self) -> bool:
         """Whether nothing waits (something may still be under way)."""
         return not self.alone and not any(self.waiting.values()) and not any(self.after.values())
+
+
+def put(queue: deque[int], position: int) -> None:
+    """Nothing; afterwards the queue holds the position too, in storage order."""
+    if not queue or position > queue[-1]:
+        queue.append(position)
+    else:
+        insort(queue, position)
 
 
 def schedule(view: View, idle: Sequence[Idle], alive: int, settings: Settings) -> list[tuple[str, WorkUnit]]:
@@ -204,7 +219,7 @@ class _Choice:
             return None
         noun, position = entries[self.retried]
         self.retried += 1
-        return self._busy(WorkUnit("train", noun, (position,), retry=True))
+        return self._busy(WorkUnit("train", noun, (position,), self._pack(position), retry=True))
 
     def train(self, worker: Idle) -> WorkUnit | None:
         """The next subjects in storage order of the worker's own class, else of the one with most left a worker."""
@@ -213,10 +228,15 @@ class _Choice:
             return None
         queue, start = self.view.waiting[noun], self.taken[noun]
         size = unit_size(self.left - self.taken.total(), self.alive, self.settings)
-        positions = tuple(islice(queue, start, start + size))
-        pack = min([self.settings.pack, *(self.view.limit[p] for p in positions if p in self.view.limit)])
+        pack = self._pack(queue[start])
+        positions = tuple(takewhile(lambda one: self._pack(one) == pack, islice(queue, start, start + size)))
         self.taken[noun] += len(positions)
-        return self._busy(WorkUnit("train", noun, positions, min(pack, len(positions))))
+        return self._busy(WorkUnit("train", noun, positions, pack))
+
+    def _pack(self, position: int) -> int:
+        """Rows of the pack that a subject trains in. Never fewer because few are left: the last bits of a result depend
+        on the rows, and must not depend on the number of workers."""
+        return min(self.settings.pack, self.view.limit.get(position, self.settings.pack))
 
     def after(self, worker: Idle) -> WorkUnit | None:
         """Finished subjects to draw and score."""
@@ -245,33 +265,42 @@ class _Choice:
 
 
 def unit_size(left: int, alive: int, settings: Settings) -> int:
-    """Subjects of the next unit when `left` wait for `alive` workers: whole packs, then an even share of the rest."""
+    """Subjects of the next unit when `left` wait for `alive` workers: whole packs, or an even share of the rest."""
     share = min(settings.unit, left / (alive * settings.rounds))
-    if share >= settings.pack:
-        return settings.pack * int(share / settings.pack)
+    if settings.whole or share >= settings.pack:
+        return settings.pack * max(1, int(share / settings.pack))
     return max(1, min(settings.pack, math.ceil(left / alive)))
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What an attempt's end says of its subject: whether the subject is to blame."""
-
-    blame: bool
-    meaning: str
-
-
-CAUSES = {
-    "error": Rule(True, "training said why it cannot go on"),
-    "crash": Rule(True, "its process died by itself"),
-    "hang": Rule(True, "it made no step within fleet's limit"),
-    "oom": Rule(True, "memory ran out"),
-    "killed": Rule(False, "its process was killed from outside"),
-    "lost": Rule(False, "its worker or node was lost"),
-    "stopped": Rule(False, "its worker was asked to stop"),
-    "disk": Rule(False, "the disk took no more"),
+BLAMED = {
+    "disk": False,  # the disk took no more
+    "stopped": False,  # its worker was asked to stop
+    "killed": False,  # its process was killed from outside
+    "oom": True,  # memory ran out
+    "crash": True,  # its process died by itself
+    "hang": True,  # it made no step within fleet's limit
+    "error": True,  # training said why it cannot go on
+    "lost": False,  # its worker, its node or another member of its gang was lost
 }
+"""Whether an attempt's end blames its subject, by the end's cause.
+
+The order is that in which they explain the end of a gang: where a member was killed the others see errors that follow
+from it, and a lost peer explains nothing if another member says why it went.
+"""
 SUSPICIOUS = 3
 """Losses from outside after which a subject is tried alone, in case it is not innocent."""
+
+
+def explains(ends: Mapping[int, tuple[str, str]], members: int) -> tuple[str, str] | None:
+    """(cause, reason) of a gang's end by what its dead members say; None while a living one may still say better."""
+    best = min(ends.values(), key=lambda end: list(BLAMED).index(end[0]), default=None)
+    sure = best is not None and not BLAMED[best[0]] and best[0] != "lost"
+    return best if sure or len(ends) == members else None
+
+
+def stands_alone(failures: int, losses: int) -> bool:
+    """Whether a subject is tried alone: it failed, or it is not clear that it is innocent."""
+    return failures > 0 or losses >= SUSPICIOUS
 
 
 @dataclass(frozen=True)
@@ -286,7 +315,7 @@ class Verdict:
     @property
     def alone(self) -> bool:
         """Whether it is tried alone from now on."""
-        return self.failures > 0 or self.losses >= SUSPICIOUS
+        return stands_alone(self.failures, self.losses)
 
 
 def judge(cause: str, failures: int, losses: int, pack: int | None, packed: int, settings: Settings) -> Verdict:
@@ -296,7 +325,7 @@ def judge(cause: str, failures: int, losses: int, pack: int | None, packed: int,
     """
     if cause == "oom" and packed > 1:
         return Verdict("waiting", failures, losses, max(1, packed // 2))
-    blame = CAUSES[cause].blame
+    blame = BLAMED[cause]
     failures, losses = failures + blame, losses + (not blame)
     out = failures >= settings.tries or losses >= settings.losses
     return Verdict("quarantined" if out else "waiting", failures, losses, pack)

@@ -23,10 +23,12 @@ LINE_S = 10.0
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
     """A dict for each subject in manifest order: subject, class, state, attempts, reason, cause, worker, seconds,
-    gpu_seconds, stages_s (by stage), files (digests by name), after, started, finished (ISO 8601, UTC)."""
+    gpu_seconds, stages_s (by stage), files (digests by name), after (outcome of what was asked for it once it was
+    finished, by name), started, finished (ISO 8601, UTC)."""
     ledger = Ledger(find_ledger(out))
     begun = "attempts - (SELECT count(*) FROM attempts a WHERE a.position=subjects.position AND a.cause='unbegun')"
     try:
+        after = ledger.afterwards()
         return [
             {
                 "subject": row["id"],
@@ -35,7 +37,7 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
                 "attempts": row["begun"],
                 "stages_s": json.loads(row["stages_s"] or "{}"),
                 "files": json.loads(row["files"] or "{}"),
-                "after": row["after"],
+                "after": after.get(row["position"], {}),
                 "started": iso(row["started"]),
                 "finished": iso(row["finished"]),
             }
@@ -62,7 +64,8 @@ def summarize_run(out: Path) -> dict[str, Any]:
 
 def summarize(ledger: Ledger) -> dict[str, Any]:
     """subjects (by state), total, state, heartbeat_age_s, per_s, eta_s, gpu_seconds (by kind of unit), retries (by
-    cause), slowest [{subject, seconds}], workers, quarantined [{subject, cause, reason}] (the first 20)."""
+    cause), after (number done and failed, by what was asked), slowest [{subject, seconds}], workers, quarantined
+    [{subject, cause, reason}] (the first 20)."""
     ask, now = ledger.db.execute, time.time()
     run, counts = ledger.run() or {}, ledger.counts()
     begin, lately = ask("SELECT min(finished), count(*) FROM subjects WHERE finished > ?", (now - WINDOW_S,)).fetchone()
@@ -78,6 +81,7 @@ def summarize(ledger: Ledger) -> dict[str, Any]:
         "SELECT id AS subject, seconds FROM subjects WHERE seconds IS NOT NULL ORDER BY seconds DESC LIMIT ?",
         (SLOWEST,),
     )
+    after = ask("SELECT name, count(*), sum(outcome='done') FROM afterwards GROUP BY name")
     bad = ask("SELECT id AS subject, cause, reason FROM subjects WHERE state='quarantined' ORDER BY position LIMIT 20")
     return {
         "subjects": counts,
@@ -88,6 +92,7 @@ def summarize(ledger: Ledger) -> dict[str, Any]:
         "eta_s": round(left / per_s) if per_s and left else None,
         "gpu_seconds": {kind: round(seconds, 3) for kind, seconds in spent.items()},
         "retries": dict(retries.fetchall()),
+        "after": {name: {"done": done, "failed": all_of - done} for name, all_of, done in after},
         "slowest": [dict(row) for row in slowest],
         "workers": [dict(row) for row in ask("SELECT * FROM workers ORDER BY name")],
         "quarantined": [dict(row) for row in bad],
@@ -99,7 +104,11 @@ def line(summary: dict[str, Any]) -> str:
     counts = ", ".join(f"{number} {state}" for state, number in summary["subjects"].items() if number)
     eta = "" if summary["eta_s"] is None else f", ETA {summary['eta_s']} s"
     retries = "".join(f", {cause} {number}" for cause, number in summary["retries"].items())
-    return f"{counts} of {summary['total']}; {summary['per_s']:.2f} subjects/s{eta}" + (
+    after = "".join(
+        f"; {name}: {', '.join(f'{number} {how}' for how, number in found.items() if number)}"
+        for name, found in summary["after"].items()
+    )
+    return f"{counts} of {summary['total']}; {summary['per_s']:.2f} subjects/s{eta}{after}" + (
         f"; retries: {retries[2:]}" if retries else ""
     )
 
@@ -111,14 +120,14 @@ def table(summary: dict[str, Any]) -> Any:
 
     workers = Table("worker", "host", "pid", "state", "unit", "restarts", title="Workers", expand=False)
     for row in summary["workers"][:16]:
-        workers.add_row(*(str(row[key] if row[key] is not None else "") for key in
+        workers.add_row(*(text(str(row[key] if row[key] is not None else "")) for key in
                           ("name", "host", "pid", "state", "unit", "restarts")))  # fmt: skip
     slow = Table("slowest", "seconds", expand=False)
     for row in summary["slowest"][:5]:
-        slow.add_row(row["subject"], f"{row['seconds']:.1f}")
+        slow.add_row(text(row["subject"]), f"{row['seconds']:.1f}")
     bad = Table("quarantined", "cause", "reason", expand=False)
     for row in summary["quarantined"][:8]:
-        bad.add_row(row["subject"], row["cause"], (row["reason"] or "")[:100])
+        bad.add_row(*(text((row[key] or "")[:100]) for key in ("subject", "cause", "reason")))
     shown = [text(line(summary)), workers]
     return Group(*shown, *([slow] if summary["slowest"] else []), *([bad] if summary["quarantined"] else []))
 
@@ -134,14 +143,9 @@ class Screen:
     """What a driver shows while it works, and its log `fleet.jsonl`: one object for each thing that happened."""
 
     def __init__(self, out: Path, quiet: bool):
-        self.quiet, self.last, self.live = quiet, 0.0, None
+        self.quiet, self.last = quiet, 0.0
+        self.live: Any = None
         self.log = (out / "fleet.jsonl").open("a", encoding="utf-8")
-        if sys.stderr.isatty() and not quiet:
-            from rich.console import Console
-            from rich.live import Live
-
-            self.live = Live(console=Console(stderr=True), refresh_per_second=2)
-            self.live.start()
 
     def note(self, subject: str, told: dict[str, Any]) -> None:
         """Log what became of a subject; a quarantine is also shown where lines are."""
@@ -149,15 +153,31 @@ class Screen:
         self.log.write(json.dumps({"time": stamp, "subject": subject, **told}) + "\n")
         self.log.flush()
         if told["state"] == "quarantined" and not self.quiet and self.live is None:
-            print(f"{subject}: quarantined: {told['cause']}: {told['reason']}", file=sys.stderr, flush=True)
+            self.say(f"{subject}: quarantined: {told['cause']}: {told['reason']}")
+
+    def say(self, words: str) -> None:
+        """A line for the person who watches, which a table leaves standing."""
+        if self.live is not None:
+            self.live.console.print(text(words))
+        else:
+            print(words, file=sys.stderr, flush=True)
 
     def show(self, summary: dict[str, Any]) -> None:
-        """Bring the table up to date, or print a line when it is time."""
-        if self.live is not None:
+        """Bring the table up to date, or print a line when it is time. The table begins here, so that a run that has
+        nothing to do leaves the terminal alone."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            if self.live is None:
+                from rich.console import Console
+                from rich.live import Live
+
+                self.live = Live(console=Console(stderr=True), refresh_per_second=2)
+                self.live.start()
             self.live.update(table(summary))
-        elif not self.quiet and time.monotonic() - self.last > LINE_S:
+        elif time.monotonic() - self.last > LINE_S:
             self.last = time.monotonic()
-            print(line(summary), file=sys.stderr, flush=True)
+            self.say(line(summary))
 
     def close(self, summary: dict[str, Any]) -> None:
         """Leave the terminal as it was."""

@@ -7,7 +7,6 @@ memory) ends with that process. It speaks with its worker over a pipe; every mes
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import pickle
 import signal
@@ -15,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,42 +22,50 @@ from typing import TYPE_CHECKING, Any
 
 from dbtrain.batch import Subject
 from dbtrain.config import RunConfig
-from dbtrain.errors import DbtrainError, EngineError
-from dbtrain.fleet.schedule import WorkUnit
+from dbtrain.errors import DbtrainError, EngineError, StopRequested, SubjectTaken, disk_trouble
+from dbtrain.fleet.schedule import BLAMED, WorkUnit
 
 if TYPE_CHECKING:
     from dbtrain.data.index import Row
 
 Message = tuple
 """("ready", base digest) | ("beat", stage) | ("finished", number, position, id, seconds) |
-("failed", number, position, cause, reason, seconds) | ("after", number, position, outcome) |
-("done", number, seconds) | ("gone", cause, reason). `number` is the order's."""
+("failed", number, position, cause, reason, seconds) | ("after", number, position, name, outcome) |
+("packed", number, size) | ("done", number, seconds) | ("gone", cause, reason). `number` is the order's."""
 
 BEAT_S = 0.2
 """Shortest time between two messages that say no more than that the trainer lives."""
 STOPPED = 75
 FAILED = 70
+MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+PEER_SIGNS = ("closed by peer", "reset by peer", "broken pipe", "failed to recv", "remote process exited")
+"""What gloo, NCCL and torch's store say, in small letters, when another process of the gang went away."""
+WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+"""What may as well be a subject's own error, or the program's, and so is not taken for trouble with the disk."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a trainer is started with. environment: its place in a gang, for torch.distributed."""
+    """What a trainer is started with. evaluation: fields of `evaluate.protocol.Settings`. environment: its place in a
+    gang, for torch.distributed."""
 
     config: dict[str, Any]
     out: str
     slots: int = 1
-    after: tuple[str, ...] = ()
+    evaluation: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Order:
-    """A unit with all that its work needs. specs: a subject's fields by name, `identifier` being the allocated one."""
+    """A unit with all that its work needs. specs: a subject's fields by name, `identifier` being the allocated one.
+    after: for each subject, what is to be done with it, by its names in `afterwards.AFTER`."""
 
     number: int
     unit: WorkUnit
     specs: tuple[dict[str, Any], ...] = ()
     rows: tuple[Row, ...] = ()
+    after: tuple[tuple[str, ...], ...] = ()
 
 
 class Charges:
@@ -107,29 +114,39 @@ def _last_word(link: Connection, message: Message) -> None:
 
 
 def explain(error: BaseException) -> tuple[str, str]:
-    """(cause, reason) of an error that ended a trainer's work; the causes are those of `schedule.CAUSES`."""
+    """(cause, reason) of an error that ended a trainer's work; the causes are those of `schedule.BLAMED`."""
     import torch
 
     text = " ".join(str(error).split())
     if getattr(error, "exit_code", None) == STOPPED:
         return "stopped", text
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        sign in text.lower() for sign in ("out of memory", "can't allocate memory", "not enough memory")
-    ):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in text.lower() for sign in MEMORY_SIGNS):
         return "oom", text[:500] or "memory ran out"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return "disk", text
+    if trouble := disk_fault(error):
+        return "disk", trouble
+    if isinstance(error, SubjectTaken):
+        return "lost", text  # the worker that had it is not known to be dead
     if isinstance(error, DbtrainError):
         return "error", text[:2000]
     where = traceback.extract_tb(error.__traceback__)[-1:]
     place = f" ({Path(where[0].filename).name}:{where[0].lineno})" if where else ""
-    return "error", f"{type(error).__name__}: {text[:1000]}{place}"
+    lost = any(sign in text.lower() for sign in PEER_SIGNS)
+    return "lost" if lost else "error", f"{type(error).__name__}: {text[:1000]}{place}"
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """One line on what the disk or a share refused, if an error comes from that and not from a wrong path."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, WRONG_PATHS):
+            return None
+        seen = seen.__cause__
+    return disk_trouble(error)
 
 
 def _serve(link: Connection, task: Task) -> None:
     from dbtrain.families.load import base_digest
     from dbtrain.session import join_session
-    from dbtrain.train import StopRequested
 
     say = _speech(link)
     session = join_session(RunConfig.model_validate(task.config), Path(task.out), True, _beat(say))
@@ -176,9 +193,10 @@ def train(session: Any, task: Task, order: Order, send: Callable[[Message], None
     session.identifiers = {spec["id"]: spec["identifier"] for spec in order.specs}
     session.index = Index(order.rows, ())
     places = {subject.id: place for subject, place in zip(subjects, order.unit.positions)}
-    charges = Charges(list(places), min(task.slots, order.unit.pack))
+    charges = Charges(list(places), order.unit.pack)
 
     def finished(subject: Subject, outcome: dict[str, Any] | EngineError) -> None:
+        charges.slots = min(order.unit.pack, session.pack_size or order.unit.pack)
         seconds = charges.end(subject.id) * session.world.size
         if not session.world.first:
             return
@@ -193,9 +211,35 @@ def train(session: Any, task: Task, order: Order, send: Callable[[Message], None
         smaller = engine.packed.model_copy(update={"size": order.unit.pack})
         session.config = session.config.model_copy(update={"engine": engine.model_copy(update={"packed": smaller})})
     try:
-        train_subjects(session, subjects, finished)
+        with telling_size(session, order, send):
+            train_subjects(session, subjects, finished)
     finally:
         session.config = session.config.model_copy(update={"engine": engine})
+
+
+@contextlib.contextmanager
+def telling_size(session: Any, order: Order, send: Callable[[Message], None]) -> Iterator[None]:
+    """Tells at the first beat after it is known what `engine.packed.size: auto` came to: so many subjects train. Where
+    few subjects kept it small, such as one that was tried alone, it is measured anew for more."""
+    if session.pack_size and 2 * session.pack_size > session.pack_probed < len(order.specs):
+        session.pack_size = None
+    beat, told, before = session.beat, None, session.pack_size
+
+    def beat_and_tell(stage: str) -> None:
+        nonlocal told
+        if session.pack_size != told:
+            told = session.pack_size
+            send(("packed", order.number, told))
+        beat(stage)
+
+    auto = session.config.engine.kind == "packed" and session.config.engine.packed.size == "auto"
+    session.beat = beat_and_tell if auto else beat
+    try:
+        yield
+    finally:
+        session.beat = beat
+        if session.pack_size != before:
+            session.pack_probed = len(order.specs)
 
 
 def to_subject(spec: dict[str, Any]) -> Subject:
@@ -214,24 +258,51 @@ def draw_priors(session: Any, task: Task, order: Order, send: Callable[[Message]
     if world.size == 1:
         world = World(unit.part, unit.parts, world.device)
     key = prior_key(config, session.models, unit.class_noun)
-    with sampling_mode(session.models):
-        say = session.beat
-        make_priors(store, key, config.prior.images, session.family, session.models, world, config.prior.batch, say)
+
+    def stop() -> bool:
+        session.beat("prior")  # also while another run draws the same images
+        return session.stop
+
+    with sampling_mode(session.models), beating(session.beat, "prior"):
+        images, batch = config.prior.images, config.prior.batch
+        make_priors(store, key, images, session.family, session.models, world, batch, stop=stop)
+    if session.stop:
+        raise StopRequested("stopped on request while priors were drawn")
 
 
 def draw_and_score(session: Any, task: Task, order: Order, send: Callable[[Message], None]) -> None:
-    """Generate and evaluate for finished subjects; what fails is told and holds nobody up."""
+    """Generate and evaluate for finished subjects; what fails by itself is told and holds nobody up. Of a gang, the
+    first member works and the others have nothing to do."""
     from dbtrain.fleet.afterwards import AFTER
 
-    for spec, position in zip(order.specs, order.unit.positions):
-        try:
-            for name in task.after:
-                session.beat(name)
-                AFTER[name](session, session.out / "subjects" / spec["id"])
+    work = zip(order.specs, order.unit.positions, order.after) if session.world.first else ()
+    for spec, position, names in work:
+        for name in names:
+            if session.stop:
+                raise StopRequested("stopped on request between subjects")
             outcome = "done"
-        except (DbtrainError, ValueError, RuntimeError) as error:
-            outcome = explain(error)[1]
-        send(("after", order.number, position, outcome))
+            try:
+                with beating(session.beat, name):
+                    AFTER[name](session, session.out / "subjects" / spec["id"], task)
+            except Exception as error:
+                cause, outcome = explain(error)
+                if not BLAMED[cause]:
+                    raise
+                traceback.print_exc()
+            send(("after", order.number, position, name, outcome))
+
+
+@contextlib.contextmanager
+def beating(beat: Callable[[str], None], stage: str) -> Iterator[None]:
+    """Every forward pass of a module tells that this process lives, and at what: a picture may take long, and what
+    draws or scores it knows nothing of a fleet."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    hook = register_module_forward_pre_hook(lambda *_: beat(stage))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 WORK = {"train": train, "prior": draw_priors, "after": draw_and_score}

@@ -18,7 +18,7 @@ from typing import Any
 
 from dbtrain.atomic import file_digest
 from dbtrain.fleet.processes import kill
-from dbtrain.fleet.trainer import STOPPED, Message, Task
+from dbtrain.fleet.trainer import STOPPED, Message, Task, disk_fault
 from dbtrain.fleet.zygote import Zygote
 
 START_SHARE = 10
@@ -77,7 +77,7 @@ class Worker:
             return self.trainer
 
     def give(self, order: bytes, generation: int) -> None:
-        """Hand the trainer of a generation an order, pickled: unpacking it here would load all that its parts come from.
+        """Hand the trainer of a generation an order, pickled: unpacking it here would load what its parts come from.
         A dead trainer shows in `poll`; one that followed it never sees the order."""
         with self.lock:
             if generation != self.generation:
@@ -130,7 +130,9 @@ class Worker:
         try:
             return ("finished", number, position, {**read_result(self.out, subject), "gpu_seconds": seconds})
         except (OSError, ValueError, KeyError) as error:
-            return ("failed", number, position, "error", f"published files do not verify: {error}", seconds)
+            trouble = disk_fault(error)
+            what = trouble or f"published files do not verify: {error}"
+            return ("failed", number, position, "disk" if trouble else "error", what, seconds)
 
     def _check_limit(self) -> list[Message]:
         silent = time.monotonic() - self.heard

@@ -22,7 +22,7 @@ from dbtrain.bank import captions_of
 from dbtrain.batch import Subject
 from dbtrain.checkpoint import Checkpoint, save_checkpoint
 from dbtrain.data.ahead import ahead
-from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested
+from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested, bare
 from dbtrain.families import encode_images
 from dbtrain.filling import ensure_priors
 from dbtrain.packing.clock import Clock
@@ -109,9 +109,10 @@ class PackedRun:
             with closing(ahead(self._prepare, self.subjects, threads=1, depth=self.size)) as prepared:
                 self._train(prepared)
         finally:
-            self.writer.shutdown(wait=True, cancel_futures=True)
+            self.writer.shutdown(wait=True)  # what was handed to it is a finished subject's, whatever ended the run
             for seat in self.seats.values():
                 close(seat.sinks)
+                seat.job.close()
             restore_base(session)
         self.clock.lap("idle")
         spent = "  ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.clock.stages.seconds.items())
@@ -165,8 +166,8 @@ class PackedRun:
             session.say(f"engine.packed.size: auto: {why}")
         return session.pack_size
 
-    def _probe(self, size: int) -> Probe:
-        """Memory and time of a pack's step, on random samples of the shapes of training."""
+    def _probe(self, size: int) -> Probe | None:
+        """Memory and time of a pack's step, on random samples of the shapes of training; None where memory ran out."""
         device = self.session.world.device
         try:
             with used_bytes(device) as used:
@@ -175,7 +176,10 @@ class PackedRun:
                 for _ in range(pack.warm_steps):
                     pack.step(batch)
             return Probe(size, used[0], timed(lambda: pack.step(batch), device))
+        except torch.OutOfMemoryError:
+            return None
         finally:
+            # A pack is in no circle of references, so nothing of it is left when the next one is measured.
             restore_base(self.session)
 
     def _prepare(self, subject: Subject) -> tuple[Subject, Prepared | dict[str, Any] | DbtrainError]:
@@ -192,7 +196,9 @@ class PackedRun:
             if found is None:
                 found = Checkpoint(0, job.run, {"master": fresh_adapter(family, models, config, subject.id)})
         except DbtrainError as error:
-            return subject, error
+            return subject, bare(error)
+        except torch.OutOfMemoryError as error:
+            return subject, EngineError(f"memory ran out while its photos were encoded: {str(error).splitlines()[0]}")
         return subject, (job, Start(subject.id, config, captions, found))
 
     def _train(self, prepared: Iterator) -> None:
@@ -205,7 +211,7 @@ class PackedRun:
                 if self.session.stop or any(seat.due for seat in self.seats.values()):
                     self._settle()
                 self._tell_ended()
-                if self.session.stop and self.ended + len(self.pending) < len(self.subjects):
+                if self.session.stop and self._left():
                     self._tell_ended(wait=True)
                     raise StopRequested(
                         f"pack: stopped on request, {len(self.seats)} subjects under way; run the same command to go on"
@@ -213,6 +219,10 @@ class PackedRun:
             self._tell_ended(wait=True)
         finally:
             self.progress.close()
+
+    def _left(self) -> int:
+        """Subjects that have not ended; checkpoints are on their way to the disk too, and are nobody's end."""
+        return len(self.subjects) - self.ended - sum(subject is not None for subject, _ in self.pending)
 
     def _fill(self, prepared: Iterator) -> bool:
         """Whether any subject is seated, after subjects took all free rows."""
@@ -226,7 +236,7 @@ class PackedRun:
                 if isinstance(what, tuple):
                     self._seat(row, what[0], what[1], shares)
                 else:
-                    self._tell(subject, what if isinstance(what, dict) else EngineError(str(what)))
+                    self._tell(subject, what)
         return bool(self.seats)
 
     def _seat(self, row: int, job: Job, start: Start, shares: dict[str, float]) -> None:
@@ -306,7 +316,8 @@ class PackedRun:
         if "ema" in state:
             engine.show(seat.row, "ema")
         sheet = self._sample(seat, "samples")
-        record = {**job.record(seat.values), "steps": seen.step, "pack_size": self.size}
+        ran = {"capture": self.pack.runner.choice._asdict()}
+        record = {**job.record(seat.values), **ran, "steps": seen.step, "pack_size": self.size}
         self.clock.lap("save", [seat.shares])
         record["stages_s"] = {name: round(seconds, 3) for name, seconds in seat.shares.items()}
 
@@ -330,6 +341,7 @@ class PackedRun:
     def _leave(self, seat: Seat) -> None:
         self.pack.engine.release(seat.row)
         close(seat.sinks)
+        self.writer.submit(seat.job.close)  # after what is still to be written for it
         del self.seats[seat.row]
 
     def _write(self, subject: Subject | None, work: Callable, *arguments: Any) -> None:
@@ -350,7 +362,7 @@ class PackedRun:
         if subject is not None:
             self._tell(subject, outcome)
 
-    def _tell(self, subject: Subject, outcome: dict[str, Any] | EngineError) -> None:
+    def _tell(self, subject: Subject, outcome: dict[str, Any] | DbtrainError) -> None:
         self.ended += 1
         self.tell(subject, outcome)
 

@@ -17,7 +17,7 @@ from dbtrain.bank import Bank, join_batches
 from dbtrain.batch import Batch, Conditioning
 from dbtrain.checkpoint import Checkpoint
 from dbtrain.config import RunConfig
-from dbtrain.engines.capture import WARM_STEPS, captured, choose_capture
+from dbtrain.engines.capture import WARM_STEPS, choose_capture, make_runner
 from dbtrain.engines.engine import lr_scale
 from dbtrain.engines.packed import PackedEngine, RowSettings
 from dbtrain.families import Family, Models
@@ -83,10 +83,7 @@ class Pack:
         self.sums_NV = torch.zeros(size, len(MEASURED) + 1, dtype=torch.float64, device=device)
         self.average_N = torch.zeros(size, dtype=torch.float64, device=device)
         self.parts: list[Batch | None] = [None] * size
-        capture = choose_capture(config.engine, device.type)
-        self.step = captured(self.advance, capture, models.denoiser)
-        """`advance`, run as `engine.capture` says."""
-        self.warm_steps = WARM_STEPS + 1 if capture.mode == "graph" else 1
+        self.runner = make_runner(choose_capture(config.engine, device.type), models.denoiser)
 
     @torch.no_grad()
     def seat(self, row: int, start: Start) -> None:
@@ -125,7 +122,7 @@ class Pack:
         for row, bank, step in banks:
             self.parts[row] = bank.draw(step, slots)
         known = [part for part in self.parts if part is not None]
-        joined = join_batches([part or known[0] for part in self.parts]).to(self.device)
+        joined = join_batches([part or known[0] for part in self.parts]).to(self.device, non_blocking=True)
         return Batch(
             joined.images_BCHW,
             joined.caption_B + CAPTIONS * self.subject_B,
@@ -134,6 +131,15 @@ class Pack:
             joined.size_B6,
             self.subject_B,
         )
+
+    @property
+    def warm_steps(self) -> int:
+        """Steps after which one takes the time that it goes on to take."""
+        return {"graph": WARM_STEPS + 1, "compile": 2}.get(self.runner.choice.mode, 1)
+
+    def step(self, batch: Batch) -> None:
+        """`advance`, run as `engine.capture` says."""
+        self.runner(self.advance, batch)
 
     def advance(self, batch: Batch) -> None:
         """One optimizer step of every live row."""

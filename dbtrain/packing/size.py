@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dbtrain.config import PackedConfig
+from dbtrain.errors import EngineError
 
 GAIN = 0.97
 """A pack of twice the size is worth it if a subject's step takes less than this share of the time."""
@@ -36,25 +37,38 @@ def fit(probes: Sequence[Probe]) -> tuple[float, float]:
     return first.bytes - slope * first.size, slope
 
 
-def choose_size(probe: Callable[[int], Probe], settings: PackedConfig, free: int, most: int) -> tuple[int, str]:
+def expected_bytes(probes: Sequence[Probe], size: int) -> float:
+    """What a pack of a size will take: by the line through the probes; after a single one, that many times as much."""
+    if len(probes) == 1:
+        return probes[0].bytes * size / probes[0].size
+    start, slope = fit(probes)
+    return start + slope * size
+
+
+def choose_size(probe: Callable[[int], Probe | None], settings: PackedConfig, free: int, most: int) -> tuple[int, str]:
     """(size, the reason in one line): doubled while memory allows it and a subject's step gets cheaper.
 
-    probe: measures a size. free: bytes that there are. most: subjects that there are.
+    probe: measures a size; None where memory ran out. free: bytes that there are. most: subjects that there are.
     """
     budget, ceiling = settings.memory_share * free, min(settings.largest, most)
-    probes = [probe(1)]
+    first = probe(1)
+    if first is None:
+        raise EngineError(
+            f"engine.packed.size: a single subject does not fit {free / 2**30:.2f} GiB; "
+            "lower train.batch or data.resolution, or set train.gradient_checkpointing=true"
+        )
+    probes = [first]
     why = "no more subjects" if most < settings.largest else "engine.packed.largest"
     while probes[-1].size * 2 <= ceiling:
         size = probes[-1].size * 2
-        if len(probes) > 1:
-            start, slope = fit(probes)
-            if start + slope * size > budget:
-                why = f"{size} would need {(start + slope * size) / 2**30:.2f} of {budget / 2**30:.2f} GiB"
-                break
-        elif probes[0].bytes > budget:
-            why = f"one already needs {probes[0].bytes / 2**30:.2f} of {budget / 2**30:.2f} GiB"
+        if (wanted := expected_bytes(probes, size)) > budget:
+            why = f"{size} would need {wanted / 2**30:.2f} of {budget / 2**30:.2f} GiB"
             break
-        probes.append(probe(size))
+        found = probe(size)
+        if found is None:
+            why = f"memory ran out at {size}"
+            break
+        probes.append(found)
         if probes[-1].seconds_a_subject > GAIN * probes[-2].seconds_a_subject:
             why = f"{size} was no faster"
             break

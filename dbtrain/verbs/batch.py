@@ -1,14 +1,26 @@
 """The verbs of the fleet: `dbtrain batch run|status|retry|cancel|export`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dbtrain.errors import ConfigError, EngineError
-from dbtrain.terminal import Json, Overrides, Recipe, SkipBad, keep_origin, print_json, stop_at_once
+from dbtrain.errors import ConfigError, DataError, EngineError
+from dbtrain.terminal import (
+    Clip,
+    Distance,
+    Identity,
+    Json,
+    Overrides,
+    Protocol,
+    Recipe,
+    SkipBad,
+    keep_origin,
+    print_json,
+    stop_at_once,
+)
 
 batch_app = typer.Typer(
     help="Train thousands of subjects over many workers, each finished exactly once.\n\n"
@@ -32,6 +44,10 @@ def run_verb(
     ledger: Annotated[Path | None, typer.Option(help="Folder on a local disk for the ledger, if not --out.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Draw each finished subject's prompts.")] = False,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Score each finished subject.")] = False,
+    protocol: Protocol = "quick",
+    identity: Identity = "embedded",
+    clip: Clip = "embedded",
+    distance: Distance = "auto",
     tries: Annotated[int, typer.Option(min=1, help="Failures of its own that quarantine a subject.")] = 3,
     losses: Annotated[int, typer.Option(min=1, help="Attempts a subject may lose to killed workers.")] = 100,
     hang: Annotated[float, typer.Option(min=0.5, help="Seconds without a step after which a worker is hung.")] = 300,
@@ -51,6 +67,8 @@ def run_verb(
     Example:
       dbtrain batch run photos.csv --config sdxl_lora --out runs/all --plan --measured runs/pilot
       dbtrain batch run photos.csv --config sdxl_lora --out runs/all
+      dbtrain batch run photos.csv --config sdxl_lora --out runs/all --evaluate --protocol dreambooth \\
+        --identity facebook/dino-vits16 --clip openai/clip-vit-base-patch32
       dbtrain batch run photos.csv --config sdxl_full_zero3 --gang 8 --address auto --out /shared/all
     """
     from dbtrain import configfile
@@ -58,27 +76,41 @@ def run_verb(
     config = configfile.load(recipe, overrides or ())
     if gang > 1 and config.engine.kind == "packed":
         raise ConfigError("--gang: packed training runs on one GPU; use --gang 1, or engine.kind=zero")
+    if not evaluate and (protocol, identity, clip) != ("quick", "embedded", "embedded"):
+        raise ConfigError("--protocol, --identity, --clip: say how to evaluate; give --evaluate too")
     if plan:
         from dbtrain.fleet.estimate import describe, plan_run
 
-        planned = plan_run(manifest, config, out, measured)
+        planned = plan_run(manifest, config, out, measured, skip_bad)
         print_json(planned) if as_json else typer.echo(describe(planned))
         return
     from dbtrain.fleet.run import Options, run_batch
     from dbtrain.fleet.status import line, summarize_run
 
     after = tuple(name for name, wanted in (("generate", generate), ("evaluate", evaluate)) if wanted)
+    judging = {"protocol": protocol, "identity": identity, "clip": clip, "distance": distance} if evaluate else {}
     options = Options(workers, gang, cpus=cpus, hang_s=hang, grace_s=grace, tries=tries, losses=losses, unit=unit,
-                      address=address, after=after, ledger=ledger, skip_bad=skip_bad, quiet=quiet)  # fmt: skip
+                      address=address, after=after, evaluation=judging, ledger=ledger, skip_bad=skip_bad,
+                      quiet=quiet)  # fmt: skip
     stop_at_once()
     opened = partial(keep_origin, out, "batch run", manifest, recipe, overrides, skip_bad)
-    counts = run_batch(manifest, config, out, options, opened)
+    run_batch(manifest, config, out, options, opened)
     summary = summarize_run(out)
     print_json(summary) if as_json else typer.echo(line(summary))
-    if counts["quarantined"]:
-        rows = [f"{row['subject']}: {row['cause']}: {row['reason']}" for row in summary["quarantined"]]
-        more = counts["quarantined"] - len(rows)
-        raise EngineError("\n".join([*rows, *([f"and {more} more; see `dbtrain batch export`"] if more > 0 else [])]))
+    tell_failures(summary, after)
+
+
+def tell_failures(summary: dict[str, Any], after: Sequence[str]) -> None:
+    """Nothing; EngineError for a run with quarantined subjects, DataError where only what was asked for finished ones
+    could not be done."""
+    told = [f"{row['subject']}: {row['cause']}: {row['reason']}" for row in summary["quarantined"]]
+    more = summary["subjects"]["quarantined"] - len(told)
+    told += [f"and {more} more; see `dbtrain batch export`"] if more > 0 else []
+    failed = {name: summary["after"][name]["failed"] for name in after if name in summary["after"]}
+    lines = [f"--{name}: failed for {number} subjects; see `dbtrain batch export`, column after"
+             for name, number in failed.items() if number]  # fmt: skip
+    if told or lines:
+        raise (EngineError if told else DataError)("\n".join([*told, *lines]))
 
 
 def status_verb(out: Out, as_json: Json = False) -> None:
@@ -121,11 +153,11 @@ def cancel_verb(out: Out, ids: Ids = None) -> None:
 
 
 def _request(out: Path, verb: str, ids: list[str] | None) -> None:
+    from dbtrain.fleet.inbox import request
     from dbtrain.fleet.ledger import find_ledger
-    from dbtrain.fleet.requests import request
 
     changed = request(find_ledger(out), verb, ids or None)
-    typer.echo("the driver at work will do it" if changed is None else f"{changed} subjects changed")
+    typer.echo("the driver at work, or the next one, will do it" if changed is None else f"{changed} subjects changed")
 
 
 def export_verb(

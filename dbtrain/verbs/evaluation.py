@@ -7,28 +7,21 @@ from typing import Annotated
 import typer
 
 from dbtrain.errors import ConfigError, DataError
-from dbtrain.terminal import Json, Overrides, print_json
+from dbtrain.terminal import Clip, Distance, Identity, Json, Overrides, Protocol, print_json
 
 
 def evaluate_verb(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a training, or one OUT/subjects/ID.")],
-    protocol: Annotated[
-        str,
-        typer.Option(help="`quick`: the recipe's sample prompts; `dreambooth`: the paper's 25 prompts, 4 images each."),
-    ] = "quick",
+    protocol: Protocol = "quick",
     images: Annotated[
         int | None, typer.Option(min=1, help="Images for each prompt, if not the protocol's own.")
     ] = None,
     class_images: Annotated[
         int | None, typer.Option(min=1, help="Images of the class prompt, for PRES: 4 (quick) or 25.")
     ] = None,
-    identity: Annotated[
-        str, typer.Option(metavar="ENC", help="Encoder in DINO's role: a folder, a hub id, or `embedded`.")
-    ] = "embedded",
-    clip: Annotated[str, typer.Option(metavar="ENC", help="Encoder of pictures and texts, the same way.")] = "embedded",
-    distance: Annotated[
-        str, typer.Option(help="Of DIV: `lpips`, `dreamsim`, `patches`; `auto` is LPIPS where it works.")
-    ] = "auto",
+    identity: Identity = "embedded",
+    clip: Clip = "embedded",
+    distance: Distance = "auto",
     live: Annotated[str, typer.Option(metavar="NOUNS", help="Further class nouns of live subjects: `gnome,imp`.")] = "",
     objects: Annotated[str, typer.Option(metavar="NOUNS", help="Class nouns to be taken as objects: `duck`.")] = "",
     subject: Annotated[list[str] | None, typer.Option(help="Only this subject; repeat for more.")] = None,

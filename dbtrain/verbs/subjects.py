@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dbtrain.errors import ConfigError, DataError, EngineError
+from dbtrain.errors import ConfigError, DataError, summed
 from dbtrain.terminal import Json, Overrides, Recipe, SkipBad, keep_origin, print_json, stop_at_once
 
 
@@ -27,16 +27,16 @@ def preflight_verb(
       dbtrain preflight photos.csv --config sd15_lora --json
     """
     from dbtrain import configfile
-    from dbtrain.data.preflight import caption_tokens, sift
+    from dbtrain.data.preflight import sift
     from dbtrain.families import load_tokenizer
 
     config = configfile.load(recipe, overrides or ())
+    tokenizer = None
     try:
-        counted = caption_tokens(load_tokenizer(config.model.single_file_layout or config.model.path))
+        tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
     except DataError as error:  # photos can be looked at where the base is not
-        counted = ()
-        typer.echo(f"lengths of captions are not checked: {error}", err=True)
-    subjects, findings = sift(manifest, config, *counted)
+        typer.echo(f"captions and identifiers are not checked: {error}", err=True)
+    subjects, findings = sift(manifest, config, tokenizer)
     if as_json:
         print_json([finding.row() for finding in findings])
     if findings and not (skip_bad and subjects):
@@ -83,7 +83,7 @@ def train_verb(
             folder = out / "subjects" / record["subject"]
             typer.echo(f"{record['subject']}: `{record['identifier']} {record['class']}` in {folder}")
     if failed:
-        raise EngineError("\n".join(f"{name}: {reason}" for name, reason in failed.items()))
+        raise summed(failed)
 
 
 def generate_verb(
@@ -164,8 +164,8 @@ def demo_verb(
     )
     for path in (*shown.sheets, *shown.reports):
         typer.echo(f"look at {path}")
-    if failed := [f"{each['subject']}: {each['failed']}" for each in shown.records if "failed" in each]:
-        raise EngineError("\n".join(failed))
+    if failed := {each["subject"]: each["failed"] for each in shown.records if "failed" in each}:
+        raise summed(failed)
 
 
 VERBS: dict[str, Callable[..., None]] = {

@@ -45,6 +45,8 @@ def _layout_problem(**arenas: Tensor | None) -> str | None:
             return f"{name} is not contiguous, and arenas are changed in place"
         if arena is not None and arena.shape[1] >= 2**31:
             return f"{name} has {arena.shape[1]} elements in a row, and the kernel counts to 2^31 - 1"
+        if arena is not None and len(arena) >= 2**16:
+            return f"{name} has {len(arena)} rows, and a grid's second side ends at 65,535"
     return None
 
 

@@ -19,10 +19,10 @@ FACTORS = 5
 @triton.jit
 def squared_norms(grad, partial, elements, BLOCK: tl.constexpr):
     """partial[row, chunk] = sum of grad^2 over a chunk."""
-    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, chunk = tl.program_id(1).to(tl.int64), tl.program_id(0)
     place = chunk * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(grad + row * elements + place, mask=place < elements, other=0.0).to(tl.float32)
-    tl.store(partial + row * tl.num_programs(1) + chunk, tl.sum(g * g, 0))
+    tl.store(partial + row * tl.num_programs(0) + chunk, tl.sum(g * g, 0))
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def row_factors(
 @triton.jit
 def random_bits(key, step, row, BLOCK: tl.constexpr, ROUNDING: tl.constexpr):
     """int32 [BLOCK] in [0, 2^16): as `reference.round_at_random` draws them for one block of a row."""
-    counter = (tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    counter = (tl.program_id(0) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     k0, k1 = tl.load(key + 2 * row).to(tl.uint32), tl.load(key + 2 * row + 1).to(tl.uint32)
     zero = counter * 0
     w0, w1, w2, w3 = philox_words(k0, k1, counter, zero, tl.load(step + row).to(tl.uint32), zero + ROUNDING)
@@ -78,9 +78,9 @@ def update_rows(
     FACTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """AdamW and EMA of one block of a row; a row that is not updated is neither read nor written."""
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
     at = factors + row * FACTORS
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < tl.where(tl.load(at + 4) > 0.5, elements, 0)
     place = row * elements + place
     g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * tl.load(at)
@@ -106,6 +106,12 @@ def update_rows(
         tl.store(ema + place, average + (value - average) * EMA_REST, mask=inside)
 
 
+def grid(rows: int, elements: int, block: int) -> tuple[int, int]:
+    """Programs of a pass over arenas: (blocks of a row, rows). CUDA counts the first side to 2^31 - 1, the second only
+    to 65,535, and a fully trained model is one row of 10^9 elements."""
+    return triton.cdiv(elements, block), rows
+
+
 def launch(
     master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step_N: Tensor, lr_N: Tensor, clip_N: Tensor,
     decay_N: Tensor, active_N: Tensor, beta1: float, beta2: float, eps: float, ema: Tensor | None, ema_decay: float,
@@ -116,12 +122,12 @@ def launch(
     chunks = triton.cdiv(elements, NORM_BLOCK)
     partial, norm_N = exp_avg.new_empty((rows, chunks)), exp_avg.new_empty(rows)
     factors = exp_avg.new_empty((rows, FACTORS))
-    squared_norms[(rows, chunks)](grad, partial, elements, BLOCK=NORM_BLOCK, num_warps=8)
+    squared_norms[grid(rows, elements, NORM_BLOCK)](grad, partial, elements, BLOCK=NORM_BLOCK, num_warps=8)
     row_factors[(rows,)](
         partial, norm_N, step_N, lr_N, clip_N, decay_N, active_N.view(torch.uint8), factors, chunks,
         LOG_BETA1=math.log(beta1), LOG_BETA2=math.log(beta2), FACTORS=FACTORS, BLOCK=1024,
     )  # fmt: skip
-    update_rows[(rows, triton.cdiv(elements, BLOCK))](
+    update_rows[grid(rows, elements, BLOCK)](
         master, grad, exp_avg, exp_avg_sq, exp_avg if ema is None else ema, master if compute is None else compute,
         step_N if key_N2 is None else key_N2, step_N, factors, elements,
         BETA2=beta2, REST1=1 - beta1, REST2=1 - beta2, EPS=eps, EMA_REST=1 - ema_decay,

@@ -33,7 +33,12 @@ def lora_op(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: 
     """(output of base's shape, scale_n A_n x as fp32 [N, T, R], which backward needs)."""
     from dbtrain_kernels.lora_triton import forward
 
-    return forward(x.contiguous(), base.contiguous(), down_NRD.contiguous(), up_NDR.contiguous(), scale_N.float())
+    return forward(x.contiguous(), base.contiguous(), by_row(down_NRD), by_row(up_NDR), scale_N.float())
+
+
+def by_row(matrices: Tensor) -> Tensor:
+    """Matrices [N, ...] each of which is contiguous: views of an arena are, and are not copied."""
+    return matrices if matrices[0].is_contiguous() else matrices.contiguous()
 
 
 @lora_op.register_fake
@@ -50,7 +55,7 @@ def lora_backward_op(
     """Gradients of x, down_NRD and up_NDR; base's is `grad` itself."""
     from dbtrain_kernels.lora_triton import backward
 
-    matrices = (down_NRD.contiguous(), up_NDR.contiguous())
+    matrices = by_row(down_NRD), by_row(up_NDR)
     return backward(grad.contiguous(), small_NTR.contiguous(), x.contiguous(), *matrices, scale_N.float())
 
 

@@ -20,7 +20,7 @@ BLOCK = 1024
 
 @triton.jit
 def shrink(
-    wide, matrix, scale, small, tokens, width, rank, matrix_width_stride, matrix_rank_stride,
+    wide, matrix, scale, small, tokens, width, rank, matrix_stride, matrix_width_stride, matrix_rank_stride,
     PRODUCTS: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """small[n, t, r] = scale_n * sum_w wide[n, t, w] matrix[n, w, r], fp32."""
@@ -28,7 +28,7 @@ def shrink(
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     r = tl.arange(0, RANK)
     rows = wide + me * tokens * width + t[:, None].to(tl.int64) * width
-    columns = matrix + me * width * rank + r[None, :] * matrix_rank_stride
+    columns = matrix + me * matrix_stride + r[None, :] * matrix_rank_stride
     sums = tl.zeros([TOKENS, RANK], tl.float32)
     for start in range(0, width, DEEP):
         w = start + tl.arange(0, DEEP)
@@ -43,7 +43,7 @@ def shrink(
 
 @triton.jit
 def expand(
-    small, matrix, base, out, tokens, width, rank, matrix_width_stride, matrix_rank_stride,
+    small, matrix, base, out, tokens, width, rank, matrix_stride, matrix_width_stride, matrix_rank_stride,
     PRODUCTS: tl.constexpr, RANK: tl.constexpr, ADD: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """out[n, t, w] = base[n, t, w] + sum_r small[n, t, r] matrix[n, w, r]."""
@@ -54,7 +54,7 @@ def expand(
     dtype = out.dtype.element_ty
     at = small + me * tokens * rank + t[:, None].to(tl.int64) * rank + r[None, :]
     s = tl.load(at, mask=(t[:, None] < tokens) & (r[None, :] < rank), other=0.0)
-    at = matrix + me * width * rank + r[:, None] * matrix_rank_stride + w[None, :] * matrix_width_stride
+    at = matrix + me * matrix_stride + r[:, None] * matrix_rank_stride + w[None, :] * matrix_width_stride
     m = tl.load(at, mask=(r[:, None] < rank) & (w[None, :] < width), other=0.0)
     y = tl.dot(s.to(dtype).to(PRODUCTS), m.to(dtype).to(PRODUCTS), input_precision="ieee")
     at = me * tokens * width + t[:, None].to(tl.int64) * width + w[None, :]
@@ -97,7 +97,7 @@ def add_parts(parts, out, count, elements, BLOCK: tl.constexpr):
 
 
 def forward(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(output, small_NTR) of contiguous tensors; see `lora.lora_op`."""
+    """(output, small_NTR) of contiguous tensors, and of matrices contiguous in each row; see `lora.lora_op`."""
     _, rank, width = down_NRD.shape
     small_NTR = _shrink(x, down_NRD, scale_N, (width, rank), (1, width))
     return _expand(small_NTR, up_NDR, base, base, (rank, 1)), small_NTR
@@ -106,7 +106,7 @@ def forward(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: 
 def backward(
     grad: Tensor, small_NTR: Tensor, x: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, down_NRD and up_NDR, for contiguous tensors; see `lora.lora_backward_op`."""
+    """Gradients of x, down_NRD and up_NDR, of the same; see `lora.lora_backward_op`."""
     _, rank, width = down_NRD.shape
     grad_NTR = _shrink(grad, up_NDR, scale_N, (up_NDR.shape[1], rank), (rank, 1))
     by_x = _expand(grad_NTR, down_NRD, None, x, (1, width))
@@ -119,7 +119,7 @@ def _shrink(wide: Tensor, matrix: Tensor, scale_N: Tensor, sides: tuple[int, int
     tokens = wide.numel() // width // subjects
     small_NTR = wide.new_empty((subjects, tokens, rank), dtype=torch.float32)
     shrink[(triton.cdiv(tokens, TOKENS), subjects)](
-        wide, matrix, scale_N, small_NTR, tokens, width, rank, *strides,
+        wide, matrix, scale_N, small_NTR, tokens, width, rank, matrix.stride(0), *strides,
         PRODUCTS=_products(wide), RANK=_tile(rank), TOKENS=TOKENS, DEEP=DEEP,
     )  # fmt: skip
     return small_NTR
@@ -130,7 +130,7 @@ def _expand(small_NTR: Tensor, matrix: Tensor, base: Tensor | None, like: Tensor
     subjects, tokens, rank = small_NTR.shape
     out, width = torch.empty_like(like), like.shape[-1]
     expand[(triton.cdiv(tokens, TOKENS), triton.cdiv(width, WIDE), subjects)](
-        small_NTR, matrix, out if base is None else base, out, tokens, width, rank, *strides,
+        small_NTR, matrix, out if base is None else base, out, tokens, width, rank, matrix.stride(0), *strides,
         PRODUCTS=_products(like), RANK=_tile(rank), ADD=base is not None, TOKENS=TOKENS, WIDE=WIDE,
     )  # fmt: skip
     return out
@@ -147,7 +147,7 @@ def _outer(small_NTR: Tensor, wide: Tensor, like: Tensor, strides: tuple[int, in
     )  # fmt: skip
     if parts == 1:
         return out[0]
-    whole, elements = torch.empty_like(like), like.numel()
+    whole, elements = like.new_empty(like.shape), like.numel()
     add_parts[(triton.cdiv(elements, BLOCK),)](out, whole, parts, elements, BLOCK=BLOCK)
     return whole
 

@@ -189,29 +189,42 @@ def adamw(
         (1 - beta2**count_N).rsqrt(),
     )
     clip, keep, rate, spread = (factor.to(exp_avg.dtype)[:, None] for factor in factors)
-    clipped = grad * clip
-    mean = exp_avg + (clipped - exp_avg) * (1 - beta1)
-    square = exp_avg_sq * beta2 + clipped * clipped * (1 - beta2)
-    value = master.to(exp_avg.dtype) * keep - rate * mean / (square.sqrt() * spread + eps)
-    changed = [(exp_avg, mean), (exp_avg_sq, square), (master, value)]
-    if ema is not None:
-        changed.append((ema, ema + (value - ema) * (1 - ema_decay)))
-    if compute is not None:
-        changed.append((compute, value))
-    for arena, new in changed:
-        if rounding_N2 is not None and arena.dtype == torch.bfloat16:
-            new = round_at_random(new, rounding_N2, step_N)
-        arena.copy_(torch.where(update_N[:, None], new.to(arena.dtype), arena))
+    for part in _parts(grad):
+        mean_part, square_part = exp_avg[:, part], exp_avg_sq[:, part]
+        clipped = grad[:, part] * clip
+        mean = mean_part + (clipped - mean_part) * (1 - beta1)
+        square = square_part * beta2 + clipped * clipped * (1 - beta2)
+        value = master[:, part].to(exp_avg.dtype) * keep - rate * mean / (square.sqrt() * spread + eps)
+        changed = [(mean_part, mean), (square_part, square), (master[:, part], value)]
+        if ema is not None:
+            changed.append((ema[:, part], ema[:, part] + (value - ema[:, part]) * (1 - ema_decay)))
+        if compute is not None:
+            changed.append((compute[:, part], value))
+        for arena, new in changed:
+            if rounding_N2 is not None and arena.dtype == torch.bfloat16:
+                new = round_at_random(new, rounding_N2, step_N, part.start)
+            arena.copy_(torch.where(update_N[:, None], new.to(arena.dtype), arena))
     return norm_N
 
 
-def round_at_random(value: Tensor, key_N2: Tensor, step_N: Tensor) -> Tensor:
+CACHED = 2**16
+"""Numbers of an arena that a processor's cache holds ten times over: the update's intermediate values stay there."""
+
+
+def _parts(arena: Tensor) -> list[slice]:
+    """The columns of an arena [N, P], in parts that fit a processor's cache; elsewhere all of them at once."""
+    rows, columns = arena.shape
+    width = max(4, CACHED // rows // 4 * 4) if arena.device.type == "cpu" else columns
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+def round_at_random(value: Tensor, key_N2: Tensor, step_N: Tensor, first: int = 0) -> Tensor:
     """bf16 [N, P]: each fp32 number rounded to one of its two bf16 neighbours, the nearer one more often; unbiased.
 
     The 16 bits that bf16 drops get 16 random bits added, and are cut off. Element i takes word i % 4 of the Philox
-    counter (i // 4, 0, step, ROUNDING) under its row's key.
+    counter (i // 4, 0, step, ROUNDING) under its row's key. first: the number of the first element, a multiple of 4.
     """
-    blocks = torch.arange((value.shape[1] + 3) // 4, device=value.device)
+    blocks = torch.arange(first // 4, first // 4 + (value.shape[1] + 3) // 4, device=value.device)
     words = philox((key_N2[:, 0, None], key_N2[:, 1, None]), (blocks[None, :], 0, step_N[:, None], ROUNDING))
     random = torch.stack(words, -1).flatten(1)[:, : value.shape[1]] & 0xFFFF
     bits = value.float().view(torch.int32)

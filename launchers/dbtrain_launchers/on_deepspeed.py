@@ -5,14 +5,14 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dbtrain.errors import ConfigError
-from dbtrain.fleet.processes import descendants
+from dbtrain.errors import ConfigError, FleetError
 from dbtrain_launchers.plan import (
     Launcher,
     LaunchPlan,
@@ -25,6 +25,8 @@ from dbtrain_launchers.plan import (
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_S = 0.2
 """Seconds between looks at a request to stop."""
+REACH_S = 30.0
+"""Seconds in which a rank must appear that can be asked to stop: starting one takes some."""
 _THROUGH_A_SHELL = re.compile(r"[A-Za-z0-9_@+=:./-][A-Za-z0-9_@+=:./ -]*")
 _HOST_LINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\s+slots=\d+\s*(#.*)?|\s*(#.*)?")
 
@@ -101,22 +103,29 @@ def start(rendered: Rendered) -> int:
     return start_ranks(command)
 
 
-def start_ranks(command: Sequence[str]) -> int:
+def start_ranks(command: Sequence[str], reach_s: float = REACH_S) -> int:
     """The exit code of DeepSpeed's launcher, while a request to stop goes to this machine's ranks and not to it.
 
-    The launcher itself dies of USR1 and ends with 1 on TERM, whatever its ranks say. Ranks that it started by ssh on
-    other machines are not reached, but they stop with the others: a request is agreed on at each step.
+    The launcher itself dies of USR1 and ends with 1 on TERM, whatever its ranks say. Ranks on other machines stop with
+    this one's: a request is agreed on at each step. Raises FleetError if asked to stop while no rank is here.
     """
-    asked: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOPS}
+    asked: list[float] = []
+    before = {number: signal.signal(number, lambda *_: asked.append(time.monotonic())) for number in STOPS}
+    words = command[command.index("--module") + 1 :]
     try:
         launcher = subprocess.Popen(command)
         while launcher.poll() is None:
-            if asked:
+            if asked and ask_ranks(words):
                 asked.clear()
-                for rank in ranks_under(launcher.pid):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(rank, signal.SIGUSR1)
+            if asked and time.monotonic() - asked[0] > reach_s:
+                launcher.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    launcher.wait(reach_s)
+                raise FleetError(
+                    "asked to stop, but no rank of this run is on this machine, where it could be asked; the launcher "
+                    "was ended, and what its ranks did since their last checkpoint may be lost. Ask on a machine that "
+                    "has a rank: `pkill -USR1 -f dbtrain_launchers`"
+                )
             with contextlib.suppress(subprocess.TimeoutExpired):
                 launcher.wait(POLL_S)
     finally:
@@ -125,15 +134,27 @@ def start_ranks(command: Sequence[str]) -> int:
     return launcher.returncode if launcher.returncode >= 0 else 128 - launcher.returncode
 
 
-def ranks_under(pid: int) -> list[int]:
-    """Processes below a launcher that are ranks of ours."""
-    found = []
-    for child in descendants(pid):
+def ask_ranks(words: Sequence[str]) -> int:
+    """How many ranks of a run were asked to stop."""
+    reached = 0
+    for rank in ranks_here(words):
         with contextlib.suppress(OSError):
-            words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-            if b"dbtrain_launchers" in words and any(word.startswith(b"--local_rank") for word in words):
-                if b"deepspeed.launcher.launch" not in words:
-                    found.append(child)
+            os.kill(rank, signal.SIGUSR1)
+            reached += 1
+    return reached
+
+
+def ranks_here(words: Sequence[str]) -> list[int]:
+    """This machine's ranks of a run, by the words that they were started with: ranks that came by ssh stand under its
+    daemon and not under the launcher."""
+    wanted = [word.encode() for word in words]
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            line = (entry / "cmdline").read_bytes().split(b"\0")[:-1] if entry.name.isdigit() else []
+            rank = wanted[:1] + [part for part in line if part.startswith(b"--local_rank")] + wanted[1:]
+            if len(rank) > len(wanted) and line[-len(rank) :] == rank and b"deepspeed.launcher.launch" not in line:
+                found.append(int(entry.name))
     return found
 
 

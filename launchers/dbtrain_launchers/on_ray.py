@@ -7,8 +7,9 @@ import json
 import shlex
 import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,8 @@ from dbtrain.errors import FleetError
 from dbtrain.heads import guarded_head
 from dbtrain_launchers.plan import Launcher, LaunchPlan, Rendered, refuse
 
+POLL_S = 5.0
+"""Seconds between looks at a job whose log broke off."""
 EXCLUDES = (
     ".git", ".venv*", "venv", "__pycache__", "*.pyc", ".env*", "*.pem", "*.key", "id_rsa*", "id_ed25519*", ".netrc",
     ".ssh", ".aws", "auth_token", ".ray-token-*", "/data", "/photos", "/runs", "/demo", "/demo-out", "/shards",
@@ -50,6 +53,8 @@ def render(
         findings.append(f"--working-dir: got {str(working_dir)!r}, want a folder of this machine")
     if wheel is not None and working_dir is not None:
         findings.append("--wheel, --working-dir: give one of them; a wheel takes the working folder's place")
+    if working_dir is not None or wheel is not None:
+        findings += relative_findings(plan.words)
     if exclude and working_dir is None:
         findings.append("--exclude: needs --working-dir, as nothing is sent without it")
     refuse(findings)
@@ -69,6 +74,16 @@ def render(
         **({"submission_id": submission_id} if submission_id else {}),
     }
     return Rendered(("POST", f"{address.rstrip('/')}/api/jobs/"), json.dumps(request, indent=2) + "\n")
+
+
+def relative_findings(words: Sequence[str]) -> list[str]:
+    """What would be written into the folder that Ray unpacks for a job, and removes when it needs the room."""
+    pairs = [word.split("=", 1) if "=" in word else [word, *words[i + 1 : i + 2]] for i, word in enumerate(words)]
+    return [
+        f"{name} {value}: lies in the folder that Ray unpacks for the job, and later removes; give a path from / on"
+        for name, value in (pair for pair in pairs if len(pair) == 2)
+        if name in ("--out", "--ledger") and not value.startswith("/")
+    ]
 
 
 def start(rendered: Rendered) -> int:
@@ -105,8 +120,9 @@ def unpacked(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield request | {"runtime_env": request["runtime_env"] | {"working_dir": folder}}
 
 
-def follow(client: Any, job: str) -> int:
-    """The exit code of a job, whose log goes to standard output as it comes."""
+def follow(client: Any, job: str, poll_s: float = POLL_S) -> int:
+    """The exit code of a job, whose log goes to standard output as it comes; where that breaks off, the job's end is
+    waited for."""
     import asyncio
 
     async def show() -> None:
@@ -115,11 +131,17 @@ def follow(client: Any, job: str) -> int:
             sys.stdout.flush()
 
     try:
-        asyncio.run(show())
+        try:
+            asyncio.run(show())
+        except Exception as error:
+            sys.stderr.write(f"{job}: its log breaks off ({error}); waiting for its end\n")
+        while not (info := client.get_job_info(job)).status.is_terminal():
+            time.sleep(poll_s)
     except KeyboardInterrupt:
         client.stop_job(job)
         raise
-    info = client.get_job_info(job)
+    except (OSError, RuntimeError) as error:
+        raise FleetError(f"{job}: its head answers no more ({error}); it may go on, ask `ray job status`") from None
     if info.driver_exit_code is not None:
         return info.driver_exit_code
     if info.status == "SUCCEEDED":

@@ -105,9 +105,11 @@ def _body(plan: LaunchPlan, in_array: bool) -> str:
     return (_CLUSTER if plan.is_batch else _RANKS).replace("@OPTIONS@", options).replace("@WORDS@", words)
 
 
-# The trap stands before the step, so that no signal finds the shell without it.
+# The trap stands before the step, so that no signal finds the shell without it; asked before it began, a step never
+# begins.
 _TRAP = """
 step= asked=
+leave() { [ "$1" -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"; exit "$1"; }
 trap 'asked=yes; [ -n "$step" ] && kill -s USR1 "$step"' USR1 TERM
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -120,6 +122,7 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 _RANKS = """
 address=$(scontrol show node "$head" | grep -o 'NodeAddr=[^ ]*')
 export MASTER_ADDR="${address#NodeAddr=}" MASTER_PORT="$port"
+[ -z "$asked" ] || leave 75
 srun --kill-on-bad-exit=0 --wait=60 "$python" -m dbtrain_launchers @WORDS@ &
 """
 
@@ -143,16 +146,18 @@ if [ "$SLURM_NNODES" -gt 1 ]; then
   srun --overlap --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --exclude="$head" \\
     "${ray[@]}" start --address="$RAY_ADDRESS" @OPTIONS@ --block &
 fi
+[ -z "$asked" ] || leave 75
 "${on_head[@]}" "$python" -m dbtrain @WORDS@ &
 """
 
-# A trapped signal ends `wait` before the step is gone; the next `wait` gives the step's own code.
+# A trapped signal ends `wait` before the step is gone; the next `wait` gives the step's own code. A signal between the
+# step's start and its name is passed on late.
 _WAIT = """
 step=$!
+[ -z "$asked" ] || { asked=; kill -s USR1 "$step"; }
 wait "$step"; code=$?
 while [ -n "$asked" ]; do asked=; wait "$step"; code=$?; done
-[ "$code" -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
-exit "$code"
+leave "$code"
 """
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from dbtrain.bench import operators
 from dbtrain.bench.operators import LAUNCHES, Operators
 from dbtrain_kernels import OPS
+from tests.main_job import make_bank, small_config
 from tests.packing.small import Case, FixedBank, make_pack, start
 
 
@@ -49,19 +50,34 @@ def test_waits_are_seen(name, wait):
 
 
 @pytest.mark.parametrize(
-    "name, arguments, named, leaves",
+    "name, arguments, named, waits",
     [
         ("_to_copy", ("meta",), {"device": "cpu"}, True),
+        ("_to_copy", ("meta",), {"device": "cpu", "non_blocking": True}, True),
         ("_to_copy", ("cpu",), {"device": "cpu"}, False),
+        ("_to_copy", ("cpu",), {"device": "meta"}, True),
+        ("_to_copy", ("cpu",), {"device": "meta", "non_blocking": True}, False),
         ("_to_copy", ("meta",), {"dtype": torch.float32}, False),
         ("copy_", ("cpu", "meta"), {}, True),
-        ("copy_", ("meta", "cpu"), {}, False),
+        ("copy_", ("meta", "cpu"), {}, True),
+        ("copy_", ("meta", "meta"), {}, False),
     ],
 )
-def test_a_copy_to_the_host_is_a_wait(name, arguments, named, leaves):
+def test_a_copy_to_or_from_the_host_is_a_wait(name, arguments, named, waits):
     """The meta device stands for a GPU, since nothing can be copied off it."""
     tensors = [torch.ones(3, device=device) for device in arguments]
-    assert operators._leaves_the_device(name, tensors, named) == leaves
+    assert operators._crosses(name, tensors, named) == waits
+
+
+def test_drawing_a_packs_batch_waits_for_nothing():
+    """The next step's samples are picked while the last step runs. The meta device stands for a GPU; numbers that the
+    host reads are its own."""
+    made = make_bank(small_config("data.flip=true"))
+    for role in made.items:
+        made.moments[role] = torch.zeros(3, 2, 8, 4, 4, device="meta")
+    seen = counted(lambda: made.batch(3, range(2), "meta"))
+    assert seen.names["index"] >= 2 and seen.names["_to_copy"] > 4
+    assert set(seen.waits) <= {"_local_scalar_dense"}
 
 
 def test_a_packs_step_waits_for_nothing(monkeypatch):
@@ -87,14 +103,14 @@ def test_every_operation_has_its_launches():
 @pytest.mark.gpu
 def test_on_a_gpu_a_packs_step_waits_for_nothing():
     """CUDA itself says so: any wait inside the step is an error."""
-    from dbtrain.bench.step import make_rig
-    from dbtrain.configfile import load
+    from dbtrain import configfile
+    from dbtrain.bench.pack import load, packed
 
-    rig = make_rig(load("tiny", ["engine.kind=packed", "train.precision=bf16"]), 2)
-    rig.pack.advance(rig.batch)  # compiles and allocates
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        rig.pack.advance(rig.batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    config = configfile.load("tiny", ["engine.kind=packed", "engine.capture=off", "train.precision=bf16"])
+    with packed(load(config, False), config, 2) as rig:  # warm: compiled and allocated
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            rig.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

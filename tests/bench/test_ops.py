@@ -50,7 +50,7 @@ def test_the_inputs_fit_the_operations():
 
 
 def test_a_timed_table_is_printed():
-    timing = {"op": "loss", "shape": "x", "form": "fused", "ms": [1.0, 2.0, 3.0]}
+    timing = {"op": "loss", "shape": "x", "form": "fused", "replayed": True, "ms": [1.0, 2.0, 3.0]}
     timing |= {"copy_share": 0.5, "gemm_share": 0.01, "peak_mib": 3.0}
     top = {"copy_bytes_per_s": 3e12, "gemm_flop_per_s": 7e14}
     text = ops.table({"counts": [], "device": "a GPU", "ceilings": top, "timings": [timing]})
@@ -61,4 +61,8 @@ def test_a_timed_table_is_printed():
 def test_the_ceilings_are_those_of_a_gpu():
     top = ops.ceilings()
     assert top["copy_bytes_per_s"] > 1e11 and top["gemm_flop_per_s"] > 1e13
-    assert ops.quantiles_ms(lambda: torch.ones(1, device="cuda"), 5)[1] > 0
+    x = torch.ones(3, device="cuda")
+    replay, graphed = ops.replayed(lambda: x.add_(1))
+    before = x.clone()
+    assert ops.quantiles_ms(replay, 5)[1] > 0 and graphed and (x > before).all()
+    assert not ops.replayed(lambda: x.sum().item())[1]

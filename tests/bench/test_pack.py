@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from dbtrain.adapters import layers
 from dbtrain.bench import pack
@@ -12,13 +13,19 @@ from tests.main_job import small_config
 def test_solo_and_packs_in_turns(tmp_path):
     config = small_config("train.batch=1")
     base = pack.load(config, False)
-    with pack.packed(base, config.model_copy(update={"engine": packed_engine(config)}), 2) as step:
-        step()
-    assert not layers(base.models.denoiser)
+    settings = config.model_copy(update={"engine": packed_engine(config)})
+    flops = []
+    for size in (1, 2):
+        with pack.packed(base, settings, size) as rig:
+            before = rig.pack.engine.arenas[0]["master"].clone()
+            rig.step()
+            assert not torch.equal(rig.pack.engine.arenas[0]["master"], before)
+            flops.append(pack.count_flops(rig))
+    assert not layers(base.models.denoiser) and flops[1] == 2 * flops[0]
     result = pack.measure(config, pack.Plan([1, 2], steps=1, turns=1))
     assert result["steps"].keys() == {"solo", "pack 1", "pack 2"}
     for row in result["steps"].values():
-        assert row["cost_s"] > 0 and row["peak_bytes"] > 0 and row["mfu"] is None
+        assert row["cost_s"] > 0 and row["peak_bytes"] > 0 and 0 < row["mfu"] < 1
         assert row["times_solo"] == pytest.approx(result["steps"]["solo"]["cost_s"] / row["cost_s"])
     assert result["about"]["flops_a_subject_step"] > 1e6
     pack.write(tmp_path / "packs", result)

@@ -15,7 +15,7 @@ from dbtrain_kernels import OPS
 from dbtrain_kernels.dispatch import interpreting
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ["tests/contracts/test_op.py", *(f"tests/kernels/test_{name}.py" for name in OPS)]
+FILES = ["tests/contracts/test_op.py", *(f"tests/kernels/test_{name}.py" for name in (*OPS, "launches"))]
 START = "import sys, triton, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 

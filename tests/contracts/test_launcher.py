@@ -29,10 +29,10 @@ BATCH = [
     "--config",
     "sdxl_lora",
     "--out",
-    "runs/it's",
+    "/shared/it's",
     "sample.prompts=['a {subject}']",
 ]
-TRAIN = ["train", "photos.csv", "--subject", "rex", "--config", "tiny", "--out", "runs/rex"]
+TRAIN = ["train", "photos.csv", "--subject", "rex", "--config", "tiny", "--out", "/shared/rex"]
 CASES = {
     "deepspeed": (["--gpus", "8", "--nodes", "2", "--hostfile", "hosts", "--master-port", "29600"], TRAIN),
     "deepspeed_here": (["--gpus", "2", "--env", "NCCL_DEBUG=INFO x"], TRAIN),

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import math
 from collections import Counter
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbtrain.batch import Role
-from dbtrain.data.index import INDEX_NAME, Index, make_key, order, share, split_key
+from dbtrain.data.index import INDEX_NAME, Index, make_key, order, split_key
 from dbtrain.engines.engine import World, plan_batches
 from dbtrain.errors import DataError
 
@@ -73,17 +74,6 @@ def test_every_photo_is_used_exactly_once_an_epoch_though_ranks_come_and_go(coun
     assert set(Counter(used).values()) <= {epochs, epochs + bool(rest)}
 
 
-@settings(max_examples=100, deadline=None)
-@given(sizes=st.lists(st.integers(0, 9), max_size=6), ranks=st.integers(1, 5), workers=st.integers(1, 4))
-def test_ranks_and_workers_read_uneven_shards_exactly_once(sizes, ranks, workers):
-    """Five uneven shards over four ranks gave [17, 10, 10, 3] with WebDataset; here parts differ by one."""
-    rows = [(shard, number) for shard, size in enumerate(sizes) for number in range(size)]
-    parts = [share(rows, rank, ranks) for rank in range(ranks)]
-    read = [row for part in parts for worker in range(workers) for row in share(part, worker, workers)]
-    assert read == rows
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
 def test_nothing_to_draw_from_is_an_error():
     with pytest.raises(DataError, match="no prior samples"):
         order(0, 0, 1, 0, "cat", Role.PRIOR)
@@ -123,6 +113,9 @@ CONTRADICTIONS = {
     "gap": lambda i: change_row(i, 1, offset=i.rows[1].offset + 512),
     "negative length": lambda i: change_row(i, 1, length=-512),
     "text for a number": lambda i: change_row(i, 1, offset="0"),
+    "fraction for a number": lambda i: change_row(i, 1, offset=float(i.rows[1].offset)),
+    "fraction for a length": lambda i: change_row(i, 1, length=float(i.rows[1].length)),
+    "fraction for a size": lambda i: change_shard(i, size=float(i.shards[0].size)),
     "missing row": lambda i: dataclasses.replace(i, rows=i.rows[:-1]),
     "fewer in a shard": lambda i: change_shard(i, count=i.shards[0].count - 1),
     "size": lambda i: change_shard(i, size=i.shards[0].size + 512),
@@ -134,6 +127,17 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_an_index_at_odds_with_itself_is_refused_though_its_digest_is_right(shard_folder, tmp_path, name):
     CONTRADICTIONS[name](Index.load(shard_folder)).save(tmp_path)
+    with pytest.raises(DataError, match=r"index\.jsonl: is damaged"):
+        Index.load(tmp_path)
+
+
+@pytest.mark.parametrize("shard", [99, -99, None, "0", True])
+def test_a_row_of_no_shard_is_refused_though_the_digest_is_right(shard_folder, tmp_path, shard):
+    body = (shard_folder / INDEX_NAME).read_bytes().splitlines(keepends=True)[:-1]
+    row = json.loads(body[3])
+    body[3] = json.dumps([shard, *row[1:]]).encode() + b"\n"
+    digest = hashlib.sha256(b"".join(body)).hexdigest()
+    (tmp_path / INDEX_NAME).write_bytes(b"".join(body) + f'{{"sha256":"{digest}"}}\n'.encode())
     with pytest.raises(DataError, match=r"index\.jsonl: is damaged"):
         Index.load(tmp_path)
 

@@ -88,6 +88,12 @@ BAD_CELLS = [
     ({"caption": "a photo of a dog"}, "does not name the subject"),
     ({"caption": "{identifier}\x1b[31m"}, "control character"),
     ({"identifier": "two words"}, "column identifier"),
+    ({"subject": "a\ud800"}, "column subject: got 'a\\ud800', with half a character"),
+    ({"class": "dog\ud800"}, "column class: got 'dog\\ud800', with half a character"),
+    ({"caption": "{identifier}\udc80"}, "column caption: got"),
+    ({"identifier": "x\ud83d"}, "column identifier: got 'x\\ud83d', with half a character"),
+    ({"images": "\ud800"}, "got '\\ud800', which does not exist"),
+    ({"images": ["\ud800*"]}, "column images"),
     ({"seed": "-1"}, "column seed: got '-1', want a whole number from 0 up"),
     ({"seed": str(2**63)}, "column seed"),
     ({"seed": "1.5"}, "column seed"),
@@ -131,11 +137,13 @@ def test_duplicate_ids_name_both_rows(photo_folder):
     rows = [{"subject": name, "class": "cat", "images": "cat"} for name in ("Rex", "rex", "Rex")]
     with pytest.raises(DataError) as caught:
         read_manifest(write(photo_folder, "csv", rows))
-    first, second = str(caught.value).splitlines()
-    assert "m.csv:3" in first
-    assert "'rex' differs only by case from 'Rex' of row 2" in first
-    assert "m.csv:4" in second
-    assert "'Rex' repeats row 2" in second
+    first, second, third = str(caught.value).splitlines()
+    assert "m.csv:2" in first
+    assert "'Rex' differs only by case from 'rex' of row 3" in first
+    assert "m.csv:3" in second
+    assert "'rex' differs only by case from 'Rex' of row 2" in second
+    assert "m.csv:4" in third
+    assert "'Rex' repeats row 2" in third
 
 
 BAD_FILES = [

@@ -1,6 +1,8 @@
 """Where shards are read from: folders, and addresses whose scheme was allowed; nothing else, however it is spelt."""
 
+import shutil
 import sys
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -8,7 +10,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
 from dbtrain import cli
-from dbtrain.data.index import Index, share
+from dbtrain.data.index import Index
 from dbtrain.data.place import REMOTE, place_of
 from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DataError
@@ -49,9 +51,7 @@ def test_the_same_samples_come_from_every_place(shard_folder, bucket, scheme):
     rows = Index.load(address, [scheme]).rows
     assert rows == Index.load(shard_folder).rows
     assert list(read_samples(address, rows, [scheme])) == list(make_samples())
-    assert [one.key for one in read_samples(address, share(rows, 1, 3), [scheme])] == [
-        row.key for row in share(rows, 1, 3)
-    ]
+    assert [one.key for one in read_samples(address, rows[4:8], [scheme])] == [row.key for row in rows[4:8]]
     assert verify(address, [scheme]) == []
     memory.rm("/shards", recursive=True)
 
@@ -107,6 +107,18 @@ def test_other_addresses_are_refused_before_anything_is_opened(address, allowed,
     with pytest.raises(DataError, match="address"):
         place_of(address, allowed)
     assert verify(address, allowed) != []
+
+
+def test_a_path_is_a_folder_whatever_its_name(shard_folder, tmp_path, monkeypatch):
+    """As in `--out run:1`."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run:1", "s3:shards"):
+        shutil.copytree(shard_folder, name)
+        rows = Index.load(Path(name)).rows
+        assert list(read_samples(Path(name), rows)) == list(make_samples())
+        assert verify(Path(name)) == []
+        with pytest.raises(DataError, match="address"):
+            Index.load(name)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "", ".hidden", "x..y", "a\0b"])

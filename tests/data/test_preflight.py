@@ -1,12 +1,16 @@
+import json
+import os
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from dbtrain.batch import Subject
-from dbtrain.config import RunConfig, TrainConfig
+from dbtrain.config import RunConfig
 from dbtrain.data.manifest import read_manifest
 from dbtrain.data.preflight import preflight
+from dbtrain.families import load_tokenizer
+from dbtrain.registry import recorded_identifiers
 from tests.data.made import picture, png
 
 CONFIG = RunConfig()
@@ -37,26 +41,60 @@ def test_every_bad_photo_is_found_in_order_with_subject_file_and_remedy(photo_fo
     assert found[0].row() == {"subject": "a", "file": str(bad[0]), "what": found[0].what, "remedy": found[0].remedy}
 
 
-WARM = RunConfig(train=TrainConfig(steps=800, warmup_steps=100))
+@pytest.mark.parametrize("name", [b"\xe9.png", b"\x1b[31m.png"])
+def test_a_photos_name_cannot_upset_the_table_of_findings(tmp_path, name):
+    photo = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    photo.write_bytes(b"BM")
+    (finding,) = preflight([Subject("a", "cat", (photo,))], CONFIG)
+    assert finding.line().isprintable() and "is no JPEG" in finding.what
+    json.dumps(finding.row(), ensure_ascii=False).encode()
+
+
+PACKED = {"engine": {"kind": "packed"}, "prior": {"weight": 0}}
+FULL = {"train": {"method": "full"}}
+NO_IMAGES = {"prior": {"weight": 0, "images": 0}}
+WARM = {"train": {"steps": 800, "warmup_steps": 100}}
+LONG_CLASS = {"data": {"caption": "{identifier}"}}
 FIELDS = [
-    (Subject("../x", "cat", ("p",)), "id"),
-    (Subject("REX", "cat", ("p",)), "id"),
-    (Subject("rex", "cat", ("p",)), "id"),
-    (Subject("a", " ", ("p",)), "class"),
-    (Subject("a", "cat", ()), "images"),
-    (Subject("a", "cat", ("p",), steps=100), "steps"),
-    (Subject("a", "cat", ("p",), caption="{identifier} " + "very " * 80), "caption"),
+    ("steps", WARM, {"steps": 100}, "is 100, but train.warmup_steps is 100"),
+    ("rank", FULL, {"rank": 4}, "no effect"),
+    ("prior_weight", PACKED, {"prior_weight": 0.5}, "the subjects of a pack have priors all or none"),
+    ("prior_weight", NO_IMAGES, {"prior_weight": 0.5}, "prior.images is 0"),
+    ("caption", {}, {"caption": "{identifier} " + "very " * 80}, "tokens, 30 are read"),
+    ("class", LONG_CLASS, {"class_noun": "very " * 30}, "makes a caption of"),
+    ("identifier", {}, {"identifier": "dog"}, "'dog' is a word; the model would mix it with the subject"),
+    ("identifier", {}, {"identifier": "Dog"}, "is a word"),
+    ("identifier", {}, {"identifier": "elephant"}, "is one token of more than 3 characters"),
 ]
 
 
-@pytest.mark.parametrize(("subject", "place"), FIELDS)
-def test_every_field_is_checked(photo_folder, subject, place):
-    photo = photo_folder / "cat" / "p1.png"
-    images = tuple(photo for _ in subject.images)
-    subject = Subject(**{**vars(subject), "images": images})
-    found = preflight([Subject("rex", "cat", (photo,), steps=101), subject], WARM, lambda text: len(text.split()))
-    assert [finding.file for finding in found] == [place]
-    assert ("differs only by case" in found[0].what) == (subject.id == "REX")
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("embedded")
+
+
+@pytest.mark.parametrize(("place", "settings", "fields", "what"), FIELDS)
+def test_every_field_is_judged_under_the_runs_settings(photo_folder, tokenizer, place, settings, fields, what):
+    photos = (photo_folder / "cat" / "p1.png",)
+    sound = Subject("rex", "cat", photos, steps=101, identifier="sks")
+    bad = Subject(**{"id": "a", "class_noun": "cat", "images": photos, **fields})
+    (found,) = preflight([sound, bad], RunConfig.model_validate(settings), tokenizer)
+    assert (found.subject, found.file) == ("a", place)
+    assert what in found.what and found.remedy
+    asked = {name: value for name, value in fields.items() if name in ("rank", "steps", "prior_weight")}
+    assert preflight([Subject("a", "cat", photos, **asked)], CONFIG, tokenizer) == []
+
+
+def test_identifiers_that_others_were_given_are_found(tmp_path, tokenizer):
+    registry = tmp_path / "identifiers.jsonl"
+    given = recorded_identifiers(registry, tokenizer, [Subject("rex", "cat", ())])["rex"]
+    asking = [Subject("tom", "cat", (), identifier=given)]
+    assert preflight(asking, CONFIG, tokenizer) == []
+    configured = RunConfig.model_validate({"identifier": {"registry": str(registry)}})
+    for found in (preflight(asking, CONFIG, tokenizer, registry), preflight(asking, configured, tokenizer)):
+        assert [one.subject for one in found] == ["tom"]
+        assert f"identifier {given!r} was given to subject rex" in found[0].what
+    assert preflight([Subject("rex", "cat", (), identifier=given)], CONFIG, tokenizer, registry) == []
 
 
 def test_memory_stays_flat(tmp_path: Path):

@@ -1,8 +1,5 @@
 import dataclasses
 import hashlib
-import os
-import signal
-import sys
 
 import numpy as np
 import pytest
@@ -16,9 +13,8 @@ from dbtrain.data.shards import MARK, photo_samples, shard_manifest, write_shard
 from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DataError
 from tests.data.made import make_samples
+from tests.faults.campaigns import disturb
 
-OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.listdir", "os.scandir", "fcntl.flock")
-"""Audit events of the file operations at which a writer is killed."""
 CONFIG = RunConfig(data=DataConfig(resolution=32))
 
 
@@ -161,42 +157,14 @@ def test_a_second_writer_is_refused(tmp_path):
     assert verify(tmp_path) == []
 
 
-def killed_writer(out, operations):
-    """Status of a forked writer that kills itself at its n-th file operation in `out`; 0 if it lived to the end."""
-    samples = list(make_samples())
-    pid = os.fork()
-    if pid == 0:
-        left = operations
+def test_killed_at_every_file_operation_the_same_call_gives_the_same_folder(tmp_path):
+    out = tmp_path / "root" / "out"
 
-        def count(event, args):
-            nonlocal left
-            if event in OPERATIONS and (event == "fcntl.flock" or str(out) in str(args[0])):
-                left -= 1
-                if left < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        try:
-            write_shards(samples, out, max_bytes=10_000)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitpid(pid, 0)[1]
-
-
-def test_killed_at_every_file_operation_the_same_call_gives_the_same_folder(shard_folder, tmp_path):
-    sound = digests(shard_folder)
-    for operations in range(100):
-        out = tmp_path / str(operations)
-        status = killed_writer(out, operations)
-        if status == 0:
-            break
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        finished = (out / INDEX_NAME).exists()
-        if finished:
-            assert verify(out) == []
-        if not finished or (out / MARK).exists():
+    def work():
+        if (out / MARK).exists() or not (out / INDEX_NAME).exists():
             write_shards(make_samples(), out, max_bytes=10_000)
-        assert digests(out) == sound, operations
-    assert operations >= 20
-    assert digests(out) == sound
+        assert verify(out) == []
+
+    tally = disturb("shards", work, tmp_path / "root", "kill")
+    assert tally.wrong == []
+    assert tally.cases >= 20

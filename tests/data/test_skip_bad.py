@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from dbtrain import cli
 from dbtrain.config import RunConfig
 from dbtrain.data.index import Index
-from dbtrain.data.preflight import caption_tokens, sift
+from dbtrain.data.preflight import sift
 from dbtrain.data.shards import shard_manifest
 from dbtrain.data.stream import SKIPPED, verify
 from dbtrain.errors import DataError
@@ -39,11 +39,10 @@ def manifest(tmp_path):
 
 
 def test_sound_subjects_go_on_and_every_other_has_its_reasons(manifest):
-    tokens, limit = caption_tokens(load_tokenizer("embedded"))
-    subjects, findings = sift(manifest, CONFIG, tokens, limit)
+    subjects, findings = sift(manifest, CONFIG, load_tokenizer("embedded"))
     assert [subject.id for subject in subjects] == ["good", "fine"]
     lines = "\n".join(finding.line() for finding in findings)
-    for reason in ("bad id!", "differs only by case", "torn", f"tokens, {limit} are read", "cut short"):
+    for reason in ("bad id!", "differs only by case", "torn", "tokens, 30 are read", "cut short"):
         assert reason in lines
 
 
@@ -56,13 +55,24 @@ def test_shards_hold_the_sound_ones_and_say_who_is_missing(manifest, tmp_path):
     shard_manifest(manifest, tmp_path / "s", CONFIG, said.append, True, tokenizer)
     assert Index.load(tmp_path / "s").subjects == ("good", "fine")
     skipped = json.loads((tmp_path / "s" / SKIPPED).read_text())
-    assert {"torn", "wordy"} <= set(skipped) and all(skipped.values())
+    assert set(skipped) == {"torn", "twice", "TWICE", "wordy", "m.csv:4"} and all(skipped.values())
+    assert "differs only by case from 'TWICE' of row 6" in skipped["twice"][0]
+    assert "column subject: got 'bad id!'" in skipped["m.csv:4"][0]
     assert sum(line.startswith("left out: ") for line in said) == sum(map(len, skipped.values()))
     assert verify(tmp_path / "s") == []
     (tmp_path / "s" / SKIPPED).unlink()
     shard_manifest(manifest, tmp_path / "s", CONFIG, said.append, True, tokenizer)
     assert "nothing to do" in said[-1]
     assert json.loads((tmp_path / "s" / SKIPPED).read_text()) == skipped
+
+
+def test_settings_are_judged_though_the_shards_are_there(manifest, tmp_path):
+    """They may have been made under others; photos that are in them are not decoded again."""
+    manifest.write_text("subject,class,images,prior_weight\ngood,cat,good,0.5\nfine,dog,fine,\n")
+    shard_manifest(manifest, tmp_path / "s", CONFIG, str)
+    packed = {"data": {"resolution": 32}, "engine": {"kind": "packed"}, "prior": {"weight": 0}}
+    with pytest.raises(DataError, match="subject good: is 0.5 while prior.weight is 0"):
+        shard_manifest(manifest, tmp_path / "s", RunConfig.model_validate(packed), str)
 
 
 def test_nothing_sound_is_an_error(manifest, tmp_path):
@@ -79,6 +89,6 @@ def test_the_verb_lists_everything_and_writes_nothing(manifest):
     refused, skipping, as_json = run(), run("--skip-bad"), run("--skip-bad", "--json")
     assert (refused.exit_code, skipping.exit_code, as_json.exit_code) == (3, 0, 0)
     findings = json.loads(as_json.stdout)
-    assert len(findings) == refused.stderr.count("error: ") == skipping.stderr.count("left out: ") == 4
+    assert len(findings) == refused.stderr.count("error: ") == skipping.stderr.count("left out: ") == 5
     assert "2 subjects" in skipping.stdout
     assert {path: path.stat().st_mtime_ns for path in manifest.parent.rglob("*")} == before

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dbtrain.checkpoint import latest_checkpoint
+from dbtrain.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 from tests.main_job import ROOT, environment, small_config, write_job
 
 # Seconds each on an idle machine; a busy one has shown thirty times that.
@@ -108,7 +108,7 @@ def test_two_ranks_learn_what_one_rank_learns(folder, stage, method):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_training_moved_the_weights(folder, method):
     """Else the comparison above would compare starting points."""
-    state = latest_checkpoint(subject(folder, 1, 0, method) / "checkpoints", run_of(folder, 1, 0, method))[0].state
+    state = newest(folder, 1, 0, method).state
     moved = max(float((weight - state["ema"][name]).abs().max()) for name, weight in state["master"].items())
     assert moved > 20 * WEIGHT_ABS
 
@@ -117,13 +117,17 @@ def run_of(folder: Path, ranks: int, stage: int, method: str) -> str:
     return json.loads((subject(folder, ranks, stage, method) / "record.json").read_text())["run"]
 
 
+def newest(folder: Path, ranks: int, stage: int, method: str) -> Checkpoint:
+    root = subject(folder, ranks, stage, method) / "checkpoints"
+    return read_checkpoint(latest_checkpoint(root, run_of(folder, ranks, stage, method))[0])
+
+
 @pytest.mark.parametrize(("stage", "method"), COMBINATIONS)
 def test_checkpoints_of_two_ranks_are_those_of_one(folder, stage, method):
     """Masters, moments and EMA whole, whatever the sharding; the run's name does not know ranks or stages."""
     run = run_of(folder, 1, 0, method)
     assert run_of(folder, 2, stage, method) == run
-    one = latest_checkpoint(subject(folder, 1, 0, method) / "checkpoints", run)[0]
-    two = latest_checkpoint(subject(folder, 2, stage, method) / "checkpoints", run)[0]
+    one, two = newest(folder, 1, 0, method), newest(folder, 2, stage, method)
     assert one.step == two.step == 2
     assert one.state.keys() == two.state.keys() == {"master", "exp_avg", "exp_avg_sq", "ema"}
     for kind, tensors in one.state.items():

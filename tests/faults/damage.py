@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,20 +34,6 @@ def zero_sector(path: Path, chance: random.Random) -> str:
     content[start : start + SECTOR] = bytes(len(content[start : start + SECTOR]))
     path.write_bytes(content)
     return f"sector {start // SECTOR} zeroed"
-
-
-def garbage(path: Path, chance: random.Random) -> str:
-    """Other bytes of the same length."""
-    path.write_bytes(chance.randbytes(path.stat().st_size))
-    return "random bytes"
-
-
-def swap(first: Path, second: Path) -> None:
-    """Two files change names."""
-    aside = first.with_name(first.name + ".aside")
-    first.rename(aside)
-    second.rename(first)
-    aside.rename(second)
 
 
 DAMAGES: dict[str, Callable[[Path, random.Random], str]] = {
@@ -89,9 +74,3 @@ def read_only(folder: Path) -> Iterator[Path]:
 def as_nobody(command: list[str]) -> list[str]:
     """A command as it is run by an ordinary user, whom permissions bind; root needs this, others are one already."""
     return ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command] if os.getuid() == 0 else command
-
-
-def copy_of(folder: Path, target: Path) -> Path:
-    """A fresh copy to harm."""
-    shutil.rmtree(target, ignore_errors=True)
-    return Path(shutil.copytree(folder, target))

@@ -1,7 +1,8 @@
 """Faults on order: what a process does to its files is counted, and the n-th operation is made to go wrong.
 
 Nothing of this is in the program. A child process is patched (`os.replace`, `os.fsync`, `open`, `safetensors` ...), and
-only what it does below one folder counts, so that the numbering is the same each time. Actions:
+only what it does below one folder counts, so that the numbering is the same each time. Where several threads work, who
+comes to the n-th may differ, and every operation is struck all the same. Actions:
 
 - `kill`: SIGKILL just before the operation; a write is torn in the middle.
 - `cut`: the same, and everything that was not yet synced to the disk is lost, as in a power cut.
@@ -24,6 +25,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -61,7 +63,7 @@ class Injector:
 
     def __init__(self, fault: Fault | None, root: Path, log: Path | None = None):
         self.fault, self.root = fault, os.path.realpath(root)
-        self.count, self.unsynced = 0, set[str]()
+        self.count, self.counting, self.unsynced = 0, threading.Lock(), set[str]()
         self.log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if log else None
         self.owner = os.getpid()
         self.real = {name: getattr(os, name) for name in ("open", "write", "kill", "truncate")}
@@ -82,8 +84,9 @@ class Injector:
             self.real["write"](self.log, f"{kind} {os.path.relpath(path, self.root)}\n".encode())
         if self.fault is None or kind not in self.fault.kinds:
             return False
-        self.count += 1
-        return self.count == self.fault.at or (self.fault.forever and self.count > self.fault.at > 0)
+        with self.counting:
+            self.count += 1
+            return self.count == self.fault.at or (self.fault.forever and self.count > self.fault.at > 0)
 
     def strike(self, path: str) -> None:
         """The fault itself: the end of this process, or an OSError."""
@@ -93,7 +96,7 @@ class Injector:
             return
         if self.fault.action in ("kill", "cut"):
             if self.fault.action == "cut":
-                for lost in self.unsynced:
+                for lost in tuple(self.unsynced):
                     if os.path.isfile(lost):
                         self.real["truncate"](lost, 0)
             os.kill(os.getpid(), signal.SIGKILL)

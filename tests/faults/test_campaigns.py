@@ -26,9 +26,10 @@ def test_struck_work_done_again_is_the_undisturbed_work(works, tmp_path, part, s
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_whole_run_struck_here_and_there_ends_in_the_same_files(works, tmp_path):
-    work = works.train(tmp_path / "root")
-    tally = campaigns.disturb("train", work, tmp_path / "root", "kill", 41)
+@pytest.mark.parametrize("part, stride", [("train", 41), ("packed", 67)])
+def test_a_whole_run_struck_here_and_there_ends_in_the_same_files(works, tmp_path, part, stride):
+    work = getattr(works, part)(tmp_path / "root")
+    tally = campaigns.disturb(part, work, tmp_path / "root", "kill", stride)
     clean(tally, 3)
     assert tally.operations > 100
 

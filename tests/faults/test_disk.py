@@ -8,8 +8,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dbtrain import cli
 from dbtrain.atomic import LOCK, file_digest, held
+from dbtrain.errors import disk_trouble
 from tests.faults.campaigns import Works, half_written, result_of
 from tests.faults.damage import as_nobody, read_only, small_disk
 from tests.faults.kit import Fault, forked
@@ -120,6 +123,32 @@ def test_a_request_to_stop_is_75_in_every_phase_and_loses_nothing(works, finishe
     again = forked(works.train(root), None, root)
     assert again.code == 0, again.stderr
     assert result_of(root) == result_of(finished)
+
+
+WRONG_PATHS = [
+    (["shard", "make", "m.csv", "--out", "file"], "file: File exists; something else has that name"),
+    (["shard", "make", "m.csv", "--out", "file/sub"], "file/sub: Not a directory; a part of the path is a file"),
+    (["train", "m.csv", "--subject", "rex", "--config", "tiny", "--out", "file"], "file: File exists"),
+    (["train", "m.csv", "--subject", "rex", "--config", "tiny", "--out", "file/sub"], "file/sub: Not a directory"),
+]
+
+
+@pytest.mark.parametrize("words, told", WRONG_PATHS)
+def test_a_path_that_cannot_be_is_one_line(tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    write_job(tmp_path, subjects="rex:dog")
+    (tmp_path / "photos.csv").rename("m.csv")
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 3
+    assert done.stderr.startswith(f"error: {told}") and done.stderr.count("\n") == 1
+    assert isinstance(CliRunner().invoke(cli.app, ["--traceback", *words]).exception, OSError)
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    """A lookup among files that names no file is nothing that a user could mend."""
+    assert disk_trouble(FileNotFoundError("no such entry")) is None
+    assert disk_trouble(KeyError("no such entry")) is None
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_path):

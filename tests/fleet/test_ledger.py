@@ -8,14 +8,16 @@ import sys
 import time
 
 import pytest
+from safetensors import SafetensorError
 
-from dbtrain.errors import ConfigError, DataError, FleetError
+from dbtrain.errors import ConfigError, DataError, FleetError, StopRequested
 from dbtrain.fleet.export import write_rows
-from dbtrain.fleet.ledger import Lease, Ledger, file_system, find_ledger
+from dbtrain.fleet.inbox import request, take_requests
+from dbtrain.fleet.ledger import VERSION, Lease, Ledger, file_system, find_ledger, is_driven, is_remote
 from dbtrain.fleet.processes import born, descendants, holders
-from dbtrain.fleet.requests import apply, request, requests_in
-from dbtrain.fleet.status import read_rows, summarize_run
+from dbtrain.fleet.status import Screen, read_rows, summarize_run, table
 from dbtrain.fleet.trainer import Charges, explain
+from dbtrain.fleet.worker import Worker
 
 RESULT = {"run": "r", "files": {"a": "d"}, "seconds": 2.0, "gpu_seconds": 3.0, "stages_s": {"train": 2.0}}
 WAITS = {"state": "waiting", "failures": 1, "losses": 0, "pack": None, "cause": "crash", "reason": "died of SIGABRT"}
@@ -115,11 +117,74 @@ def test_requests_apply_now_or_wait_for_the_driver(ledger, tmp_path):
         request(tmp_path, "retry", ["zebra"])
     lease = Lease(tmp_path)
     assert request(tmp_path, "cancel", ["s3"]) is None
-    ((_, asked),) = requests_in(tmp_path)
-    with ledger.commit():
-        assert apply(ledger, asked) == [(3, "dog")]
-        assert apply(ledger, asked) == []
+    (letter,) = (tmp_path / "requests").iterdir()
+    twice = letter.read_bytes()
+    assert take_requests(ledger, tmp_path) == [("cancel", [(3, "dog")])]
+    assert take_requests(ledger, tmp_path) == [], "a request is taken once"
+    letter.write_bytes(twice)  # a driver was killed between its commit and the removal
+    assert take_requests(ledger, tmp_path) == [("cancel", [])]
     lease.release()
+
+
+def test_a_look_at_a_lease_keeps_nobody_from_it(tmp_path):
+    """Many look whether a run is driven while drivers come and go; each look holds the lock for an instant."""
+    Lease(tmp_path).release()
+    code = (
+        "import sys; from pathlib import Path; from dbtrain.fleet.ledger import is_driven\n"
+        "print(1, flush=True)\n"
+        "while True: is_driven(Path(sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    lookers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for looker in lookers:
+            looker.stdout.readline()
+        for _ in range(300):
+            Lease(tmp_path).release()
+    finally:
+        for looker in lookers:
+            looker.kill()
+            looker.wait()
+    assert not is_driven(tmp_path)
+
+
+def test_what_is_asked_for_finished_subjects_is_kept_by_name_and_settings(ledger, tmp_path):
+    quick, thorough = {"generate": "", "evaluate": "quick"}, {"evaluate": "thorough"}
+    with ledger.commit():
+        ledger.start(1, [0, 3], "w1")
+        ledger.finish(0, 1, RESULT), ledger.finish(3, 1, RESULT)
+        assert [row[0::2] for row in ledger.open_after(quick)] == [
+            (0, "generate"), (0, "evaluate"), (3, "generate"), (3, "evaluate"),
+        ]  # fmt: skip
+        ledger.note_after(0, "generate", "", "done")
+        ledger.note_after(0, "evaluate", "quick", "done")
+        ledger.note_after(3, "evaluate", "quick", "IndexError: x")
+        assert ledger.open_after(quick) == [(3, "dog", "generate")]
+        assert [row[0] for row in ledger.open_after(thorough)] == [0, 3]
+        ledger.retry_after(quick)
+        assert ledger.open_after(quick) == [(3, "dog", "generate"), (3, "dog", "evaluate")]
+    assert summarize_run(tmp_path)["after"] == {
+        "evaluate": {"done": 1, "failed": 0}, "generate": {"done": 1, "failed": 0},
+    }  # fmt: skip
+    assert read_rows(tmp_path)[0]["after"] == {"generate": "done", "evaluate": "done"}
+
+
+def test_reasons_are_words_and_no_markup_and_a_table_begins_with_the_first_summary(ledger, tmp_path, capsys):
+    from rich.console import Console
+
+    with ledger.commit():
+        ledger.start(1, [0], "w1")
+        ledger.fail(0, 1, {**WAITS, "state": "quarantined", "reason": "RuntimeError: [/pytorch/x] closed [bold"})
+    with open(os.devnull, "w") as nowhere:
+        console = Console(width=140, record=True, file=nowhere)
+        console.print(table(summarize_run(tmp_path)))
+    assert "RuntimeError: [/pytorch/x] closed [bold" in console.export_text()
+
+    screen = Screen(tmp_path, quiet=False)
+    assert screen.live is None
+    screen.say("[/x] waits")
+    screen.close(summarize_run(tmp_path))
+    assert capsys.readouterr().err == "[/x] waits\n"
 
 
 def test_rows_summary_and_tables_of_a_run(ledger, tmp_path):
@@ -149,7 +214,7 @@ def test_a_folder_without_a_run_is_an_error_and_is_left_empty(tmp_path):
 
 def test_a_ledger_of_another_format_is_refused(tmp_path):
     sqlite3.connect(tmp_path / "ledger.sqlite").executescript("PRAGMA user_version=7").close()
-    with pytest.raises(DataError, match="has format 7, this dbtrain knows 1"):
+    with pytest.raises(DataError, match=f"has format 7, this dbtrain knows {VERSION}"):
         Ledger(tmp_path)
 
 
@@ -158,14 +223,26 @@ def test_a_ledger_may_lie_elsewhere(tmp_path):
     assert find_ledger(tmp_path) == tmp_path / "local"
 
 
-MOUNTS = "/dev/sda / ext4 rw 0 0\nserver:/x /data nfs4 rw 0 0\n/dev/sdb /data/my\\040disk xfs rw 0 0\n"
+MOUNTS = (
+    "/dev/sda / ext4 rw 0 0\nserver:/x /data nfs4 rw 0 0\n/dev/sdb /data/my\\040disk xfs rw 0 0\n"
+    "//s/x /data/Größe cifs rw 0 0\n"
+)
 
 
 @pytest.mark.parametrize("path, kind", [
     ("/srv/a", "ext4"), ("/data/runs", "nfs4"), ("/database", "ext4"), ("/data/my disk/run", "xfs"),
+    ("/data/Größe/run", "cifs"),
 ])  # fmt: skip
 def test_the_file_system_of_a_path(path, kind):
     assert file_system(path, MOUNTS) == kind
+
+
+@pytest.mark.parametrize("kind, remote", [
+    ("ext4", False), ("overlay", False), ("fuseblk", False), ("fuse.fuse-overlayfs", False), ("nfs4", True),
+    ("fuse.gcsfuse", True), ("fuse.rclone", True), ("fuse.sshfs", True), ("beegfs", True),
+])  # fmt: skip
+def test_buckets_and_other_machines_disks_are_remote(kind, remote):
+    assert is_remote(kind) is remote
 
 
 def test_a_remote_file_system_is_refused_with_the_way_out(tmp_path, monkeypatch):
@@ -186,12 +263,37 @@ def test_charges_sum_to_the_time_that_passed():
         assert slots > 1 or costs[0] == 0.0
 
 
+def caused(error, by):
+    error.__cause__ = by
+    return error
+
+
 @pytest.mark.parametrize("error, cause", [
     (MemoryError(), "oom"), (RuntimeError("CUDA out of memory. Tried"), "oom"), (OSError(28, "No space left"), "disk"),
     (DataError("bad shard"), "error"), (KeyError("x"), "error"),
+    (OSError(5, "Input/output error"), "disk"), (OSError(116, "Stale file handle", "a"), "disk"),
+    (PermissionError(13, "Permission denied", "a"), "disk"),
+    (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk"),
+    (caused(DataError("shard cannot be read"), OSError(5, "Input/output error")), "disk"),
+    (FileNotFoundError(2, "No such file or directory", "a"), "error"),
+    (caused(DataError("no shard"), FileNotFoundError(2, "No such file or directory", "a")), "error"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6044."), "lost"),
+    (ConnectionResetError(104, "Connection reset by peer"), "lost"),
+    (StopRequested("stopped on request"), "stopped"),
 ])  # fmt: skip
 def test_causes_of_errors(error, cause):
     assert explain(error)[0] == cause
+
+
+def test_a_published_file_that_the_disk_does_not_give_back_blames_nobody(tmp_path):
+    """/proc/self/mem gives EIO to whoever reads its first byte."""
+    (tmp_path / "subjects" / "a").mkdir(parents=True)
+    (tmp_path / "subjects" / "a" / "w").symlink_to("/proc/self/mem")
+    (tmp_path / "subjects" / "a" / "record.json").write_text(json.dumps({"files": {"w": "0"}}))
+    told = Worker("w", str(tmp_path), 20)._checked(1, 0, "a", 1.0)
+    assert told[:4] == ("failed", 1, 0, "disk") and "the disk or network share failed" in told[4]
+    (tmp_path / "subjects" / "a" / "w").unlink()
+    assert Worker("w", str(tmp_path), 20)._checked(1, 0, "a", 1.0)[3] == "error"
 
 
 def test_a_guard_kills_what_outlives_its_driver(tmp_path):

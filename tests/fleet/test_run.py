@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -9,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from dbtrain.fleet.ledger import Lease
-from dbtrain.fleet.processes import born
+from dbtrain.fleet.processes import born, parent_of
 from dbtrain.fleet.status import read_rows
 from tests.fleet.fleet_run import (
     ask,
@@ -148,23 +149,81 @@ def test_poison(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_gang(tmp_path):
-    """Two processes train one subject with ZeRO; a dead member takes the gang down and up again. Then SIGTERM."""
-    words = [*write_small(tmp_path, "a:dog b:dog c:dog", "train.batch=2", "engine.zero.stage=2"), "--gang", "2"]
+    """Two processes train one subject with ZeRO; a killed member takes the gang down and up again, and nobody is blamed
+    though the other member sees an error first. Then SIGTERM. Results are those of an undisturbed run."""
+    words = [*write_small(tmp_path, "hold-a:dog b:dog", "train.batch=2", "engine.zero.stage=2"), "--gang", "2"]
     words[words.index("--workers") + 1] = "1"
-    out = tmp_path / "out"
-    driver = start(words, out)
-    wait_for(lambda: "running" in states(out).values(), driver, out)
-    kill(processes(driver.pid)["trainer"][-1])
-    wait_for(lambda: "finished" in states(out).values(), driver, out)
-    driver.send_signal(signal.SIGTERM)
+    calm, out = tmp_path / "calm", tmp_path / "out"
+    finish(start(words, calm), calm)
+
+    out.mkdir()
+    (out / "hold").touch()
+    driver = start(words, out, poison=True)
+    wait_for((out / "held").exists, driver, out)
+    survivor, victim = sorted(processes(driver.pid)["trainer"], key=lambda pid: os.readlink(f"/proc/{pid}/fd/1"))
+    birth, actor = born(survivor), parent_of(parent_of(victim))
+    os.kill(actor, signal.SIGSTOP)  # so that the survivor's error is heard before the word of the kill
+    kill(victim)
+    (out / "hold").unlink()
+    wait_for(lambda: born(survivor) != birth, driver, out)
+    time.sleep(0.5)
+    (out / "held").unlink()
+    (out / "hold").touch()
+    os.kill(actor, signal.SIGCONT)
+    wait_for((out / "held").exists, driver, out)
+    assert ask(out, "SELECT cause, reason FROM attempts WHERE cause!='unbegun'") == [("killed", "died of SIGKILL")]
+    assert ask(out, "SELECT failures, losses FROM subjects WHERE id='hold-a'") == [(0, 1)]
+
     below = {pid: born(pid) for pid in processes(driver.pid)["all"]}
-    assert driver.wait(60) in (75, 0)
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(60) == 75, said(out)
     assert survivors(below) == []
     assert "running" not in states(out).values()
+    (out / "hold").unlink()
     finish(start(words, out), out)
     assert set(states(out).values()) == {"finished"}
     records = [json.loads(path.read_text()) for path in out.glob("subjects/*/record.json")]
     assert {(record["world_size"], record["zero_stage"]) for record in records} == {(2, 2)}
+    assert digests(out) == digests(calm)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_packs_are_of_one_size_whatever_happens(tmp_path):
+    """Two workers, a kill, and a subject tried alone after a crash: every result is that of one worker's calm run."""
+    names = " ".join(["once-a:dog", "hold-b:dog", *(f"s{number}:dog" for number in range(5))])
+    packed = ("engine.kind=packed", "engine.packed.size=3", "train.method=lora")
+    words = write_small(tmp_path, names, *packed)
+    calm, out = tmp_path / "calm", tmp_path / "out"
+    finish(start(words, calm, "--workers", "1"), calm)
+
+    out.mkdir()
+    (out / "hold").touch()
+    driver = start(words, out, poison=True)
+    wait_for((out / "held").exists, driver, out)
+    for trainer in processes(driver.pid)["trainer"]:
+        kill(trainer)
+    (out / "hold").unlink()
+    finish(driver, out)
+    assert set(states(out).values()) == {"finished"}
+    assert "killed" in dict(ask(out, "SELECT cause, count(*) FROM attempts GROUP BY 1"))
+    records = [json.loads(path.read_text()) for path in out.glob("subjects/*/record.json")]
+    assert [record["pack_size"] for record in records] == [3] * 7
+    assert digests(out) == digests(calm)
+
+
+@pytest.mark.slow
+def test_a_base_that_cannot_be_loaded_ends_the_run_and_shows(tmp_path):
+    words, out = write_small(tmp_path, "a:dog"), tmp_path / "out"
+    place = next(number for number, word in enumerate(words) if word.startswith("model.path="))
+    shutil.copytree(words[place].partition("=")[2], tmp_path / "sd")
+    for weights in (tmp_path / "sd" / "unet").glob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:100])
+    words[place] = f"model.path={tmp_path / 'sd'}"
+    finish(start(words, out), out, 5)
+    assert "its trainer cannot start" in said(out)
+    status = json.loads(batch("status", out, "--json").stdout)
+    assert (status["state"], status["driven"], status["subjects"]["waiting"]) == ("failed", False, 1)
 
 
 def test_a_lease_is_held_by_one_and_freed_by_death(tmp_path):

@@ -1,9 +1,12 @@
 """AdamW over rows against torch.optim.AdamW, clipping and EMA run alone for each row, in float64."""
 
+import importlib.util
+
 import pytest
 import torch
 
 from dbtrain.randomness import Purpose
+from dbtrain_kernels import reference
 from dbtrain_kernels.adamw import _layout_problem, adamw
 from dbtrain_kernels.cases import on
 from dbtrain_kernels.reference import ROUNDING, round_at_random
@@ -162,11 +165,51 @@ def test_rounding_keeps_infinities_and_nan():
     assert got[0] == torch.inf and got[1] == -torch.inf and got[2].isnan() and got[3] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_in_parts_is_the_update_of_the_whole(dtype, monkeypatch):
+    """On a CPU an arena is updated in parts that its cache holds; no bit of the result tells."""
+    rows, count = 2, 4 * 90 + 3
+    drawn = torch.randn((4, rows, count), generator=torch.Generator().manual_seed(5))
+
+    def updated(cached):
+        monkeypatch.setattr(reference, "CACHED", cached)
+        master, ema = drawn[0].to(dtype, copy=True), drawn[0].clone()
+        exp_avg, exp_avg_sq = drawn[1].clone(), drawn[2].square()
+        row_N = torch.ones(rows, dtype=torch.float64)
+        settings = (torch.tensor([3, 5]), row_N * 1e-2, row_N * 0.5, row_N * 0.1, torch.tensor([True, True]))
+        keys = torch.tensor([[1, 2], [3, 4]]) if dtype == torch.bfloat16 else None
+        compute = torch.zeros_like(master, dtype=torch.bfloat16)
+        reference.adamw(master, drawn[3], exp_avg, exp_avg_sq, *settings, 0.9, 0.99, 1e-8, ema, 0.9, compute, keys)
+        return master, exp_avg, exp_avg_sq, ema, compute
+
+    assert len(reference._parts(drawn[0])) == 1
+    whole, parts = updated(2**20), updated(2 * 40)
+    assert len(reference._parts(drawn[0])) == 10
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+
+
 def test_the_stream_of_rounding_has_its_own_purpose():
     assert ROUNDING == Purpose.ROUNDING
 
 
-@pytest.mark.parametrize("wrong", ["too long", "not contiguous"])
-def test_what_the_kernel_cannot_take_is_named(wrong):
-    arena = {"too long": torch.empty(1, 2**31, device="meta"), "not contiguous": torch.empty(4, 4).T}[wrong]
-    assert {"too long": "counts to", "not contiguous": "not contiguous"}[wrong] in _layout_problem(master=arena)
+WRONG = {
+    "counts to": lambda: torch.empty(1, 2**31, device="meta"),
+    "second side": lambda: torch.empty(2**16, 1, device="meta"),
+    "not contiguous": lambda: torch.empty(4, 4).T,
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_what_the_kernel_cannot_take_is_named(said):
+    assert said in _layout_problem(master=WRONG[said]())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_largest_arenas_fit_a_grid():
+    """CUDA refuses a second side above 65,535, which neither the interpreter nor the compiler tells."""
+    from dbtrain_kernels.adamw_triton import BLOCK, NORM_BLOCK, grid
+
+    for rows, elements in ((1, 2**31 - 1), (2**16 - 1, 1024), (8, 93_000_000)):
+        for block in (BLOCK, NORM_BLOCK):
+            first, second = grid(rows, elements, block)
+            assert first < 2**31 and second < 2**16 and first * block >= elements and second == rows

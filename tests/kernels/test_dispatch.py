@@ -95,11 +95,11 @@ SIGNATURES = {
         },
     ),
     "lora_triton.shrink": (
-        "*bf16 *fp32 *fp32 *fp32 i32 i32 i32 i32 i32",
+        "*bf16 *fp32 *fp32 *fp32 i32 i32 i32 i64 i32 i32",
         {"PRODUCTS": "bf16", "RANK": 16, "TOKENS": 64, "DEEP": 64},
     ),
     "lora_triton.expand": (
-        "*fp32 *fp32 *bf16 *bf16 i32 i32 i32 i32 i32",
+        "*fp32 *fp32 *bf16 *bf16 i32 i32 i32 i64 i32 i32",
         {"PRODUCTS": "bf16", "RANK": 16, "ADD": True, "TOKENS": 64, "WIDE": 64},
     ),
     "lora_triton.add_parts": ("*fp32 *bf16 i32 i32", {"BLOCK": 1024}),

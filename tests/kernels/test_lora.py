@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from dbtrain_kernels import lora as module
 from dbtrain_kernels.cases import lora as cases
 from dbtrain_kernels.cases import on
-from dbtrain_kernels.dispatch import choose
-from dbtrain_kernels.lora import MAX_RANK, lora
+from dbtrain_kernels.dispatch import Choice
+from dbtrain_kernels.lora import MAX_RANK, by_row, lora
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -19,7 +20,7 @@ def results(inputs):
     output = lora(**inputs)
     cotangent = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape)
     gradients = torch.autograd.grad(output, [inputs[name] for name in names], cotangent)
-    return {"output": output.detach(), **dict(zip(names, gradients))}
+    return {"output": output.detach(), "cotangent": cotangent, **dict(zip(names, gradients))}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -36,8 +37,11 @@ def test_each_adapter_sees_only_its_segment(case, device):
         want = cut["base"].double() + cut["scale_N"].double() * (x @ down.T) @ up.T
         got = whole["output"][n * share : (n + 1) * share]
         assert (got.double() - want).norm() < 1e-6 * want.norm()
-        # The cotangent of a part is the whole's part, so its gradients are too.
-        assert whole["down_NRD"][n].isfinite().all() and whole["down_NRD"][n].abs().sum() > 0
+        cotangent = whole["cotangent"][n * share : (n + 1) * share].double().reshape(-1, up.shape[0])
+        tokens, scale = x.reshape(-1, down.shape[1]), cut["scale_N"].double()
+        wanted = {"up_NDR": scale * cotangent.T @ (tokens @ down.T), "down_NRD": scale * (cotangent @ up).T @ tokens}
+        for name, gradient in wanted.items():
+            assert (whole[name][n].double() - gradient).norm() < 1e-6 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -60,9 +64,24 @@ def test_an_input_of_another_dtype_is_taken_in_the_outputs():
         assert lora(**inputs).dtype == torch.bfloat16
 
 
-def test_a_rank_that_is_too_high_says_so(monkeypatch):
-    from dbtrain_kernels import dispatch
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", [cases()[0], cases()[5], cases()[-1]], ids=lambda case: case.name)
+def test_matrices_that_are_views_of_an_arena_are_read_where_they_are(case, device):
+    """Rows of a pack's arena lie far apart."""
+    plain, views = on(device, case.inputs()), on(device, case.inputs())
+    for name in ("down_NRD", "up_NDR"):
+        matrices = views[name]
+        arena = torch.full((len(matrices), matrices[0].numel() + 5), torch.nan, dtype=matrices.dtype, device=device)
+        views[name] = arena[:, 3:-2].view(matrices.shape).copy_(matrices).detach()
+        assert len(matrices) == 1 or not views[name].is_contiguous()
+        assert by_row(views[name]) is views[name]
+    got, want = results(views), results(plain)
+    assert {name: torch.equal(got[name], want[name]) for name in want} == dict.fromkeys(want, True)
 
-    monkeypatch.setattr(dispatch, "triton_problem", lambda: None)
-    with pytest.warns(UserWarning, match="lora runs as plain PyTorch, because the rank is 129"):
-        assert not choose("lora", "cuda", f"the rank is {MAX_RANK + 1}, over {MAX_RANK}").fused
+
+@pytest.mark.parametrize("rank, fused", [(MAX_RANK, True), (MAX_RANK + 1, False)])
+def test_a_rank_that_is_too_high_goes_the_plain_way(rank, fused, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "choose", lambda name, device, problem: asked.append(problem) or Choice(False, ""))
+    lora(torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(1, rank, 2), torch.zeros(1, 3, rank), torch.ones(1))
+    assert asked == [None if fused else f"the rank is {rank}, over {MAX_RANK}"]

@@ -147,6 +147,19 @@ def test_a_slurm_run_that_asks_for_it_is_requeued(place, code, requeued):
     assert (done.returncode, (place / "words" / "requeued").exists()) == (code, requeued)
 
 
+@pytest.mark.parametrize("words", [["train", "x"], ["batch", "run", "x"]])
+def test_a_slurm_run_that_is_asked_to_stop_before_it_began_is_requeued_and_never_begins(place, words):
+    """SLURM's signal comes while the script still looks for its nodes."""
+    early = SCONTROL.replace("#!/bin/bash", '#!/bin/bash\n[ "$2" = hostnames ] && kill -USR1 $PPID')
+    for name, text in (("python", DONE_PYTHON), ("srun", SRUN), ("scontrol", early)):
+        stand_in(place, name, text)
+    made = rendered("slurm", make_plan(words))
+    done = obey(place, ["bash", "-s"], made.stdin, **slurm_environment(place))
+    assert (done.returncode, (place / "words" / "requeued").exists()) == (75, True), done.stderr
+    begun = given(place, "python") if (place / "words" / "python.words").exists() else []
+    assert "x" not in begun
+
+
 def test_a_ray_job_gets_the_words_through_its_shell(place):
     stand_in(place, "python", RECORD)
     made = rendered("ray", make_plan(WORDS, [f"{key}={value}" for key, value in ENV.items()]))

@@ -2,8 +2,12 @@
 
 import json
 import stat
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +16,7 @@ from dbtrain.errors import ConfigError, FleetError
 from dbtrain_launchers import LAUNCHERS, on_deepspeed, on_ray
 from dbtrain_launchers.plan import Rendered, make_plan
 from tests.contracts.test_launcher import rendered
+from tests.main_job import environment
 
 PLAN = make_plan(["train", "photos.csv"])
 
@@ -46,6 +51,50 @@ def test_deepspeeds_code_comes_back(monkeypatch, tmp_path):
     stand_in(tmp_path, "deepspeed", 75)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert LAUNCHERS["deepspeed"].start(rendered("deepspeed", PLAN)) == 75
+
+
+LAUNCHER = """#!/bin/sh
+# As over ssh: the rank stands under another process than this launcher.
+setsid "{python}" -c "{rank}" dbtrain_launchers --local_rank=0 train photos.csv --out x &
+echo $! > {folder}/rank
+wait $!
+"""
+RANK = (
+    "import signal, time, pathlib; "
+    "signal.signal(signal.SIGUSR1, lambda *_: exit(75)); "
+    "pathlib.Path('{folder}/up').touch(); time.sleep(60)"
+)
+AWAY = "#!/bin/sh\necho > {folder}/up\nexec sleep 60\n"
+START = (
+    "import sys; from dbtrain_launchers.on_deepspeed import start_ranks; from dbtrain.errors import FleetError\n"
+    "try: sys.exit(start_ranks([sys.argv[1], '--module', 'dbtrain_launchers', *sys.argv[2:]], 1.0))\n"
+    "except FleetError as error: print(error); sys.exit(error.exit_code)\n"
+)
+
+
+def ask_to_stop(folder: Path, launcher: str) -> tuple[int, str]:
+    """(code, output) of a launch that is asked to stop as soon as its stand-in for DeepSpeed is up."""
+    rank = RANK.format(folder=folder)
+    (folder / "deepspeed").write_text(launcher.format(folder=folder, python=sys.executable, rank=rank))
+    (folder / "deepspeed").chmod(stat.S_IRWXU)
+    command = [sys.executable, "-c", START, str(folder / "deepspeed"), "train", "photos.csv", "--out", "x"]
+    started = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not (folder / "up").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    started.terminate()
+    return (started.wait(30), started.stdout.read())
+
+
+def test_a_rank_that_stands_under_another_process_is_asked_to_stop(tmp_path):
+    assert ask_to_stop(tmp_path, LAUNCHER) == (75, "")
+    assert not Path(f"/proc/{(tmp_path / 'rank').read_text().strip()}").exists()
+
+
+def test_a_request_that_reaches_no_rank_ends_the_launcher_and_says_so(tmp_path):
+    code, told = ask_to_stop(tmp_path, AWAY)
+    assert code == 5 and "no rank of this run is on this machine" in told
 
 
 @pytest.mark.parametrize("line", ["-oProxyCommand=x slots=1", "$(x) slots=1", "host", "host slots=1; x", "a b slots=1"])
@@ -88,6 +137,8 @@ def test_no_head_is_an_error():
         ("deepspeed", {"no_ssh": True}, "--no-ssh: needs"),
         ("ray", {"address": "head:8265"}, "--address"),
         ("ray", {"exclude": ["x"]}, "--exclude: needs --working-dir"),
+        ("ray", {"working_dir": Path(".")}, "--out runs/a: lies in the folder that Ray unpacks"),
+        ("ray", {"wheel": Path("x.whl")}, "--out runs/a: lies in the folder that Ray unpacks"),
         ("slurm", {"time": "soon"}, "--time"),
         ("slurm", {"array": "all"}, "--array"),
         ("kubernetes", {"memory": "lots"}, "--memory"),
@@ -98,7 +149,7 @@ def test_no_head_is_an_error():
 )
 def test_what_cannot_be_honoured_is_refused(name, options, part):
     with pytest.raises(ConfigError, match=part):
-        rendered(name, PLAN, **options)
+        rendered(name, make_plan(["train", "photos.csv", "--out", "runs/a"]), **options)
 
 
 def test_a_fleet_is_nothing_for_deepspeed():
@@ -115,6 +166,39 @@ def test_a_fleet_uses_the_launchers_cluster_unless_told_otherwise():
     assert make_plan(["batch", "run", "m.csv"]).cluster_words == ("batch", "run", "--address", "auto", "m.csv")
     given = ("batch", "run", "m.csv", "--address=ray://other")
     assert make_plan(given).cluster_words == given
+
+
+class Broken:
+    """Ray's client for a job, with a log that breaks off before the job's end."""
+
+    def __init__(self, *states):
+        self.states = list(states)
+
+    async def tail_job_logs(self, job):
+        yield "first line\n"
+        raise RuntimeError("closed")
+
+    def get_job_info(self, job):
+        status = self.states.pop(0)
+        if status is None:
+            raise ConnectionError("refused")
+        return SimpleNamespace(status=status, driver_exit_code=75 if status.is_terminal() else None, message="")
+
+
+def test_a_log_that_breaks_off_is_not_the_end_of_the_job(capsys):
+    from ray.job_submission import JobStatus
+
+    assert on_ray.follow(Broken(JobStatus.RUNNING, JobStatus.RUNNING, JobStatus.FAILED), "job", 0.0) == 75
+    told = capsys.readouterr()
+    assert told.out == "first line\n" and "its log breaks off (closed)" in told.err
+    with pytest.raises(FleetError, match="its head answers no more"):
+        on_ray.follow(Broken(JobStatus.RUNNING, None), "job", 0.0)
+
+
+@pytest.mark.parametrize("words", [["--out=a"], ["--out", "/a", "--ledger", "b"], ["--out", "./a"]])
+def test_relative_results_are_found_in_every_form(words):
+    assert len(on_ray.relative_findings(["batch", "run", "x.csv", *words, "a.b=--out"])) == 1
+    assert on_ray.relative_findings(["batch", "run", "x.csv", "--out", "/a", "--ledger=/b"]) == []
 
 
 def test_a_wheel_is_sent_as_a_folder_and_not_installed(tmp_path):

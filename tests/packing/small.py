@@ -103,9 +103,10 @@ def captions(case: Case, dtype: torch.dtype) -> Conditioning:
     return Conditioning(torch.randn(2, 3, 5, dtype=torch.float64, generator=seed).to(dtype))
 
 
-def models_of(dtype: torch.dtype) -> Models:
+def models_of(dtype: torch.dtype, device: str = "cpu") -> Models:
     # v-prediction: its target takes the latents' dtype, so that float64 goes all the way through.
-    return Models(Denoiser().to(dtype), {}, {}, Vae, None, discrete_schedule(ALPHA_BAR, "v_prediction"), "fake")
+    schedule = discrete_schedule(ALPHA_BAR, "v_prediction").to(torch.device(device))
+    return Models(Denoiser().to(device, dtype), {}, {}, Vae, None, schedule, "fake")
 
 
 @contextmanager
@@ -119,10 +120,10 @@ def adapters_of(dtype: torch.dtype):
         torch.set_default_dtype(before)
 
 
-def make_pack(dtype: torch.dtype, size: int, rank: int, steps: int, config: RunConfig | None = None) -> Pack:
-    models = models_of(dtype)
+def make_pack(dtype, size: int, rank: int, steps: int, config: RunConfig | None = None, device: str = "cpu") -> Pack:
+    models, example = models_of(dtype, device), captions(Case("any"), dtype).to(device)
     with adapters_of(dtype):
-        return Pack(FAMILY, models, config or Case("any").config, size, rank, steps, captions(Case("any"), dtype))
+        return Pack(FAMILY, models, config or Case("any").config, size, rank, steps, example)
 
 
 def start(pack: Pack, case: Case, dtype: torch.dtype, found: Checkpoint | None = None) -> Start:
@@ -130,13 +131,14 @@ def start(pack: Pack, case: Case, dtype: torch.dtype, found: Checkpoint | None =
     return Start(case.name, case.config, captions(case, dtype), found or Checkpoint(0, "", fresh))
 
 
-def train_pack(cases, dtype=torch.float64, size=None, rank=None, poison=None):
+def train_pack(cases, dtype=torch.float64, size=None, rank=None, poison=None, device="cpu"):
     """({name: final state}, {name: norms of its steps}, pack) of cases that take rows as rows come free, in order.
 
     poison: (name, step) at which the subject's moments turn NaN.
     """
     size = size or len(cases)
-    pack = make_pack(dtype, size, rank or max(case.rank for case in cases), max(case.steps for case in cases))
+    rank, steps = rank or max(case.rank for case in cases), max(case.steps for case in cases)
+    pack = make_pack(dtype, size, rank, steps, device=device)
     waiting, seats, states, norms = list(cases), {}, {}, {case.name: [] for case in cases}
     update = pack.engine.update
 

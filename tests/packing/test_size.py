@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dbtrain.config import PackedConfig
+from dbtrain.errors import EngineError
 from dbtrain.packing.size import Probe, choose_size, fit, free_bytes, used_bytes
 
 MIB = 2**20
@@ -12,6 +13,8 @@ MIB = 2**20
 def machine(base: int, slope: int, seconds: dict[int, float], seen: list[int]):
     def probe(size):
         seen.append(size)
+        if seconds[size] is None:
+            return None
         return Probe(size, (base + slope * size) * MIB, seconds[size])
 
     return probe
@@ -28,7 +31,8 @@ def test_the_line_goes_through_first_and_last():
         (1_000, 64, {1: 1, 2: 1.1, 4: 1.2, 8: 1.3}, 4, [1, 2, 4], "8 would need 0.88 of 0.78 GiB"),
         (10_000, 3, {1: 1, 2: 1.1}, 2, [1, 2], "no more subjects"),
         (10_000, 64, {1: 1, 2: 2.2}, 1, [1, 2], "2 was no faster"),
-        (100, 64, {1: 1}, 1, [1], "one already needs"),
+        (400, 64, {1: 1}, 1, [1], "2 would need 0.39 of 0.31 GiB"),
+        (10_000, 64, {1: 1, 2: 1.1, 4: None}, 2, [1, 2, 4], "memory ran out at 4"),
     ],
 )
 def test_doubling_ends_for_one_reason_which_is_told(free, most, seconds, size, probed, reason):
@@ -37,6 +41,11 @@ def test_doubling_ends_for_one_reason_which_is_told(free, most, seconds, size, p
     got, why = choose_size(machine(100, 100, seconds, seen), PackedConfig(), free * MIB, most)
     assert (got, seen) == (size, probed)
     assert reason in why and "\n" not in why
+
+
+def test_one_subject_that_does_not_fit_is_an_error_with_remedies():
+    with pytest.raises(EngineError, match=r"a single subject does not fit 0\.10 GiB; lower train\.batch"):
+        choose_size(machine(1, 1, {1: None}, []), PackedConfig(), 100 * MIB, 64)
 
 
 def test_a_ceiling_holds():

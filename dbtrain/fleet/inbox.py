@@ -1,4 +1,4 @@
-"""What one asks of a run from another terminal. A living driver finds requests in its mailbox; else they apply now."""
+"""What one asks of a run from another terminal. A living driver finds requests in its inbox; else they apply now."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dbtrain.atomic import write_file
 from dbtrain.errors import DataError
 from dbtrain.fleet.ledger import Lease, Ledger, is_driven
 
-MAILBOX = "requests"
+INBOX = "requests"
 RULES = {
     "cancel": (["waiting"], "cancelled", "cancelled on request"),
     "retry": (["quarantined", "cancelled"], "waiting", "retried on request"),
@@ -34,9 +34,9 @@ def request(folder: Path, verb: str, ids: Sequence[str] | None) -> int | None:
             raise DataError(f"{folder}: its run has no subject {unknown[0]!r}")
         asked = {"verb": verb, "ids": None if ids is None else list(ids)}
         if is_driven(folder):
-            (folder / MAILBOX).mkdir(exist_ok=True)
+            (folder / INBOX).mkdir(exist_ok=True)
             name = f"{time.time_ns():020d}-{secrets.token_hex(4)}.json"
-            write_file(folder / MAILBOX / name, json.dumps(asked).encode())
+            write_file(folder / INBOX / name, json.dumps(asked).encode())
             return None
         lease = Lease(folder)
         try:
@@ -53,7 +53,17 @@ def apply(ledger: Ledger, asked: dict[str, Any]) -> list[tuple[int, str]]:
     return ledger.settle(asked["ids"], *RULES[asked["verb"]])
 
 
-def requests_in(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The requests in a run's mailbox with their files, oldest first. Applying one twice changes nothing more."""
-    found = sorted((folder / MAILBOX).glob("*.json")) if (folder / MAILBOX).is_dir() else []
-    return [(path, json.loads(path.read_text())) for path in found]
+def take_requests(ledger: Ledger, folder: Path) -> list[tuple[str, list[tuple[int, str]]]]:
+    """(verb, what it changed) of every request in a run's inbox, oldest first; the inbox is empty afterwards.
+
+    The change is durable before a request is removed, and applying one twice changes nothing more.
+    """
+    found = sorted((folder / INBOX).glob("*.json")) if (folder / INBOX).is_dir() else []
+    told = []
+    if found:
+        with ledger.commit():
+            for asked in [json.loads(path.read_text()) for path in found]:
+                told.append((asked["verb"], apply(ledger, asked)))
+    for path in found:
+        path.unlink()
+    return told

@@ -1,0 +1,47 @@
+"""What enters a ledger before any worker starts."""
+
+import json
+
+from dbtrain.data.shards import shard_manifest
+from dbtrain.fleet.ledger import Ledger
+from dbtrain.fleet.prepare import enter_run
+from tests.main_job import small_config, write_job
+
+
+def entered(out, manifest, config):
+    """The index of a run that enters a fresh ledger, and its subjects as (id, state, reason)."""
+    out.mkdir()
+    ledger = Ledger(out, create=True)
+    try:
+        index = enter_run(ledger, manifest, config, out, str, skip_bad=True)
+        rows = ledger.db.execute("SELECT id, state, reason FROM subjects ORDER BY id").fetchall()
+        return index, [tuple(row) for row in rows]
+    finally:
+        ledger.close()
+
+
+def test_every_row_enters_though_its_id_be_none_or_another_but_for_case(tmp_path):
+    write_job(tmp_path, subjects="rex:dog tom:cat")
+    manifest = tmp_path / "photos.csv"
+    manifest.write_text(manifest.read_text() + "../x,dog,rex\nTom,cat,tom\n")
+    index, rows = entered(tmp_path / "out", manifest, small_config())
+    assert index.subjects == ("rex",)
+    assert [row[:2] for row in rows] == [
+        ("Tom", "skipped"),
+        ("photos.csv:4", "skipped"),
+        ("rex", "waiting"),
+        ("tom", "skipped"),
+    ]
+    assert all(("column subject" in reason) == (state == "skipped") for _, state, reason in rows if reason)
+
+
+def test_a_run_on_ready_made_shards_needs_no_photos(tmp_path):
+    write_job(tmp_path, subjects="rex:dog tom:cat")
+    made = shard_manifest(tmp_path / "photos.csv", tmp_path / "made", small_config(), str)
+    manifest = tmp_path / "subjects.csv"
+    manifest.write_text("subject,class\nrex,dog\neve,cat\n")
+    config = small_config(f"data.shards=file://{tmp_path}/made", "data.schemes=[file]")
+    index, rows = entered(tmp_path / "out", manifest, config)
+    assert index.rows == made.rows_of("rex")
+    assert [row[:2] for row in rows] == [("eve", "skipped"), ("rex", "waiting")]
+    assert list(json.loads((tmp_path / "out" / "shards" / "skipped.json").read_text())) == ["eve"]
