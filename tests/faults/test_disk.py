@@ -139,10 +139,16 @@ def test_a_path_that_cannot_be_is_one_line(tmp_path, monkeypatch, words, told):
     write_job(tmp_path, subjects="rex:dog")
     (tmp_path / "photos.csv").rename("m.csv")
     (tmp_path / "file").touch()
-    done = CliRunner().invoke(cli.app, words)
-    assert done.exit_code == 3
+    done = dbtrain(words)
+    assert done.returncode == 3
     assert done.stderr.startswith(f"error: {told}") and done.stderr.count("\n") == 1
-    assert isinstance(CliRunner().invoke(cli.app, ["--traceback", *words]).exception, OSError)
+
+
+def test_a_path_that_cannot_be_has_a_traceback_on_request(tmp_path):
+    manifest, *_ = write_job(tmp_path, subjects="rex:dog")
+    (tmp_path / "file").touch()
+    words = ["--traceback", "shard", "make", str(manifest), "--out", str(tmp_path / "file")]
+    assert isinstance(CliRunner().invoke(cli.app, words).exception, OSError)
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():
