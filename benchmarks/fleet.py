@@ -1,6 +1,7 @@
 """The fleet under fire and at size.
 
     python benchmarks/fleet.py kills --subjects 1000 --kills 300 --seed 0
+    python benchmarks/fleet.py soak --subjects 1000 --kills 2000      # the same under a result of its own
     python benchmarks/fleet.py scale --subjects 10000
 
 `kills` trains tiny subjects (a random Stable Diffusion, a checkpoint each step) twice, undisturbed and under seeded
@@ -124,7 +125,7 @@ def write(name: str, found: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kills", "scale"])
+    parser.add_argument("what", choices=["kills", "soak", "scale"])
     parser.add_argument("--subjects", type=int, default=60)
     parser.add_argument("--kills", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="Keep the scratch files.")
     parser.add_argument("--dry", action="store_true", help="Print only; leave the result files as they are.")
     options = parser.parse_args()
-    found = {"kills": kills, "scale": scale}[options.what](options)
+    found = {"kills": kills, "soak": kills, "scale": scale}[options.what](options)
     if options.dry:
         print(json.dumps(found, indent=1))
     else:
