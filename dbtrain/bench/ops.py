@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dbtrain.bench import origin
 from dbtrain.bench.operators import Operators
 from dbtrain_kernels import OPS
 from dbtrain_kernels.dispatch import choose
@@ -201,7 +202,7 @@ def timings(top: dict[str, float]) -> list[dict[str, Any]]:
 
 def measure() -> dict[str, Any]:
     """Everything that this machine can tell of the operations."""
-    result: dict[str, Any] = {"torch": torch.__version__, "counts": counts()}
+    result: dict[str, Any] = {**origin(), "counts": counts()}
     if torch.cuda.is_available():
         result |= {"device": torch.cuda.get_device_name(), "ceilings": ceilings()}
         result["choices"] = {name: choose(name, "cuda")._asdict() for name in OPS}

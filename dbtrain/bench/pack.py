@@ -29,10 +29,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import dbtrain_kernels.lora  # noqa: F401  registers the operations that are counted
-from dbtrain import __version__
 from dbtrain.adapters import detach
 from dbtrain.atomic import write_file
 from dbtrain.batch import Batch, Conditioning
+from dbtrain.bench import origin
 from dbtrain.config import RunConfig
 from dbtrain.engines.capture import release
 from dbtrain.engines.engine import World, plan_batches
@@ -361,8 +361,7 @@ def about(config: RunConfig, plan: Plan, base: Base, flops: int, top: float) -> 
         "flops_a_subject_step": flops,
         "gemm_flop_per_s": top,
         "plan": asdict(replace(plan, sizes=list(plan.sizes), subjects=list(plan.subjects))),
-        "torch": torch.__version__,
-        "dbtrain": __version__,
+        **origin(),
         "cost": "device seconds" if cuda else "processor seconds",
     }
 

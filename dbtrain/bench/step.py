@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dbtrain.bench import origin
 from dbtrain.bench.operators import Operators
 from dbtrain.bench.pack import Base, Rig, ceiling_flop_per_s, count_flops, load, packed, timed
 from dbtrain.config import RunConfig
@@ -86,7 +87,7 @@ def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
     cuda = device.startswith("cuda")
     return {
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "torch": torch.__version__,
+        **origin(),
         "base": base.models.source,
         "gemm_flop_per_s": top,
         "rows": [{**way.name, **way.facts, **summary(way, flops[way.size], top)} for way in ways],

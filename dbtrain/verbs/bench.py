@@ -23,7 +23,7 @@ def pack_verb(
     turns: Annotated[int, typer.Option(min=1, help="Interleaved turns; medians are reported.")] = 3,
     processes: Annotated[int, typer.Option(min=0, help="Also this many independent processes at once.")] = 0,
     subjects: Annotated[str, typer.Option(help="Subject counts for the fit of T(S), with commas; empty: none.")] = "",
-    random_weights: Annotated[bool, typer.Option(help="Random weights of SD 1.5's architecture.")] = False,
+    random_weights: Annotated[bool, typer.Option(help="Random weights in the recipe's family's shape.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write OUT.json and OUT.md.")] = None,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -73,7 +73,7 @@ def step_verb(
     sizes: Annotated[str, typer.Option(help="Pack sizes, with commas.")] = "1",
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of one turn.")] = 5,
     turns: Annotated[int, typer.Option(min=1, help="Interleaved turns.")] = 3,
-    random_weights: Annotated[bool, typer.Option(help="Random weights of Stable Diffusion 1.5's shape.")] = False,
+    random_weights: Annotated[bool, typer.Option(help="Random weights in the recipe's family's shape.")] = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:

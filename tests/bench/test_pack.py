@@ -28,6 +28,7 @@ def test_solo_and_packs_in_turns(tmp_path):
         assert row["cost_s"] > 0 and row["peak_bytes"] > 0 and 0 < row["mfu"] < 1
         assert row["times_solo"] == pytest.approx(result["steps"]["solo"]["cost_s"] / row["cost_s"])
     assert result["about"]["flops_a_subject_step"] > 1e6
+    assert {"torch", "dbtrain", "commit", "command"} <= result["about"].keys()
     pack.write(tmp_path / "packs", result)
     assert json.loads((tmp_path / "packs.json").read_text())["steps"].keys() == result["steps"].keys()
     assert "| pack 2 |" in (tmp_path / "packs.md").read_text()

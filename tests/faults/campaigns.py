@@ -166,6 +166,7 @@ class Works:
 
     def _run(self, root: Path, subjects: list[str], *settings: str) -> Callable[[], object]:
         import deepspeed  # noqa: F401  before the forks, as it takes seconds
+        import torch.distributed as dist
 
         import dbtrain.packing.loop  # noqa: F401
         from dbtrain.terminal import stop_at_once
@@ -174,6 +175,8 @@ class Works:
         config = small_config(*self.settings, *settings)
 
         def work():
+            # A fork has none of its parent's threads: it would wait for them for ever.
+            assert not dist.is_initialized(), "work that trains was forked from a process that had trained"
             stop_at_once()
             _, failed = train_manifest(self.manifest, config, root / "out", subjects, quiet=True)
             if failed:

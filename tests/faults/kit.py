@@ -216,9 +216,8 @@ def forked(work: Callable[[], object], fault: Fault | None, root: Path, timeout:
     """How a fork of this process ended that did `work` under a fault; it needs no imports of its own.
 
     Exit code 0: `work` returned. A DbtrainError, or a refusing disk, gives its exit code and its text as on the command
-    line, another exception 1 and a traceback. This process must not have trained: a fork has none of its threads.
+    line, another exception 1 and a traceback.
     """
-    assert not in_a_world(), "a process group is open here; its fork would wait for ever"
     with tempfile.TemporaryDirectory() as folder:
         log, errors = Path(folder, "log"), Path(folder, "stderr")
         pid = os.fork()
@@ -227,12 +226,6 @@ def forked(work: Callable[[], object], fault: Fault | None, root: Path, timeout:
         code = _wait(pid, timeout)
         operations = log.read_text().splitlines() if log.exists() else []
         return Ending(code, operations, errors.read_text() if errors.exists() else "")
-
-
-def in_a_world() -> bool:
-    """Whether this process has joined a process group; torch.distributed is not loaded to find out."""
-    library = sys.modules.get("torch.distributed")
-    return library is not None and library.is_initialized()
 
 
 def _child(work: Callable[[], object], fault: Fault | None, root: Path, log: Path, errors: Path) -> None:
