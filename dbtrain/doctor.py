@@ -253,17 +253,17 @@ def check_ray(temp: Path | None = None) -> list[Check]:
 def check_ray_head(address: str, ask: Callable[[str], tuple[bool, str]] = probe) -> Check:
     """Whether a head at host:port is safe to leave running; one that others reach is asked as a stranger would."""
     if is_loopback(address.rpartition(":")[0]):
-        return Check("ray", "ok", f"head at {address}, reachable from this machine only")
+        return Check("ray head", "ok", f"head at {address}, reachable from this machine only")
     let_in, answer = ask(
         "import os, sys; os.environ['RAY_AUTH_MODE'] = 'disabled'; "
         f"sys.argv = ['ray', 'health-check', '--address', {address!r}]; from ray.scripts.scripts import main; main()"
     )
     if not let_in and re.search("Authentication|Unauthenticated", answer):
-        return Check("ray", "ok", f"head at {address} asks for a token")
+        return Check("ray head", "ok", f"{address} asks for a token")
     remedy = "ray stop; then start it with RAY_AUTH_MODE=token or --node-ip-address=127.0.0.1"
     if let_in:
-        return Check("ray", "fail", f"head at {address} runs the code of anyone who can reach it", remedy)
-    return Check("ray", "warn", f"head at {address} did not say whether it asks for a token: {answer[:200]}", remedy)
+        return Check("ray head", "fail", f"{address} runs the code of anyone who can reach it", remedy)
+    return Check("ray head", "warn", f"{address} did not say whether it asks for a token: {answer[:200]}", remedy)
 
 
 def check_model(model: str) -> Check:

@@ -108,7 +108,7 @@ def test_a_stranger_is_told_nothing_and_obeyed_in_nothing(ran, short):
 
 
 def test_doctor_finds_a_guarded_head_sound(ran):
-    assert states(ran["doctor"], "ray") == ["ok"]
+    assert states(ran["doctor"], "ray head") == ["ok"]
 
 
 def states(report: str, name: str) -> list[str]:
@@ -124,5 +124,5 @@ def test_an_open_head_is_refused_and_found(short):
         doctor = first.dbtrain("doctor", "--json", cwd=short, stderr=-3)
         stranger = second.run(*ask(f"{address}/api/jobs/", None))
     assert (refused.returncode, "CVE-2023-48022" in refused.stdout) == (5, True)
-    assert (doctor.returncode, states(doctor.stdout, "ray")) == (1, ["fail"])
+    assert (doctor.returncode, states(doctor.stdout, "ray head")) == (1, ["fail"])
     assert stranger.stdout.strip() == "[]", "the head was not open, or it ran something"
