@@ -253,7 +253,7 @@ def check_ray(temp: Path | None = None) -> list[Check]:
 def check_ray_head(address: str, ask: Callable[[str], tuple[bool, str]] = probe) -> Check:
     """Whether a head at host:port is safe to leave running; one that others reach is asked as a stranger would."""
     if is_loopback(address.rpartition(":")[0]):
-        return Check("ray head", "ok", f"head at {address}, reachable from this machine only")
+        return Check("ray head", "ok", f"{address}, reachable from this machine only")
     let_in, answer = ask(
         "import os, sys; os.environ['RAY_AUTH_MODE'] = 'disabled'; "
         f"sys.argv = ['ray', 'health-check', '--address', {address!r}]; from ray.scripts.scripts import main; main()"
