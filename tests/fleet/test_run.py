@@ -75,6 +75,7 @@ def test_storm(tmp_path):
     stamps = {name: (out / "subjects" / name / "record.json").stat().st_mtime_ns for name in before}
 
     driver = start(words, out, "--hang", "4")
+    first(out, driver, "trainer")  # Until then the ledger is as the dead driver left it.
     wait_for(lambda: "running" in states(out).values(), driver, out)
     # All of them, since one could finish the other's subjects before a stopped one is missed.
     stopped = {pid: born(pid) for pid in processes(driver.pid)["trainer"]}
