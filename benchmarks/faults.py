@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "launchers")]
 
 import torch  # noqa: E402
 
+from dbtrain.bench import commit  # noqa: E402
 from dbtrain.data.shards import shard_manifest  # noqa: E402
 from tests.faults.campaigns import (  # noqa: E402
     TIMED,
@@ -249,11 +250,10 @@ def main() -> None:
             costs["identifiers"] = identifier_cost(words.small)
         if "proofs" in chosen:
             costs["proofs in a tiny run"] = verification_cost(folder, words.small)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     about = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
-        "commit": commit.strip(),
+        "commit": commit(),
         "seconds": round(time.perf_counter() - begin),
         "command": " ".join(["python", "benchmarks/faults.py", *sys.argv[1:]]),
     }

@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -102,9 +101,10 @@ def about() -> dict:
     import ray
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    from dbtrain.bench import commit
+
     return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
-            "torch": torch.__version__, "ray": ray.__version__, "commit": commit.strip(),
+            "torch": torch.__version__, "ray": ray.__version__, "commit": commit(),
             "command": "python benchmarks/fleet.py " + " ".join(sys.argv[1:])}  # fmt: skip
 
 

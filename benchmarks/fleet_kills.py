@@ -13,6 +13,10 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from dbtrain.atomic import file_digest
+from dbtrain.fleet.processes import born as start_of
+from dbtrain.fleet.processes import descendants
+
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = {"trainer": 80, "zygote": 6, "actor": 6, "driver": 4}
 """How often each kind of process is chosen, relative to the others; what is not there then is not chosen."""
@@ -35,8 +39,6 @@ def start_driver(job: tuple[Path, Path], out: Path, words: list[str]) -> subproc
 
 def processes_of(driver: int) -> dict[str, list[int]]:
     """The living processes of a run by kind: driver, actor, zygote, trainer, and all the others as `ray`."""
-    from dbtrain.fleet.processes import descendants
-
     found: dict[str, list[int]] = {"driver": [driver], "actor": [], "zygote": [], "trainer": [], "ray": []}
     below = descendants(driver)
     zygotes = {pid for pid in below if b"fleet.zygote" in command_of(pid)}
@@ -58,8 +60,6 @@ def command_of(pid: int) -> bytes:
 
 def worker_of(pid: int) -> re.Match | None:
     """The worker that a process belongs to, by the log that it or what is below it writes; None if none does yet."""
-    from dbtrain.fleet.processes import descendants
-
     for one in (pid, *descendants(pid)):
         try:
             found = LOG.fullmatch(os.readlink(f"/proc/{one}/fd/1"))
@@ -153,8 +153,6 @@ class Campaign:
 
     def kill(self, driver: subprocess.Popen, pid: int, kind: str) -> None:
         """SIGKILL, and a note of when."""
-        from dbtrain.fleet.processes import descendants
-
         numbers = [found for one in processes_of(driver.pid)["zygote"] if (found := worker_of(one))]
         hit = worker_of(pid)
         below = [(one, start_of(one), command_of(one)) for one in descendants(pid)]
@@ -239,13 +237,6 @@ def resident_mib(pid: int) -> float:
         return 0.0
 
 
-def start_of(pid: int) -> str:
-    """A process's start, which tells it from a later one of the same pid."""
-    from dbtrain.fleet.processes import born
-
-    return born(pid)
-
-
 def ask(out: Path, question: str, *values: object) -> list[tuple]:
     """Rows of a run's ledger, read beside its driver."""
     try:
@@ -282,8 +273,6 @@ def audit(out: Path, calm: Path, subjects: int) -> dict:
 
 def adapters(out: Path) -> dict[str, str]:
     """The digest of every weights file under `subjects/`, read from the disk, by its path."""
-    from dbtrain.atomic import file_digest
-
     home = out / "subjects"
     return {str(path.relative_to(home)): file_digest(path) for path in home.glob("*/*.safetensors")}
 

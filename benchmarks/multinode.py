@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT / name) for name in ("", "kernels", "launchers")]
 
 from safetensors.torch import load_file  # noqa: E402
 
+from dbtrain.bench import commit  # noqa: E402
 from tests import two_hosts as hosts_of  # noqa: E402
 from tests.main_job import write_job  # noqa: E402
 
@@ -108,12 +109,10 @@ def main() -> None:
         results["largest difference of a weight"] = largest_difference(folder / "undisturbed", folder / "one host lost")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     about = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, two network namespaces, one worker each",
         **{name: version(name) for name in ("ray", "torch", "deepspeed")},
-        "commit": commit,
+        "commit": commit(),
         "subjects": arguments.subjects,
         "steps": arguments.steps,
         "Ray's limits for a silent node": "its own" if arguments.patient else "4 x 0.5 s",

@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import peers  # noqa: E402
 
+from dbtrain.bench import commit  # noqa: E402
 from dbtrain.data.manifest import read_manifest  # noqa: E402
 from dbtrain.tiny import DEMO  # noqa: E402
 
@@ -102,10 +102,8 @@ def main() -> None:
     import diffusers
     import torch
 
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     about = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread used",
-             "torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit,
+             "torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit(),
              "subjects": f"{arguments.subjects} of {len(CLASSES)} classes, packs of {arguments.size}",
              "recipe": f"{arguments.batch} + {arguments.batch} images at 64 px, {arguments.steps} steps, rank "
                        f"{peers.RANK}, {arguments.priors} priors of {SAMPLER_STEPS} steps at guidance {GUIDANCE}",

@@ -12,7 +12,6 @@ import csv
 import json
 import os
 import platform
-import subprocess
 import time
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -23,6 +22,7 @@ import torch
 from paper_shape_tables import BASE, GROUPS, write_results
 
 from dbtrain.batch import Subject
+from dbtrain.bench import commit
 from dbtrain.config import RunConfig
 from dbtrain.configfile import load
 from dbtrain.data.manifest import read_manifest
@@ -263,13 +263,10 @@ def main() -> None:
 
 def circumstances(options: argparse.Namespace, config: RunConfig, judge: Judge) -> dict[str, Any]:
     """What a reader needs to judge or repeat the numbers."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
         "machine": f"{platform.machine()} with {os.cpu_count()} CPUs, {judge.pair.model.device.type}",
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "recipe": options.recipe,
         "overrides": " ".join(options.overrides) or "none",
         "steps": config.train.steps,

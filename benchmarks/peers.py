@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from dbtrain.bench import commit  # noqa: E402
 from dbtrain.data.manifest import read_manifest  # noqa: E402
 from dbtrain.tiny import BASE, DEMO  # noqa: E402
 
@@ -123,10 +124,8 @@ def main() -> None:
     import diffusers
     import torch
 
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     about = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread used",
-             "torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit,
+             "torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit(),
              "steps": arguments.steps, "runs": arguments.runs,
              "batch": f"{BATCH} instance + {BATCH} prior at {RESOLUTION} px"}
     arguments.out.with_suffix(".json").write_text(json.dumps({"about": about, **results}, indent=1))

@@ -22,6 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from dbtrain.bench import commit  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / f"report_cpu_{time.strftime('%Y%m')}"
 BUILD = """
 import json, resource, sys
@@ -154,8 +157,7 @@ def main() -> None:
         result = {
             "command": f"python benchmarks/report.py --subjects {options.subjects} --side {options.side} "
                        f"--turns {options.turns}",
-            "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-                                     check=False).stdout.strip(),
+            "commit": commit(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores shared with other work",
             "load": load, "subjects": options.subjects, "side": options.side,
             "first": first, "unchanged": unchanged, "one_changed": one, "size": sizes(run / "report"),

@@ -11,7 +11,6 @@ adapters; `plain` and `fused` are dbtrain's step with plain PyTorch operations a
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from dbtrain import adapters, step  # noqa: E402
 from dbtrain.adapters import attach  # noqa: E402
 from dbtrain.batch import Batch, Conditioning  # noqa: E402
+from dbtrain.bench import commit  # noqa: E402
 from dbtrain.bench.operators import Operators  # noqa: E402
 from dbtrain.config import RunConfig, TrainConfig  # noqa: E402
 from dbtrain.engines import packed  # noqa: E402
@@ -198,10 +198,7 @@ def main() -> None:
     moved = counts()
     print(table(rows), "\n", counts_table(moved), sep="\n")
     if arguments.out:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
-        made = {"command": f"python benchmarks/step_counts.py --out {arguments.out}", "commit": commit}
+        made = {"command": f"python benchmarks/step_counts.py --out {arguments.out}", "commit": commit()}
         made |= {"torch": torch.__version__, "python": platform.python_version()}
         record = {**made, "steps": rows, "operations": moved}
         arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

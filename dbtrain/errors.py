@@ -56,6 +56,11 @@ def bare(error: DbtrainError) -> DbtrainError:
     return error
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows it; its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def summed(failed: Mapping[str, DbtrainError]) -> DbtrainError:
     """One error that tells of every subject that failed; its exit code is theirs, where they agree on one."""
     first, *others = failed.values()

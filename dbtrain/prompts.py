@@ -15,7 +15,7 @@ import yaml
 
 from dbtrain import yaml12
 from dbtrain.configfile import configs_dir
-from dbtrain.errors import ConfigError
+from dbtrain.errors import ConfigError, first_line
 
 _PLACE = re.compile(r"\{(\w*)\}|\[trigger\]")
 
@@ -52,7 +52,7 @@ def read_set(name: str) -> Sections:
         line, problem = yaml12.explain_error(error)
         raise ConfigError(f"{path}:{line}: cannot be read as a prompt set: {problem}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a prompt set: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{path}: cannot be read as a prompt set: {first_line(error)}") from error
     return _checked(tree, path)
 
 

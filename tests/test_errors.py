@@ -1,7 +1,7 @@
 import gc
 import weakref
 
-from dbtrain.errors import ConfigError, DataError, EngineError, SubjectTaken, bare, summed
+from dbtrain.errors import ConfigError, DataError, EngineError, SubjectTaken, bare, first_line, summed
 
 
 def test_many_failures_keep_the_exit_code_that_they_agree_on():
@@ -10,6 +10,11 @@ def test_many_failures_keep_the_exit_code_that_they_agree_on():
     assert summed({"rex": ConfigError("a"), "tom": ConfigError(["b", "c"])}).exit_code == 2
     both = summed({"rex": DataError("torn"), "tom": EngineError("nan")})
     assert (type(both), str(both)) == (EngineError, "rex: torn\ntom: nan")
+
+
+def test_an_error_is_told_in_one_line_whatever_it_says():
+    assert first_line(ValueError("\n torn\nthen more")) == "torn"
+    assert first_line(ValueError()) == "ValueError"
 
 
 def test_a_kept_error_keeps_nothing_of_where_it_arose():

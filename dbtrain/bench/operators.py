@@ -14,7 +14,6 @@ NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_
 """Operators that only make or rename memory."""
 
 
-
 def _copies(*tensors: torch.Tensor | None, dtype: torch.dtype | None = None) -> int:
     """How many of a fused operation's arguments are copied first: cast to a dtype, or made contiguous."""
     given = [tensor for tensor in tensors if tensor is not None]

@@ -19,7 +19,7 @@ from dbtrain.bench.operators import Operators
 from dbtrain.bench.pack import Base, Rig, ceiling_flop_per_s, count_flops, load, packed, timed
 from dbtrain.config import RunConfig
 from dbtrain.engines.capture import as_python, choose_capture
-from dbtrain.errors import ConfigError, EngineError
+from dbtrain.errors import ConfigError, EngineError, first_line
 from dbtrain.families.attention import CANDIDATES, engage_attention
 from dbtrain.packing.size import used_bytes
 
@@ -80,7 +80,7 @@ def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
                 take_turn(way, base, plan.steps, first=turn == 0)
             except (ConfigError, EngineError, torch.OutOfMemoryError) as error:
                 ways.remove(way)
-                refused.append({**way.name, "why": str(error).splitlines()[0]})
+                refused.append({**way.name, "why": first_line(error)})
     refused = [one for i, one in enumerate(refused) if not any(_alike(one, other) for other in refused[:i])]
     top = ceiling_flop_per_s(device, config.train.precision)
     flops = {size: flops_of(base, config, size) for size in {way.size for way in ways}}

@@ -18,7 +18,7 @@ from torch import nn
 
 from dbtrain.batch import Batch
 from dbtrain.config import EngineConfig
-from dbtrain.errors import ConfigError, EngineError
+from dbtrain.errors import ConfigError, EngineError, first_line
 
 Step = Callable[[Batch], None]
 WARM_STEPS = 3
@@ -172,7 +172,7 @@ class Recorded(Eager):
         try:
             self._graph(step, buffers)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             if not self.choice.may_fall_back:
                 raise EngineError(f"engine.capture: recording failed: {reason}; use engine.capture=off") from error
             message = f"engine.capture: auto runs steps one by one, because recording failed: {reason}"

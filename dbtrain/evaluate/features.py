@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dbtrain.errors import ConfigError
+from dbtrain.errors import ConfigError, first_line
 from dbtrain.families.load import quiet_libraries
 from dbtrain.tiny import CLIP, IDENTITY
 
@@ -95,7 +95,7 @@ def _preprocessor_config(source: str) -> dict[str, Any]:
         return json.loads(Path(str(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{source}: no readable preprocessor_config.json ({_first_line(error)}); "
+            f"{source}: no readable preprocessor_config.json ({first_line(error)}); "
             "give an image encoder's folder with that file, or a hub id that is in the cache"
         ) from error
 
@@ -210,7 +210,7 @@ def _load(source: str, embedded: Path, device: str) -> Encoder:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False) if has_texts else None
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{source}: cannot be loaded as an encoder ({_first_line(error)}); "
+            f"{source}: cannot be loaded as an encoder ({first_line(error)}); "
             "give a transformers folder with safetensors weights, such a hub id that is in the cache, or `embedded`"
         ) from error
     # transformers draws missing weights at random, and scores would then mean nothing.
@@ -243,7 +243,3 @@ def zero_shot(
 def _embedding(found: Any) -> Tensor:
     """The projected embedding: transformers 5 wraps it in an output object, 4 returns it."""
     return getattr(found, "pooler_output", found)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

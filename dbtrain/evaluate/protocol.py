@@ -109,10 +109,10 @@ def evaluate_finished(
     """The evaluation of one finished subject, which is also written to `folder`/evaluation.json.
 
     For workers that hold a loaded base: `models` is that base without adapters, on any device, and is left as it was.
-    judge: `load_judge(settings.identity, settings.clip, device)`, loaded once for many subjects; None loads it now.
+    judge: `load_judge` of the settings' encoders and distance, loaded once for many subjects; None loads it now.
     Pictures that are there already, under `folder`/evaluation and in RUN/evaluation/base, are not drawn again; workers
-    may share these folders. The photos come from RUN/shards or
-    `settings.shards`. `summary.write_summary(RUN)` makes the run's table of what its subjects have.
+    may share these folders. The photos come from RUN/shards or `settings.shards`. `summary.write_summary(RUN)` makes
+    the run's table of what its subjects have.
     Raises DataError for a folder without a finished subject, without photos, or of another base than `models`.
     """
     record, config = finished_record(folder), finished_config(folder, settings.overrides)

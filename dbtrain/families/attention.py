@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dbtrain.errors import ConfigError
+from dbtrain.errors import ConfigError, first_line
 
 KERNELS = (
     ("_scaled_dot_product_flash_attention", "flash"),
@@ -203,7 +203,7 @@ def _ran_in(layer: nn.Module, name: str, device_type: str, dtype: torch.dtype) -
         try:
             layer(x, encoder_hidden_states=told)
         except (RuntimeError, NotImplementedError, ValueError) as error:
-            why = "; ".join(str(one.message) for one in reasons) or str(error).splitlines()[0]
+            why = "; ".join(str(one.message) for one in reasons) or first_line(error)
             width = layer.to_q.out_features // layer.heads
             raise ConfigError(
                 f"model.attention: {name} cannot run {layer.heads} heads of {width} in {dtype} on {device_type}: "

@@ -9,7 +9,7 @@ import torch
 
 from dbtrain.atomic import file_digest
 from dbtrain.config import ModelConfig
-from dbtrain.errors import ConfigError, DataError
+from dbtrain.errors import ConfigError, DataError, first_line
 from dbtrain.families.family import Family, Models, is_local
 from dbtrain.objective.noise import Schedule, discrete_schedule
 from dbtrain.tiny import BASE
@@ -50,7 +50,7 @@ def load_models(family: Family, config: ModelConfig) -> Models:
         scheduler = _load_scheduler(source, index, config)
     except (OSError, KeyError, ValueError) as error:
         raise ConfigError(
-            f"model.path: cannot load {config.path!r} as {family.name}: {_first_line(error)}; "
+            f"model.path: cannot load {config.path!r} as {family.name}: {first_line(error)}; "
             "give a diffusers folder, a hub id that is in the cache, or a .safetensors file"
         ) from error
     return _assemble(family, config, source, parts, tokenizers, scheduler)
@@ -127,7 +127,7 @@ def _load_single_file(family: Family, config: ModelConfig, source: str) -> Model
         pipeline = getattr(diffusers, family.pipeline).from_single_file(source, torch_dtype=torch.float32, **layout)
     except Exception as error:
         raise ConfigError(
-            f"model.path: cannot read {config.path!r} as {family.name}: {_first_line(error)}; "
+            f"model.path: cannot read {config.path!r} as {family.name}: {first_line(error)}; "
             "offline, set model.single_file_layout to a diffusers folder of the same architecture"
         ) from error
     parts = {name: getattr(pipeline, name) for name in (family.denoiser_name, "vae", *family.text_components)}
@@ -176,7 +176,7 @@ def load_tokenizer(path: str) -> Any:
         return _with_vocabulary(AutoTokenizer.from_pretrained(source))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: no tokenizer found: {_first_line(error)}; give a model or tokenizer folder, or a hub id that is "
+            f"{path}: no tokenizer found: {first_line(error)}; give a model or tokenizer folder, or a hub id that is "
             "in the cache"
         ) from error
 
@@ -193,7 +193,3 @@ def base_digest(models: Models) -> str:
     """One sha256 that names the base model: of its weight files, or of its hub id where it is not local."""
     text = json.dumps(models.digests or {"source": models.source}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from dbtrain.evaluate.judge import Judge, load_judge
+from dbtrain.evaluate.judge import load_judge
 from dbtrain.evaluate.protocol import Settings, evaluate_finished
 from dbtrain.fleet.trainer import Task
 from dbtrain.generate import draw_samples, finished_config, finished_pipeline, finished_record, refuse_nothing
@@ -28,15 +28,13 @@ def generate(session: Session, folder: Path, task: Task) -> None:
 
 def evaluate(session: Session, folder: Path, task: Task) -> None:
     """Score the subject, as the run was told to, into its `evaluation.json`."""
-    encoders = {name: value for name, value in task.evaluation.items() if name != "protocol"}
-    judge = warm_judge(session.world.device, **encoders)
-    evaluate_finished(folder, session.models, session.family, Settings(**task.evaluation), judge)
+    settings = Settings(**task.evaluation)
+    judge = warm_judge(settings.identity, settings.clip, session.world.device, settings.distance)
+    evaluate_finished(folder, session.models, session.family, settings, judge)
 
 
-@cache
-def warm_judge(device: str, **encoders: str) -> Judge:
-    """The encoders, loaded once a worker."""
-    return load_judge(device=device, **encoders)
+warm_judge = cache(load_judge)
+"""The encoders, loaded once a worker."""
 
 
 AFTER: dict[str, Callable[[Session, Path, Task], None]] = {"generate": generate, "evaluate": evaluate}

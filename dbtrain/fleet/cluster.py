@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ray
 
-from dbtrain.errors import FleetError
+from dbtrain.errors import FleetError, first_line
 from dbtrain.fleet.processes import release, start_guard
 
 STORE_BYTES = 100 * 2**20
@@ -57,11 +57,6 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
     finally:
         ray.shutdown()
         release(guard)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without what follows it."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def close_token() -> None:

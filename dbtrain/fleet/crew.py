@@ -20,6 +20,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from dbtrain.errors import first_line
 from dbtrain.fleet.processes import born, kill
 from dbtrain.fleet.schedule import WorkUnit, explains
 from dbtrain.fleet.trainer import Message, Order, Task
@@ -94,7 +95,7 @@ class Crew:
         try:
             value = ray.get(call)
         except ray.exceptions.RayError as error:
-            raise Lost(str(error).strip().splitlines()[0]) from error
+            raise Lost(first_line(error)) from error
         return then(rank, value) or []
 
     def overdue(self) -> bool:

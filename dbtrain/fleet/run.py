@@ -66,20 +66,20 @@ def run_batch(
 
 def check_after(config: RunConfig, options: Options) -> None:
     """Nothing; ConfigError for what cannot be done with any finished subject."""
-    sample, protocol = config.sample, options.evaluation.get("protocol", "quick")
-    findings = []
+    sample, findings = config.sample, []
     if "generate" in options.after and not (sample.prompts and sample.images):
         findings.append("--generate: there is nothing to draw; set sample.prompts and sample.images")
     if "evaluate" in options.after:
         from dbtrain.evaluate.judge import load_judge
-        from dbtrain.evaluate.protocol import PROTOCOLS
+        from dbtrain.evaluate.protocol import PROTOCOLS, Settings
 
-        if protocol not in PROTOCOLS:
-            findings.append(f"--protocol: got {protocol!r}, want {' or '.join(PROTOCOLS)}")
-        if protocol == "quick" and not sample.prompts:
+        settings = Settings(**options.evaluation)
+        if settings.protocol not in PROTOCOLS:
+            findings.append(f"--protocol: got {settings.protocol!r}, want {' or '.join(PROTOCOLS)}")
+        if settings.protocol == "quick" and not sample.prompts:
             findings.append("--evaluate: the quick protocol has no prompts of its own; set sample.prompts")
         if not findings:
-            load_judge(**{name: value for name, value in options.evaluation.items() if name != "protocol"})
+            load_judge(settings.identity, settings.clip, distance=settings.distance)
     if findings:
         raise ConfigError(findings)
 

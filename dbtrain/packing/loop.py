@@ -22,7 +22,7 @@ from dbtrain.bank import captions_of
 from dbtrain.batch import Subject
 from dbtrain.checkpoint import Checkpoint, save_checkpoint
 from dbtrain.data.ahead import ahead
-from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested, bare
+from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested, bare, first_line
 from dbtrain.families import encode_images
 from dbtrain.filling import ensure_priors
 from dbtrain.packing.clock import Clock
@@ -198,7 +198,7 @@ class PackedRun:
         except DbtrainError as error:
             return subject, bare(error)
         except torch.OutOfMemoryError as error:
-            return subject, EngineError(f"memory ran out while its photos were encoded: {str(error).splitlines()[0]}")
+            return subject, EngineError(f"memory ran out while its photos were encoded: {first_line(error)}")
         return subject, (job, Start(subject.id, config, captions, found))
 
     def _train(self, prepared: Iterator) -> None:
