@@ -90,10 +90,11 @@ PATH_REMEDIES = {
 """The same for what a wrong path comes to. A mistake of this program looks alike, so its place can be asked for."""
 
 
-def disk_trouble(error: BaseException) -> str | None:
+def disk_trouble(error: BaseException, paths: bool = True) -> str | None:
     """One line on what the file system refused, if that is what an exception comes from; else None.
 
     Libraries written in Rust (safetensors) raise errors of their own, which tell the number in their text.
+    paths: whether a wrong path counts, which may as well be a mistake in a manifest or in this program.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -107,6 +108,8 @@ def disk_trouble(error: BaseException) -> str | None:
                 f"{where}{os.strerror(number or 0)}; {DISK_REMEDIES[name]}, then run the same command again: "
                 "what was finished is kept"
             )
+        if name in PATH_REMEDIES and not paths:
+            return None
         if name in PATH_REMEDIES and where:
             return f"{where}{os.strerror(number or 0)}; {PATH_REMEDIES[name]} (`dbtrain --traceback ...` shows where)"
         seen = seen.__cause__

@@ -40,8 +40,6 @@ FAILED = 70
 MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 PEER_SIGNS = ("closed by peer", "reset by peer", "broken pipe", "failed to recv", "remote process exited")
 """What gloo, NCCL and torch's store say, in small letters, when another process of the gang went away."""
-WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
-"""What may as well be a subject's own error, or the program's, and so is not taken for trouble with the disk."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def explain(error: BaseException) -> tuple[str, str]:
         return "stopped", text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in text.lower() for sign in MEMORY_SIGNS):
         return "oom", text[:500] or "memory ran out"
-    if trouble := disk_fault(error):
+    if trouble := disk_trouble(error, paths=False):
         return "disk", trouble
     if isinstance(error, SubjectTaken):
         return "lost", text  # the worker that had it is not known to be dead
@@ -132,16 +130,6 @@ def explain(error: BaseException) -> tuple[str, str]:
     place = f" ({Path(where[0].filename).name}:{where[0].lineno})" if where else ""
     lost = any(sign in text.lower() for sign in PEER_SIGNS)
     return "lost" if lost else "error", f"{type(error).__name__}: {text[:1000]}{place}"
-
-
-def disk_fault(error: BaseException) -> str | None:
-    """One line on what the disk or a share refused, if an error comes from that and not from a wrong path."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, WRONG_PATHS):
-            return None
-        seen = seen.__cause__
-    return disk_trouble(error)
 
 
 def _serve(link: Connection, task: Task) -> None:

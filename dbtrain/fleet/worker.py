@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.atomic import file_digest
+from dbtrain.errors import disk_trouble
 from dbtrain.fleet.processes import kill
-from dbtrain.fleet.trainer import STOPPED, Message, Task, disk_fault
+from dbtrain.fleet.trainer import STOPPED, Message, Task
 from dbtrain.fleet.zygote import Zygote
 
 START_SHARE = 10
@@ -130,7 +131,7 @@ class Worker:
         try:
             return ("finished", number, position, {**read_result(self.out, subject), "gpu_seconds": seconds})
         except (OSError, ValueError, KeyError) as error:
-            trouble = disk_fault(error)
+            trouble = disk_trouble(error, paths=False)
             what = trouble or f"published files do not verify: {error}"
             return ("failed", number, position, "disk" if trouble else "error", what, seconds)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dbtrain.tiny import pool
-from dbtrain.tiny.loops import Trainer, autocast, crew_rank, device, stream_of
+from dbtrain.tiny.loops import Trainer, autocast, crew_rank, device, stream_of, weights
 
 CHANNELS = (16, 32, 64, 96)
 LATENT_CHANNELS = 16
@@ -75,7 +75,7 @@ def train_decoder(work: Path, minutes: float, batch: int = 12, lr: float = 1e-3)
     torch.manual_seed(0)
     images, latents = pool.pictures(work), np.load(work / "latents.npy", mmap_mode="r")
     model = build().to(device(), memory_format=torch.channels_last)
-    model.load_state_dict(torch.load(work / "vae-folded.pt", map_location=device(), weights_only=True))
+    model.load_state_dict(weights(work, "vae-folded"))
     model.encoder.requires_grad_(False)
     model.quant_conv.requires_grad_(False)
     trainer = Trainer("decoder", model, work, minutes, lr, muon=True, ema=0.998)

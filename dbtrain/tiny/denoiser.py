@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dbtrain.tiny import autoencoder, pool
-from dbtrain.tiny.loops import Trainer, autocast, crew_rank, device, stream_of
+from dbtrain.tiny.loops import Trainer, autocast, crew_rank, device, stream_of, weights
 from dbtrain.tiny.vocabulary import Captions
 
 WIDTHS = (96, 144)
@@ -54,21 +54,24 @@ def load_clip(work: Path, tokenizer):
     from dbtrain.tiny.encoders import build_clip
 
     model = build_clip(tokenizer).eval().requires_grad_(False).to(device())
-    model.load_state_dict(torch.load(work / "clip.pt", map_location=device(), weights_only=True)["average"])
+    model.load_state_dict(weights(work, "clip"))
     return model
 
 
 def load_vae(work: Path):
     """The trained VAE (EMA) with its latent normalization folded in, frozen; normalization from 2,048 pool scenes."""
     vae = autoencoder.build().eval().requires_grad_(False).to(device())
-    vae.load_state_dict(torch.load(work / "vae.pt", map_location=device(), weights_only=True)["average"])
+    vae.load_state_dict(weights(work, "vae"))
     autoencoder.fold_normalization(vae, autoencoder.encode(vae, pool.pictures(work)[:2048]))
     return vae.to(memory_format=torch.channels_last)
 
 
-def write_latents(work: Path) -> None:
-    """Encode the pool's pictures: `work`/latents.npy, and the folded VAE as `work`/vae-folded.pt."""
-    vae, images = load_vae(work), pool.pictures(work)
+def write_latents(work: Path, vae=None) -> None:
+    """Encode the pool's pictures: `work`/latents.npy, and the folded VAE as `work`/vae-folded.pt.
+
+    vae: a folded VAE to take instead of the one of stage `vae`.
+    """
+    vae, images = vae or load_vae(work), pool.pictures(work)
     latents = np.lib.format.open_memmap(work / "latents.part.npy", "w+", np.float16, (len(images), 16, 8, 8))
     for start in range(crew_rank(), len(images), 1000):
         latents[start : start + 1000] = autoencoder.encode(vae, images[start : start + 1000]).numpy()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dbtrain.tiny import pool
-from dbtrain.tiny.loops import Trainer, autocast, crew_rank, device, stream_of
+from dbtrain.tiny.loops import Trainer, autocast, crew_rank, device, stream_of, weights
 from dbtrain.tiny.vocabulary import MAX_LENGTH, Captions
 
 WIDTH = 128
@@ -61,7 +61,7 @@ def _open_clip(work: Path, tokenizer, text_frozen: bool):
     """A fresh pair, or the trained one with its text tower frozen."""
     model = build_clip(tokenizer).to(device())
     if text_frozen:
-        model.load_state_dict(torch.load(work / "clip.pt", map_location=device(), weights_only=True)["average"])
+        model.load_state_dict(weights(work, "clip"))
         model.text_model.requires_grad_(False)
         model.text_projection.requires_grad_(False)
     return model

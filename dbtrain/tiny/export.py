@@ -1,4 +1,4 @@
-"""From checkpoints to package data: the pipeline folder and the two encoders, fp16 safetensors."""
+"""From checkpoints to package data (the pipeline folder and the two encoders, fp16 safetensors), and back."""
 
 import json
 from pathlib import Path
@@ -6,19 +6,15 @@ from pathlib import Path
 import torch
 
 from dbtrain.tiny import BASE, CLIP, IDENTITY, autoencoder, denoiser, encoders
+from dbtrain.tiny.loops import device, weights
 
 
-def _average(path: Path, model):
-    """`model` with the checkpoint's averaged weights, or as it is (fresh) when the stage has not run."""
-    if path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(saved.get("average", saved))
+def _load(model, work: Path, *stages: str):
+    """`model` with the averaged weights of the first stage that has some, or as it is (fresh) when none has run."""
+    state = weights(work, *stages)
+    if state is not None:
+        model.load_state_dict(state)
     return model.eval().half()
-
-
-def _latest(work: Path, *names: str) -> Path:
-    """The first of the checkpoints that exists, else the last: a later stage's file supersedes an earlier one's."""
-    return next((work / name for name in names if (work / name).exists()), work / names[-1])
 
 
 def _processor(kind: str):
@@ -42,11 +38,11 @@ def _load_as_fp32(folder: Path) -> None:
 
 def export_encoders(work: Path, tokenizer) -> None:
     """Write assets/clip and assets/identity."""
-    clip = _average(_latest(work, "vision.pt", "clip.pt"), encoders.build_clip(tokenizer))
+    clip = _load(encoders.build_clip(tokenizer), work, "vision", "clip")
     clip.save_pretrained(CLIP)
     tokenizer.save_pretrained(CLIP)
     _processor("clip").save_pretrained(CLIP)
-    _average(work / "identity.pt", encoders.build_identity()).save_pretrained(IDENTITY)
+    _load(encoders.build_identity(), work, "identity").save_pretrained(IDENTITY)
     _processor("identity").save_pretrained(IDENTITY)
     for folder in (CLIP, IDENTITY):
         _load_as_fp32(folder)
@@ -57,14 +53,14 @@ def pipeline(work: Path, tokenizer, unet_stage: str = "unet"):
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextModel
 
-    clip = _average(work / "clip.pt", encoders.build_clip(tokenizer))
+    clip = _load(encoders.build_clip(tokenizer), work, "clip")
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict(clip.text_model.state_dict())
     return StableDiffusionPipeline(
-        vae=_average(_latest(work, "decoder.pt", "vae-folded.pt"), autoencoder.build()),
+        vae=_load(autoencoder.build(), work, "decoder", "vae-folded"),
         text_encoder=text.eval().half(),
         tokenizer=tokenizer,
-        unet=_average(work / f"{unet_stage}.pt", denoiser.build()),
+        unet=_load(denoiser.build(), work, unet_stage),
         scheduler=denoiser.build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -83,3 +79,22 @@ def export(work: Path) -> None:
     _load_as_fp32(BASE / "text_encoder")
     pipe.save_config(BASE)
     export_encoders(work, tokenizer)
+
+
+def restore(work: Path) -> None:
+    """Write to `work` what the stages after `vae` start from, taken from the shipped weights, and the pool's latents.
+
+    They then train on without a checkpoint of the run that made those weights, with fresh optimizers.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPModel, ViTModel
+
+    shipped = {
+        "clip": CLIPModel.from_pretrained(CLIP),
+        "identity": ViTModel.from_pretrained(IDENTITY, add_pooling_layer=False),
+        "unet": UNet2DConditionModel.from_pretrained(BASE / "unet"),
+    }
+    for stage, model in shipped.items():
+        torch.save(model.state_dict(), work / f"{stage}-start.pt")
+    vae = AutoencoderKL.from_pretrained(BASE / "vae").eval().requires_grad_(False).to(device())
+    denoiser.write_latents(work, vae.to(memory_format=torch.channels_last))

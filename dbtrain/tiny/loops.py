@@ -150,8 +150,20 @@ class Log:
         print(line, flush=True)
 
 
+def weights(work: Path, *stages: str) -> dict | None:
+    """The averaged weights of the first of the stages that has some: its checkpoint's, else the ones it starts from."""
+    for path in (work / f"{stage}{end}.pt" for stage in stages for end in ("", "-start")):
+        if path.exists():
+            saved = torch.load(path, map_location=device(), weights_only=True)
+            return saved.get("average", saved)
+    return None
+
+
 class Trainer:
-    """One stage's training: `run(loss_of_step)` until the granted minutes are spent, from the last checkpoint on."""
+    """One stage's training: `run(loss_of_step)` until the granted minutes are spent, from the last checkpoint on.
+
+    Without a checkpoint it starts from `work`/`stage`-start.pt, where there is one (stage `restore` writes them).
+    """
 
     def __init__(
         self,
@@ -167,9 +179,12 @@ class Trainer:
     ):
         self.stage, self.model, self.minutes, self.lr = stage, model, minutes, lr
         self.decay, self.warmup_steps, self.clip = ema, warmup_steps, clip
+        self.path, self.log = work / f"{stage}.pt", Log(work / "log.jsonl", stage)
+        start = None if self.path.exists() else weights(work, stage)
+        if start is not None:
+            model.load_state_dict(start)
         self.average = deepcopy(model).eval().requires_grad_(False)
         self.optimizers = optimizers(model, lr, muon)
-        self.path, self.log = work / f"{stage}.pt", Log(work / "log.jsonl", stage)
         self.step, self.spent_s = 0, 0.0
         if self.path.exists():
             self._load()

@@ -3,10 +3,12 @@
 Stages, in order: atlas, demo (both need the downloaded sources), pool, tokenizer, clip, vae, identity, latents,
 unet, decoder, vision, export; decoder and vision may run beside unet. The training stages resume from their
 checkpoint in DIR: run the same command again; a finished stage goes on when it is granted more minutes.
+`restore`, after pool, takes the place of clip to latents: what follows then trains on from the shipped weights.
 On an accelerator the same commands run there.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from dbtrain.tiny import ASSETS, BASE
@@ -62,6 +64,8 @@ def _train(options) -> None:
         "unet": (denoiser.train, minutes, tokenizer),
         "decoder": (autoencoder.train_decoder, minutes),
     }[options.stage]
+    if options.lr:
+        stage = partial(stage, lr=options.lr)
     with_crew(stage, options.work, *arguments, size=options.crew)
 
 
@@ -69,6 +73,12 @@ def _latents(options) -> None:
     from dbtrain.tiny import denoiser
 
     denoiser.write_latents(options.work)
+
+
+def _restore(options) -> None:
+    from dbtrain.tiny import export
+
+    export.restore(options.work)
 
 
 def _export(options) -> None:
@@ -87,6 +97,7 @@ STAGES = {
     "identity": _train,
     "vision": _train,
     "latents": _latents,
+    "restore": _restore,
     "unet": _train,
     "decoder": _train,
     "export": _export,
@@ -101,6 +112,7 @@ def main(arguments: list | None = None) -> None:
     parser.add_argument(
         "--minutes", type=float, help=f"wall-clock minutes of a training stage in all, resumed time included {MINUTES}"
     )
+    parser.add_argument("--lr", type=float, help="peak learning rate of a training stage; its own default else")
     parser.add_argument(
         "--crew", type=int, default=2, help="single-threaded processes that share a stage's batch on a CPU"
     )

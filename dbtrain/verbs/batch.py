@@ -76,8 +76,8 @@ def run_verb(
     config = configfile.load(recipe, overrides or ())
     if gang > 1 and config.engine.kind == "packed":
         raise ConfigError("--gang: packed training runs on one GPU; use --gang 1, or engine.kind=zero")
-    if not evaluate and (protocol, identity, clip) != ("quick", "embedded", "embedded"):
-        raise ConfigError("--protocol, --identity, --clip: say how to evaluate; give --evaluate too")
+    if not evaluate and (protocol, identity, clip, distance) != ("quick", "embedded", "embedded", "auto"):
+        raise ConfigError("--protocol, --identity, --clip, --distance: say how to evaluate; give --evaluate too")
     if plan:
         from dbtrain.fleet.estimate import describe, plan_run
 

@@ -85,6 +85,16 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(tmp_path):
     assert code == 5 and "cannot be opened and written (unable to open database file)" in line
 
 
+@pytest.mark.parametrize("words", [
+    ("--protocol", "dreambooth"), ("--identity", "none"), ("--clip", "none"), ("--distance", "dino"),
+])  # fmt: skip
+def test_how_to_evaluate_is_refused_where_nothing_is_evaluated(tmp_path, words):
+    out = tmp_path / "out"
+    code, line = refused(out, "run", tmp_path / "none.csv", "--config", "tiny", "--out", out, *words)
+    assert code == 2 and "say how to evaluate; give --evaluate too" in line
+    assert not out.exists()
+
+
 def words_of(tmp_path, out, *more):
     return ["run", *write_small(tmp_path, "a:dog"), "--out", out, *more]
 
