@@ -51,7 +51,7 @@ class Settings:
     protocol: a name in `PROTOCOLS`. images: for each prompt. class_images: of the class prompt without identifier, for
     PRES. identity, clip: encoders by folder, hub id or `embedded`. live: class nouns of live subjects. overrides:
     `a.b=c` settings of the recipe, such as sample.steps. batch: pictures drawn at once, which rounds them. shards:
-    where the photos are, if not beside `subjects/`. distance: of DIV, a name in `distances.CHOICES`.
+    folder of the photos, if not where training read them. distance: of DIV, a name in `distances.CHOICES`.
     """
 
     protocol: str = "quick"
@@ -111,7 +111,7 @@ def evaluate_finished(
     For workers that hold a loaded base: `models` is that base without adapters, on any device, and is left as it was.
     judge: `load_judge` of the settings' encoders and distance, loaded once for many subjects; None loads it now.
     Pictures that are there already, under `folder`/evaluation and in RUN/evaluation/base, are not drawn again; workers
-    may share these folders. The photos come from RUN/shards or `settings.shards`. `summary.write_summary(RUN)` makes
+    may share these folders. `read_photos` says where the photos come from. `summary.write_summary(RUN)` makes
     the run's table of what its subjects have.
     Raises DataError for a folder without a finished subject, without photos, or of another base than `models`.
     """
@@ -123,7 +123,7 @@ def evaluate_finished(
         )
     if not config.sample.prompts and settings.protocol == "quick":
         raise ConfigError(f"{folder}: sample.prompts is empty, and the quick protocol has no prompts of its own")
-    photos = read_photos(folder, record["subject"], settings)
+    photos = read_photos(folder, record["subject"], config, settings)
     judge = judge or load_judge(settings.identity, settings.clip, models.denoiser.device.type, settings.distance)
     plan = PROTOCOLS[settings.protocol](settings, config, record["class"])
     own, of_base = shots(folder, record, config, plan, settings)
@@ -136,15 +136,19 @@ def evaluate_finished(
     return found
 
 
-def read_photos(folder: Path, subject: str, settings: Settings) -> list[Image.Image]:
-    """A subject's photos from the run's shards, upright and reduced to the training resolution."""
-    shards = settings.shards or folder.parent.parent / "shards"
-    rows = Index.load(shards).rows_of(subject) if shards.is_dir() else ()
+def read_photos(folder: Path, subject: str, config: RunConfig, settings: Settings) -> list[Image.Image]:
+    """A subject's photos, upright and reduced to the training resolution, from the shards that it was trained on.
+
+    Those are `settings.shards`, else the ready-made ones of `config.data`, else RUN/shards.
+    """
+    shards, schemes = settings.shards or config.data.shards or folder.parent.parent / "shards", config.data.schemes
+    absent = isinstance(shards, Path) and not shards.is_dir()
+    rows = () if absent else Index.load(shards, schemes).rows_of(subject)
     if not rows:
         raise DataError(
             f"{shards}: holds no photos of {subject!r}; keep the run folder whole, or name its shards with --shards"
         )
-    return [open_photo(sample.image) for sample in read_samples(shards, rows)]
+    return [open_photo(sample.image) for sample in read_samples(shards, rows, schemes)]
 
 
 def shots(

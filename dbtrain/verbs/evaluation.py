@@ -25,7 +25,7 @@ def evaluate_verb(
     live: Annotated[str, typer.Option(metavar="NOUNS", help="Further class nouns of live subjects: `gnome,imp`.")] = "",
     objects: Annotated[str, typer.Option(metavar="NOUNS", help="Class nouns to be taken as objects: `duck`.")] = "",
     subject: Annotated[list[str] | None, typer.Option(help="Only this subject; repeat for more.")] = None,
-    shards: Annotated[Path | None, typer.Option(help="Folder of the photos, if not DIR/shards.")] = None,
+    shards: Annotated[Path | None, typer.Option(help="Folder of the photos, if they moved.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")] = False,
     overrides: Overrides = None,

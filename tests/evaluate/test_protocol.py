@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dbtrain import cli
+from dbtrain.errors import DataError
 from dbtrain.evaluate import protocol
 from dbtrain.evaluate.features import load_identity, load_pair
 from dbtrain.evaluate.protocol import PROTOCOLS, Settings, evaluate_finished, read_photos, shots
@@ -131,6 +132,25 @@ def test_a_run_is_evaluated_and_its_files_hold_to_the_contract(out):
     assert len(list((out / "evaluation" / "base" / "dog").glob("*.png"))) == 6
 
 
+def test_photos_come_from_the_shards_that_were_trained_on(out):
+    """Ready-made shards at an address, as `data.shards` of the run or of the command; a folder that is named wins."""
+    import fsspec
+
+    bucket, folder = fsspec.filesystem("memory"), out / "subjects" / "rex"
+    bucket.put(f"{out}/shards", "/photos/shards", recursive=True)
+    at = small_config("data.shards=memory://photos/shards", "data.schemes=[memory]")
+    try:
+        ours, theirs = (read_photos(folder, "rex", config, Settings()) for config in (small_config(), at))
+    finally:
+        bucket.rm("/photos", recursive=True)
+    assert [photo.tobytes() for photo in ours] == [photo.tobytes() for photo in theirs] and ours
+    assert len(read_photos(folder, "rex", at, Settings(shards=out / "shards"))) == len(ours)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_photos(folder, "rex", at, Settings())
+    with pytest.raises(DataError, match="or allow its scheme"):
+        read_photos(folder, "rex", small_config("data.shards=memory://photos/shards"), Settings())
+
+
 def plain_mean(here, there):
     total = [
         sum(float(x) * float(y) for x, y in zip(a, b)) for a in here.double().tolist() for b in there.double().tolist()
@@ -145,7 +165,7 @@ def test_scores_equal_plain_loops_over_the_listed_pictures(out):
     rows = {}
     for image in found["images"]:
         rows.setdefault(image["row"], []).append((image["prompt"], image["told"], Image.open(folder / image["file"])))
-    photos = read_photos(folder, "rex", Settings())
+    photos = read_photos(folder, "rex", small_config(), Settings())
     identity, pair = load_identity(), load_pair()
     real, tuned = identity.images(photos), [image for _, _, image in rows["tuned"]]
     of_class = [image for _, _, image in rows["class"]]
