@@ -26,15 +26,14 @@ from dbtrain.bench import commit  # noqa: E402
 from dbtrain.data.manifest import read_manifest  # noqa: E402
 from dbtrain.tiny import DEMO  # noqa: E402
 
-CLASSES = ("dog", "cat")
 SAMPLER_STEPS, GUIDANCE = 50, 7.5
 """What the peer's script makes its class images with."""
 
 
-def manifest(folder: Path, subjects: int) -> list[tuple[str, Path]]:
+def manifest(folder: Path, subjects: int, classes: list[str]) -> list[tuple[str, Path]]:
     """(class, photos) of made-up subjects over the demo's photos, whose manifest is written to the folder."""
     photos = [subject.images[0].parent for subject in read_manifest(DEMO)]
-    rows = [(CLASSES[i % len(CLASSES)], photos[i % len(photos)]) for i in range(subjects)]
+    rows = [(classes[i % len(classes)], photos[i % len(photos)]) for i in range(subjects)]
     lines = [f"s{i:02d},{noun},{path}" for i, (noun, path) in enumerate(rows)]
     (folder / "photos.csv").write_text("\n".join(["subject,class,images", *lines]) + "\n")
     return rows
@@ -49,13 +48,13 @@ def ours(work: Path, arguments: argparse.Namespace, kind: str) -> list[str]:
             f"train.steps={arguments.steps}", f"train.batch={arguments.batch}", "train.lr=1e-3", "train.ema=null",
             f"lora.rank={peers.RANK}", "lora.targets=[attn*.to_q, attn*.to_k, attn*.to_v, attn*.to_out.0]",
             f"prior.images={arguments.priors}", f"prior.steps={SAMPLER_STEPS}", f"prior.guidance={GUIDANCE}",
-            "prior.batch=4", "sample.images=0", "track.tensorboard=false"]
+            "prior.batch=16", "sample.images=0", "track.tensorboard=false"]
 
 
-def measure(arguments: argparse.Namespace, work: Path) -> dict:
+def measure(arguments: argparse.Namespace, work: Path, classes: list[str]) -> dict:
     """Processor seconds a subject: packed, warm solo, and the peer with priors made and given."""
     peers.BATCH, peers.PRIORS = arguments.batch, arguments.priors
-    rows = manifest(work, arguments.subjects)
+    rows = manifest(work, arguments.subjects, classes)
     spent: dict[str, list[float]] = {"packed": [], "peer, priors made": [], "peer, priors given": [], "solo": []}
     for turn in range(arguments.turns):
         spent["packed"].append(peers.timed(ours(work, arguments, "packed"), [])[1] / len(rows))
@@ -87,6 +86,7 @@ def main() -> None:
     parser.add_argument("--script", required=True)
     parser.add_argument("--peer-path", action="append", default=[], help="folder for the peer's PYTHONPATH")
     parser.add_argument("--subjects", type=int, default=16)
+    parser.add_argument("--classes", default="dog,cat", help="class nouns that the subjects take in turn")
     parser.add_argument("--size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=1)
@@ -98,19 +98,20 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    result = measure(arguments, work)
+    classes = arguments.classes.split(",")
+    result = measure(arguments, work, classes)
     import diffusers
     import torch
 
     about = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread used",
              "torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit(),
-             "subjects": f"{arguments.subjects} of {len(CLASSES)} classes, packs of {arguments.size}",
+             "subjects": f"{arguments.subjects} of {' and '.join(classes)}, packs of {arguments.size}",
              "recipe": f"{arguments.batch} + {arguments.batch} images at 64 px, {arguments.steps} steps, rank "
                        f"{peers.RANK}, {arguments.priors} priors of {SAMPLER_STEPS} steps at guidance {GUIDANCE}",
              "turns": arguments.turns,
              "command": "python benchmarks/pack_peers.py " + " ".join(
-                 f"--{name} {getattr(arguments, name)}" for name in ("subjects", "size", "steps", "batch", "priors",
-                                                                    "turns"))}
+                 f"--{name} {getattr(arguments, name)}" for name in ("subjects", "classes", "size", "steps", "batch",
+                                                                    "priors", "turns"))}
     arguments.out.with_suffix(".json").write_text(json.dumps({"about": about, **result}, indent=1))
     arguments.out.with_suffix(".md").write_text(markdown(about, result))
     print(markdown(about, result))
