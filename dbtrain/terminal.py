@@ -14,7 +14,7 @@ from dbtrain.errors import StopRequested
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings to replace.")]
-Recipe = Annotated[str, typer.Option("--config", help="Name of a shipped recipe, or a file.")]
+Recipe = Annotated[str, typer.Option("--config", help="Recipe of the training: a shipped one's name, or a file.")]
 Protocol = Annotated[
     str, typer.Option(help="`quick`: the recipe's sample prompts; `dreambooth`: the paper's 25 prompts, 4 images each.")
 ]

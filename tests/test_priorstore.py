@@ -285,7 +285,7 @@ def test_the_verbs_list_verify_and_import(tmp_path, photos, store):
     assert json.loads(run("prior", "ls", store, "--json").stdout)[0]["images"] == BLOCK + 2
     assert run("prior", "verify", store).stdout == f"{store}: sound\n"
     own = tmp_path / "own"
-    words = ("prior", "import", photos, "--class", "dog", "--out", own, "data.resolution=32")
+    words = ("prior", "import", photos, "--class", "dog", "--config", "tiny", "--out", own, "data.resolution=32")
     assert "dog: 5 images imported, 5 in the store" in run(*words).stdout
     tar = next(own.rglob("*.tar"))
     tar.write_bytes(tar.read_bytes()[:-1])
@@ -298,13 +298,13 @@ def test_the_verbs_list_verify_and_import(tmp_path, photos, store):
 def test_training_uses_imported_images_and_refuses_to_mix_them_with_others(tmp_path, photos):
     words = write_job(tmp_path / "job", "train.steps=2", "sample.images=0", subjects="rex:dog")
     store, out = tmp_path / "store", tmp_path / "out"
-    assert run("prior", "import", photos, "--class", "dog", "--out", store, "data.resolution=32").exit_code == 0
+    assert run("prior", "import", photos, "--class", "dog", "--config", "tiny", "--out", store, "data.resolution=32").exit_code == 0
     own = ("prior.sampler=imported", f"prior.store={store}", "prior.images=5")
     done = dbtrain(["train", *words, *own, "--subject", "rex", "--out", out])
     assert done.returncode == 0, done.stderr
     assert len(list(store.rglob("latents/*.safetensors"))) == 1
     Image.open(photos / "0.jpg").rotate(90).save(photos / "0.jpg")
     shutil.rmtree(store)
-    assert run("prior", "import", photos, "--class", "dog", "--out", store, "data.resolution=32").exit_code == 0
+    assert run("prior", "import", photos, "--class", "dog", "--config", "tiny", "--out", store, "data.resolution=32").exit_code == 0
     other = dbtrain(["train", *words, *own, "--subject", "rex", "--out", out])
     assert other.returncode == 3 and "other settings or data" in other.stderr

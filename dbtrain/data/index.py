@@ -78,7 +78,7 @@ class Index:
                 content = file.read()
         except OSError as error:
             what = f"{path}: cannot be read ({error.strerror or error})"
-            raise DataError(f"{what}; make the folder with `dbtrain shard MANIFEST --out {directory}`") from error
+            raise DataError(f"{what}; make the folder with `dbtrain shard MANIFEST --out {directory} --config RECIPE`") from error
         try:
             index = _parse(content)
         except (ValueError, TypeError, LookupError, RecursionError) as error:

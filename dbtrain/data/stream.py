@@ -27,7 +27,7 @@ from dbtrain.errors import DISK_REMEDIES, DataError
 PIECE = 1 << 20
 SKIPPED = "skipped.json"
 """File of a shard folder that names the subjects left out of it, each with its reasons."""
-REMEDY = "remake with `dbtrain shard MANIFEST --out DIR`"
+REMEDY = "remake with `dbtrain shard MANIFEST --out DIR --config RECIPE`"
 
 
 def read_samples(directory: Path | str, rows: Iterable[Row], schemes: Collection[str] = ()) -> Iterator[Sample]:

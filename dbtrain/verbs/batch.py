@@ -69,13 +69,17 @@ def run_verb(
       dbtrain batch run photos.csv --config sdxl_lora --out runs/all
       dbtrain batch run photos.csv --config sdxl_lora --out runs/all --evaluate --protocol dreambooth \\
         --identity facebook/dino-vits16 --clip openai/clip-vit-base-patch32
-      dbtrain batch run photos.csv --config sdxl_full_zero3 --gang 8 --address auto --out /shared/all
+      dbtrain batch run photos.csv --config sdxl_full_zero3 --gang 4 --address auto --out /shared/all --ledger /ledger
     """
     from dbtrain import configfile
 
     config = configfile.load(recipe, overrides or ())
     if gang > 1 and config.engine.kind == "packed":
         raise ConfigError("--gang: packed training runs on one GPU; use --gang 1, or engine.kind=zero")
+    if gang > 1:
+        from dbtrain.engines.engine import plan_batches
+
+        plan_batches(config.train.batch, config.train.micro_batch, gang)
     if not evaluate and (protocol, identity, clip, distance) != ("quick", "embedded", "embedded", "auto"):
         raise ConfigError("--protocol, --identity, --clip, --distance: say how to evaluate; give --evaluate too")
     if plan:

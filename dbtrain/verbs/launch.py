@@ -5,7 +5,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from dbtrain.terminal import Json, print_json
+from dbtrain.terminal import print_json
 from dbtrain_launchers import LAUNCHERS
 from dbtrain_launchers.plan import Launcher, make_plan
 
@@ -17,12 +17,16 @@ app = typer.Typer(
 )
 
 
+MACHINES = ("nodes", "gpus", "cpus", "name")
+"""Options of which a launcher has those that it passes on."""
+
+
 def launch(
-    launcher: Launcher, words: list[str], nodes: int, gpus: int, cpus: int, name: str, env: list[str] | None,
-    dry_run: bool, as_json: bool, options: dict[str, Any],
+    launcher: Launcher, words: list[str], env: list[str] | None, dry_run: bool, as_json: bool, options: dict[str, Any],
+    **machines: Any,
 ) -> None:  # fmt: skip
     """Renders a plan, and prints or starts it; ends with the run's exit code."""
-    plan = make_plan(words, env or (), nodes=nodes, gpus=gpus, cpus=cpus, name=name)
+    plan = make_plan(words, env or (), **machines)
     rendered = launcher.render(plan, **options)
     if as_json:
         print_json({"command": list(rendered.command), "stdin": rendered.stdin})
@@ -33,21 +37,22 @@ def launch(
 
 
 def verb(launcher: Launcher) -> Any:
-    """A function whose signature is the plan's options, the launcher's own and the words, as typer wants it."""
+    """A function whose signature is the plan's options that the launcher passes on, its own and the words, for typer."""
 
     def shared(
         words: Annotated[list[str], typer.Argument(metavar="-- WORDS...", help="What to run.")],
         nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
-        gpus: Annotated[int, typer.Option(help="GPUs of each; 0 is a run on CPUs.")] = 0,
+        gpus: Annotated[int, typer.Option(help="GPUs of each machine; 0 asks for none.")] = 0,
         cpus: Annotated[int, typer.Option(help="CPU cores of each; 0 is the launcher's default.")] = 0,
         name: Annotated[str, typer.Option(help="Name of the job.")] = "dbtrain",
         env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Variable; no secrets.")] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
-        as_json: Json = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, and send nothing.")] = False,
     ) -> None: ...
 
     common, own = inspect.signature(shared).parameters, inspect.signature(launcher.render).parameters
-    parameters = [*common.values(), *list(own.values())[1:]]
+    kept = [one for name, one in common.items() if name not in MACHINES or name in launcher.machines]
+    parameters = [*kept, *list(own.values())[1:]]
 
     def run(**given: Any) -> None:
         launch(launcher, options={key: given.pop(key) for key in list(own)[1:]}, **given)

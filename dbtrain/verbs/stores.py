@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from dbtrain.errors import DataError
-from dbtrain.terminal import Json, Overrides, SkipBad, print_json, stop_at_once
+from dbtrain.terminal import Json, Overrides, Recipe, SkipBad, print_json, stop_at_once
 
 
 class WithMake(TyperGroup):
@@ -29,11 +29,11 @@ def _group(text: str) -> typer.Typer:
 
 shard_app = _group(
     "Photos as WebDataset shards under digests: make them, verify them.\n\n"
-    "\b\nExample:\n  dbtrain shard photos.csv --out shards"
+    "\b\nExample:\n  dbtrain shard photos.csv --out shards --config sd15_lora"
 )
 prior_app = _group(
     "Class images for prior preservation: make, list, verify, import.\n\n"
-    "\b\nExample:\n  dbtrain prior photos.csv --out priors"
+    "\b\nExample:\n  dbtrain prior photos.csv --out priors --config sd15_lora"
 )
 
 Manifest = Annotated[Path, typer.Argument(help="CSV, JSONL, YAML or Parquet: subject, class, images.")]
@@ -53,7 +53,7 @@ def _fail_if(damage: list[str], place: object, as_json: bool) -> None:
 def shard_make(
     manifest: Manifest,
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
-    recipe: Annotated[str, typer.Option("--config", help="Recipe whose data.resolution holds.")] = "tiny",
+    recipe: Recipe,
     skip_bad: SkipBad = False,
     overrides: Overrides = None,
 ) -> None:
@@ -94,7 +94,7 @@ def shard_verify(
 def prior_make(
     manifest: Annotated[Path, typer.Argument(help="Manifest whose classes get priors.")],
     out: Annotated[Path, typer.Option(help="Folder of the prior store.")],
-    recipe: Annotated[str, typer.Option("--config", help="Recipe: model, sampler and number of images.")] = "tiny",
+    recipe: Recipe,
     overrides: Overrides = None,
 ) -> None:
     """Draw the class images that prior preservation needs; training makes what is missing. `make` may be left out.
@@ -159,7 +159,7 @@ def prior_import(
     folder: Annotated[Path, typer.Argument(help="Folder of photos of the class.")],
     class_noun: Annotated[str, typer.Option("--class", help="Class noun, such as dog.")],
     out: Annotated[Path, typer.Option(help="Folder of the prior store.")],
-    recipe: Annotated[str, typer.Option("--config", help="Recipe: resolution and class caption.")] = "tiny",
+    recipe: Recipe,
     overrides: Overrides = None,
 ) -> None:
     """Bring own class images into a store; train with prior.sampler=imported prior.store=STORE to use them.

@@ -13,7 +13,7 @@ from dbtrain.terminal import Json, Overrides, Recipe, SkipBad, keep_origin, prin
 
 def preflight_verb(
     manifest: Annotated[Path, typer.Argument(help="CSV, JSONL, YAML or Parquet: subject, class, images.")],
-    recipe: Recipe = "tiny",
+    recipe: Recipe,
     overrides: Overrides = None,
     skip_bad: SkipBad = False,
     as_json: Json = False,
@@ -64,7 +64,7 @@ def train_verb(
     \b
     Example:
       dbtrain train photos.csv --subject rex --config sd15_lora --out runs/rex train.steps=600
-      deepspeed --num_gpus 2 launchers/train.py photos.csv --subjects all --config sdxl_lora --out runs/all
+      deepspeed --num_gpus 2 launchers/train.py photos.csv --subjects all --config sd15_full_zero2 --out runs/all
     """
     from dbtrain import configfile
 

@@ -45,7 +45,7 @@ def render(
 
     \b
     Example:
-      dbtrain launch deepspeed --gpus 8 -- train photos.csv --subjects all --config sdxl_full_zero3 --out runs/all
+      dbtrain launch deepspeed --gpus 4 -- train photos.csv --subjects all --config sdxl_full_zero3 --out runs/all
       dbtrain launch deepspeed --hostfile hosts -- train /nfs/a.csv --subjects all --config sdxl_full_zero3 --out /nfs/a
       dbtrain launch deepspeed --hostfile hosts --no-ssh --node-rank 1 --master-addr 10.0.0.1 -- train ...
     """
@@ -178,4 +178,4 @@ def hostfile_findings(path: Path) -> list[str]:
     ]
 
 
-LAUNCHER = Launcher(render, start)
+LAUNCHER = Launcher(render, ("nodes", "gpus"), start)

@@ -44,7 +44,7 @@ def render(
     plan: LaunchPlan,
     *,
     image: Annotated[str, typer.Option(help="Image with dbtrain and Ray.")],
-    namespace: Annotated[str | None, typer.Option(help="Namespace; None is kubectl's.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Namespace; by default kubectl's.")] = None,
     memory: Annotated[str, typer.Option(help="Memory of each pod.")] = "32Gi",
     claim: Annotated[list[str] | None, typer.Option(help="Volume claim as NAME:/MOUNT; repeat for more.")] = None,
     head_claim: Annotated[
@@ -62,7 +62,7 @@ def render(
     \b
     Example:
       dbtrain launch kubernetes --nodes 4 --gpus 8 --cpus 32 --image ghcr.io/me/dbtrain:1 --claim data:/data \\
-        -- batch run /data/all.csv --config sdxl_lora --out /data/runs/all
+        --head-claim ledger:/ledger -- batch run /data/all.csv --config sdxl_lora --out /data/runs/all --ledger /ledger
     """
     import yaml
 
@@ -209,4 +209,4 @@ def start(rendered: Rendered) -> int:
     return start_program(rendered)
 
 
-LAUNCHER = Launcher(render, start)
+LAUNCHER = Launcher(render, ("nodes", "gpus", "cpus", "name"), start)

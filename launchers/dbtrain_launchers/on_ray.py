@@ -37,13 +37,13 @@ def render(
     working_dir: Annotated[Path | None, typer.Option(help="Folder to send, such as a checkout.")] = None,
     wheel: Annotated[Path | None, typer.Option(help="dbtrain's wheel to send.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="More patterns not to send; repeats.")] = None,
-    submission_id: Annotated[str | None, typer.Option(help="Name of the job; None lets Ray choose.")] = None,
+    submission_id: Annotated[str | None, typer.Option(help="Name of the job; by default Ray chooses one.")] = None,
 ) -> Rendered:
     """Run as a job of a running Ray cluster and show its log; the request is what `ray job submit` would send.
 
     \b
     Example:
-      dbtrain launch ray --address http://head:8265 -- batch run /nfs/all.csv --config sdxl_lora --out /nfs/all
+      dbtrain launch ray --address http://head:8265 -- batch run /nfs/all.csv --config sdxl_lora --out /nfs/all --ledger /ledger
       dbtrain launch ray --working-dir . -- train subjects.csv --subject rex --config tiny --out /tmp/rex
     """
     findings = []
@@ -149,4 +149,4 @@ def follow(client: Any, job: str, poll_s: float = POLL_S) -> int:
     raise FleetError(f"{job}: {info.status}: {info.message}")
 
 
-LAUNCHER = Launcher(render, start)
+LAUNCHER = Launcher(render, (), start)

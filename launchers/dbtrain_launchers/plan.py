@@ -74,6 +74,8 @@ class Launcher:
 
     render: Callable[..., Rendered]
     """From a plan and the launcher's own options, which are its keyword arguments; pure. Its docstring is the help."""
+    machines: tuple[str, ...]
+    """The fields of the plan that it passes on, of `nodes`, `gpus`, `cpus`, `name`; the others are no options of it."""
     start: Callable[[Rendered], int]
     """Starts what was rendered; the exit code. Raises FleetError where that is impossible or unsafe."""
 
