@@ -37,6 +37,16 @@ class StackedLora(nn.Module):
         self.register_buffer("scale_N", torch.full((subjects,), scale, device=device), persistent=False)
         self.rows = ALL_ROWS
 
+    @property
+    def in_features(self) -> int:
+        """Channels in, as a linear layer has them: attention asks its layers."""
+        return self.base.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Channels out."""
+        return self.base.weight.shape[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, of the base layer's shape."""
         base = self.base(x)

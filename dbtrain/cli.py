@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dbtrain.errors import ConfigError, DataError, DbtrainError, disk_trouble
+from dbtrain.errors import ConfigError, DataError, DbtrainError, EngineError, disk_trouble, memory_trouble
 from dbtrain.terminal import Json, Overrides, print_json
 from dbtrain.verbs import batch, bench, evaluation, launch, reporting, stores, subjects
 
@@ -35,11 +35,12 @@ class Verbs(TyperGroup):
                 typer.echo(f"error: {line}", err=True)
             raise typer.Exit(error.exit_code) from None
         except Exception as error:
-            trouble = disk_trouble(error)
+            memory = memory_trouble(error)
+            trouble = memory or disk_trouble(error)
             if trouble is None or ctx.params.get("traceback"):
                 raise
             typer.echo(f"error: {trouble}", err=True)
-            raise typer.Exit(DataError.exit_code) from None
+            raise typer.Exit((EngineError if memory else DataError).exit_code) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None

@@ -75,8 +75,10 @@ def prior_key(config: RunConfig, models: Models, class_noun: str) -> PriorKey:
     prior, prompt = config.prior, fill(config.data.class_caption, class_noun=class_noun)
     if prior.sampler == IMPORTED:
         return imported_key(config, class_noun)
+    model = config.model
+    told = [str(one) for one in (model.parameterization, model.zero_terminal_snr) if one != "auto"]
     return PriorKey(
-        base_digest(models),
+        " ".join([base_digest(models), *told]),
         prompt,
         prior.sampler,
         prior.steps,

@@ -75,6 +75,21 @@ def test_errors_become_lines_and_exit_codes(monkeypatch, kind):
     assert isinstance(run(cli.app, ["--traceback", "config", "show", "tiny"]).exception, kind)
 
 
+@pytest.mark.parametrize("kind, text", [
+    (MemoryError, ""), (RuntimeError, "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
+    (RuntimeError, "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to"),
+])  # fmt: skip
+def test_memory_that_runs_out_is_one_line_and_says_what_helps(monkeypatch, kind, text):
+    def fail(*_):
+        raise kind(text)
+
+    monkeypatch.setattr(configfile, "load", fail)
+    result = run(cli.app, ["config", "show", "tiny"])
+    assert result.exit_code == errors.EngineError.exit_code and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: memory ran out: ") and "train.micro_batch=1" in result.stderr
+    assert isinstance(run(cli.app, ["--traceback", "config", "show", "tiny"]).exception, kind)
+
+
 def test_an_interrupt_is_130(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -298,13 +298,14 @@ def test_the_verbs_list_verify_and_import(tmp_path, photos, store):
 def test_training_uses_imported_images_and_refuses_to_mix_them_with_others(tmp_path, photos):
     words = write_job(tmp_path / "job", "train.steps=2", "sample.images=0", subjects="rex:dog")
     store, out = tmp_path / "store", tmp_path / "out"
-    assert run("prior", "import", photos, "--class", "dog", "--config", "tiny", "--out", store, "data.resolution=32").exit_code == 0
+    bring = ("prior", "import", photos, "--class", "dog", "--config", "tiny", "--out", store, "data.resolution=32")
+    assert run(*bring).exit_code == 0
     own = ("prior.sampler=imported", f"prior.store={store}", "prior.images=5")
     done = dbtrain(["train", *words, *own, "--subject", "rex", "--out", out])
     assert done.returncode == 0, done.stderr
     assert len(list(store.rglob("latents/*.safetensors"))) == 1
     Image.open(photos / "0.jpg").rotate(90).save(photos / "0.jpg")
     shutil.rmtree(store)
-    assert run("prior", "import", photos, "--class", "dog", "--config", "tiny", "--out", store, "data.resolution=32").exit_code == 0
+    assert run(*bring).exit_code == 0
     other = dbtrain(["train", *words, *own, "--subject", "rex", "--out", out])
     assert other.returncode == 3 and "other settings or data" in other.stderr

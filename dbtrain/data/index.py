@@ -78,7 +78,8 @@ class Index:
                 content = file.read()
         except OSError as error:
             what = f"{path}: cannot be read ({error.strerror or error})"
-            raise DataError(f"{what}; make the folder with `dbtrain shard MANIFEST --out {directory} --config RECIPE`") from error
+            remedy = f"make the folder with `dbtrain shard MANIFEST --out {directory} --config RECIPE`"
+            raise DataError(f"{what}; {remedy}") from error
         try:
             index = _parse(content)
         except (ValueError, TypeError, LookupError, RecursionError) as error:

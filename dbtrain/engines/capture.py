@@ -171,6 +171,8 @@ class Recorded(Eager):
     def _record(self, step: Step, buffers: Batch) -> None:
         try:
             self._graph(step, buffers)
+        except torch.OutOfMemoryError:  # says nothing of the step: a smaller pack may be recorded
+            raise
         except RuntimeError as error:
             reason = first_line(error)
             if not self.choice.may_fall_back:

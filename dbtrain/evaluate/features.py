@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from dbtrain.errors import ConfigError, first_line
-from dbtrain.families.load import quiet_libraries
+from dbtrain.families.family import is_local
+from dbtrain.families.load import A_HUB_ID, mind_the_network, quiet_libraries
 from dbtrain.tiny import CLIP, IDENTITY
 
 EMBEDDED = "embedded"
@@ -96,7 +97,7 @@ def _preprocessor_config(source: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{source}: no readable preprocessor_config.json ({first_line(error)}); "
-            "give an image encoder's folder with that file, or a hub id that is in the cache"
+            f"give an image encoder's folder with that file, or {A_HUB_ID}"
         ) from error
 
 
@@ -197,6 +198,8 @@ def _load(source: str, embedded: Path, device: str) -> Encoder:
 
     quiet_libraries()
     path = str(embedded) if source == EMBEDDED else source
+    if not is_local(path):
+        mind_the_network()
     preprocess = read_preprocess(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -211,7 +214,7 @@ def _load(source: str, embedded: Path, device: str) -> Encoder:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{source}: cannot be loaded as an encoder ({first_line(error)}); "
-            "give a transformers folder with safetensors weights, such a hub id that is in the cache, or `embedded`"
+            f"give `embedded`, a transformers folder with safetensors weights, or {A_HUB_ID}"
         ) from error
     # transformers draws missing weights at random, and scores would then mean nothing.
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))

@@ -249,13 +249,17 @@ def fastest(names: list[str], shape: Shape) -> str:
 
 
 def measure(core: Callable[[Tensor, Tensor, Tensor], Tensor], shape: Shape, warm: int = 3, turns: int = 10) -> float:
-    """Median ms of one forward and backward of an attention of this shape, from and to a layer's own [B, T, H, D]."""
+    """Median ms of one forward and backward of an attention of this shape, from and to a layer's own [B, T, H, D].
+
+    It is called in the midst of a layer's forward, whose checkpointing must not take our tensors for the layer's.
+    """
     device = "cpu" if shape.device == "cpu" else "cuda"
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     sides = (shape.queries, shape.keys, shape.keys)
     dtype, each = getattr(torch, shape.dtype), (shape.heads, shape.width)
     taken_ms = []
-    with torch.enable_grad(), torch.autocast(device, enabled=False):
+    apart = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with apart, torch.enable_grad(), torch.autocast(device, enabled=False):
         q, k, v = (torch.randn(shape.batch, n, *each, device=device, dtype=dtype, requires_grad=True) for n in sides)
         cotangent = torch.randn_like(q)
         for turn in range(warm + turns):

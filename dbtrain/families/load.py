@@ -1,7 +1,9 @@
 """Base models from diffusers folders, hub ids and single files, and their digests."""
 
 import hashlib
+import inspect
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ CLASSES = {
     "AutoencoderKL": ("diffusers", "AutoencoderKL"),
 }
 """Component classes that may be loaded; a model index that names another one is refused."""
+A_HUB_ID = "a hub id (fetched once; without network it must be in the hub's cache)"
 
 
 def source_of(path: str) -> str:
@@ -35,6 +38,8 @@ def load_models(family: Family, config: ModelConfig) -> Models:
     """
     quiet_libraries()
     source = source_of(config.path)
+    if not all(map(is_local, filter(None, (source, config.single_file_layout)))):
+        mind_the_network()
     if source.endswith((".safetensors", ".ckpt")):
         return _load_single_file(family, config, source)
     try:
@@ -51,7 +56,7 @@ def load_models(family: Family, config: ModelConfig) -> Models:
     except (OSError, KeyError, ValueError) as error:
         raise ConfigError(
             f"model.path: cannot load {config.path!r} as {family.name}: {first_line(error)}; "
-            "give a diffusers folder, a hub id that is in the cache, or a .safetensors file"
+            f"give a diffusers folder, a .safetensors file, or {A_HUB_ID}"
         ) from error
     return _assemble(family, config, source, parts, tokenizers, scheduler)
 
@@ -61,24 +66,28 @@ def _assemble(
 ) -> Models:
     for module in parts.values():
         module.requires_grad_(False).eval()
+    schedule = schedule_of(scheduler, config)
     return Models(
         denoiser=parts[family.denoiser_name],
         vae=parts["vae"],
         text_encoders={name: parts[name] for name in family.text_components},
         tokenizers=tokenizers,
-        scheduler=scheduler,
-        schedule=schedule_of(scheduler, config),
+        scheduler=scheduler_as_trained(scheduler, schedule, config),
+        schedule=schedule,
         source=config.path,
-        digests=digests_of(source),
+        digests=digests_of(source) if is_local(source) else commit_of(source, config),
     )
 
 
-def _component_index(source: str, config: ModelConfig) -> dict[str, list[str]]:
+def _index_path(source: str, config: ModelConfig) -> Path:
     from huggingface_hub import hf_hub_download
 
     name = "model_index.json"
-    path = Path(source) / name if is_local(source) else Path(hf_hub_download(source, name, revision=config.revision))
-    index = json.loads(path.read_text())
+    return Path(source) / name if is_local(source) else Path(hf_hub_download(source, name, revision=config.revision))
+
+
+def _component_index(source: str, config: ModelConfig) -> dict[str, list[str]]:
+    index = json.loads(_index_path(source, config).read_text())
     return {name: entry for name, entry in index.items() if isinstance(entry, list)}
 
 
@@ -135,6 +144,19 @@ def _load_single_file(family: Family, config: ModelConfig, source: str) -> Model
     return _assemble(family, config, source, parts, tokenizers, pipeline.scheduler)
 
 
+@cache
+def mind_the_network() -> None:
+    """Nothing; where the hub does not answer, ids are looked up in its cache alone from now on. Each of the many
+    requests for a model would else be tried again for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the HTTP library of the day raises; with HF_HUB_OFFLINE=1 the hub's own refusal
+        constants.HF_HUB_OFFLINE = True
+
+
 def schedule_of(scheduler: Any, config: ModelConfig) -> Schedule:
     """The training schedule in a diffusers scheduler's configuration."""
     from diffusers import DDPMScheduler
@@ -155,6 +177,27 @@ def schedule_of(scheduler: Any, config: ModelConfig) -> Schedule:
     return discrete_schedule(DDPMScheduler.from_config(kept).alphas_cumprod, parameterization, bool(rescale))
 
 
+def scheduler_as_trained(scheduler: Any, schedule: Schedule, config: ModelConfig) -> Any:
+    """The sampling scheduler that agrees with the training schedule: the model's own, unless settings override it.
+
+    Zero terminal SNR is sampled with trailing steps, from pure noise on (arXiv 2305.08891, section 3.3).
+    """
+    told = {}
+    if config.parameterization != "auto":
+        told["prediction_type"] = schedule.parameterization
+    if config.zero_terminal_snr != "auto":
+        told["rescale_betas_zero_snr"] = config.zero_terminal_snr
+    if config.zero_terminal_snr is True:
+        told["timestep_spacing"] = "trailing"
+    if not told:
+        return scheduler
+    from diffusers import DDIMScheduler
+
+    knows_zero_snr = "rescale_betas_zero_snr" in inspect.signature(type(scheduler)).parameters
+    kind = type(scheduler) if knows_zero_snr or config.zero_terminal_snr is not True else DDIMScheduler
+    return kind.from_config({**scheduler.config, **told})
+
+
 def quiet_libraries() -> None:
     """Switch off progress bars and advice of diffusers and transformers: they are about their own internals."""
     import diffusers
@@ -170,14 +213,15 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer, CLIPTokenizer
 
     source = source_of(path)
+    if not is_local(source):
+        mind_the_network()
     try:
         if (Path(source) / "tokenizer").is_dir() or not is_local(source):
             return _with_vocabulary(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"))
         return _with_vocabulary(AutoTokenizer.from_pretrained(source))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: no tokenizer found: {first_line(error)}; give a model or tokenizer folder, or a hub id that is "
-            "in the cache"
+            f"{path}: no tokenizer found: {first_line(error)}; give a model or tokenizer folder, or {A_HUB_ID}"
         ) from error
 
 
@@ -189,7 +233,12 @@ def digests_of(source: str) -> dict[str, str]:
     return {file.name if root.is_file() else file.relative_to(root).as_posix(): file_digest(file) for file in files}
 
 
+def commit_of(source: str, config: ModelConfig) -> dict[str, str]:
+    """What names a hub model's files as digests would: its id, the commit that was read, and the variant."""
+    return {"source": source, "commit": _index_path(source, config).parent.name, "variant": config.variant or ""}
+
+
 def base_digest(models: Models) -> str:
-    """One sha256 that names the base model: of its weight files, or of its hub id where it is not local."""
+    """One sha256 that names the base model: of its files' digests, or of a hub model's id, commit and variant."""
     text = json.dumps(models.digests or {"source": models.source}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -37,7 +37,7 @@ def launch(
 
 
 def verb(launcher: Launcher) -> Any:
-    """A function whose signature is the plan's options that the launcher passes on, its own and the words, for typer."""
+    """A function whose signature is the plan's options that a launcher passes on, its own and the words, for typer."""
 
     def shared(
         words: Annotated[list[str], typer.Argument(metavar="-- WORDS...", help="What to run.")],

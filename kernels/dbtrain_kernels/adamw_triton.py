@@ -106,6 +106,11 @@ def update_rows(
         tl.store(ema + place, average + (value - average) * EMA_REST, mask=inside)
 
 
+def log(beta: float) -> float:
+    """Natural logarithm of a decay; of 0 a number whose exponential is 0, also times a step count."""
+    return math.log(beta) if beta else -1e4
+
+
 def grid(rows: int, elements: int, block: int) -> tuple[int, int]:
     """Programs of a pass over arenas: (blocks of a row, rows). CUDA counts the first side to 2^31 - 1, the second only
     to 65,535, and a fully trained model is one row of 10^9 elements."""
@@ -125,7 +130,7 @@ def launch(
     squared_norms[grid(rows, elements, NORM_BLOCK)](grad, partial, elements, BLOCK=NORM_BLOCK, num_warps=8)
     row_factors[(rows,)](
         partial, norm_N, step_N, lr_N, clip_N, decay_N, active_N.view(torch.uint8), factors, chunks,
-        LOG_BETA1=math.log(beta1), LOG_BETA2=math.log(beta2), FACTORS=FACTORS, BLOCK=1024,
+        LOG_BETA1=log(beta1), LOG_BETA2=log(beta2), FACTORS=FACTORS, BLOCK=1024,
     )  # fmt: skip
     update_rows[grid(rows, elements, BLOCK)](
         master, grad, exp_avg, exp_avg_sq, exp_avg if ema is None else ema, master if compute is None else compute,

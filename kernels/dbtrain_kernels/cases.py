@@ -173,6 +173,7 @@ def adamw() -> list[Case]:
         "flat, rounded at random": {"rows": 1, "compute": True, "rounding": True, "ema": True},
         "bf16 masters": {"compute": True, "rounding": True, "low": ("master", "grad")},
         "other constants": {"beta1": 0.5, "beta2": 0.99, "eps": 1e-3},
+        "no momentum": {"beta1": 0.0, "beta2": 0.0},
     }
     return [Case(name, partial(_adamw_inputs, **call)) for name, call in calls.items()]
 

@@ -43,7 +43,8 @@ def render(
 
     \b
     Example:
-      dbtrain launch ray --address http://head:8265 -- batch run /nfs/all.csv --config sdxl_lora --out /nfs/all --ledger /ledger
+      dbtrain launch ray --address http://head:8265 \\
+        -- batch run /nfs/all.csv --config sdxl_lora --out /nfs/all --ledger /ledger
       dbtrain launch ray --working-dir . -- train subjects.csv --subject rex --config tiny --out /tmp/rex
     """
     findings = []

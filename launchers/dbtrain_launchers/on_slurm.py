@@ -36,7 +36,8 @@ def render(
 
     \b
     Example:
-      dbtrain launch slurm --nodes 4 --gpus 8 --time 12:00:00 -- batch run all.csv --config sdxl_lora --out /nfs/all --ledger /local
+      dbtrain launch slurm --nodes 4 --gpus 8 --time 12:00:00 \\
+        -- batch run all.csv --config sdxl_lora --out /nfs/all --ledger /local
       dbtrain launch slurm --gpus 1 --array 0-99%20 -- train {task}.csv --subjects all --config tiny --out runs/{task}
     """
     refuse(

@@ -1,17 +1,23 @@
 """Contract of a family on a random model of its real layout: load, tell, encode, denoise, freeze, refuse."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dbtrain.batch import Batch, Conditioning, Role
-from dbtrain.config import ModelConfig
+from dbtrain.config import ModelConfig, RunConfig
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES, encode_images, load_models, sample_latents
 from dbtrain.families.load import base_digest, digests_of
-from dbtrain.generate import make_pipeline
+from dbtrain.generate import SAMPLERS, make_pipeline
+from dbtrain.priors import prior_key
 
 CAPTIONS = ["a photo of a dog", "a much longer caption " + "very " * 100]
 
@@ -145,6 +151,60 @@ def test_zero_terminal_snr_of_an_eps_model_is_refused(model_folders):
         load_models(FAMILIES["sd"], ModelConfig(path=path, zero_terminal_snr=True))
     v = load_models(FAMILIES["sd"], ModelConfig(path=path, zero_terminal_snr=True, parameterization="v_prediction"))
     assert v.schedule.snr_S[-1] == 0
+
+
+def test_what_is_trained_as_told_is_sampled_and_published_so(model_folders, tmp_path):
+    """A checkpoint that does not say that it is a v-prediction model: priors and sheets would be drawn as of an epsilon
+    model, and a fully fine-tuned one would be published as such."""
+    folder, told = str(model_folders["sd"]), {"zero_terminal_snr": True, "parameterization": "v_prediction"}
+    family, plain = FAMILIES["sd"], load_models(FAMILIES["sd"], ModelConfig(path=folder))
+    models = load_models(family, ModelConfig(path=folder, **told))
+    assert make_pipeline(family, plain).scheduler.config.prediction_type == "epsilon"
+    make_pipeline(family, models).save_pretrained(tmp_path)
+    published = load_models(family, ModelConfig(path=str(tmp_path)))
+    for scheduler in (*(make_pipeline(family, models, sampler).scheduler for sampler in (None, *SAMPLERS)),
+                      published.scheduler):  # fmt: skip
+        assert scheduler.config.prediction_type == "v_prediction"
+        assert scheduler.config.rescale_betas_zero_snr is True and scheduler.config.timestep_spacing == "trailing"
+        assert float(scheduler.alphas_cumprod[-1]) < 1e-6
+    assert torch.equal(published.schedule.alpha_S, models.schedule.alpha_S)
+    keys = [prior_key(RunConfig(model=ModelConfig(path=folder, **words)), models, "dog") for words in ({}, told)]
+    assert keys[0].model == base_digest(models) and keys[0].name != keys[1].name
+
+
+HUB = """
+import sys, json
+from dbtrain.config import ModelConfig
+from dbtrain.families import FAMILIES, load_models
+from dbtrain.families.load import base_digest
+for words in ({"revision": "a" * 40}, {"revision": "b" * 40}, {"revision": "main"}):
+    print(base_digest(load_models(FAMILIES["sd"], ModelConfig(path="some/model", **words))))
+"""
+
+
+def test_a_hub_models_digest_names_its_commit(model_folders, tmp_path):
+    """A real cache of the hub's layout, without network: `main` is one of its two commits."""
+    model = tmp_path / "hub" / "models--some--model"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("b" * 40)
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(model_folders["sd"], model / "snapshots" / commit)
+    cached = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", HUB], env=cached, capture_output=True, text=True)
+    a, b, main = done.stdout.split()[-3:]
+    assert a != b == main, done.stderr
+
+
+def test_a_hub_that_does_not_answer_is_asked_once():
+    """Each of the libraries' requests is tried again for half a minute otherwise; the port of `discard` is closed."""
+    closed = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    closed |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": "/nowhere/hub"}
+    words = ["-c", "from dbtrain.families import load_tokenizer; load_tokenizer('some/model')"]
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, *words], env=closed, capture_output=True, text=True, timeout=300)
+    assert "some/model: no tokenizer found" in done.stderr
+    assert "a hub id (fetched once; without network it must be in the hub's cache)" in done.stderr
+    assert time.monotonic() - began < 28, "one retry of one request waits as long"
 
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}

@@ -83,7 +83,8 @@ def test_nothing_sound_is_an_error(manifest, tmp_path):
 
 def test_the_verb_lists_everything_and_writes_nothing(manifest):
     def run(*words):
-        return CliRunner().invoke(cli.app, ["preflight", str(manifest), "--config", "tiny", "data.resolution=32", *words])
+        asked = ["preflight", str(manifest), "--config", "tiny", "data.resolution=32", *words]
+        return CliRunner().invoke(cli.app, asked)
 
     before = {path: path.stat().st_mtime_ns for path in manifest.parent.rglob("*")}
     refused, skipping, as_json = run(), run("--skip-bad"), run("--skip-bad", "--json")

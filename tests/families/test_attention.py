@@ -3,7 +3,9 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import nn
 
+from dbtrain.adapters import attach
 from dbtrain.config import ModelConfig
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES, attention, load_models
@@ -148,6 +150,28 @@ def test_a_measured_choice_is_made_by_the_shapes_of_the_pass(denoiser, monkeypat
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
     assert {shape.keys for shape in engaged.shapes} > {7} and set(engaged.shapes.values()) <= {"sdpa", "flash"}
     assert all(row["ms"].keys() == {"sdpa", "flash"} for row in engaged.row()["shapes"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_choice_is_measured_in_the_midst_of_training_an_adapter(model_folders, monkeypatch, checkpointing):
+    """The first step of `auto` on a GPU: layers that carry adapters, blocks that are recomputed in backward."""
+    monkeypatch.setattr(attention, "MEASURED", {})
+    grads = []
+    for names in (["sdpa"], ["sdpa", "flash"]):
+        model = load_models(FAMILIES["sd"], ModelConfig(path=str(model_folders["sd"]))).denoiser
+        adapters = attach(model, ["attn*.to_q", "attn*.to_v"], 1, 2, 2.0)
+        for layer in adapters:
+            nn.init.constant_(layer.down_NRD, 0.1)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+            model.train()
+        engaged = Attention("auto", "test")
+        model.set_attn_processor(Fastest(names, engaged))
+        predict(model).square().sum().backward()
+        assert engaged.shapes
+        grads.append([layer.up_NDR.grad for layer in adapters])
+    for one, other in zip(*grads):
+        assert one.abs().max() > 0 and torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
 
 
 @pytest.mark.gpu

@@ -18,6 +18,8 @@ from tests.faults.damage import as_nobody, read_only, small_disk
 from tests.faults.kit import Fault, forked
 from tests.main_job import dbtrain, environment, start, write_job
 
+TINY = ("--config", "tiny")
+
 
 @pytest.fixture(scope="module")
 def works(tmp_path_factory):
@@ -85,7 +87,7 @@ def test_a_folder_without_the_right_to_write_is_one_line():
         folder = Path(place)
         folder.chmod(0o755)
         write_job(folder, subjects="rex:dog")
-        words = ["shard", "make", folder / "photos.csv", "--out", folder / "shards", "--config", "tiny", "data.resolution=32"]
+        words = ["shard", "make", folder / "photos.csv", "--out", folder / "shards", *TINY, "data.resolution=32"]
         command = as_nobody([sys.executable, "-m", "dbtrain", *map(str, words)])
         done = subprocess.run(
             command, env={**environment(), "HOME": place}, capture_output=True, text=True, check=False
@@ -126,8 +128,8 @@ def test_a_request_to_stop_is_75_in_every_phase_and_loses_nothing(works, finishe
 
 
 WRONG_PATHS = [
-    (["shard", "make", "m.csv", "--config", "tiny", "--out", "file"], "file: File exists; something else has that name"),
-    (["shard", "make", "m.csv", "--config", "tiny", "--out", "file/sub"], "file/sub: Not a directory; a part of the path is a file"),
+    (["shard", "make", "m.csv", *TINY, "--out", "file"], "file: File exists; something else has that name"),
+    (["shard", "make", "m.csv", *TINY, "--out", "file/sub"], "file/sub: Not a directory; a part of the path is a file"),
     (["train", "m.csv", "--subject", "rex", "--config", "tiny", "--out", "file"], "file: File exists"),
     (["train", "m.csv", "--subject", "rex", "--config", "tiny", "--out", "file/sub"], "file/sub: Not a directory"),
 ]
@@ -147,7 +149,7 @@ def test_a_path_that_cannot_be_is_one_line(tmp_path, monkeypatch, words, told):
 def test_a_path_that_cannot_be_has_a_traceback_on_request(tmp_path):
     manifest, *_ = write_job(tmp_path, subjects="rex:dog")
     (tmp_path / "file").touch()
-    words = ["--traceback", "shard", "make", str(manifest), "--config", "tiny", "--out", str(tmp_path / "file")]
+    words = ["--traceback", "shard", "make", str(manifest), *TINY, "--out", str(tmp_path / "file")]
     assert isinstance(CliRunner().invoke(cli.app, words).exception, OSError)
 
 
