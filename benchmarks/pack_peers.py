@@ -109,7 +109,7 @@ def main() -> None:
              "recipe": f"{arguments.batch} + {arguments.batch} images at 64 px, {arguments.steps} steps, rank "
                        f"{peers.RANK}, {arguments.priors} priors of {SAMPLER_STEPS} steps at guidance {GUIDANCE}",
              "turns": arguments.turns,
-             "command": "python benchmarks/pack_peers.py " + " ".join(
+             "command": "python benchmarks/pack_peers.py --script PATH/train_dreambooth_lora.py " + " ".join(
                  f"--{name} {getattr(arguments, name)}" for name in ("subjects", "classes", "size", "steps", "batch",
                                                                     "priors", "turns"))}
     arguments.out.with_suffix(".json").write_text(json.dumps({"about": about, **result}, indent=1))

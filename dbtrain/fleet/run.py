@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,9 @@ def run_batch(
     a stop request, and FleetError when no worker can work; the same call goes on from there."""
     if not manifest.is_file():
         raise DataError(f"{manifest}: there is no such manifest; give a CSV, JSONL, YAML or Parquet file")
+    judging = {**options.evaluation}
+    judging |= {key: absolute_name(judging[key]) for key in ("identity", "clip") if key in judging}
+    config, options = anchored(config), replace(options, evaluation=judging)
     check_after(config, options)
     out.mkdir(parents=True, exist_ok=True)
     folder = ledger_folder(out, options.ledger)
@@ -62,6 +65,36 @@ def run_batch(
             return _run(manifest, config, out, options, folder, opened)
     finally:
         lease.release()
+
+
+def anchored(config: RunConfig) -> RunConfig:
+    """The settings with relative paths made absolute: workers on a cluster run in a folder of Ray's choice."""
+    changed = {section: {key: path(getattr(getattr(config, section), key)) for key, path in keys.items()}
+               for section, keys in PATHS.items()}  # fmt: skip
+    return config.model_copy(
+        update={section: getattr(config, section).model_copy(update=keys) for section, keys in changed.items()}
+    )
+
+
+def absolute(path: str | None) -> str | None:
+    """A path, absolute; an address, or None, as it is."""
+    return path if path is None or "://" in path else str(Path(path).absolute())
+
+
+def absolute_name(name: str | None) -> str | None:
+    """A name as `absolute` if it is a path of something here; else it may be a hub id, or `embedded`, which stay."""
+    return name if name is None or name == EMBEDDED or not Path(name).exists() else absolute(name)
+
+
+EMBEDDED = "embedded"
+PATHS: dict[str, dict[str, Callable[[str | None], str | None]]] = {
+    "model": {"path": absolute_name, "single_file_layout": absolute_name},
+    "data": {"shards": absolute},
+    "prior": {"store": absolute},
+    "identifier": {"registry": absolute},
+    "engine": {"deepspeed": absolute},
+}
+"""Settings that name places, by section and key."""
 
 
 def check_after(config: RunConfig, options: Options) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from dbtrain.fleet.ledger import Lease
 from dbtrain.fleet.processes import born, parent_of
+from dbtrain.fleet.run import anchored
 from dbtrain.fleet.status import read_rows
 from tests.fleet.fleet_run import (
     ask,
@@ -25,6 +26,7 @@ from tests.fleet.fleet_run import (
     wait_for,
     write_small,
 )
+from tests.main_job import small_config
 
 SUBJECTS = " ".join(f"s{number}:{noun}" for number, noun in enumerate(["dog", "cat"] * 5))
 CANARY = "hf_canary0123456789"
@@ -42,6 +44,23 @@ def unlike(out, driver, kind, known):
 
 def kill(pid):
     os.kill(pid, signal.SIGKILL)
+
+
+def test_workers_elsewhere_get_the_paths_of_the_command(tmp_path, monkeypatch):
+    """With `--address` a worker runs where its node's Ray was started, and would look for relative paths there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd15").mkdir()
+    words = ("model.path=sd15", "prior.store=priors", "data.shards=shards", "identifier.registry=ids.jsonl")
+    config = small_config(*words)
+    there = anchored(config)
+    assert there.model.path == str(tmp_path / "sd15") and there.prior.store == str(tmp_path / "priors")
+    assert there.data.shards == str(tmp_path / "shards") and there.identifier.registry == str(tmp_path / "ids.jsonl")
+    assert there.engine.deepspeed is None and there.model_copy(update=dict(config)) == config
+    (tmp_path / "embedded").mkdir()
+    words = ("model.path=embedded", "data.shards=s3://bucket/shards", "prior.store=/shared/priors")
+    assert anchored(small_config(*words)) == small_config(*words)
+    hub = small_config("model.path=stabilityai/stable-diffusion-xl-base-1.0")
+    assert anchored(hub) == hub
 
 
 @pytest.mark.slow
