@@ -111,7 +111,9 @@ def _read(path: Path) -> str:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        near = _hint(path.stem, recipe_names()) if isinstance(error, FileNotFoundError) else ""
+        near = ""
+        if isinstance(error, FileNotFoundError):
+            near = f"{_hint(path.stem, recipe_names())} Check the path; `dbtrain config recipes` lists the shipped ones"
         raise ConfigError(f"{_show(str(path), quotes=False, width=240)}: cannot be read: {reason}{near}") from None
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes, want a settings file; is this the right path?")
