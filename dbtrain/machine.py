@@ -7,6 +7,7 @@ from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+VMSTAT = Path("/proc/vmstat")
 
 
 def cores() -> int:
@@ -37,3 +38,15 @@ def cgroup_files(name: str) -> Iterator[str]:
                 yield (folder / name).read_text()
             except OSError:
                 continue
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for memory: of this process's cgroup if that counts them (kills for want
+    of the whole machine's memory included), else of the machine, where they may be anybody's."""
+    text = next(cgroup_files("memory.events"), None)
+    if text is None:
+        try:
+            text = VMSTAT.read_text()
+        except OSError:
+            return 0
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill "))

@@ -44,6 +44,17 @@ def test_cores_that_others_were_given_do_not_count(cgroups, monkeypatch):
     assert ahead.cores is building.cores is machine.cores, "threads of loading and processes of the report"
 
 
+def test_kills_for_memory_are_those_of_the_own_cgroup(cgroups, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "VMSTAT", tmp_path / "vmstat")
+    assert machine.oom_kills() == 0
+    (tmp_path / "vmstat").write_text("nr_free_pages 5\noom_kill 12\n")
+    assert machine.oom_kills() == 12, "no cgroup counts them"
+    cgroups("job", "memory.events", "low 0\noom 9\noom_kill 7\noom_group_kill 0\n")
+    assert machine.oom_kills() == 7, "the nearest cgroup above does"
+    cgroups("job/step", "memory.events", "low 0\noom 4\noom_kill 3\noom_group_kill 0\n")
+    assert machine.oom_kills() == 3
+
+
 def test_without_cgroups_of_version_2_there_is_no_cap(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "none")
     assert list(machine.cgroup_files("cpu.max")) == []

@@ -21,6 +21,7 @@ from dbtrain.errors import disk_trouble
 from dbtrain.fleet.processes import kill
 from dbtrain.fleet.trainer import STOPPED, Message, Task
 from dbtrain.fleet.zygote import Zygote
+from dbtrain.machine import oom_kills
 
 START_SHARE = 10
 """A trainer that loads the base may be silent this many times longer than one that trains."""
@@ -83,7 +84,7 @@ class Worker:
         with self.lock:
             if generation != self.generation:
                 return
-            self.heard, self.limit_s = time.monotonic(), self.hang_s
+            self.heard, self.limit_s, self.killed_before = time.monotonic(), self.hang_s, oom_kills()
             try:
                 if self.link is not None:
                     self.link.send_bytes(order)
@@ -206,15 +207,3 @@ def read_result(out: Path, subject: str) -> dict[str, Any]:
         if file_digest(folder / name) != digest:
             raise ValueError(f"{name} differs from its digest")
     return {key: record[key] for key in ("run", "files", "stages_s")}
-
-
-def oom_kills() -> int:
-    """How many processes the kernel has killed for memory, as far as this machine tells."""
-    count = 0
-    for path in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
-        try:
-            lines = Path(path).read_text().splitlines()
-        except OSError:
-            continue
-        count += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
-    return count

@@ -1,5 +1,6 @@
 """A worker without Ray: a real warm parent and a real trainer, with calls that arrive out of order."""
 
+import signal
 import time
 from types import SimpleNamespace
 
@@ -41,6 +42,19 @@ def test_a_late_halt_spares_a_newer_trainer(worker, tmp_path):
     assert heard(worker) == (3, "ready")
     worker.give(b"no order that a trainer could read", 2)
     assert worker.poll(1.0) == (3, []), "an order to a trainer that is dead is not the next one's"
+
+
+def test_a_kill_for_memory_counts_while_an_order_is_at_work(tmp_path, monkeypatch):
+    """Another container's, between the trainer's start and the order, says nothing of a kill from outside."""
+    kills = [4]
+    monkeypatch.setattr("dbtrain.fleet.worker.oom_kills", lambda: kills[0])
+    one = Worker("worker", str(tmp_path), 20)
+    one.zygote = SimpleNamespace(wait=lambda: signal.SIGKILL, close=lambda: None)
+    kills[0] = 5
+    one.give(b"order", 0)
+    assert one._cause() == ("killed", "died of SIGKILL")
+    kills[0] = 6
+    assert one._cause() == ("oom", "the kernel killed it for memory")
 
 
 def heard(worker):
