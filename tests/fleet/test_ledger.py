@@ -1,5 +1,6 @@
 """The ledger by itself: compare-and-set, take-over, requests, what others may read, and where it may lie."""
 
+import errno
 import json
 import os
 import sqlite3
@@ -10,7 +11,7 @@ import time
 import pytest
 from safetensors import SafetensorError
 
-from dbtrain.errors import ConfigError, DataError, FleetError, StopRequested
+from dbtrain.errors import ConfigError, DataError, FleetError, StopRequested, bare
 from dbtrain.fleet.export import write_rows
 from dbtrain.fleet.inbox import request, take_requests
 from dbtrain.fleet.ledger import VERSION, Lease, Ledger, file_system, find_ledger, is_driven, is_remote
@@ -275,6 +276,8 @@ def caused(error, by):
     (PermissionError(13, "Permission denied", "a"), "disk"),
     (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk"),
     (caused(DataError("shard cannot be read"), OSError(5, "Input/output error")), "disk"),
+    (bare(caused(DataError("shard cannot be read"), OSError(116, "Stale file handle"))), "disk"),
+    (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "disk"),
     (FileNotFoundError(2, "No such file or directory", "a"), "error"),
     (caused(DataError("no shard"), FileNotFoundError(2, "No such file or directory", "a")), "error"),
     (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6044."), "lost"),
