@@ -26,7 +26,8 @@ def cgroups(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("own, above, cores", [
     ("max 100000\n", "max 100000\n", 64), ("250000 100000\n", "max 100000\n", 3),
-    ("max 100000\n", "200000 100000\n", 2), ("400000 100000\n", "1000 100000\n", 1), (None, None, 64), ("9900000 100000\n", None, 64),
+    ("max 100000\n", "200000 100000\n", 2), ("400000 100000\n", "1000 100000\n", 1),
+    (None, None, 64), ("9900000 100000\n", None, 64),
 ])  # fmt: skip
 def test_a_cgroup_caps_the_cores_wherever_they_are_counted(cgroups, monkeypatch, own, above, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))

@@ -24,7 +24,7 @@ from dbtrain.fleet.gauges import Gauges
 from dbtrain.fleet.inbox import take_requests
 from dbtrain.fleet.ledger import Ledger, find_ledger
 from dbtrain.fleet.run import Options
-from dbtrain.fleet.schedule import BLAMED, Idle, Settings, schedule
+from dbtrain.fleet.schedule import Idle, Settings, schedule
 from dbtrain.fleet.status import Screen, summarize
 from dbtrain.fleet.trainer import Message, Order, Task
 from dbtrain.priors import BLOCK
@@ -36,6 +36,8 @@ UNPLACED = 10
 """Actors that may die before they answer once, with none that ever worked in between."""
 BAD_STARTS = 3
 """Trainers of one crew that may fail to load the base, one after another."""
+FROM_OUTSIDE = ("killed", "stopped")
+"""Ends of a trainer after which the next one may well start."""
 
 
 class Driver:
@@ -227,7 +229,7 @@ class Driver:
         _, cause, reason = event
         if cause == "disk":
             self.disk = reason
-        if not self.abandon(crew, cause, reason) and BLAMED[cause]:
+        if not self.abandon(crew, cause, reason) and cause not in FROM_OUTSIDE:
             self.bad_starts[crew.name] = self.bad_starts.get(crew.name, 0) + 1
             if self.bad_starts[crew.name] >= BAD_STARTS:
                 raise FleetError(f"{crew.name}: its trainer cannot start: {reason}; see {self.out / 'logs'}")

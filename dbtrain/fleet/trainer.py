@@ -37,9 +37,14 @@ BEAT_S = 0.2
 """Shortest time between two messages that say no more than that the trainer lives."""
 STOPPED = 75
 FAILED = 70
-MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
-PEER_SIGNS = ("closed by peer", "reset by peer", "broken pipe", "failed to recv", "remote process exited")
+MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
+PEER_SIGNS = ("closed by peer", "reset by peer", "broken pipe", "failed to recv", "remote process exited", "nccl error")
 """What gloo, NCCL and torch's store say, in small letters, when another process of the gang went away."""
+DEVICE_SIGNS = ("cuda error", "cublas_status", "cudnn_status", "cusolver_status", "cufft_", "nvrtc error",
+                "uncorrectable ecc", "illegal memory access", "unspecified launch failure")  # fmt: skip
+"""What CUDA and its libraries say, in small letters, when a GPU or its driver failed."""
+PROGRAM_SIGNS = ("device-side assert", "invalid argument", "invalid_value", "invalid configuration", "not_supported")
+"""What they say when the work that they were given is wrong, which is wrong on any GPU."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,17 @@ def explain(error: BaseException) -> tuple[str, str]:
         return "error", text[:2000]
     where = traceback.extract_tb(error.__traceback__)[-1:]
     place = f" ({Path(where[0].filename).name}:{where[0].lineno})" if where else ""
-    lost = any(sign in text.lower() for sign in PEER_SIGNS)
-    return "lost" if lost else "error", f"{type(error).__name__}: {text[:1000]}{place}"
+    return _outside(error, text.lower()) or "error", f"{type(error).__name__}: {text[:1000]}{place}"
+
+
+def _outside(error: BaseException, text: str) -> str | None:
+    """The cause of an error that came from outside: from another member of the gang, or from the GPU; else None."""
+    import torch
+
+    if any(sign in text for sign in PEER_SIGNS):
+        return "lost"
+    device = isinstance(error, getattr(torch, "AcceleratorError", ())) or any(sign in text for sign in DEVICE_SIGNS)
+    return "device" if device and not any(sign in text for sign in PROGRAM_SIGNS) else None
 
 
 def _serve(link: Connection, task: Task) -> None:

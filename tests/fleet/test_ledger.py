@@ -9,9 +9,10 @@ import sys
 import time
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
-from dbtrain.errors import ConfigError, DataError, FleetError, StopRequested, bare
+from dbtrain.errors import ConfigError, DataError, EngineError, FleetError, StopRequested, bare
 from dbtrain.fleet.export import write_rows
 from dbtrain.fleet.inbox import request, take_requests
 from dbtrain.fleet.ledger import VERSION, Lease, Ledger, file_system, find_ledger, is_driven, is_remote
@@ -283,6 +284,18 @@ def caused(error, by):
     (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6044."), "lost"),
     (ConnectionResetError(104, "Connection reset by peer"), "lost"),
     (StopRequested("stopped on request"), "stopped"),
+    (RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with TORCH_USE_CUDA_DSA"), "device"),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), "device"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), "device"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), "device"),
+    (RuntimeError("Triton Error [CUDA]: unspecified launch failure"), "device"),
+    (torch.AcceleratorError("the device went away"), "device"),
+    (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error, NCCL version 2.27.5"), "lost"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom"),
+    (RuntimeError("CUDA error: out of memory"), "oom"),
+    (torch.AcceleratorError("CUDA error: device-side assert triggered"), "error"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm`"), "error"),
+    (EngineError("model.attention: flash: CUDA error"), "error"),
 ])  # fmt: skip
 def test_causes_of_errors(error, cause):
     assert explain(error)[0] == cause
