@@ -61,22 +61,35 @@ class Worker:
             if generation < self.least or generation <= self.generation:
                 return self.trainer
             self._halt()
-            if self.zygote is None:
-                self.zygote = Zygote(self.out / "logs" / f"{self.name}.log")
-            self.generation, self.word, self.trainer, self.killed_before = generation, None, 0, oom_kills()
+            self.generation, self.word, self.trainer, self.killed_before = generation, self._warm(), 0, oom_kills()
             self.heard, self.limit_s, self.stage = time.monotonic(), START_SHARE * self.hang_s, "start"
             # Last, because `poll` takes the generation of the link that it sees.
             self.link, theirs = Pipe()
+            # Where there is no warm parent or it was killed, the pipe's end tells `poll`, as with any dead trainer.
             try:
-                self.trainer = self.zygote.fork(theirs.fileno())
-                self.link.send(task)
+                if self.zygote is not None:
+                    self.trainer = self.zygote.fork(theirs.fileno())
+                    self.link.send(task)
             except OSError:
-                # The warm parent was killed: the pipe's end tells `poll`, as with any dead trainer.
-                self.zygote.close()
-                self.zygote = None
+                self._cool()
             finally:
                 theirs.close()
             return self.trainer
+
+    def _warm(self) -> tuple[str, str] | None:
+        """(cause, reason) of no warm parent; None if there is one now."""
+        try:
+            self.zygote = self.zygote or Zygote(self.out / "logs" / f"{self.name}.log")
+        except Exception as error:
+            trouble = disk_trouble(error, paths=False)
+            return ("disk", trouble) if trouble else ("error", f"{type(error).__name__}: {error}")
+        return None
+
+    def _cool(self) -> None:
+        """Let go of the warm parent, which is dead."""
+        if self.zygote is not None:
+            self.zygote.close()
+        self.zygote = None
 
     def give(self, order: bytes, generation: int) -> None:
         """Hand the trainer of a generation an order, pickled: unpacking it here would load what its parts come from.
@@ -161,10 +174,8 @@ class Worker:
                 raise ConnectionResetError
             status = self.zygote.wait()
         except OSError:
-            if self.zygote is not None:
-                self.zygote.close()
-            self.zygote = None
-            return "killed", "its warm parent was killed"
+            self._cool()
+            return self.word or ("killed", "its warm parent was killed")
         if self.word is not None:
             return self.word
         if os.WIFSIGNALED(status):

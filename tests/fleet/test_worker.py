@@ -44,6 +44,30 @@ def test_a_late_halt_spares_a_newer_trainer(worker, tmp_path):
     assert worker.poll(1.0) == (3, []), "an order to a trainer that is dead is not the next one's"
 
 
+def full(*_, **__):
+    raise OSError(28, "No space left on device", "worker.log")
+
+
+def crowded(*_, **__):
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("place, broken, end", [
+    ("pathlib.Path.mkdir", full, ("disk", "worker.log: No space left on device; free space on that disk, then run")),
+    ("subprocess.Popen", crowded, ("error", "BlockingIOError: [Errno 11] Resource temporarily unavailable")),
+    ("threading.Thread.start", crowded, ("error", "BlockingIOError: [Errno 11] Resource temporarily unavailable")),
+])  # fmt: skip
+def test_a_warm_parent_that_cannot_start_is_told_and_tried_again(worker, monkeypatch, place, broken, end):
+    """It was waited for without end, in silence, and nothing else could be asked of the worker."""
+    with monkeypatch.context() as patch:
+        patch.setattr(place, broken)
+        assert worker.start(Task({}, str(worker.out)), 1) == 0
+    generation, [(kind, cause, reason)] = worker.poll(1.0)
+    assert (generation, kind, cause) == (1, "died", end[0]) and reason.startswith(end[1])
+    assert worker._warm() is None and worker.zygote.process.poll() is None
+
+
 def test_a_kill_for_memory_counts_while_an_order_is_at_work(tmp_path, monkeypatch):
     """Another container's, between the trainer's start and the order, says nothing of a kill from outside."""
     kills = [4]
