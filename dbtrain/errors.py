@@ -92,6 +92,8 @@ DISK_REMEDIES = {
     "ENFILE": "raise this machine's limit on open files (sysctl fs.file-max)",
 }
 """What to do about a failure of the file system, by the name of its errno, which not every platform has."""
+ONE_FILE = {"EACCES", "EPERM", "EIO", "EREMOTEIO", "ENODEV", "ENXIO", "ENAMETOOLONG"}
+"""Which of these may be the trouble of one file alone."""
 PATH_REMEDIES = {
     "ENOENT": "check the path",
     "EEXIST": "something else has that name; choose another folder, or move it away",
@@ -134,3 +136,10 @@ def disk_trouble(error: BaseException, paths: bool = True) -> str | None:
             "what was finished is kept"
         )
     return f"{where}{found.strerror}; {PATH_REMEDIES[name]} (`dbtrain --traceback ...` shows where)" if paths else None
+
+
+def is_of_one_file(error: BaseException) -> bool:
+    """Whether what the file system refused may be the trouble of one file alone, and not that of a whole disk, share or
+    machine."""
+    found = refused(error)
+    return found is not None and errno.errorcode[found.errno or 0] in ONE_FILE

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from dbtrain.batch import Subject
 from dbtrain.config import RunConfig
-from dbtrain.errors import DbtrainError, EngineError, StopRequested, SubjectTaken, disk_trouble
+from dbtrain.errors import DbtrainError, EngineError, StopRequested, SubjectTaken
+from dbtrain.fleet.folder import refusal
 from dbtrain.fleet.schedule import BLAMED, WorkUnit
 
 if TYPE_CHECKING:
@@ -50,13 +51,14 @@ PROGRAM_SIGNS = ("device-side assert", "invalid argument", "invalid_value", "inv
 @dataclass(frozen=True)
 class Task:
     """What a trainer is started with. evaluation: fields of `evaluate.protocol.Settings`. environment: its place in a
-    gang, for torch.distributed."""
+    gang, for torch.distributed. token: what proves that a folder is the run's (`folder.mark`)."""
 
     config: dict[str, Any]
     out: str
     slots: int = 1
     evaluation: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    token: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ def explain(error: BaseException) -> tuple[str, str]:
         return "stopped", text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in text.lower() for sign in MEMORY_SIGNS):
         return "oom", text[:500] or "memory ran out"
-    if trouble := disk_trouble(error, paths=False):
-        return "disk", trouble
+    if end := refusal(error):
+        return end
     if isinstance(error, SubjectTaken):
         return "lost", text  # the worker that had it is not known to be dead
     if isinstance(error, DbtrainError):
@@ -288,8 +290,8 @@ def draw_and_score(session: Any, task: Task, order: Order, send: Callable[[Messa
                     AFTER[name](session, session.out / "subjects" / spec["id"], task)
             except Exception as error:
                 cause, outcome = explain(error)
-                if not BLAMED[cause]:
-                    raise
+                if not BLAMED[cause] or cause == "file":
+                    raise  # of a file the worker finds out whether the disk is at fault
                 traceback.print_exc()
             send(("after", order.number, position, name, outcome))
 

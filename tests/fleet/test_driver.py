@@ -62,3 +62,47 @@ def test_a_subject_that_kills_every_gpu_is_alone_soon_and_given_up_in_the_end(dr
         assert (row["failures"], row["losses"]) == (0, number + 1)
         assert bool(driver.books.view.alone) == (2 <= number < driver.options.losses - 1)
     assert row["state"] == "quarantined" and not driver.books.view.alone
+
+
+REASON = "photos/a.png: Input/output error; the disk or network share failed; check it"
+
+
+def fail(driver, position, cause="file"):
+    driver.on_failed(CREW, ("failed", fly(driver, position), position, cause, REASON, 1.0))
+    return driver.ledger.row(position)
+
+
+def test_a_subject_whose_own_file_is_refused_is_given_up_and_the_run_goes_on(driver):
+    for failures in (1, 2, 3):
+        row = fail(driver, 0)
+        assert (row["failures"], row["losses"], row["cause"], row["reason"]) == (failures, 0, "file", REASON)
+    assert row["state"] == "quarantined" and driver.disk is None
+    fly(driver, 1)
+    driver.on_died(CREW, ("died", "file", REASON))
+    assert driver.ledger.row(1)["failures"] == 1 and driver.disk is None and driver.bad_starts == {}
+
+
+def test_a_full_disk_ends_the_run_and_blames_nobody(driver):
+    row = fail(driver, 0, "disk")
+    assert (row["state"], row["failures"], driver.disk) == ("waiting", 0, REASON)
+
+
+def test_files_of_many_subjects_in_a_row_are_the_disk(driver):
+    for position in range(4):
+        fail(driver, position)
+    result = {"run": "r", "files": {}, "gpu_seconds": 1.0, "stages_s": {"train": 1.0}}
+    driver.on_finished(CREW, ("finished", fly(driver, 8), 8, result))
+    for position in (4, 5, 6, 7, 7):
+        fail(driver, position)
+    assert driver.disk is None, "one was finished in between"
+    row = fail(driver, 0)
+    assert (driver.disk, row["state"], row["failures"], row["cause"]) == (REASON, "waiting", 1, "disk")
+
+
+@pytest.mark.parametrize("kind", ["prior", None])
+def test_a_refused_file_that_is_no_subjects_own_ends_the_run(driver, kind):
+    """Of the base, or of the priors that a class shares."""
+    if kind:
+        fly(driver, kind=kind)
+    driver.on_died(CREW, ("died", "file", REASON))
+    assert driver.disk == REASON and driver.bad_starts == {} and driver.ledger.counts()["waiting"] == 9

@@ -273,10 +273,10 @@ def caused(error, by):
 @pytest.mark.parametrize("error, cause", [
     (MemoryError(), "oom"), (RuntimeError("CUDA out of memory. Tried"), "oom"), (OSError(28, "No space left"), "disk"),
     (DataError("bad shard"), "error"), (KeyError("x"), "error"),
-    (OSError(5, "Input/output error"), "disk"), (OSError(116, "Stale file handle", "a"), "disk"),
-    (PermissionError(13, "Permission denied", "a"), "disk"),
+    (OSError(5, "Input/output error"), "file"), (OSError(116, "Stale file handle", "a"), "disk"),
+    (PermissionError(13, "Permission denied", "a"), "file"),
     (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk"),
-    (caused(DataError("shard cannot be read"), OSError(5, "Input/output error")), "disk"),
+    (caused(DataError("shard cannot be read"), OSError(5, "Input/output error")), "file"),
     (bare(caused(DataError("shard cannot be read"), OSError(116, "Stale file handle"))), "disk"),
     (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "disk"),
     (FileNotFoundError(2, "No such file or directory", "a"), "error"),
@@ -301,13 +301,13 @@ def test_causes_of_errors(error, cause):
     assert explain(error)[0] == cause
 
 
-def test_a_published_file_that_the_disk_does_not_give_back_blames_nobody(tmp_path):
+def test_a_published_file_that_the_disk_does_not_give_back_is_no_damaged_one(tmp_path):
     """/proc/self/mem gives EIO to whoever reads its first byte."""
     (tmp_path / "subjects" / "a").mkdir(parents=True)
     (tmp_path / "subjects" / "a" / "w").symlink_to("/proc/self/mem")
     (tmp_path / "subjects" / "a" / "record.json").write_text(json.dumps({"files": {"w": "0"}}))
     told = Worker("w", str(tmp_path), 20)._checked(1, 0, "a", 1.0)
-    assert told[:4] == ("failed", 1, 0, "disk") and "the disk or network share failed" in told[4]
+    assert told[:4] == ("failed", 1, 0, "file") and "the disk or network share failed" in told[4]
     (tmp_path / "subjects" / "a" / "w").unlink()
     assert Worker("w", str(tmp_path), 20)._checked(1, 0, "a", 1.0)[3] == "error"
 

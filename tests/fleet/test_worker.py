@@ -73,7 +73,7 @@ def test_a_kill_for_memory_counts_while_an_order_is_at_work(tmp_path, monkeypatc
     kills = [4]
     monkeypatch.setattr("dbtrain.fleet.worker.oom_kills", lambda: kills[0])
     one = Worker("worker", str(tmp_path), 20)
-    one.zygote = SimpleNamespace(wait=lambda: signal.SIGKILL, close=lambda: None)
+    one.trainer, one.zygote = 1, SimpleNamespace(wait=lambda: signal.SIGKILL, close=lambda: None)
     kills[0] = 5
     one.give(b"order", 0)
     assert one._cause() == ("killed", "died of SIGKILL")
