@@ -16,6 +16,7 @@ LAYERS = {
     0: [
         "dbtrain.errors",
         "dbtrain.heads",
+        "dbtrain.machine",
         "dbtrain.atomic",
         "dbtrain.config",
         "dbtrain.batch",

@@ -1,10 +1,11 @@
 """Work done ahead of its consumer by threads, in order and in bounded memory."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from dbtrain.machine import cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -14,12 +15,12 @@ def ahead(
     work: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None, depth: int | None = None
 ) -> Generator[Result, None, None]:
     """`map(work, items)`, in order, with at most `depth` + 1 results under way; None is one for each thread, and of
-    threads one for each core.
+    threads one for each core, at most 8.
 
     Decoding and hashing release the interpreter lock, so threads suffice. An exception of `work` comes out in its
     item's turn.
     """
-    threads = threads or min(os.cpu_count() or 1, 8)
+    threads = threads or min(cores(), 8)
     depth = depth or threads
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque = deque()

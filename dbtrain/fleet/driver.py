@@ -20,11 +20,12 @@ from dbtrain.errors import FleetError, StopRequested
 from dbtrain.fleet.books import Books, Flight
 from dbtrain.fleet.cluster import has_gpus, room
 from dbtrain.fleet.crew import Crew, Lost, Shape
+from dbtrain.fleet.folder import mark
 from dbtrain.fleet.gauges import Gauges
 from dbtrain.fleet.inbox import take_requests
 from dbtrain.fleet.ledger import Ledger, find_ledger
 from dbtrain.fleet.run import Options
-from dbtrain.fleet.schedule import BLAMED, Idle, Settings, schedule
+from dbtrain.fleet.schedule import Idle, Settings, schedule
 from dbtrain.fleet.status import Screen, summarize
 from dbtrain.fleet.trainer import Message, Order, Task
 from dbtrain.priors import BLOCK
@@ -36,6 +37,10 @@ UNPLACED = 10
 """Actors that may die before they answer once, with none that ever worked in between."""
 BAD_STARTS = 3
 """Trainers of one crew that may fail to load the base, one after another."""
+REFUSED = 5
+"""Subjects in a row, with none finished in between, whose files are refused: then it is the disk and not theirs."""
+NO_START = ("killed", "stopped", "disk")
+"""Ends of a trainer that say nothing of the next start, or end the run anyway."""
 
 
 class Driver:
@@ -48,6 +53,7 @@ class Driver:
         settings = Settings(self.pack, config.engine.packed.size != "auto", options.unit * self.pack,
                             tries=options.tries, losses=options.losses,
                             prior_parts=min(blocks, 1) if options.gang > 1 else blocks)  # fmt: skip
+        self.token = mark(self.out)
         self.screen, self.gauges = Screen(out, options.quiet), Gauges()
         self.books = Books(ledger, settings, options.asked, self.screen)
         self.shape = Shape(options.gang, 0, options.cpus, options.hang_s)
@@ -58,6 +64,7 @@ class Driver:
         self.cramped = False
         self.stopping: str | None = None
         self.disk: str | None = None
+        self.refused: set[int] = set()
         self.unplaced = 0
 
     def drive(self) -> None:
@@ -111,7 +118,8 @@ class Driver:
         while len(self.crews) < wanted:
             self.made += 1
             name = f"worker-{self.made:03d}"
-            task = Task(self.config.model_dump(mode="json"), str(self.out), self.pack, dict(self.options.evaluation))
+            task = Task(self.config.model_dump(mode="json"), str(self.out), self.pack, dict(self.options.evaluation),
+                        token=self.token)  # fmt: skip
             self.crews[name] = Crew(name, self.shape, task)
 
     def warn_of_room(self, members: int) -> None:
@@ -196,6 +204,7 @@ class Driver:
     def on_finished(self, crew: Crew, event: Message) -> None:
         """A subject's files are published and verified."""
         _, number, position, result = event
+        self.refused.clear()
         self.books.finish(self.flights[number], position, result)
 
     def on_packed(self, crew: Crew, event: Message) -> None:
@@ -206,8 +215,7 @@ class Driver:
     def on_failed(self, crew: Crew, event: Message) -> None:
         """A subject failed by itself and its trainer goes on."""
         _, number, position, cause, reason, seconds = event
-        if cause == "disk":
-            self.disk = reason
+        cause = self.sift(cause, reason, [position])
         self.books.retire(self.flights[number], position, cause, reason, seconds)
 
     def on_after(self, crew: Crew, event: Message) -> None:
@@ -225,12 +233,22 @@ class Driver:
     def on_died(self, crew: Crew, event: Message) -> None:
         """A crew's trainer is dead; the crew has begun to start another."""
         _, cause, reason = event
-        if cause == "disk":
-            self.disk = reason
-        if not self.abandon(crew, cause, reason) and BLAMED[cause]:
+        at_work = [position for flight in self.flights.values() if flight.crew is crew for position in flight.open]
+        cause = self.sift(cause, reason, at_work[:1])
+        if not self.abandon(crew, cause, reason) and cause not in NO_START:
             self.bad_starts[crew.name] = self.bad_starts.get(crew.name, 0) + 1
             if self.bad_starts[crew.name] >= BAD_STARTS:
                 raise FleetError(f"{crew.name}: its trainer cannot start: {reason}; see {self.out / 'logs'}")
+
+    def sift(self, cause: str, reason: str, positions: list[int]) -> str:
+        """The cause of an end. `disk` ends the run, and is also what a refused file is that is no subject's own, or the
+        latest of too many. positions: of the subject that was at work, if one was."""
+        if cause == "file":
+            self.refused.update(positions)
+            cause = "file" if positions and len(self.refused) < REFUSED else "disk"
+        if cause == "disk":
+            self.disk = reason
+        return cause
 
     def lose(self, crew: Crew, why: str) -> None:
         """A crew is gone; `grow` makes another. FleetError if no actor can even be made, again and again."""

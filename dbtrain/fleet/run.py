@@ -14,6 +14,7 @@ from dbtrain.config import RunConfig
 from dbtrain.errors import ConfigError, DataError, FleetError
 from dbtrain.fleet.inbox import take_requests
 from dbtrain.fleet.ledger import NAME, WHERE, Lease, Ledger, find_ledger
+from dbtrain.machine import cores
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,6 @@ def quiet(line: str) -> None:
 
 
 def local_cpus(options: Options) -> int:
-    """CPUs of an embedded Ray: for the workers asked for, or what the machine has."""
-    cpus = os.cpu_count() or 1
-    wanted = options.workers or max(1, int(cpus / options.cpus) // options.gang)
+    """CPUs of an embedded Ray: for the workers asked for, or those that this process may use."""
+    wanted = options.workers or max(1, int(cores() / options.cpus) // options.gang)
     return max(1, round(wanted * options.gang * options.cpus))

@@ -276,6 +276,8 @@ BLAMED = {
     "disk": False,  # the disk took no more
     "stopped": False,  # its worker was asked to stop
     "killed": False,  # its process was killed from outside
+    "device": False,  # its GPU or the driver of that failed
+    "file": True,  # the file system refused a file, and the run's folder works
     "oom": True,  # memory ran out
     "crash": True,  # its process died by itself
     "hang": True,  # it made no step within fleet's limit

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from dbtrain.batch import Subject
 from dbtrain.config import RunConfig
-from dbtrain.errors import DbtrainError, EngineError, StopRequested, SubjectTaken, disk_trouble
+from dbtrain.errors import DbtrainError, EngineError, StopRequested, SubjectTaken
+from dbtrain.fleet.folder import refusal
 from dbtrain.fleet.schedule import BLAMED, WorkUnit
 
 if TYPE_CHECKING:
@@ -37,21 +38,27 @@ BEAT_S = 0.2
 """Shortest time between two messages that say no more than that the trainer lives."""
 STOPPED = 75
 FAILED = 70
-MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
-PEER_SIGNS = ("closed by peer", "reset by peer", "broken pipe", "failed to recv", "remote process exited")
+MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
+PEER_SIGNS = ("closed by peer", "reset by peer", "broken pipe", "failed to recv", "remote process exited", "nccl error")
 """What gloo, NCCL and torch's store say, in small letters, when another process of the gang went away."""
+DEVICE_SIGNS = ("cuda error", "cublas_status", "cudnn_status", "cusolver_status", "cufft_", "nvrtc error",
+                "uncorrectable ecc", "illegal memory access", "unspecified launch failure")  # fmt: skip
+"""What CUDA and its libraries say, in small letters, when a GPU or its driver failed."""
+PROGRAM_SIGNS = ("device-side assert", "invalid argument", "invalid_value", "invalid configuration", "not_supported")
+"""What they say when the work that they were given is wrong, which is wrong on any GPU."""
 
 
 @dataclass(frozen=True)
 class Task:
     """What a trainer is started with. evaluation: fields of `evaluate.protocol.Settings`. environment: its place in a
-    gang, for torch.distributed."""
+    gang, for torch.distributed. token: what proves that a folder is the run's (`folder.mark`)."""
 
     config: dict[str, Any]
     out: str
     slots: int = 1
     evaluation: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    token: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,16 +127,25 @@ def explain(error: BaseException) -> tuple[str, str]:
         return "stopped", text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in text.lower() for sign in MEMORY_SIGNS):
         return "oom", text[:500] or "memory ran out"
-    if trouble := disk_trouble(error, paths=False):
-        return "disk", trouble
+    if end := refusal(error):
+        return end
     if isinstance(error, SubjectTaken):
         return "lost", text  # the worker that had it is not known to be dead
     if isinstance(error, DbtrainError):
         return "error", text[:2000]
     where = traceback.extract_tb(error.__traceback__)[-1:]
     place = f" ({Path(where[0].filename).name}:{where[0].lineno})" if where else ""
-    lost = any(sign in text.lower() for sign in PEER_SIGNS)
-    return "lost" if lost else "error", f"{type(error).__name__}: {text[:1000]}{place}"
+    return _outside(error, text.lower()) or "error", f"{type(error).__name__}: {text[:1000]}{place}"
+
+
+def _outside(error: BaseException, text: str) -> str | None:
+    """The cause of an error that came from outside: from another member of the gang, or from the GPU; else None."""
+    import torch
+
+    if any(sign in text for sign in PEER_SIGNS):
+        return "lost"
+    device = isinstance(error, getattr(torch, "AcceleratorError", ())) or any(sign in text for sign in DEVICE_SIGNS)
+    return "device" if device and not any(sign in text for sign in PROGRAM_SIGNS) else None
 
 
 def _serve(link: Connection, task: Task) -> None:
@@ -274,8 +290,8 @@ def draw_and_score(session: Any, task: Task, order: Order, send: Callable[[Messa
                     AFTER[name](session, session.out / "subjects" / spec["id"], task)
             except Exception as error:
                 cause, outcome = explain(error)
-                if not BLAMED[cause]:
-                    raise
+                if not BLAMED[cause] or cause == "file":
+                    raise  # of a file the worker finds out whether the disk is at fault
                 traceback.print_exc()
             send(("after", order.number, position, name, outcome))
 

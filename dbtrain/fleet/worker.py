@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.atomic import file_digest
-from dbtrain.errors import disk_trouble
+from dbtrain.fleet.folder import refusal, trouble_of
 from dbtrain.fleet.processes import kill
+from dbtrain.fleet.schedule import BLAMED
 from dbtrain.fleet.trainer import STOPPED, Message, Task
 from dbtrain.fleet.zygote import Zygote
+from dbtrain.machine import oom_kills
 
 START_SHARE = 10
 """A trainer that loads the base may be silent this many times longer than one that trains."""
@@ -41,6 +43,7 @@ class Worker:
         self.limit_s: float | None = None
         self.heard, self.stage = time.monotonic(), "start"
         self.word: tuple[str, str] | None = None
+        self.token = ""
         self.lock = threading.Lock()
 
     def describe(self) -> dict[str, Any]:
@@ -60,22 +63,38 @@ class Worker:
             if generation < self.least or generation <= self.generation:
                 return self.trainer
             self._halt()
-            if self.zygote is None:
-                self.zygote = Zygote(self.out / "logs" / f"{self.name}.log")
-            self.generation, self.word, self.trainer, self.killed_before = generation, None, 0, oom_kills()
+            self.token = task.token
+            self.generation, self.word, self.trainer, self.killed_before = generation, self._warm(), 0, oom_kills()
             self.heard, self.limit_s, self.stage = time.monotonic(), START_SHARE * self.hang_s, "start"
             # Last, because `poll` takes the generation of the link that it sees.
             self.link, theirs = Pipe()
+            # Where nothing can start or the warm parent was killed, the pipe's end tells `poll`, as with any dead
+            # trainer.
             try:
-                self.trainer = self.zygote.fork(theirs.fileno())
-                self.link.send(task)
+                if self.zygote is not None and self.word is None:
+                    self.trainer = self.zygote.fork(theirs.fileno())
+                    self.link.send(task)
             except OSError:
-                # The warm parent was killed: the pipe's end tells `poll`, as with any dead trainer.
-                self.zygote.close()
-                self.zygote = None
+                self._cool()
             finally:
                 theirs.close()
             return self.trainer
+
+    def _warm(self) -> tuple[str, str] | None:
+        """(cause, reason) of no trainer, if none can start here; None if there is a warm parent now."""
+        if trouble := trouble_of(self.out, self.token):
+            return "disk", trouble
+        try:
+            self.zygote = self.zygote or Zygote(self.out / "logs" / f"{self.name}.log")
+        except Exception as error:
+            return refusal(error) or ("error", f"{type(error).__name__}: {error}")
+        return None
+
+    def _cool(self) -> None:
+        """Let go of the warm parent, which is dead or of no use."""
+        if self.zygote is not None:
+            self.zygote.close()
+        self.zygote = None
 
     def give(self, order: bytes, generation: int) -> None:
         """Hand the trainer of a generation an order, pickled: unpacking it here would load what its parts come from.
@@ -83,7 +102,7 @@ class Worker:
         with self.lock:
             if generation != self.generation:
                 return
-            self.heard, self.limit_s = time.monotonic(), self.hang_s
+            self.heard, self.limit_s, self.killed_before = time.monotonic(), self.hang_s, oom_kills()
             try:
                 if self.link is not None:
                     self.link.send_bytes(order)
@@ -124,16 +143,24 @@ class Worker:
             return []
         if kind in ("ready", "done"):
             self.limit_s = None
-        return [self._checked(*message[1:])] if kind == "finished" else [message]
+        told = self._checked(*message[1:]) if kind == "finished" else message
+        return [(*told[:3], *self._weighed(*told[3:5]), *told[5:]) if told[0] == "failed" else told]
 
     def _checked(self, number: int, position: int, subject: str, seconds: float) -> Message:
         """What a trainer published, if it is on the disk as its record says."""
         try:
             return ("finished", number, position, {**read_result(self.out, subject), "gpu_seconds": seconds})
         except (OSError, ValueError, KeyError) as error:
-            trouble = disk_trouble(error, paths=False)
-            what = trouble or f"published files do not verify: {error}"
-            return ("failed", number, position, "disk" if trouble else "error", what, seconds)
+            end = refusal(error) or ("error", f"published files do not verify: {error}")
+            return ("failed", number, position, *end, seconds)
+
+    def _weighed(self, cause: str, reason: str) -> tuple[str, str]:
+        """(cause, reason) of an end after a look at the run's folder: where that is not there, or takes no file though
+        one was refused, nobody is to blame."""
+        trouble = trouble_of(self.out, self.token, write=cause == "file") if BLAMED[cause] else None
+        if trouble is None:
+            return cause, f"{reason}; {self.out} itself works" if cause == "file" else reason
+        return "disk", trouble
 
     def _check_limit(self) -> list[Message]:
         silent = time.monotonic() - self.heard
@@ -152,18 +179,17 @@ class Worker:
                 return []
             self.link = None
             self.limit_s = None
-            return [("died", *self._cause())]
+            end = self._cause()
+        return [("died", *self._weighed(*end))]
 
     def _cause(self) -> tuple[str, str]:
         try:
-            if self.zygote is None:
+            if self.zygote is None or not self.trainer:
                 raise ConnectionResetError
             status = self.zygote.wait()
         except OSError:
-            if self.zygote is not None:
-                self.zygote.close()
-            self.zygote = None
-            return "killed", "its warm parent was killed"
+            self._cool()
+            return self.word or ("killed", "its warm parent was killed")
         if self.word is not None:
             return self.word
         if os.WIFSIGNALED(status):
@@ -206,15 +232,3 @@ def read_result(out: Path, subject: str) -> dict[str, Any]:
         if file_digest(folder / name) != digest:
             raise ValueError(f"{name} differs from its digest")
     return {key: record[key] for key in ("run", "files", "stages_s")}
-
-
-def oom_kills() -> int:
-    """How many processes the kernel has killed for memory, as far as this machine tells."""
-    count = 0
-    for path in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
-        try:
-            lines = Path(path).read_text().splitlines()
-        except OSError:
-            continue
-        count += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
-    return count

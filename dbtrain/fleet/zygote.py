@@ -23,17 +23,32 @@ NUMBER = struct.Struct("q")
 
 
 class Zygote:
-    """The worker's end: starts the warm parent and asks it for trainers."""
+    """The worker's end: starts the warm parent and asks it for trainers. What keeps it from starting is raised."""
 
     def __init__(self, log: Path):
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.process: subprocess.Popen | None = None
+        self.failure: Exception | None = None
         started = threading.Event()
-        # The kernel watches the starting thread, not the process: this one lives as long as the child.
-        threading.Thread(target=self._run, args=(log, theirs, started), daemon=True).start()
-        started.wait()
+        with theirs:
+            # The kernel watches the starting thread, not the process: this one lives as long as the child.
+            threading.Thread(target=self._run, args=(log, theirs, started), daemon=True).start()
+            started.wait()
+        if self.failure is not None:
+            self.control.close()
+            raise self.failure
 
     def _run(self, log: Path, theirs: socket.socket, started: threading.Event) -> None:
+        try:
+            self.process = self._start(log, theirs)
+        except Exception as error:
+            self.failure = error
+        finally:
+            started.set()
+        if self.process is not None:
+            self.process.wait()
+
+    def _start(self, log: Path, theirs: socket.socket) -> subprocess.Popen:
         log.parent.mkdir(parents=True, exist_ok=True)
         # NVML tells of GPUs without starting CUDA, which would not survive a fork.
         environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -41,13 +56,10 @@ class Zygote:
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
         command = [sys.executable, "-m", "dbtrain.fleet.zygote", str(theirs.fileno()), str(os.getpid())]
         with log.open("ab") as file:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
                 pass_fds=[theirs.fileno()], start_new_session=True,
             )  # fmt: skip
-        theirs.close()
-        started.set()
-        self.process.wait()
 
     def fork(self, descriptor: int) -> int:
         """The pid of a new trainer that owns a copy of the descriptor. OSError if the warm parent is dead."""

@@ -24,6 +24,7 @@ from dbtrain.atomic import LOCK, held, write_file
 from dbtrain.batch import SUBJECT_ID
 from dbtrain.data.index import Row
 from dbtrain.errors import DataError, DbtrainError
+from dbtrain.machine import cores
 from dbtrain.report.facts import Facts, read_facts, row
 from dbtrain.report.pages import ASSETS, OVER, TEMPLATES, View, index_page, subject_page, version
 from dbtrain.report.pictures import Thumbnails, put
@@ -111,7 +112,7 @@ def rebuild(
             raise DataError(f"{out}: another process builds this report; wait for it, or stop its --watch")
         built = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         view = View(str(run), built, refresh_s, price, read_object(run / ORIGIN, []))
-        return _rebuild(run, out, view, ledger, fresh, processes or os.cpu_count() or 1, begin)
+        return _rebuild(run, out, view, ledger, fresh, processes or cores(), begin)
 
 
 def _rebuild(

@@ -1,5 +1,6 @@
 """The ledger by itself: compare-and-set, take-over, requests, what others may read, and where it may lie."""
 
+import errno
 import json
 import os
 import sqlite3
@@ -8,9 +9,10 @@ import sys
 import time
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
-from dbtrain.errors import ConfigError, DataError, FleetError, StopRequested
+from dbtrain.errors import ConfigError, DataError, EngineError, FleetError, StopRequested, bare
 from dbtrain.fleet.export import write_rows
 from dbtrain.fleet.inbox import request, take_requests
 from dbtrain.fleet.ledger import VERSION, Lease, Ledger, file_system, find_ledger, is_driven, is_remote
@@ -271,27 +273,41 @@ def caused(error, by):
 @pytest.mark.parametrize("error, cause", [
     (MemoryError(), "oom"), (RuntimeError("CUDA out of memory. Tried"), "oom"), (OSError(28, "No space left"), "disk"),
     (DataError("bad shard"), "error"), (KeyError("x"), "error"),
-    (OSError(5, "Input/output error"), "disk"), (OSError(116, "Stale file handle", "a"), "disk"),
-    (PermissionError(13, "Permission denied", "a"), "disk"),
+    (OSError(5, "Input/output error"), "file"), (OSError(116, "Stale file handle", "a"), "disk"),
+    (PermissionError(13, "Permission denied", "a"), "file"),
     (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk"),
-    (caused(DataError("shard cannot be read"), OSError(5, "Input/output error")), "disk"),
+    (caused(DataError("shard cannot be read"), OSError(5, "Input/output error")), "file"),
+    (bare(caused(DataError("shard cannot be read"), OSError(116, "Stale file handle"))), "disk"),
+    (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "disk"),
     (FileNotFoundError(2, "No such file or directory", "a"), "error"),
     (caused(DataError("no shard"), FileNotFoundError(2, "No such file or directory", "a")), "error"),
     (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6044."), "lost"),
     (ConnectionResetError(104, "Connection reset by peer"), "lost"),
     (StopRequested("stopped on request"), "stopped"),
+    (RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with TORCH_USE_CUDA_DSA"), "device"),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), "device"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), "device"),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), "device"),
+    (RuntimeError("Triton Error [CUDA]: unspecified launch failure"), "device"),
+    (torch.AcceleratorError("the device went away"), "device"),
+    (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error, NCCL version 2.27.5"), "lost"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom"),
+    (RuntimeError("CUDA error: out of memory"), "oom"),
+    (torch.AcceleratorError("CUDA error: device-side assert triggered"), "error"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm`"), "error"),
+    (EngineError("model.attention: flash: CUDA error"), "error"),
 ])  # fmt: skip
 def test_causes_of_errors(error, cause):
     assert explain(error)[0] == cause
 
 
-def test_a_published_file_that_the_disk_does_not_give_back_blames_nobody(tmp_path):
+def test_a_published_file_that_the_disk_does_not_give_back_is_no_damaged_one(tmp_path):
     """/proc/self/mem gives EIO to whoever reads its first byte."""
     (tmp_path / "subjects" / "a").mkdir(parents=True)
     (tmp_path / "subjects" / "a" / "w").symlink_to("/proc/self/mem")
     (tmp_path / "subjects" / "a" / "record.json").write_text(json.dumps({"files": {"w": "0"}}))
     told = Worker("w", str(tmp_path), 20)._checked(1, 0, "a", 1.0)
-    assert told[:4] == ("failed", 1, 0, "disk") and "the disk or network share failed" in told[4]
+    assert told[:4] == ("failed", 1, 0, "file") and "the disk or network share failed" in told[4]
     (tmp_path / "subjects" / "a" / "w").unlink()
     assert Worker("w", str(tmp_path), 20)._checked(1, 0, "a", 1.0)[3] == "error"
 

@@ -135,8 +135,8 @@ def look_at(out, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_poison(tmp_path):
-    """Subjects that crash, hang, run out of memory or hit a bug are quarantined; the others finish."""
-    names = "a:dog crash-1:dog b:dog hang-1:dog c:dog oom-1:dog d:dog nan-1:dog e:dog bug-1:dog f:dog g:dog"
+    """Subjects that crash, hang, run out of memory, hit a bug or have a bad file are quarantined; the others finish."""
+    names = "a:dog crash-1:dog b:dog hang-1:dog c:dog oom-1:dog d:dog nan-1:dog e:dog bug-1:dog f:dog file-1:dog g:dog"
     words = write_small(tmp_path, names)
     out = tmp_path / "out"
     driver = start(words, out, "--tries", "2", "--hang", "3", poison=True)
@@ -150,10 +150,12 @@ def test_poison(tmp_path):
         "oom-1": ("quarantined", "oom"),
         "nan-1": ("quarantined", "error"),
         "bug-1": ("quarantined", "error"),
+        "file-1": ("quarantined", "file"),
     }
     reasons = {name: found[name]["reason"] for name in causes}
     assert "SIGABRT" in reasons["crash-1"] and "no step for" in reasons["hang-1"]
     assert reasons["nan-1"] == "step 1: the loss is nan" and "ZeroDivisionError" in reasons["bug-1"]
+    assert reasons["file-1"].startswith("a.png: Input/output error") and reasons["file-1"].endswith("itself works")
     failures = dict(ask(out, "SELECT id, failures FROM subjects WHERE state='quarantined'"))
     assert set(failures.values()) == {2}
     assert set(dict(ask(out, "SELECT id, failures FROM subjects WHERE state='finished'")).values()) == {0}

@@ -135,6 +135,7 @@ def test_only_a_subjects_own_failures_quarantine_it(cause):
 
 
 LOST, KILLED = ("lost", "connection closed by peer"), ("killed", "died of SIGKILL")
+DEVICE = ("device", "CUDA error: uncorrectable ECC error encountered")
 BUG, CRASH = ("error", "ZeroDivisionError"), ("crash", "died of SIGABRT")
 
 
@@ -142,6 +143,7 @@ BUG, CRASH = ("error", "ZeroDivisionError"), ("crash", "died of SIGABRT")
     ({0: BUG}, 1, BUG), ({0: LOST}, 2, None), ({0: BUG}, 2, None), ({1: KILLED}, 2, KILLED),
     ({0: LOST, 1: KILLED}, 2, KILLED), ({0: BUG, 1: KILLED}, 3, KILLED), ({0: BUG, 1: LOST}, 2, BUG),
     ({0: LOST, 1: BUG, 2: LOST}, 3, BUG), ({0: LOST, 1: CRASH}, 2, CRASH), ({0: LOST, 1: LOST}, 2, LOST), ({}, 2, None),
+    ({0: LOST, 1: DEVICE}, 2, DEVICE), ({0: BUG, 1: DEVICE}, 2, DEVICE), ({0: DEVICE, 1: KILLED}, 2, KILLED),
 ])  # fmt: skip
 def test_a_gangs_end_is_told_by_the_member_that_knows_why(ends, members, best):
     assert explains(ends, members) == best

@@ -1,5 +1,6 @@
 """A worker without Ray: a real warm parent and a real trainer, with calls that arrive out of order."""
 
+import signal
 import time
 from types import SimpleNamespace
 
@@ -41,6 +42,43 @@ def test_a_late_halt_spares_a_newer_trainer(worker, tmp_path):
     assert heard(worker) == (3, "ready")
     worker.give(b"no order that a trainer could read", 2)
     assert worker.poll(1.0) == (3, []), "an order to a trainer that is dead is not the next one's"
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device", "worker.log")
+
+
+def crowded(*_, **__):
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("place, broken, end", [
+    ("pathlib.Path.mkdir", full, ("disk", "worker.log: No space left on device; free space on that disk, then run")),
+    ("subprocess.Popen", crowded, ("error", "BlockingIOError: [Errno 11] Resource temporarily unavailable")),
+    ("threading.Thread.start", crowded, ("error", "BlockingIOError: [Errno 11] Resource temporarily unavailable")),
+])  # fmt: skip
+def test_a_warm_parent_that_cannot_start_is_told_and_tried_again(worker, monkeypatch, place, broken, end):
+    """It was waited for without end, in silence, and nothing else could be asked of the worker."""
+    with monkeypatch.context() as patch:
+        patch.setattr(place, broken)
+        assert worker.start(Task({}, str(worker.out)), 1) == 0
+    generation, [(kind, cause, reason)] = worker.poll(1.0)
+    assert (generation, kind, cause) == (1, "died", end[0]) and reason.startswith(end[1])
+    assert worker._warm() is None and worker.zygote.process.poll() is None
+
+
+def test_a_kill_for_memory_counts_while_an_order_is_at_work(tmp_path, monkeypatch):
+    """Another container's, between the trainer's start and the order, says nothing of a kill from outside."""
+    kills = [4]
+    monkeypatch.setattr("dbtrain.fleet.worker.oom_kills", lambda: kills[0])
+    one = Worker("worker", str(tmp_path), 20)
+    one.trainer, one.zygote = 1, SimpleNamespace(wait=lambda: signal.SIGKILL, close=lambda: None)
+    kills[0] = 5
+    one.give(b"order", 0)
+    assert one._cause() == ("killed", "died of SIGKILL")
+    kills[0] = 6
+    assert one._cause() == ("oom", "the kernel killed it for memory")
 
 
 def heard(worker):

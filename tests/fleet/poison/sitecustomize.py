@@ -2,8 +2,8 @@
 
 `crash-x` aborts its process, `once-x` only the first time, `kill-x` is killed from outside, `hang-x` never makes a
 step, `oom-x` runs out of memory, `nan-x` cannot go on, `bug-x` meets an error that nobody expected, `disk-x` finds the
-disk full, `hold-x` waits while there is a file OUT/hold, and says so by OUT/held. `index-x` trains, but nobody can
-evaluate it; with `wait-x` evaluation waits as `hold-x` does.
+disk full, `file-x` one of its files unreadable, `hold-x` waits while there is a file OUT/hold, and says so by OUT/held.
+`index-x` trains, but nobody can evaluate it; with `wait-x` evaluation waits as `hold-x` does.
 """
 
 import os
@@ -40,6 +40,7 @@ def poison(open_job):
         "oom": lambda session: fail(MemoryError()),
         "nan": lambda session: fail(EngineError("step 1: the loss is nan")),
         "bug": lambda session: fail(ZeroDivisionError("one by nought")),
+        "file": lambda session: fail(OSError(5, "Input/output error", "a.png")),
         "disk": lambda session: fail(OSError(28, "No space left on device")),
         "hold": hold,
     }

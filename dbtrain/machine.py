@@ -1,0 +1,52 @@
+"""What the kernel lets this process have of its machine, which in a container or a job is less than there is."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+VMSTAT = Path("/proc/vmstat")
+
+
+def cores() -> int:
+    """Cores that this process may use: those it may run on, at most as many as its cgroups give time for (rounded up).
+
+    A core more than that only makes threads wait for each other.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limits = []
+    for text in cgroup_files("cpu.max"):
+        quota, period = text.split()
+        if quota != "max":
+            limits.append(math.ceil(int(quota) / int(period)))
+    return max(1, min([allowed, *limits]))
+
+
+def cgroup_files(name: str) -> Iterator[str]:
+    """What a file says in this process's cgroup (version 2) and in those above it, the nearest first; cgroups without
+    the file, as the root's, are passed over."""
+    try:
+        lines = MEMBERSHIP.read_text().splitlines()
+    except OSError:
+        return
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
+    for folder in [] if own is None else [CGROUPS / own, *(CGROUPS / own).parents]:
+        if folder.is_relative_to(CGROUPS):
+            try:
+                yield (folder / name).read_text()
+            except OSError:
+                continue
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for memory: of this process's cgroup if that counts them (kills for want
+    of the whole machine's memory included), else of the machine, where they may be anybody's."""
+    text = next(cgroup_files("memory.events"), None)
+    if text is None:
+        try:
+            text = VMSTAT.read_text()
+        except OSError:
+            return 0
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill "))

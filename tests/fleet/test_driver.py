@@ -1,0 +1,108 @@
+"""The driver's decisions about ends of trainers, with a real ledger and without Ray."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from dbtrain.data.index import Index
+from dbtrain.errors import FleetError
+from dbtrain.fleet.books import Flight
+from dbtrain.fleet.driver import Driver
+from dbtrain.fleet.ledger import Ledger
+from dbtrain.fleet.run import Options
+from dbtrain.fleet.schedule import WorkUnit
+from tests.main_job import small_config
+
+CREW = SimpleNamespace(name="worker-001")
+
+
+@pytest.fixture
+def driver(tmp_path):
+    ledger = Ledger(tmp_path, create=True)
+    with ledger.commit():
+        about = dict.fromkeys(("config", "config_digest", "manifest", "manifest_digest"), "")
+        ledger.create_run(about, [{"id": f"s{number}", "class_noun": "dog"} for number in range(9)])
+    yield Driver(ledger, Index((), ()), small_config(), tmp_path, Options(quiet=True))
+    ledger.close()
+
+
+def fly(driver, *positions, kind="train", pack=1):
+    """A unit that the crew is at, by number."""
+    unit = WorkUnit(kind, "dog", positions, pack)
+    driver.units += 1
+    opened = driver.ledger.start(driver.units, positions, CREW.name) if kind == "train" else dict.fromkeys(positions, 0)
+    retried = [entry for entry in driver.books.view.alone if entry[1] in positions]
+    for entry in retried:
+        driver.books.view.alone.remove(entry)
+        driver.books.view.waiting["dog"].appendleft(entry[1])
+    driver.books.view.begin(unit)
+    driver.flights[driver.units] = Flight(unit, CREW, opened, pack)
+    return driver.units
+
+
+@pytest.mark.parametrize("cause", ["error", "lost", "device", "hang"])
+def test_a_worker_that_cannot_start_ends_the_run_whatever_keeps_it(driver, cause):
+    for _ in range(2):
+        driver.on_died(CREW, ("died", cause, "CUDA error: no device"))
+    with pytest.raises(FleetError, match="worker-001: its trainer cannot start: CUDA error: no device"):
+        driver.on_died(CREW, ("died", cause, "CUDA error: no device"))
+
+
+def test_kills_from_outside_are_no_failed_starts(driver):
+    for _ in range(9):
+        driver.on_died(CREW, ("died", "killed", "died of SIGKILL"))
+    assert driver.bad_starts == {} and driver.disk is None
+
+
+def test_a_subject_that_kills_every_gpu_is_alone_soon_and_given_up_in_the_end(driver):
+    for number in range(driver.options.losses):
+        fly(driver, 0)
+        driver.on_died(CREW, ("died", "device", "CUDA error: an illegal memory access was encountered"))
+        row = driver.ledger.row(0)
+        assert (row["failures"], row["losses"]) == (0, number + 1)
+        assert bool(driver.books.view.alone) == (2 <= number < driver.options.losses - 1)
+    assert row["state"] == "quarantined" and not driver.books.view.alone
+
+
+REASON = "photos/a.png: Input/output error; the disk or network share failed; check it"
+
+
+def fail(driver, position, cause="file"):
+    driver.on_failed(CREW, ("failed", fly(driver, position), position, cause, REASON, 1.0))
+    return driver.ledger.row(position)
+
+
+def test_a_subject_whose_own_file_is_refused_is_given_up_and_the_run_goes_on(driver):
+    for failures in (1, 2, 3):
+        row = fail(driver, 0)
+        assert (row["failures"], row["losses"], row["cause"], row["reason"]) == (failures, 0, "file", REASON)
+    assert row["state"] == "quarantined" and driver.disk is None
+    fly(driver, 1)
+    driver.on_died(CREW, ("died", "file", REASON))
+    assert driver.ledger.row(1)["failures"] == 1 and driver.disk is None and driver.bad_starts == {}
+
+
+def test_a_full_disk_ends_the_run_and_blames_nobody(driver):
+    row = fail(driver, 0, "disk")
+    assert (row["state"], row["failures"], driver.disk) == ("waiting", 0, REASON)
+
+
+def test_files_of_many_subjects_in_a_row_are_the_disk(driver):
+    for position in range(4):
+        fail(driver, position)
+    result = {"run": "r", "files": {}, "gpu_seconds": 1.0, "stages_s": {"train": 1.0}}
+    driver.on_finished(CREW, ("finished", fly(driver, 8), 8, result))
+    for position in (4, 5, 6, 7, 7):
+        fail(driver, position)
+    assert driver.disk is None, "one was finished in between"
+    row = fail(driver, 0)
+    assert (driver.disk, row["state"], row["failures"], row["cause"]) == (REASON, "waiting", 1, "disk")
+
+
+@pytest.mark.parametrize("kind", ["prior", None])
+def test_a_refused_file_that_is_no_subjects_own_ends_the_run(driver, kind):
+    """Of the base, or of the priors that a class shares."""
+    if kind:
+        fly(driver, kind=kind)
+    driver.on_died(CREW, ("died", "file", REASON))
+    assert driver.disk == REASON and driver.bad_starts == {} and driver.ledger.counts()["waiting"] == 9
