@@ -70,17 +70,22 @@ def summed(failed: Mapping[str, DbtrainError]) -> DbtrainError:
     return kind("\n".join(f"{name}: {error}" for name, error in failed.items()))
 
 
-MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
 """What devices and allocators say, in small letters, when memory ran out."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of the machine or of a device."""
+    text = " ".join(str(error).split()).lower()
+    return isinstance(error, MemoryError) or any(sign in text for sign in MEMORY_SIGNS)
 
 
 def memory_trouble(error: BaseException) -> str | None:
     """One line on memory that ran out, and what to do, if that is what ended a run; else None."""
-    text = " ".join(str(error).split())
-    if not isinstance(error, MemoryError) and not any(sign in text.lower() for sign in MEMORY_SIGNS):
+    if not out_of_memory(error):
         return None
     return (
-        f"memory ran out: {text[:200] or 'of this machine'}; use train.micro_batch=1, "
+        f"memory ran out: {' '.join(str(error).split())[:200] or 'of this machine'}; use train.micro_batch=1, "
         "train.gradient_checkpointing=true or a smaller engine.packed.size, then run the same command again"
     )
 

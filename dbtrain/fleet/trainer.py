@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbtrain.batch import Subject
 from dbtrain.config import RunConfig
-from dbtrain.errors import DbtrainError, EngineError, StopRequested, SubjectTaken
+from dbtrain.errors import DbtrainError, EngineError, StopRequested, SubjectTaken, out_of_memory
 from dbtrain.fleet.folder import refusal
 from dbtrain.fleet.schedule import BLAMED, WorkUnit
 
@@ -38,7 +38,6 @@ BEAT_S = 0.2
 """Shortest time between two messages that say no more than that the trainer lives."""
 STOPPED = 75
 FAILED = 70
-MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
 PEER_SIGNS = ("closed by peer", "reset by peer", "broken pipe", "failed to recv", "remote process exited", "nccl error")
 """What gloo, NCCL and torch's store say, in small letters, when another process of the gang went away."""
 DEVICE_SIGNS = ("cuda error", "cublas_status", "cudnn_status", "cusolver_status", "cufft_", "nvrtc error",
@@ -120,12 +119,10 @@ def _last_word(link: Connection, message: Message) -> None:
 
 def explain(error: BaseException) -> tuple[str, str]:
     """(cause, reason) of an error that ended a trainer's work; the causes are those of `schedule.BLAMED`."""
-    import torch
-
     text = " ".join(str(error).split())
     if getattr(error, "exit_code", None) == STOPPED:
         return "stopped", text
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in text.lower() for sign in MEMORY_SIGNS):
+    if out_of_memory(error):
         return "oom", text[:500] or "memory ran out"
     if end := refusal(error):
         return end

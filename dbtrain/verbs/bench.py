@@ -69,7 +69,7 @@ def ops_verb(as_json: Json = False) -> None:
 def step_verb(
     recipe: Recipe = "tiny",
     capture: Annotated[str, typer.Option(help="Ways to run a step, with commas: off, compile, graph.")] = "off",
-    attention: Annotated[str, typer.Option(help="Attentions, with commas: auto, sdpa, flash, math, xformers.")] = "sdpa",
+    attention: Annotated[str, typer.Option(help="Attentions: auto, sdpa, flash, math, xformers.")] = "sdpa",
     sizes: Annotated[str, typer.Option(help="Pack sizes, with commas.")] = "1",
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of one turn.")] = 5,
     turns: Annotated[int, typer.Option(min=1, help="Interleaved turns.")] = 3,
