@@ -49,7 +49,7 @@ def write_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -> Non
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of `final`, or is gone if anything fails; see `replace_dir`."""
+    """An empty folder to fill; then it takes the place of `final` (`replace_dir`), or is gone if anything failed."""
     temporary = hidden(final)
     temporary.mkdir(parents=True)
     try:

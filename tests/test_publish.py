@@ -28,9 +28,8 @@ from dbtrain.publish import (
     publish_lora,
     publish_sheet,
     read_lora,
-    read_record,
-    write_record,
 )
+from dbtrain.record import read_record, write_record
 from dbtrain.trainables import publish_weights
 
 PROVENANCE = {"subject": "rex", "dbtrain": "0"}
@@ -241,6 +240,7 @@ def test_record_has_the_digests_of_the_artefacts(tmp_path):
     write_record(tmp_path, RECORD, [tmp_path / name for name in files])
     record = read_record(tmp_path)
     assert record.pop("files") == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    assert record.pop("sizes") == {name: len(data) for name, data in files.items()}
     assert record == RECORD and json.loads((tmp_path / "record.json").read_text())["subject"] == "rex"
 
 

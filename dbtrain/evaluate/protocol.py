@@ -34,9 +34,10 @@ from dbtrain.evaluate.scores import subject_scores
 from dbtrain.evaluate.suspicion import copied, suspicions
 from dbtrain.families import Family, Models
 from dbtrain.families.load import base_digest
-from dbtrain.generate import finished_config, finished_pipeline, finished_record, generate, image_seed
+from dbtrain.generate import finished_config, finished_pipeline, generate, image_seed
 from dbtrain.priors import slug
 from dbtrain.prompts import LIVE_CLASSES, fill, is_live, prompt_set, without_identifier
+from dbtrain.record import finished_record
 
 SCHEMA = 1
 RESULT = "evaluation.json"
@@ -113,7 +114,8 @@ def evaluate_finished(
     Pictures that are there already, under `folder`/evaluation and in RUN/evaluation/base, are not drawn again; workers
     may share these folders. `read_photos` says where the photos come from. `summary.write_summary(RUN)` makes
     the run's table of what its subjects have.
-    Raises DataError for a folder without a finished subject, without photos, or of another base than `models`.
+    Raises DataError for a folder without a finished subject, with a damaged one, without photos, or of another base
+    than `models`.
     """
     record, config = finished_record(folder), finished_config(folder, settings.overrides)
     if record["base_digest"] != base_digest(models):

@@ -29,7 +29,7 @@ from dbtrain.packing.clock import Clock
 from dbtrain.packing.pack import Observed, Pack, Start
 from dbtrain.packing.size import Probe, choose_size, free_bytes, timed, used_bytes
 from dbtrain.priors import prior_key
-from dbtrain.publish import RECORD
+from dbtrain.record import RECORD
 from dbtrain.session import ClassPriors, Session, restore_base, subject_config
 from dbtrain.telemetry import Progress, Sink, Stages, open_sinks, peak_memory_gib
 from dbtrain.train import Finished, Job, open_job

@@ -282,7 +282,7 @@ def test_a_subject_that_fails_is_named_and_the_others_are_judged(out):
     adapter.write_bytes(adapter.read_bytes()[:100])
     result = run("evaluate", out, "--class-images", "1")
     assert result.exit_code == 3
-    assert "error: ann: " in result.stderr and "cannot be read as an adapter" in result.stderr
+    assert "error: ann: " in result.stderr and "has 100 bytes, record.json says" in result.stderr
     table = json.loads((out / "evaluation.json").read_text())
     assert table["subjects"] == 2 and list(table["failed"]) == ["ann"]
 

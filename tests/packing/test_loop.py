@@ -14,7 +14,8 @@ from dbtrain.configfile import load
 from dbtrain.data.manifest import read_manifest
 from dbtrain.errors import DataError, EngineError, StopRequested
 from dbtrain.packing.pack import Pack
-from dbtrain.publish import LORA_FILE, read_record
+from dbtrain.publish import LORA_FILE
+from dbtrain.record import read_record
 from dbtrain.session import open_session
 from dbtrain.train import train_manifest, train_subjects
 from tests.main_job import small_config, write_job
@@ -104,7 +105,7 @@ def test_what_is_published_has_the_same_form(solo, packed):
         )
         assert mine == other
         on_disk, alone = map(read_record, folders)
-        assert on_disk == {**record, **{key: on_disk[key] for key in ("files", "samples")}}
+        assert on_disk == {**record, **{key: on_disk[key] for key in ("files", "sizes", "samples")}}
         assert on_disk.keys() - alone.keys() == {"pack_size"} and alone.keys() <= on_disk.keys()
         assert (on_disk["engine"], alone["engine"], on_disk["pack_size"]) == ("packed", "zero", 2)
         assert on_disk["run"] == alone["run"]  # one may go on with the other's checkpoints
