@@ -31,7 +31,7 @@ def write_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -> Non
     If anything fails, `path` is as it was and the temporary file is gone.
     """
     path = Path(path)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
+    temporary = hidden(path)
     try:
         with open(temporary, "xb") as file:
             if callable(content):
@@ -47,6 +47,19 @@ def write_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -> Non
     sync_folder(path.parent)
 
 
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """An empty folder to fill; then it takes the place of `final` (`replace_dir`), or is gone if anything failed."""
+    temporary = hidden(final)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        replace_dir(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def replace_dir(temporary: Path, final: Path) -> None:
     """Nothing; afterwards the folder `temporary`, made durable first, has the name `final` (same file system).
 
@@ -57,7 +70,7 @@ def replace_dir(temporary: Path, final: Path) -> None:
     sync_tree(temporary)
     aside = None
     if final.exists():
-        aside = final.parent / f".{final.name}.{secrets.token_hex(4)}{TEMPORARY}"
+        aside = hidden(final)
         os.rename(final, aside)
     try:
         os.rename(temporary, final)
@@ -68,6 +81,11 @@ def replace_dir(temporary: Path, final: Path) -> None:
     sync_folder(final.parent)
     if aside is not None:
         shutil.rmtree(aside)
+
+
+def hidden(path: Path) -> Path:
+    """A name beside a path for what is not finished, or not any more; no other process takes the same."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
 
 
 @contextmanager

@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbtrain.atomic import TEMPORARY, file_digest, replace_dir, sweep
+from dbtrain.atomic import file_digest, hidden, sweep, whole_folder
 from dbtrain.engines.engine import EngineState
 from dbtrain.errors import DataError
 
@@ -43,19 +41,13 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{checkpoint.step:08d}"
     sweep(root)
-    temporary = _hidden(final)
-    temporary.mkdir()
-    try:
-        flat = {f"{kind}/{name}": tensor for kind, group in checkpoint.state.items() for name, tensor in group.items()}
+    flat = {f"{kind}/{name}": tensor for kind, group in checkpoint.state.items() for name, tensor in group.items()}
+    about = {"step": checkpoint.step, "run": checkpoint.run, "average": checkpoint.average}
+    with whole_folder(final) as temporary:
         save_file(flat, temporary / STATE)
-        about = {"step": checkpoint.step, "run": checkpoint.run, "average": checkpoint.average}
         (temporary / ABOUT).write_text(json.dumps(about))
         digests = {name: file_digest(temporary / name) for name in (STATE, ABOUT)}
         (temporary / MANIFEST).write_text(json.dumps(digests, indent=1))
-        replace_dir(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     tidy_checkpoints(root, keep)
     return final
 
@@ -128,11 +120,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(about["step"], about["run"], state, about.get("average", 0.0))
 
 
-def _hidden(folder: Path) -> Path:
-    """A name beside a folder for what is not finished, or not any more; no other process takes the same."""
-    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{TEMPORARY}")
-
-
 def _about(folder: Path) -> dict[str, Any]:
     return json.loads((folder / ABOUT).read_text())
 
@@ -149,7 +136,7 @@ def tidy_checkpoints(root: Path, keep: int) -> None:
     for folder in _folders(root):
         if good >= keep:
             # Out of sight first: a deletion that is killed leaves no half checkpoint under a real name.
-            os.rename(folder, _hidden(folder))
+            os.rename(folder, hidden(folder))
         else:
             good += verify_checkpoint(folder) is None
     if root.is_dir():

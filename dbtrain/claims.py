@@ -1,10 +1,12 @@
-"""What the folder of a subject says before training: whether another process has it, and where to go on from."""
+"""What the folder of a subject says before training: whether another process has it, whether it is done, and where to
+go on from."""
 
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from dbtrain.atomic import LOCK, held, sweep
 from dbtrain.checkpoint import (
@@ -18,6 +20,7 @@ from dbtrain.checkpoint import (
 from dbtrain.config import CheckpointConfig
 from dbtrain.errors import DataError, StopRequested, SubjectTaken
 from dbtrain.ranks import together
+from dbtrain.record import QUICK_BYTES, drop_record, file_problem, read_record
 from dbtrain.session import Session
 
 
@@ -37,6 +40,24 @@ def take_subject(session: Session, folder: Path, fence: ExitStack) -> None:
         time.sleep(min(0.2, session.taken_wait_s))
     for place in (folder, *folder.glob("samples/*")):
         sweep(place)
+
+
+def read_finished(session: Session, folder: Path, run: str) -> dict[str, Any] | None:
+    """The record of a subject that is done; None where there is none, or where its files are not what it says.
+
+    Such a record is removed with a word, so that the subject is trained on. Raises DataError for another run's.
+    """
+    record = read_record(folder)
+    if record is None:
+        return None
+    if record["run"] != run:
+        raise DataError(f"{folder}: holds a finished subject trained with other settings or data; use another --out")
+    problem = file_problem(folder, record, QUICK_BYTES)
+    if problem is None:
+        return record
+    session.say(f"{folder.name}: is not finished after all, and trained on: {problem}")
+    drop_record(folder)
+    return None
 
 
 def choose_checkpoint(session: Session, folder: Path, settings: CheckpointConfig, run: str) -> Path | None:

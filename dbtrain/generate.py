@@ -21,7 +21,8 @@ from dbtrain.errors import ConfigError, DataError
 from dbtrain.families import FAMILIES, Family, Models, load_models
 from dbtrain.families.pipelines import assemble
 from dbtrain.prompts import application, fill, read_set
-from dbtrain.publish import CONFIG_FILE, LORA_FILE, MODEL_FOLDER, publish_sheet, read_lora, read_record
+from dbtrain.publish import CONFIG_FILE, LORA_FILE, MODEL_FOLDER, publish_sheet, read_lora
+from dbtrain.record import finished_record
 
 SHEET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """What the name of a sheet looks like; it becomes a file's and a folder's."""
@@ -220,14 +221,6 @@ def refuse_nothing(folder: Path, sheets: Mapping[str, Sequence[str]], config: Ru
     for title, templates in sheets.items():
         if not templates:
             raise ConfigError(f"{folder}: {title} has no prompt for this subject; give --prompt, or another --set")
-
-
-def finished_record(folder: Path) -> dict[str, Any]:
-    """The record of a finished subject. Raises DataError for a folder that holds none."""
-    record = read_record(folder)
-    if record is None:
-        raise DataError(f"{folder}: holds no finished subject (no record.json); give a folder under OUT/subjects/")
-    return record
 
 
 def finished_config(folder: Path, overrides: Sequence[str]) -> RunConfig:

@@ -1,6 +1,6 @@
-"""What a finished subject leaves behind: weights in the field's formats, a model card, samples and a record.
+"""What a finished subject leaves behind: weights in the field's formats, a model card and samples.
 
-`record.json` is written last; its presence means that the subject is done.
+The record that says so is written last, by `record.py`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,17 @@ from PIL import Image, ImageDraw
 
 from dbtrain import __version__
 from dbtrain.adapters import LoraWeights, to_diffusers, to_kohya
-from dbtrain.atomic import file_digest, write_file
+from dbtrain.atomic import write_file
 from dbtrain.config import RunConfig
 from dbtrain.errors import DataError
+from dbtrain.record import SHEET, refuse_changed
 from dbtrain.snippets import python_snippet
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora.safetensors"
 MODEL_FOLDER = "model"
-RECORD = "record.json"
 CARD = "README.md"
 CONFIG_FILE = "config.yaml"
-SHEET = "samples.png"
-NEEDED = {**dict.fromkeys(("subject", "class", "identifier", "run", "base", "base_digest"), str), "files": dict}
-"""What every record holds, and of which kind."""
 
 
 def save_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
@@ -76,12 +73,16 @@ def export_kohya(path: Path, weights: LoraWeights, provenance: dict[str, str]) -
 
 
 def read_lora(path: Path) -> tuple[LoraWeights, dict[str, str]]:
-    """An adapter that dbtrain published (a file, or the folder that holds it), and its metadata."""
+    """An adapter that dbtrain published (a file, or the folder that holds it), and its metadata.
+
+    Raises DataError for a file that is none, and for one that is not what the record beside it says.
+    """
     from safetensors import safe_open
 
     from dbtrain.adapters import from_diffusers
 
     file = path / LORA_FILE if path.is_dir() else path
+    refuse_changed(file)
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
@@ -183,31 +184,6 @@ def publish_sheet(folder: Path, rows: Sequence[Sequence[Image.Image]], prompts: 
 def save_png(path: Path, image: Image.Image) -> None:
     """Write an image, whole or not at all."""
     write_file(path, lambda file: image.save(file, "PNG"))
-
-
-def write_record(folder: Path, record: dict[str, Any], artefacts: Sequence[Path]) -> None:
-    """record.json with the digests of the artefacts, and of each image of the last sheet; the last file of a finished
-    subject."""
-    files = {path.relative_to(folder).as_posix(): file_digest(path) for path in artefacts}
-    found = {**record, "files": files}
-    if SHEET in files:
-        drawn = sorted((folder / "samples" / "samples").glob("*.png"))
-        found["samples"] = {path.name: file_digest(path) for path in drawn}
-    write_file(folder / RECORD, json.dumps(found, indent=1).encode())
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished subject, or None. Raises DataError for a damaged one."""
-    path = folder / RECORD
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in NEEDED.items()):
-        raise DataError(f"{path}: is damaged; remove it and run the same training again, which publishes anew")
-    return record
 
 
 def _cell(value: object) -> str:

@@ -19,7 +19,7 @@ from dbtrain.atomic import LOCK, held
 from dbtrain.bank import Bank, captions_of
 from dbtrain.batch import Batch, Role, Sample, StepLoss, Subject
 from dbtrain.checkpoint import Checkpoint, save_checkpoint
-from dbtrain.claims import choose_checkpoint, read_chosen, take_subject
+from dbtrain.claims import choose_checkpoint, read_chosen, read_finished, take_subject
 from dbtrain.config import RunConfig
 from dbtrain.configfile import render
 from dbtrain.data.manifest import read_manifest, scan_manifest
@@ -32,9 +32,10 @@ from dbtrain.families.load import base_digest
 from dbtrain.filling import fill_bank
 from dbtrain.generate import draw_samples, make_pipeline, sampling_mode
 from dbtrain.prompts import fill
-from dbtrain.publish import publish_card, publish_sheet, read_record, write_record
+from dbtrain.publish import publish_card, publish_sheet
 from dbtrain.randomness import stream_key
 from dbtrain.ranks import from_first, together
+from dbtrain.record import write_record
 from dbtrain.session import (
     Session,
     data_digest,
@@ -64,14 +65,10 @@ def open_job(session: Session, subject: Subject) -> Job | dict[str, Any]:
         from_first(world, lambda: take_subject(session, folder, fence))
         with stages("data"):
             instances, run = together(world, lambda: _instances(session, subject, config))
-        done = from_first(world, lambda: read_record(folder))
-        if done is not None and done["run"] == run:
+        done = from_first(world, lambda: read_finished(session, folder, run))
+        if done is not None:
             session.say(f"{subject.id}: already finished in {folder}")
             return done
-        if done is not None:
-            raise DataError(
-                f"{folder}: holds a finished subject trained with other settings or data; use another --out"
-            )
         found = from_first(world, lambda: choose_checkpoint(session, folder, config.checkpoint, run))
         from_first(world, session.opened)
         bank = fill_bank(session, subject, config, instances)

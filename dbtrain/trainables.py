@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.adapters import attach, fresh_row, from_state, reset_row
+from dbtrain.atomic import whole_folder
 from dbtrain.config import RunConfig
 from dbtrain.engines.engine import EngineState, ParamGroup
 from dbtrain.families import Family, Models
@@ -98,7 +99,8 @@ def publish_weights(
     dtype = DTYPES[config.publish.dtype]
     for module in components.values():
         module.to(dtype)
-    assemble(family, models).save_pretrained(folder / MODEL_FOLDER, safe_serialization=True)
+    with whole_folder(folder / MODEL_FOLDER) as temporary:
+        assemble(family, models).save_pretrained(temporary, safe_serialization=True)
     for module in components.values():
         module.float()
     return sorted(path for path in (folder / MODEL_FOLDER).rglob("*") if path.is_file())

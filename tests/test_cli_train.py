@@ -1,7 +1,9 @@
 """The verbs of the main job, one after another as a user types them, in one process."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from dbtrain import cli, generate
+from dbtrain import claims, cli, generate
 from dbtrain.generate import generate_finished
 from dbtrain.prompts import application
 from tests.main_job import sd_folder, small_config, write_job
@@ -201,6 +203,44 @@ def test_export_writes_kohyas_names_and_never_the_published_file(job, tmp_path):
     assert (folder / LORA).read_bytes() == before
     (tmp_path / "no.safetensors").write_bytes(b"no adapter")
     assert run("export", tmp_path / "no.safetensors", "--out", tmp_path / "y").exit_code == 3
+
+
+def flip(path):
+    """One bit of the last byte, which is a weight's."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [flip, Path.unlink])
+def test_a_damaged_adapter_is_used_by_nobody_and_mended_by_the_same_command(job, tmp_path, harm):
+    out, sound = tmp_path / "out", (job[0] / "out" / "subjects" / "rex" / LORA).read_bytes()
+    shutil.copytree(job[0] / "out", out)
+    folder = out / "subjects" / "rex"
+    harm(folder / LORA)
+    uses = [("generate", folder), ("evaluate", folder)]
+    uses += [("export", source, "--out", tmp_path / "x") for source in (folder, folder / LORA)]
+    for words in uses:
+        refused = run(*words)
+        assert refused.exit_code == 3 and f"{LORA}: " in refused.stderr, (words, refused.output)
+        assert "run the same training again, which mends it" in refused.stderr
+    again = run("train", *job[1], "--subjects", "all", "--out", out)
+    assert again.exit_code == 0 and f"rex: is not finished after all, and trained on: {folder / LORA}" in again.stderr
+    assert f"tom: already finished in {out}" in again.stderr
+    assert (folder / LORA).read_bytes() == sound
+    assert run("export", folder, "--out", tmp_path / "x").exit_code == 0
+    assert "already finished" in run("train", *job[1], "--subject", "rex", "--out", out).stderr
+
+
+def test_a_finished_subject_of_large_files_is_known_by_their_sizes(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "QUICK_BYTES", 0)
+    out = tmp_path / "out"
+    shutil.copytree(job[0] / "out", out)
+    words = ("train", *job[1], "--subject", "rex", "--out", out)
+    flip(out / "subjects" / "rex" / LORA)
+    assert "already finished" in run(*words).stderr
+    os.truncate(out / "subjects" / "rex" / LORA, 100)
+    assert "has 100 bytes" in run(*words).stderr
 
 
 def test_a_prompt_set_is_a_captioned_sheet(job):

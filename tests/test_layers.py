@@ -38,6 +38,7 @@ LAYERS = {
         "dbtrain.checkpoint",
         "dbtrain.proved",
         "dbtrain.ranks",
+        "dbtrain.record",
         "dbtrain.registry",
         "dbtrain.snippets",
         "dbtrain.telemetry",

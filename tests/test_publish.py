@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -27,9 +28,8 @@ from dbtrain.publish import (
     publish_lora,
     publish_sheet,
     read_lora,
-    read_record,
-    write_record,
 )
+from dbtrain.record import read_record, write_record
 from dbtrain.trainables import publish_weights
 
 PROVENANCE = {"subject": "rex", "dbtrain": "0"}
@@ -240,6 +240,7 @@ def test_record_has_the_digests_of_the_artefacts(tmp_path):
     write_record(tmp_path, RECORD, [tmp_path / name for name in files])
     record = read_record(tmp_path)
     assert record.pop("files") == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    assert record.pop("sizes") == {name: len(data) for name, data in files.items()}
     assert record == RECORD and json.loads((tmp_path / "record.json").read_text())["subject"] == "rex"
 
 
@@ -271,6 +272,31 @@ def test_half_precision_folders_have_half_the_numbers(dtype, model_folders, tmp_
     assert stored.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     unit = 2.0 ** -{"fp16": 11, "bf16": 8}[dtype]  # half a unit in the last place
     assert ((stored.float() - before).abs() <= unit * before.abs() + 2.0**-25).all()
+
+
+def full_config(folder):
+    publish = PublishConfig(dtype="fp32")  # the base, which is shared, is rounded otherwise
+    return RunConfig(model=ModelConfig(path=str(folder)), train=TrainConfig(method="full"), publish=publish)
+
+
+def test_a_model_is_on_the_disk_before_a_record_can_tell_of_it(bases, model_folders, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), fsync(file)))
+    config = full_config(model_folders["sd"])
+    written = publish_weights(tmp_path, FAMILIES["sd"], bases["sd"], config, RECORD, {})
+    folders = {folder for path in written for folder in path.parents if folder.is_relative_to(tmp_path)}
+    assert len(written) > 5
+    assert [path for path in (*written, *folders) if path.stat().st_ino not in synced] == []
+
+
+def test_a_model_folder_holds_nothing_of_an_earlier_writer(bases, model_folders, tmp_path):
+    stale = tmp_path / MODEL_FOLDER / "image_encoder" / "model.safetensors"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of a writer that was killed")
+    config = full_config(model_folders["sd"])
+    written = publish_weights(tmp_path, FAMILIES["sd"], bases["sd"], config, RECORD, {})
+    assert stale not in written and not stale.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [MODEL_FOLDER]
 
 
 def test_grid_and_sheet_hold_every_image(tmp_path):

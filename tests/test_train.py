@@ -16,7 +16,8 @@ from dbtrain.data.manifest import read_manifest
 from dbtrain.engines.engine import BatchPlan, World
 from dbtrain.engines.zero import ZeroEngine
 from dbtrain.errors import DataError, SubjectTaken, summed
-from dbtrain.publish import read_lora, read_record
+from dbtrain.publish import read_lora
+from dbtrain.record import read_record
 from dbtrain.session import open_session, subject_config
 from dbtrain.step import TrainingStep
 from dbtrain.train import Job, train_manifest, train_subjects
@@ -57,7 +58,10 @@ def test_every_subject_leaves_valid_artefacts(finished):
     assert len({record["identifier"] for record in records}) == 3
     for record in records:
         folder = out / "subjects" / record["subject"]
-        assert read_record(folder) == {**record, **{key: read_record(folder)[key] for key in ("files", "samples")}}
+        assert read_record(folder) == {
+            **record,
+            **{key: read_record(folder)[key] for key in ("files", "sizes", "samples")},
+        }
         names = {LORA, "kohya_lora.safetensors", "samples.png"}
         assert read_record(folder)["files"] == {name: file_digest(folder / name) for name in names}
         weights, metadata = read_lora(folder)

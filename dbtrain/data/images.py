@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dbtrain.data.finding import shown
 from dbtrain.errors import DataError
@@ -57,6 +57,19 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 """What Pillow raises for damaged files, depending on where the damage is; each of them means a bad photo."""
+
+ORIENTATION = 0x0112
+"""The EXIF tag that says how a photo was held."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a photo upright, by its orientation; with 1, or what is no number from 1 to 8, it stays as it is."""
 
 _header_lock = threading.Lock()
 
@@ -191,8 +204,12 @@ def _too_many_bytes(name: object, size: int, max_bytes: int) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says."""
-    return ImageOps.exif_transpose(image)
+    """The image turned as its EXIF orientation says, whatever else its EXIF holds.
+
+    Pillow's `exif_transpose` also writes all EXIF anew, which fails for tags of types that it did not expect.
+    """
+    turn = TURNS.get(image.getexif().get(ORIENTATION))
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

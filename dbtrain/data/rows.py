@@ -75,17 +75,28 @@ def _from_csv(content: bytes) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(_text(content), newline=""), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
-        repeated = sorted({name for name in header if header.count(name) > 1})
-        if repeated:
-            raise DataError(f"column {shown(repeated[0])} stands twice in the header; keep one of them")
+        places, lines = [], []
         place = reader.line_num + 1
         for values in reader:
             if any(value.strip() for value in values):
-                extra = (f"has {len(values)} cells for {len(header)} columns; put quotes around cells with commas",)
-                yield Row(place, dict(zip(header, values, strict=False)), extra if len(values) > len(header) else ())
+                places.append(place)
+                lines.append(values)
             place = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"line {reader.line_num} is no CSV ({error}); check its quotes") from error
+    used = _used_columns(header, lines)
+    repeated = sorted({header[i] for i in used if [header[j] for j in used].count(header[i]) > 1})
+    if repeated:
+        raise DataError(f"column {shown(repeated[0])} stands twice in the header; keep one of them")
+    for place, values in zip(places, lines):
+        over = any(value.strip() for value in values[len(header) :])
+        extra = (f"has {len(values)} cells for {len(header)} columns; put quotes around cells with commas",)
+        yield Row(place, {header[i]: values[i] for i in used if i < len(values)}, extra if over else ())
+
+
+def _used_columns(header: list[str], lines: list[list[str]]) -> list[int]:
+    """The columns that have a name, or a cell that is not empty: spreadsheets write others behind those in use."""
+    return [i for i, name in enumerate(header) if name or any(i < len(line) and line[i].strip() for line in lines)]
 
 
 def _from_jsonl(content: bytes) -> Iterator[Row]:

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from PIL import Image
 from dbtrain.atomic import write_file
 from dbtrain.config import RunConfig
 from dbtrain.data.images import open_photo
-from dbtrain.data.index import Index
+from dbtrain.data.index import INDEX_NAME, Index
 from dbtrain.data.stream import read_samples
 from dbtrain.errors import ConfigError, DataError
 from dbtrain.evaluate.distances import AUTO
@@ -34,9 +34,10 @@ from dbtrain.evaluate.scores import subject_scores
 from dbtrain.evaluate.suspicion import copied, suspicions
 from dbtrain.families import Family, Models
 from dbtrain.families.load import base_digest
-from dbtrain.generate import finished_config, finished_pipeline, finished_record, generate, image_seed
+from dbtrain.generate import finished_config, finished_pipeline, generate, image_seed
 from dbtrain.priors import slug
 from dbtrain.prompts import LIVE_CLASSES, fill, is_live, prompt_set, without_identifier
+from dbtrain.record import finished_record
 
 SCHEMA = 1
 RESULT = "evaluation.json"
@@ -113,7 +114,8 @@ def evaluate_finished(
     Pictures that are there already, under `folder`/evaluation and in RUN/evaluation/base, are not drawn again; workers
     may share these folders. `read_photos` says where the photos come from. `summary.write_summary(RUN)` makes
     the run's table of what its subjects have.
-    Raises DataError for a folder without a finished subject, without photos, or of another base than `models`.
+    Raises DataError for a folder without a finished subject, with a damaged one, without photos, or of another base
+    than `models`.
     """
     record, config = finished_record(folder), finished_config(folder, settings.overrides)
     if record["base_digest"] != base_digest(models):
@@ -143,12 +145,27 @@ def read_photos(folder: Path, subject: str, config: RunConfig, settings: Setting
     """
     shards, schemes = settings.shards or config.data.shards or folder.parent.parent / "shards", config.data.schemes
     absent = isinstance(shards, Path) and not shards.is_dir()
-    rows = () if absent else Index.load(shards, schemes).rows_of(subject)
+    rows = () if absent else _index(shards, tuple(schemes), _stamp(shards)).rows_of(subject)
     if not rows:
         raise DataError(
             f"{shards}: holds no photos of {subject!r}; keep the run folder whole, or name its shards with --shards"
         )
     return [open_photo(sample.image) for sample in read_samples(shards, rows, schemes)]
+
+
+@lru_cache(1)
+def _index(shards: Path | str, schemes: tuple[str, ...], stamp: tuple[int, ...] | None) -> Index:
+    """A place's index, loaded once for all its subjects: it tells of every one, and grows with them."""
+    return Index.load(shards, schemes)
+
+
+def _stamp(shards: Path | str) -> tuple[int, ...] | None:
+    """What changes with a folder's index; None for an address, whose index is taken not to change meanwhile."""
+    try:
+        status = Path(shards, INDEX_NAME).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def shots(

@@ -18,7 +18,7 @@ from dbtrain.evaluate.protocol import RESULT, SCHEMA, Settings, evaluate_finishe
 from dbtrain.evaluate.scores import SCORES, title
 from dbtrain.families import FAMILIES
 from dbtrain.generate import WarmBase, finished_config, own_device
-from dbtrain.publish import RECORD
+from dbtrain.record import RECORD
 
 ROWS = {"scores": "tuned", "base": "base", "real": "photos"}
 """Rows of the table, named as in a subject's evaluation.json, and their titles."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from dbtrain.evaluate.judge import load_judge
 from dbtrain.evaluate.protocol import Settings, evaluate_finished
 from dbtrain.fleet.trainer import Task
-from dbtrain.generate import draw_samples, finished_config, finished_pipeline, finished_record, refuse_nothing
+from dbtrain.generate import draw_samples, finished_config, finished_pipeline, refuse_nothing
 from dbtrain.prompts import fill
 from dbtrain.publish import publish_sheet
+from dbtrain.record import finished_record
 from dbtrain.session import Session
 
 

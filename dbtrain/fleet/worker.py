@@ -5,7 +5,6 @@ The driver runs it as a Ray actor, one for each GPU or CPU slot. It knows nothin
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -16,13 +15,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from dbtrain.atomic import file_digest
+from dbtrain.errors import DataError
 from dbtrain.fleet.folder import refusal, trouble_of
 from dbtrain.fleet.processes import kill
 from dbtrain.fleet.schedule import BLAMED
 from dbtrain.fleet.trainer import STOPPED, Message, Task
 from dbtrain.fleet.zygote import Zygote
 from dbtrain.machine import oom_kills
+from dbtrain.record import drop_record, finished_record
 
 START_SHARE = 10
 """A trainer that loads the base may be silent this many times longer than one that trains."""
@@ -150,7 +150,7 @@ class Worker:
         """What a trainer published, if it is on the disk as its record says."""
         try:
             return ("finished", number, position, {**read_result(self.out, subject), "gpu_seconds": seconds})
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, DataError, KeyError) as error:
             end = refusal(error) or ("error", f"published files do not verify: {error}")
             return ("failed", number, position, *end, seconds)
 
@@ -225,10 +225,15 @@ class Worker:
 
 
 def read_result(out: Path, subject: str) -> dict[str, Any]:
-    """A finished subject's run digest, file digests and stage times; ValueError unless every file has its digest."""
+    """A finished subject's run digest, file digests and stage times.
+
+    Raises DataError unless every file has its digest; the record is removed then, so that the next attempt does not
+    take the subject for finished, as it would where the files are too large to be read each time.
+    """
     folder = out / "subjects" / subject
-    record = json.loads((folder / "record.json").read_text())
-    for name, digest in record["files"].items():
-        if file_digest(folder / name) != digest:
-            raise ValueError(f"{name} differs from its digest")
+    try:
+        record = finished_record(folder)
+    except DataError:
+        drop_record(folder)
+        raise
     return {key: record[key] for key in ("run", "files", "stages_s")}

@@ -29,7 +29,7 @@ from dbtrain.packing.clock import Clock
 from dbtrain.packing.pack import Observed, Pack, Start
 from dbtrain.packing.size import Probe, choose_size, free_bytes, timed, used_bytes
 from dbtrain.priors import prior_key
-from dbtrain.publish import RECORD
+from dbtrain.record import RECORD
 from dbtrain.session import ClassPriors, Session, restore_base, subject_config
 from dbtrain.telemetry import Progress, Sink, Stages, open_sinks, peak_memory_gib
 from dbtrain.train import Finished, Job, open_job
@@ -91,6 +91,7 @@ class PackedRun:
         self.clock = Clock(Stages(session.beat), before)
         self.configs = [subject_config(session.config, subject) for subject in subjects]
         self.seats: dict[int, Seat] = {}
+        self.priorless: dict[str, DbtrainError] = {}
         self.writer = ThreadPoolExecutor(1)
         self.pending: deque[tuple[Subject | None, Future]] = deque()
         self.ended = 0
@@ -129,14 +130,21 @@ class PackedRun:
                 )
 
     def _draw_priors(self) -> None:
-        """Complete the priors of every class that is needed, with the base as it is."""
+        """Complete the priors of every class that is needed, with the base as it is. What fails for a class is kept for
+        its subjects, and holds no others up."""
         session = self.session
         session.classes_kept = max(session.classes_kept, CLASSES)
         if session.config.prior.weight > 0:
             todo = [one for one in self.subjects if not (session.out / "subjects" / one.id / RECORD).exists()]
             for noun in dict.fromkeys(subject.class_noun for subject in todo):
                 key = prior_key(session.config, session.models, noun)
-                samples = ensure_priors(session, session.config, key)
+                try:
+                    samples = ensure_priors(session, session.config, key)
+                except StopRequested:
+                    raise
+                except DbtrainError as error:
+                    self.priorless |= {one.id: bare(error) for one in todo if one.class_noun == noun}
+                    continue
                 session.keep_priors((key, session.config.prior.images), ClassPriors(samples))
 
     def _pack(self, size: int) -> Pack:
@@ -185,6 +193,8 @@ class PackedRun:
     def _prepare(self, subject: Subject) -> tuple[Subject, Prepared | dict[str, Any] | DbtrainError]:
         """What a subject trains from, or its record if it is done, or what keeps it from training. Runs ahead, in a
         thread of its own, and touches nothing that trains."""
+        if subject.id in self.priorless:
+            return subject, self.priorless[subject.id]
         session = replace(self.session, stages=Stages(), priors_drawn=True)
         try:
             job = open_job(session, subject)

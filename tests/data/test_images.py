@@ -6,7 +6,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dbtrain.data import images
 from dbtrain.errors import DataError
@@ -36,6 +36,45 @@ def test_every_exif_orientation_gives_the_upright_picture(orientation, form):
     assert got.shape == BASE.shape
     # JPEG at quality 100 errs by rounding and by steep blue jumps; another orientation errs by tens on average.
     assert np.abs(got - BASE).mean() <= (2 if form == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_turned_photo_has_the_pixels_that_pillow_gives_it(orientation, mode):
+    _, exif = stored_turned(orientation)
+    content = jpeg(picture().convert(mode), exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(images.open_photo(content)), np.asarray(wanted))
+
+
+def exif_of(*entries):
+    """An EXIF block of (tag, type, count, the value's four bytes), the first thing of which is the byte order."""
+    body = b"".join(struct.pack("<HHI4s", *entry) for entry in sorted(entries))
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + b"\0\0\0\0"
+
+
+ODD = {
+    "XResolution as BYTE": (0x011A, 1, 1, b"\x48\0\0\0"),
+    "ImageWidth as ASCII": (0x0100, 2, 3, b"48\0\0"),
+    "ResolutionUnit below 0": (0x0128, 9, 1, struct.pack("<i", -2)),
+    "StripOffsets as FLOAT": (0x0111, 11, 1, struct.pack("<f", 8.5)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_tag_beside_the_orientation_spoils_no_photo(name):
+    content = jpeg(picture(), exif=exif_of((0x0112, 3, 1, struct.pack("<HH", 6, 0)), ODD[name]))
+    wanted = Image.open(io.BytesIO(content)).transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(np.asarray(images.open_photo(content)), np.asarray(wanted))
+
+
+@pytest.mark.parametrize(
+    "kind, value",
+    [(3, struct.pack("<HH", 0, 0)), (3, struct.pack("<HH", 9, 0)), (2, b"6\0\0\0"), (11, struct.pack("<f", 6.5))],
+)
+def test_an_orientation_that_is_none_leaves_the_photo_as_it_is(kind, value):
+    content = jpeg(picture(), exif=exif_of((0x0112, kind, 1, value)))
+    np.testing.assert_array_equal(np.asarray(images.open_photo(content)), np.asarray(Image.open(io.BytesIO(content))))
 
 
 def grey():

@@ -57,6 +57,29 @@ def test_ways_to_name_images_agree(photo_folder, images):
     assert [image.name for image in subject.images] == ["p1.png", "p2.PNG", "p10.png"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "subject,class,images,\na,b,cat,\n",
+        "subject,class,images,,\na,b,cat,,\n,,,,\n",
+        "subject,class,images\na,b,cat,,\n",
+        "subject,class,,images, \na,b, ,cat\n",
+    ],
+)
+def test_columns_that_a_spreadsheet_left_empty_are_none(photo_folder, text):
+    (photo_folder / "m.csv").write_text(text)
+    (subject,) = read_manifest(photo_folder / "m.csv")
+    assert (subject.id, subject.class_noun, len(subject.images)) == ("a", "b", 3)
+
+
+def test_a_cell_without_a_column_is_told(photo_folder):
+    (photo_folder / "m.csv").write_text("subject,class,images,\na,b,cat,,\nb,b,cat,lost,\nc,b,cat,,lost\n")
+    subjects, findings = scan_manifest(photo_folder / "m.csv")
+    told = [(finding.file.rpartition(":")[2], finding.what) for finding in findings]
+    assert [place for place, what in told if what == "column '': is unknown"] == ["2", "3", "4"] and not subjects
+    assert [place for place, what in told if what == "has 5 cells for 4 columns"] == ["4"]
+
+
 def test_photos_outside_the_folder_are_allowed(photo_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
     row = {"subject": "a", "class": "b", "images": str(photo_folder / "cat")}

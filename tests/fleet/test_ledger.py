@@ -20,6 +20,7 @@ from dbtrain.fleet.processes import born, descendants, holders
 from dbtrain.fleet.status import Screen, read_rows, summarize_run, table
 from dbtrain.fleet.trainer import Charges, explain
 from dbtrain.fleet.worker import Worker
+from dbtrain.record import NEEDED
 
 RESULT = {"run": "r", "files": {"a": "d"}, "seconds": 2.0, "gpu_seconds": 3.0, "stages_s": {"train": 2.0}}
 WAITS = {"state": "waiting", "failures": 1, "losses": 0, "pack": None, "cause": "crash", "reason": "died of SIGABRT"}
@@ -305,7 +306,8 @@ def test_a_published_file_that_the_disk_does_not_give_back_is_no_damaged_one(tmp
     """/proc/self/mem gives EIO to whoever reads its first byte."""
     (tmp_path / "subjects" / "a").mkdir(parents=True)
     (tmp_path / "subjects" / "a" / "w").symlink_to("/proc/self/mem")
-    (tmp_path / "subjects" / "a" / "record.json").write_text(json.dumps({"files": {"w": "0"}}))
+    record = {**dict.fromkeys(NEEDED, "a"), "files": {"w": "0"}}
+    (tmp_path / "subjects" / "a" / "record.json").write_text(json.dumps(record))
     told = Worker("w", str(tmp_path), 20)._checked(1, 0, "a", 1.0)
     assert told[:4] == ("failed", 1, 0, "file") and "the disk or network share failed" in told[4]
     (tmp_path / "subjects" / "a" / "w").unlink()

@@ -14,7 +14,9 @@ from dbtrain.configfile import load
 from dbtrain.data.manifest import read_manifest
 from dbtrain.errors import DataError, EngineError, StopRequested
 from dbtrain.packing.pack import Pack
-from dbtrain.publish import LORA_FILE, read_record
+from dbtrain.priorstore import import_images
+from dbtrain.publish import LORA_FILE
+from dbtrain.record import read_record
 from dbtrain.session import open_session
 from dbtrain.train import train_manifest, train_subjects
 from tests.main_job import small_config, write_job
@@ -104,7 +106,7 @@ def test_what_is_published_has_the_same_form(solo, packed):
         )
         assert mine == other
         on_disk, alone = map(read_record, folders)
-        assert on_disk == {**record, **{key: on_disk[key] for key in ("files", "samples")}}
+        assert on_disk == {**record, **{key: on_disk[key] for key in ("files", "sizes", "samples")}}
         assert on_disk.keys() - alone.keys() == {"pack_size"} and alone.keys() <= on_disk.keys()
         assert (on_disk["engine"], alone["engine"], on_disk["pack_size"]) == ("packed", "zero", 2)
         assert on_disk["run"] == alone["run"]  # one may go on with the other's checkpoints
@@ -252,6 +254,17 @@ def test_auto_measures_and_says_why(job, capsys):
 def test_priors_for_some_are_refused_before_anything_trains(job):
     with pytest.raises(DataError, match="prior_weight: subject tom: is 0.25 while prior.weight is 0"):
         train(job, "none", *PACKED, "prior.weight=0")
+
+
+def test_a_class_without_priors_fails_alone(job, tmp_path):
+    """As solo: dogs have imported priors and cats have none."""
+    import_images(job / "rex", "dog", tmp_path / "store", small_config())
+    own = ("prior.sampler=imported", f"prior.store={tmp_path / 'store'}", "prior.images=2", "sample.images=0")
+    for engine in ((), PACKED):
+        config, out = small_config(*own, *engine), tmp_path / f"out-{len(engine)}"
+        records, failed = train_manifest(job / "photos.csv", config, out, ["tom", "rex", "ben"], quiet=True)
+        assert {record["subject"] for record in records} == {"rex", "ben"} and failed.keys() == {"tom"}
+        assert isinstance(failed["tom"], DataError) and "prior import" in str(failed["tom"])
 
 
 def test_finished_is_told_as_soon_as_a_subject_is_on_disk(job):
