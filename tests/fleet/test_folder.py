@@ -1,6 +1,7 @@
 """Who is to blame for a refused file: a worker's look at the run's folder before it says so."""
 
 import errno
+import json
 import os
 import socket
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from dbtrain.fleet import folder
 from dbtrain.fleet.folder import NAME, mark, trouble_of
 from dbtrain.fleet.trainer import Task
 from dbtrain.fleet.worker import Worker
+from dbtrain.record import NEEDED
 
 FAILED = ("failed", 1, 0)
 BAD_SECTOR = "photos/a.png: Input/output error; the disk or network share failed; check it"
@@ -114,6 +116,6 @@ def test_files_that_the_disk_does_not_give_back_are_weighed(worker, out):
     """/proc/self/mem gives EIO to whoever reads its first byte; the folder beside it works."""
     (out / "subjects" / "a").mkdir(parents=True)
     (out / "subjects" / "a" / "w").symlink_to("/proc/self/mem")
-    (out / "subjects" / "a" / "record.json").write_text('{"files": {"w": "0"}}')
+    (out / "subjects" / "a" / "record.json").write_text(json.dumps({**dict.fromkeys(NEEDED, "a"), "files": {"w": "0"}}))
     [told] = worker._hear(("finished", 1, 0, "a", 1.0))
     assert told[:4] == (*FAILED, "file") and told[4].endswith("itself works")
