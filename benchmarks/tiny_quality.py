@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25, help="DDIM steps")
     parser.add_argument("--name", default="tiny-quality", help="what the result files are called")
     options = parser.parse_args()
-    started = time.monotonic()
+    started, measured = time.monotonic(), commit()
     pipe = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     pair, identity = load_pair(), load_identity()
@@ -265,7 +265,7 @@ def main() -> None:
     found["generated"] = generated_quality(pipe, pair, options.each, options.steps)
     found["asset_bytes"] = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
     found["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    found["commit"] = commit()
+    found["commit"] = measured
     found["seconds"] = time.monotonic() - started
     target.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     target.with_suffix(".md").write_text(report(found), encoding="utf-8")
