@@ -49,6 +49,15 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def looks_finished(folder: Path) -> bool:
+    """Whether a record is there whose files are there too, of the right sizes; their digests are not looked at."""
+    try:
+        record = read_record(folder)
+    except DataError:
+        return False
+    return record is not None and file_problem(folder, record, most_bytes=0) is None
+
+
 def drop_record(folder: Path) -> None:
     """Nothing; afterwards the subject is not finished, and the same training goes on with it."""
     (folder / RECORD).unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from dbtrain.packing.clock import Clock
 from dbtrain.packing.pack import Observed, Pack, Start
 from dbtrain.packing.size import Probe, choose_size, free_bytes, timed, used_bytes
 from dbtrain.priors import prior_key
-from dbtrain.record import RECORD
+from dbtrain.record import looks_finished
 from dbtrain.session import ClassPriors, Session, restore_base, subject_config
 from dbtrain.telemetry import Progress, Sink, Stages, open_sinks, peak_memory_gib
 from dbtrain.train import Finished, Job, open_job
@@ -135,7 +135,7 @@ class PackedRun:
         session = self.session
         session.classes_kept = max(session.classes_kept, CLASSES)
         if session.config.prior.weight > 0:
-            todo = [one for one in self.subjects if not (session.out / "subjects" / one.id / RECORD).exists()]
+            todo = [one for one in self.subjects if not looks_finished(session.out / "subjects" / one.id)]
             for noun in dict.fromkeys(subject.class_noun for subject in todo):
                 key = prior_key(session.config, session.models, noun)
                 try:

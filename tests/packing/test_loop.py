@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -265,6 +266,18 @@ def test_a_class_without_priors_fails_alone(job, tmp_path):
         records, failed = train_manifest(job / "photos.csv", config, out, ["tom", "rex", "ben"], quiet=True)
         assert {record["subject"] for record in records} == {"rex", "ben"} and failed.keys() == {"tom"}
         assert isinstance(failed["tom"], DataError) and "prior import" in str(failed["tom"])
+
+
+def test_a_lost_adapter_is_made_again_with_its_classs_priors(job, tmp_path):
+    """Whoever clears what a run drew, and an adapter with it: the same command still mends it, the same in every bit."""
+    config, out = small_config(*PACKED, "sample.images=0"), tmp_path / "out"
+    train_manifest(job / "photos.csv", config, out, ["rex", "tom"], quiet=True)
+    adapter = out / "subjects" / "tom" / LORA_FILE
+    before = adapter.read_bytes()
+    adapter.unlink()
+    shutil.rmtree(out / "priors")
+    records, failed = train_manifest(job / "photos.csv", config, out, ["rex", "tom"], quiet=True)
+    assert len(records) == 2 and not failed and adapter.read_bytes() == before
 
 
 def test_finished_is_told_as_soon_as_a_subject_is_on_disk(job):
