@@ -269,7 +269,7 @@ def test_a_class_without_priors_fails_alone(job, tmp_path):
 
 
 def test_a_lost_adapter_is_made_again_with_its_classs_priors(job, tmp_path):
-    """Whoever clears what a run drew, and an adapter with it: the same command still mends it, the same in every bit."""
+    """Whoever clears what a run drew, and an adapter with it: the same command mends it, the same in every bit."""
     config, out = small_config(*PACKED, "sample.images=0"), tmp_path / "out"
     train_manifest(job / "photos.csv", config, out, ["rex", "tom"], quiet=True)
     adapter = out / "subjects" / "tom" / LORA_FILE
