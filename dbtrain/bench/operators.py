@@ -29,8 +29,8 @@ def _lora(x: torch.Tensor, base: torch.Tensor, down: torch.Tensor, up: torch.Ten
     return 2 + _copies(x, base, down[0], up[0]) + _copies(scale, dtype=torch.float32)
 
 
-def _lora_backward(grad: torch.Tensor, small: torch.Tensor, x: torch.Tensor, *matrices: torch.Tensor) -> int:
-    *matrices, scale = matrices
+def _lora_backward(grad: torch.Tensor, small: torch.Tensor, x: torch.Tensor, *rest: torch.Tensor) -> int:
+    *matrices, scale = rest
     parts = 4 if small.shape[1] <= SPLIT else 6  # the parts of many tokens are added up, for both matrices
     return parts + _copies(grad, small, x, *(one[0] for one in matrices)) + _copies(scale, dtype=torch.float32)
 

@@ -205,5 +205,5 @@ def _legend(found: dict[str, Any]) -> list[str]:
 
 def _cell(interval: dict[str, Any] | None) -> str:
     """`0.689 [0.471, 0.906]`; `0.689` where there is no interval; nothing for None."""
-    known = {key: math.nan if value is None else value for key, value in (interval or {}).items()}
+    known: dict[str, Any] = {key: math.nan if value is None else value for key, value in (interval or {}).items()}
     return str(Interval(**known)) if known else ""

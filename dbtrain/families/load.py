@@ -182,7 +182,7 @@ def scheduler_as_trained(scheduler: Any, schedule: Schedule, config: ModelConfig
 
     Zero terminal SNR is sampled with trailing steps, from pure noise on (arXiv 2305.08891, section 3.3).
     """
-    told = {}
+    told: dict[str, Any] = {}
     if config.parameterization != "auto":
         told["prediction_type"] = schedule.parameterization
     if config.zero_terminal_snr != "auto":

@@ -30,7 +30,7 @@ def refusal(error: BaseException) -> tuple[str, str] | None:
     """(cause, reason) of an error that comes from what the file system refused; else None. `file` is what may be the
     trouble of one file, `disk` what is that of a whole disk, share or machine."""
     trouble = disk_trouble(error, paths=False)
-    return trouble and ("file" if is_of_one_file(error) else "disk", trouble)
+    return ("file" if is_of_one_file(error) else "disk", trouble) if trouble else None
 
 
 def trouble_of(out: Path, token: str, write: bool = False) -> str | None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbtrain.batch import Subject
 from dbtrain.config import RunConfig
-from dbtrain.errors import DbtrainError, EngineError, StopRequested, SubjectTaken, out_of_memory
+from dbtrain.errors import DbtrainError, StopRequested, SubjectTaken, out_of_memory
 from dbtrain.fleet.folder import refusal
 from dbtrain.fleet.schedule import BLAMED, WorkUnit
 
@@ -196,7 +196,7 @@ def train(session: Any, task: Task, order: Order, send: Callable[[Message], None
     places = {subject.id: place for subject, place in zip(subjects, order.unit.positions)}
     charges = Charges(list(places), order.unit.pack)
 
-    def finished(subject: Subject, outcome: dict[str, Any] | EngineError) -> None:
+    def finished(subject: Subject, outcome: dict[str, Any] | DbtrainError) -> None:
         charges.slots = min(order.unit.pack, session.pack_size or order.unit.pack)
         seconds = charges.end(subject.id) * session.world.size
         if not session.world.first:

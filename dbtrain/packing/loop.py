@@ -238,9 +238,10 @@ class PackedRun:
         """Whether any subject is seated, after subjects took all free rows."""
         for row in range(self.size):
             while row not in self.seats:
-                subject, what = next(prepared, (None, None))
-                if subject is None:
+                found = next(prepared, None)
+                if found is None:
                     break
+                subject, what = found
                 shares = dict(self.common)
                 self.clock.lap("encode", [shares])
                 if isinstance(what, tuple):

@@ -8,6 +8,7 @@ On an accelerator the same commands run there.
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -56,14 +57,15 @@ def _train(options) -> None:
     from dbtrain.tiny.loops import with_crew
 
     minutes, tokenizer = options.minutes or MINUTES[options.stage], str(BASE / "tokenizer")
-    stage, *arguments = {
-        "clip": (encoders.train_clip, minutes, tokenizer),
-        "vision": (encoders.train_clip, minutes, tokenizer, True),
-        "vae": (autoencoder.train, minutes),
-        "identity": (encoders.train_identity, minutes),
-        "unet": (denoiser.train, minutes, tokenizer),
-        "decoder": (autoencoder.train_decoder, minutes),
-    }[options.stage]
+    stages: dict[str, tuple[Callable[..., object], list]] = {
+        "clip": (encoders.train_clip, [minutes, tokenizer]),
+        "vision": (encoders.train_clip, [minutes, tokenizer, True]),
+        "vae": (autoencoder.train, [minutes]),
+        "identity": (encoders.train_identity, [minutes]),
+        "unet": (denoiser.train, [minutes, tokenizer]),
+        "decoder": (autoencoder.train_decoder, [minutes]),
+    }
+    stage, arguments = stages[options.stage]
     if options.lr:
         stage = partial(stage, lr=options.lr)
     with_crew(stage, options.work, *arguments, size=options.crew)
