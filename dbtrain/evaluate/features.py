@@ -214,7 +214,7 @@ def _load(source: str, embedded: Path, device: str) -> Encoder:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{source}: cannot be loaded as an encoder ({first_line(error)}); "
-            f"give `embedded`, a transformers folder with safetensors weights, or {A_HUB_ID}"
+            f"give a transformers folder with safetensors weights, {A_HUB_ID}, or `embedded`"
         ) from error
     # transformers draws missing weights at random, and scores would then mean nothing.
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
