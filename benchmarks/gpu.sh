@@ -25,7 +25,7 @@ timed 110 step step --config sd15_lora --random-weights --sizes 1,8 --steps 10 -
     --capture off,graph --attention sdpa,auto train.precision=bf16
 timed 90 pack-sd15 pack --config sd15_lora --random-weights --sizes 1,8,32 --steps 5 --turns 2 \
     train.batch=1 lora.rank=16 train.precision=bf16
-timed 95 pack-sdxl pack --config sdxl_lora --random-weights --sizes 1,4,8 --steps 3 --turns 1 \
+timed 95 pack-sdxl pack --config sdxl_lora --random-weights --sizes 1,2,4 --steps 3 --turns 1 \
     train.batch=1 lora.rank=16 train.precision=bf16 train.gradient_checkpointing=false
 echo "results are in $out; the tests ended with $code"
 exit $code

@@ -7,7 +7,6 @@ attaches each contestant's adapters anew to the one base, warms it up and times 
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -26,13 +25,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import dbtrain_kernels.lora  # noqa: F401  registers the operations that are counted
 from dbtrain.adapters import detach
 from dbtrain.atomic import write_file
 from dbtrain.batch import Batch, Conditioning
 from dbtrain.bench import origin
+from dbtrain.bench.flops import count_flops
 from dbtrain.config import RunConfig
 from dbtrain.engines.capture import release
 from dbtrain.engines.engine import World, plan_batches
@@ -190,16 +188,24 @@ def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
     entries = contestants(config, plan, device)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in entries}
     peaks: dict[str, int] = {}
+    too_large: list[str] = []
     for _ in range(plan.turns):
         for name, (size, make) in entries.items():
-            with used_bytes(device) as used, make(base):
-                pass
+            try:
+                with used_bytes(device) as used, make(base):
+                    pass
+                with make(base) as warm:
+                    wall_s, cost_s = timed(warm.step, plan.steps, device)
+            except torch.OutOfMemoryError:
+                if name == "solo":
+                    raise
+                too_large.append(name)
+                continue
             peaks[name] = used[0]
-            with make(base) as warm:
-                wall_s, cost_s = timed(warm.step, plan.steps, device)
             seconds[name].append((wall_s / size, cost_s / size))
+    entries = {name: entry for name, entry in entries.items() if name not in too_large}
     with packed(base, config, 1) as rig:
-        flops = count_flops(rig)
+        flops = count_flops(lambda: rig.pack.advance(rig.batch))
     top = ceiling_flop_per_s(device, config.train.precision)
     for name, (size, _) in entries.items():
         wall_s, cost_s = (statistics.median(values) for values in zip(*seconds[name]))
@@ -213,6 +219,8 @@ def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
     for row in rows.values():
         row["times_solo"] = rows["solo"]["cost_s"] / row["cost_s"]
     result = {"about": about(config, plan, base, flops, top), "steps": rows}
+    if too_large:
+        result["about"]["memory ran out"] = ", ".join(dict.fromkeys(too_large))
     if plan.processes:
         result["processes"] = side_by_side(config, plan)
     if plan.subjects:
@@ -230,36 +238,6 @@ def timed(step: Callable[[], None], steps: int, device: str) -> tuple[float, flo
     torch.cuda.synchronize() if cuda else None
     wall, cost = time.perf_counter() - wall, time.process_time() - cost
     return wall / steps, (wall if cuda else cost) / steps
-
-
-def count_flops(rig: Rig) -> int:
-    """Floating-point operations of a step; a multiplication and an addition are two.
-
-    Our operations count as the matrix products that they are, and attention as PyTorch's, whoever computes it.
-    """
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        rig.pack.advance(rig.batch)
-    return counter.get_total_flops()
-
-
-def _lora_flops(x: Any, base: Any, down: Any, up: Any, *_: Any, **__: Any) -> int:
-    tokens = math.prod(x[:-1])
-    return 2 * tokens * down[1] * (down[2] + up[1])
-
-
-def _lora_backward_flops(grad: Any, small: Any, x: Any, down: Any, up: Any, *_: Any, **__: Any) -> int:
-    return 2 * _lora_flops(x, grad, down, up)
-
-
-FORMULAS = {
-    torch.ops.dbtrain.lora: _lora_flops,
-    torch.ops.dbtrain.lora_backward: _lora_backward_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
-"""What PyTorch's counter does not know, by the shapes of the arguments."""
 
 
 def ceiling_flop_per_s(device: str, precision: str) -> float:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from dbtrain.bench import origin
+from dbtrain.bench.flops import count_flops
 from dbtrain.bench.operators import Operators
-from dbtrain.bench.pack import Base, Rig, ceiling_flop_per_s, count_flops, load, packed, timed
+from dbtrain.bench.pack import Base, Rig, ceiling_flop_per_s, load, packed, timed
 from dbtrain.config import RunConfig
 from dbtrain.engines.capture import as_python, choose_capture
 from dbtrain.errors import ConfigError, EngineError, first_line
@@ -121,7 +122,7 @@ def flops_of(base: Base, config: RunConfig, size: int) -> int:
     kind = torch.device(base.world.device).type
     engage_attention(base.models.denoiser, "sdpa", kind, config.train.precision)
     with packed(base, variant(config, "off", "sdpa"), size) as rig:
-        return count_flops(rig)
+        return count_flops(lambda: rig.pack.advance(rig.batch))
 
 
 def count(rig: Rig) -> dict[str, Any]:

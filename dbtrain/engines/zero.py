@@ -30,12 +30,14 @@ def start_world() -> World:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed would compile a CPU all-reduce used only for inference (42 s, needs g++); its own table switches it off.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     if device != "cpu":
         torch.cuda.set_device(local_rank)
+    else:
+        # DeepSpeed would compile a CPU all-reduce used only for inference (42 s, needs g++); its own table switches it
+        # off. With a GPU there is none, and to look at the table would print what cannot be built to stdout.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         atexit.register(stop_world)

@@ -7,6 +7,7 @@ import torch
 
 from dbtrain.adapters import layers
 from dbtrain.bench import pack
+from dbtrain.bench.flops import count_flops
 from tests.main_job import small_config
 
 
@@ -20,7 +21,7 @@ def test_solo_and_packs_in_turns(tmp_path):
             before = rig.pack.engine.arenas[0]["master"].clone()
             rig.step()
             assert not torch.equal(rig.pack.engine.arenas[0]["master"], before)
-            flops.append(pack.count_flops(rig))
+            flops.append(count_flops(lambda: rig.pack.advance(rig.batch)))
     assert not layers(base.models.denoiser) and flops[1] == 2 * flops[0]
     result = pack.measure(config, pack.Plan([1, 2], steps=1, turns=1))
     assert result["steps"].keys() == {"solo", "pack 1", "pack 2"}
@@ -32,6 +33,23 @@ def test_solo_and_packs_in_turns(tmp_path):
     pack.write(tmp_path / "packs", result)
     assert json.loads((tmp_path / "packs.json").read_text())["steps"].keys() == result["steps"].keys()
     assert "| pack 2 |" in (tmp_path / "packs.md").read_text()
+
+
+def test_a_pack_that_does_not_fit_is_named_and_the_others_are_kept(monkeypatch, tmp_path):
+    config = small_config("train.batch=1")
+    fits = pack.contestants(config, pack.Plan([1]), "cpu")
+
+    def full(base):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(pack, "contestants", lambda *_: {**fits, "pack 64": (64, full)})
+    result = pack.measure(config, pack.Plan([1, 64], steps=1, turns=2))
+    assert result["steps"].keys() == {"solo", "pack 1"} and result["about"]["memory ran out"] == "pack 64"
+    pack.write(tmp_path / "packs", result)
+    assert "memory ran out: pack 64" in (tmp_path / "packs.md").read_text()
+    monkeypatch.setattr(pack, "contestants", lambda *_: {"solo": (1, full)})
+    with pytest.raises(torch.OutOfMemoryError):
+        pack.measure(config, pack.Plan([], steps=1, turns=1))
 
 
 def packed_engine(config):

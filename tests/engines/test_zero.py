@@ -7,6 +7,8 @@ keep weights within 4 * lr * 1e-6 / (2 * sqrt(1e-6 * eps ...)) < 1e-6 of each ot
 of a weight of size 2. Measured: see CLOSE.
 """
 
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -189,3 +191,23 @@ def test_gradient_checkpointing_changes_no_number():
     with rig(small_config(*STEADY, "train.gradient_checkpointing=true")) as made:
         made.steps(0, 4)
         assert_close(made.state(), trajectory(0, "lora")[2])
+
+
+PRETENDED = """
+import torch, torch.distributed as dist
+torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 1, lambda index: None
+import deepspeed
+print("before")
+real = dist.init_process_group
+dist.init_process_group = lambda backend, **more: real("gloo", **more)
+deepspeed.init_distributed = lambda **more: None
+from dbtrain.engines.zero import start_world
+print(start_world().device)
+"""
+
+
+def test_nothing_is_printed_where_there_is_a_gpu():
+    """DeepSpeed's table of operators prints a line for each that it cannot build, when it is first looked at; with a
+    GPU and no CUDA toolkit these are seven, and what `--json` prints must be JSON."""
+    done = subprocess.run([sys.executable, "-c", PRETENDED], capture_output=True, text=True)
+    assert done.stdout.split("before\n")[-1] == "cuda:0\n", (done.stdout, done.stderr)
