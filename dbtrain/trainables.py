@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dbtrain.adapters import attach, fresh_row, from_state, reset_row
 from dbtrain.atomic import whole_folder
@@ -33,6 +35,11 @@ def make_trainable(family: Family, models: Models, config: RunConfig, subject: s
     return groups
 
 
+RECOMPUTED = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+"""How blocks are recomputed in backward. They draw nothing at random, so no generator's state is kept for them; a CUDA
+graph could not read one while it is recorded."""
+
+
 def make_stack(family: Family, models: Models, config: RunConfig, subjects: int) -> list[ParamGroup]:
     """The parameter groups of so many subjects together: adapters attached, all zero, or whole components unfrozen."""
     train, groups = config.train, []
@@ -45,7 +52,7 @@ def make_stack(family: Family, models: Models, config: RunConfig, subjects: int)
             module.requires_grad_(True)
         module.train()
         if train.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
-            module.enable_gradient_checkpointing()
+            module.enable_gradient_checkpointing(RECOMPUTED)
         params = {f"{component}.{name}": param for name, param in module.named_parameters() if param.requires_grad}
         groups.append(ParamGroup(params, peak_lr(family, config, component)))
     return groups

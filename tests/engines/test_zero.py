@@ -193,6 +193,15 @@ def test_gradient_checkpointing_changes_no_number():
         assert_close(made.state(), trajectory(0, "lora")[2])
 
 
+def test_recomputed_blocks_read_no_generator(monkeypatch):
+    """A CUDA graph cannot read one while it is recorded, and the blocks draw nothing."""
+    read, real = [], torch.get_rng_state
+    with rig(small_config("train.gradient_checkpointing=true")) as made:
+        monkeypatch.setattr(torch, "get_rng_state", lambda: read.append(1) or real())
+        made.steps(0, 1)
+    assert not read
+
+
 PRETENDED = """
 import torch, torch.distributed as dist
 torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 1, lambda index: None
