@@ -20,6 +20,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from dbtrain.heads import is_loopback, token_file_finding, token_path
+from dbtrain.tiny import BASE, EMBEDDED
 
 MIN_DISK_GIB = 10.0
 """Free space below which a run of a few full models fills the disk."""
@@ -268,9 +269,7 @@ def check_ray_head(address: str, ask: Callable[[str], tuple[bool, str]] = probe)
 
 def check_model(model: str) -> Check:
     """Whether a base model can be found: `embedded`, a folder, a .safetensors file, or a hub id (not contacted)."""
-    if model == "embedded":
-        from dbtrain.tiny import BASE
-
+    if model == EMBEDDED:
         return check_model(str(BASE))
     place = Path(model)
     if place.is_dir() and not (place / "model_index.json").is_file():

@@ -77,7 +77,8 @@ MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, of the machine or of a device."""
     text = " ".join(str(error).split()).lower()
-    return isinstance(error, MemoryError) or any(sign in text for sign in MEMORY_SIGNS)
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # torch's own by name: nothing heavy is imported here
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or any(sign in text for sign in MEMORY_SIGNS)
 
 
 def memory_trouble(error: BaseException) -> str | None:

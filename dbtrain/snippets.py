@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dbtrain.families import FAMILIES
+from dbtrain.tiny import EMBEDDED
 
 
 def python_snippet(record: Mapping[str, Any], folder: str, image: str) -> str:
@@ -15,7 +16,7 @@ def python_snippet(record: Mapping[str, Any], folder: str, image: str) -> str:
     imports, source = [], f"{kind}.from_pretrained({base!r})"
     if record.get("method") == "full":
         source = f"{kind}.from_pretrained({folder + '/model'!r})"
-    elif base == "embedded":
+    elif base == EMBEDDED:
         imports, source = ["from dbtrain.tiny import BASE"], f"{kind}.from_pretrained(BASE, safety_checker=None)"
     elif base.endswith(".safetensors"):
         family = FAMILIES.get(str(record.get("family")))

@@ -18,11 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from dbtrain.errors import ConfigError, first_line
-from dbtrain.families.family import is_local
 from dbtrain.families.load import A_HUB_ID, mind_the_network, quiet_libraries
-from dbtrain.tiny import CLIP, IDENTITY
+from dbtrain.tiny import CLIP, EMBEDDED, IDENTITY
 
-EMBEDDED = "embedded"
 """Names the encoders that ship with dbtrain; others are a folder or a hub id, such as `facebook/dino-vits16`."""
 SHORT_SIDE_TYPES = ("CLIP", "Bit", "Convnext", "DINOv3")
 """Image processors for which a bare number as `size` is the short side; for all others it is a square."""
@@ -198,8 +196,7 @@ def _load(source: str, embedded: Path, device: str) -> Encoder:
 
     quiet_libraries()
     path = str(embedded) if source == EMBEDDED else source
-    if not is_local(path):
-        mind_the_network()
+    mind_the_network(path)
     preprocess = read_preprocess(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)

@@ -14,7 +14,7 @@ from dbtrain.config import ModelConfig
 from dbtrain.errors import ConfigError, DataError, first_line
 from dbtrain.families.family import Family, Models, is_local
 from dbtrain.objective.noise import Schedule, discrete_schedule
-from dbtrain.tiny import BASE
+from dbtrain.tiny import BASE, EMBEDDED
 
 CLASSES = {
     "CLIPTextModel": ("transformers", "CLIPTextModel"),
@@ -28,7 +28,7 @@ A_HUB_ID = "a hub id (fetched once; without network it must be in the hub's cach
 
 def source_of(path: str) -> str:
     """Where a model is read from: `embedded` is the base that ships with dbtrain."""
-    return str(BASE) if path == "embedded" else path
+    return str(BASE) if path == EMBEDDED else path
 
 
 def load_models(family: Family, config: ModelConfig) -> Models:
@@ -38,8 +38,7 @@ def load_models(family: Family, config: ModelConfig) -> Models:
     """
     quiet_libraries()
     source = source_of(config.path)
-    if not all(map(is_local, filter(None, (source, config.single_file_layout)))):
-        mind_the_network()
+    mind_the_network(source, *filter(None, [config.single_file_layout]))
     if source.endswith((".safetensors", ".ckpt")):
         return _load_single_file(family, config, source)
     try:
@@ -144,10 +143,15 @@ def _load_single_file(family: Family, config: ModelConfig, source: str) -> Model
     return _assemble(family, config, source, parts, tokenizers, pipeline.scheduler)
 
 
+def mind_the_network(*sources: str) -> None:
+    """Nothing; if a source is a hub id and the hub does not answer, ids are looked up in its cache alone from now on.
+    Each of the many requests for a model would else be tried again for half a minute."""
+    if not all(map(is_local, sources)):
+        _ask_the_hub()
+
+
 @cache
-def mind_the_network() -> None:
-    """Nothing; where the hub does not answer, ids are looked up in its cache alone from now on. Each of the many
-    requests for a model would else be tried again for half a minute."""
+def _ask_the_hub() -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -213,8 +217,7 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer, CLIPTokenizer
 
     source = source_of(path)
-    if not is_local(source):
-        mind_the_network()
+    mind_the_network(source)
     try:
         if (Path(source) / "tokenizer").is_dir() or not is_local(source):
             return _with_vocabulary(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"))

@@ -15,6 +15,7 @@ from dbtrain.errors import ConfigError, DataError, FleetError
 from dbtrain.fleet.inbox import take_requests
 from dbtrain.fleet.ledger import NAME, WHERE, Lease, Ledger, find_ledger
 from dbtrain.machine import cores
+from dbtrain.tiny import EMBEDDED
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,6 @@ def absolute_name(name: str | None) -> str | None:
     return name if name is None or name == EMBEDDED or not Path(name).exists() else absolute(name)
 
 
-EMBEDDED = "embedded"
 PATHS: dict[str, dict[str, Callable[[str | None], str | None]]] = {
     "model": {"path": absolute_name, "single_file_layout": absolute_name},
     "data": {"shards": absolute},

@@ -1,10 +1,12 @@
 """Paths of the embedded base: a small real text-to-image model that ships with dbtrain.
 
-Every value is a `pathlib.Path` inside the installed package; nothing is loaded, nothing heavy is imported.
+Every path is a `pathlib.Path` inside the installed package; nothing is loaded, nothing heavy is imported.
 """
 
 from pathlib import Path
 
+EMBEDDED = "embedded"
+"""What settings and options call these models; no path, whatever lies in the folder."""
 ASSETS = Path(__file__).parent / "assets"
 BASE = ASSETS / "base"
 """The pipeline folder: `StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)`."""

@@ -6,8 +6,10 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.processes import born, descendants
 from tests.main_job import ROOT, environment, write_job
 
@@ -113,3 +115,14 @@ def digests(out: Path) -> dict[str, str]:
     return {
         path.parent.name: json.loads(path.read_text())["files"][LORA] for path in out.glob("subjects/*/record.json")
     }
+
+
+@contextmanager
+def run_of_dogs(folder, subjects):
+    """The ledger of a new run of so many dogs, s0 and on, which all wait."""
+    ledger = Ledger(folder, create=True)
+    with ledger.commit():
+        about = dict.fromkeys(("config", "config_digest", "manifest", "manifest_digest"), "")
+        ledger.create_run(about, [{"id": f"s{number}", "class_noun": "dog"} for number in range(subjects)])
+    yield ledger
+    ledger.close()

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from dbtrain.fleet.books import Books, Flight
-from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.schedule import Settings, WorkUnit
 from dbtrain.fleet.status import Screen
+from tests.fleet.fleet_run import run_of_dogs
 
 RESULT = {"run": "r", "files": {}, "gpu_seconds": 1.0, "stages_s": {"train": 1.0}}
 ASKED = {"generate": "", "evaluate": "quick"}
@@ -15,12 +15,8 @@ ASKED = {"generate": "", "evaluate": "quick"}
 
 @pytest.fixture
 def books(tmp_path):
-    ledger = Ledger(tmp_path, create=True)
-    with ledger.commit():
-        about = dict.fromkeys(("config", "config_digest", "manifest", "manifest_digest"), "")
-        ledger.create_run(about, [{"id": f"s{number}", "class_noun": "dog"} for number in range(6)])
-    yield Books(ledger, Settings(tries=3, prior_parts=1), ASKED, Screen(tmp_path, quiet=True))
-    ledger.close()
+    with run_of_dogs(tmp_path, 6) as ledger:
+        yield Books(ledger, Settings(tries=3, prior_parts=1), ASKED, Screen(tmp_path, quiet=True))
 
 
 def fly(books, unit):

@@ -8,9 +8,9 @@ from dbtrain.data.index import Index
 from dbtrain.errors import FleetError
 from dbtrain.fleet.books import Flight
 from dbtrain.fleet.driver import Driver
-from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.run import Options
 from dbtrain.fleet.schedule import WorkUnit
+from tests.fleet.fleet_run import run_of_dogs
 from tests.main_job import small_config
 
 CREW = SimpleNamespace(name="worker-001")
@@ -18,12 +18,8 @@ CREW = SimpleNamespace(name="worker-001")
 
 @pytest.fixture
 def driver(tmp_path):
-    ledger = Ledger(tmp_path, create=True)
-    with ledger.commit():
-        about = dict.fromkeys(("config", "config_digest", "manifest", "manifest_digest"), "")
-        ledger.create_run(about, [{"id": f"s{number}", "class_noun": "dog"} for number in range(9)])
-    yield Driver(ledger, Index((), ()), small_config(), tmp_path, Options(quiet=True))
-    ledger.close()
+    with run_of_dogs(tmp_path, 9) as ledger:
+        yield Driver(ledger, Index((), ()), small_config(), tmp_path, Options(quiet=True))
 
 
 def fly(driver, *positions, kind="train", pack=1):

@@ -272,6 +272,7 @@ def caused(error, by):
 
 
 @pytest.mark.parametrize("error, cause", [
+    (torch.OutOfMemoryError(), "oom"),
     (MemoryError(), "oom"), (RuntimeError("CUDA out of memory. Tried"), "oom"), (OSError(28, "No space left"), "disk"),
     (DataError("bad shard"), "error"), (KeyError("x"), "error"),
     (OSError(5, "Input/output error"), "file"), (OSError(116, "Stale file handle", "a"), "disk"),
