@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "launchers")]
 import torch  # noqa: E402
 
 from dbtrain.bench import commit  # noqa: E402
-from dbtrain.data.shards import shard_manifest  # noqa: E402
+from dbtrain.subjects.sharding import shard_manifest  # noqa: E402
 from tests.faults.campaigns import (  # noqa: E402
     TIMED,
     Tally,
@@ -38,7 +38,7 @@ from tests.faults.campaigns import (  # noqa: E402
     make_manifest,
 )
 from tests.faults.kit import forked  # noqa: E402
-from tests.main_job import small_config  # noqa: E402
+from tests.kit.main_job import small_config  # noqa: E402
 
 ACTIONS = (("kill", False), ("cut", False), ("ENOSPC", True), ("EIO", False), ("SIGTERM", False))
 PARTS = ("shards", "checkpoints", "import_priors", "priors", "train", "packed")
@@ -90,7 +90,8 @@ def preflight_cost(folder: Path, small: bool) -> dict:
     count = 50 if small else 1000
     manifest = make_manifest(folder / "many", count, 5)
     code = (
-        "import resource, sys, time; from dbtrain.configfile import load; from dbtrain.data.preflight import sift\n"
+        "import resource, sys, time; from dbtrain.settings.recipes import load\n"
+        "from dbtrain.subjects.preflight import sift\n"
         "from pathlib import Path; config = load('tiny'); begin = time.perf_counter()\n"
         "subjects, findings = sift(Path(sys.argv[1]), config)\n"
         "print(len(subjects), len(findings), time.perf_counter() - begin,"
@@ -115,9 +116,9 @@ def env() -> dict[str, str]:
 
 def identifier_cost(small: bool) -> dict:
     """Seconds to allocate and record identifiers, and how many are different."""
-    from dbtrain.batch import Subject
-    from dbtrain.families.load import load_tokenizer
-    from dbtrain.registry import recorded_identifiers
+    from dbtrain.models.load import load_tokenizer
+    from dbtrain.subjects.registry import recorded_identifiers
+    from dbtrain.values import Subject
 
     subjects = [Subject(f"s{number}", "dog", ()) for number in range(2000 if small else 50_000)]
     tokenizer = load_tokenizer("embedded")
@@ -131,9 +132,12 @@ def identifier_cost(small: bool) -> dict:
 
 def verification_cost(folder: Path, small: bool) -> dict:
     """Share of a tiny run's time that goes into proving bytes: digests of samples, shards, checkpoints, latents."""
-    from dbtrain import checkpoint, priors, proved
-    from dbtrain.configfile import load
-    from dbtrain.data import shards, stream
+    from dbtrain.data import stream
+    from dbtrain.priors import draw
+    from dbtrain.results import checkpoint
+    from dbtrain.settings.recipes import load
+    from dbtrain.storage import kept_tensors
+    from dbtrain.subjects import sharding
     from dbtrain.train import train_manifest
 
     spent: dict[str, float] = {}
@@ -152,10 +156,10 @@ def verification_cost(folder: Path, small: bool) -> dict:
 
     for module, name in (
         (stream, "_row_problem"),
-        (shards, "verify"),
-        (shards, "source_digest"),
-        (priors, "verify"),
-        (proved, "_sound"),
+        (sharding, "verify"),
+        (sharding, "source_digest"),
+        (draw, "verify"),
+        (kept_tensors, "_sound"),
         (checkpoint, "verify_checkpoint"),
         (checkpoint, "file_digest"),
     ):

@@ -39,8 +39,8 @@ CLASSES = ("dog", "cat", "vase", "car")
 
 def make_job(folder: Path, subjects: int, photos: int = 1) -> tuple[Path, Path]:
     """(manifest, recipe) of made-up subjects and a random base, the smallest real thing."""
-    from tests.main_job import photo
-    from tests.random_models import make_sd
+    from tests.kit.main_job import photo
+    from tests.kit.random_models import make_sd
 
     rows = ["subject,class,images"]
     for number in range(subjects):

@@ -13,9 +13,9 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from dbtrain.atomic import file_digest
 from dbtrain.fleet.processes import born as start_of
 from dbtrain.fleet.processes import descendants
+from dbtrain.storage.atomic import file_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = {"trainer": 80, "zygote": 6, "actor": 6, "driver": 4}

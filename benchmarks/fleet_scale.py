@@ -24,10 +24,10 @@ def timed(found: dict[str, float], name: str, per: int = 1, factor: float = 1.0)
 
 def measure(subjects: int, workers: int, folder: Path) -> dict:
     """Milliseconds of processor time a subject for each thing a driver does, commits a second, memory, status time."""
-    from dbtrain.data.manifest import read_manifest
     from dbtrain.fleet.books import read_view
     from dbtrain.fleet.ledger import Ledger
     from dbtrain.fleet.schedule import Idle, Settings, schedule
+    from dbtrain.subjects.manifest import read_manifest
 
     out = Path(tempfile.mkdtemp(prefix="dbtrain-scale-", dir=folder))
     found: dict[str, float] = {"subjects": subjects, "workers": workers}
@@ -104,8 +104,8 @@ def clocked(spent: dict[str, float], name: str, work: Callable):
 
 def rows_of(subjects: int):
     """An index as large as that many subjects have."""
-    from dbtrain.batch import Role
     from dbtrain.data.index import Index, Row, make_key
+    from dbtrain.values import Role
 
     rows = (Row("train-000000.tar", make_key(f"s{n:06d}", Role.INSTANCE, i), 0, 512, "0" * 64, "")
             for n in range(subjects) for i in range(PHOTOS))  # fmt: skip

@@ -4,7 +4,7 @@
 
 Hosts are network namespaces on this machine (root, iproute2, `ray[default]`), so times are of one machine's processors
 and say nothing about a network. `--patient` keeps Ray's own limits for a node that does not answer (about 30 s);
-otherwise they are those of tests/two_hosts.py (about 4 s). Made for: is each subject finished once, are the weights
+otherwise they are those of tests/kit/two_hosts.py (about 4 s). Made for: is each subject finished once, are the weights
 those of the undisturbed run, how long until a lost subject is taken up again.
 """
 
@@ -28,8 +28,8 @@ sys.path[:0] = [str(ROOT / name) for name in ("", "kernels", "launchers")]
 from safetensors.torch import load_file  # noqa: E402
 
 from dbtrain.bench import commit  # noqa: E402
-from tests import two_hosts as hosts_of  # noqa: E402
-from tests.main_job import write_job  # noqa: E402
+from tests.kit import two_hosts as hosts_of  # noqa: E402
+from tests.kit.main_job import write_job  # noqa: E402
 
 
 def rows(out: Path, query: str) -> list[tuple]:

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 import peers  # noqa: E402
 
 from dbtrain.bench import commit  # noqa: E402
-from dbtrain.data.manifest import read_manifest  # noqa: E402
+from dbtrain.subjects.manifest import read_manifest  # noqa: E402
 from dbtrain.tiny import DEMO  # noqa: E402
 
 SAMPLER_STEPS, GUIDANCE = 50, 7.5

@@ -21,23 +21,25 @@ from typing import Any
 import torch
 from paper_shape_tables import BASE, GROUPS, write_results
 
-from dbtrain.batch import Subject
 from dbtrain.bench import commit
-from dbtrain.config import RunConfig
-from dbtrain.configfile import load
-from dbtrain.data.manifest import read_manifest
 from dbtrain.evaluate.features import zero_shot
 from dbtrain.evaluate.judge import Judge, Seen, load_judge, read_images
 from dbtrain.evaluate.scores import METRICS
-from dbtrain.families import FAMILIES, Models, load_models
-from dbtrain.families.load import base_digest, load_tokenizer
-from dbtrain.generate import finished_pipeline, generate, image_seed
-from dbtrain.identifiers import allocate
+from dbtrain.families import FAMILIES
+from dbtrain.models.family import Models
+from dbtrain.models.load import base_digest, load_models, load_tokenizer
+from dbtrain.models.sampling import generate, image_seed
+from dbtrain.results.finished import finished_pipeline
+from dbtrain.settings.config import RunConfig
+from dbtrain.settings.recipes import load
+from dbtrain.subjects.identifiers import allocate
+from dbtrain.subjects.manifest import read_manifest
 from dbtrain.tiny import DEMO
 from dbtrain.tiny.scenery import SCENES
 from dbtrain.tiny.sprites import CLASSES
 from dbtrain.tiny.world import PLACES, article
 from dbtrain.train import train_manifest
+from dbtrain.values import Subject
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from dbtrain.batch import Subject
 from dbtrain.evaluate.intervals import Interval, closed_share, mean_interval
 from dbtrain.evaluate.judge import read_images
-from dbtrain.publish import grid
+from dbtrain.results.sheets import grid
 from dbtrain.tiny.world import PLACES
+from dbtrain.values import Subject
 
 BASE = "base model"
 GROUPS = ("plain", "placed", "class")

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from dbtrain.bench import commit  # noqa: E402
-from dbtrain.data.manifest import read_manifest  # noqa: E402
+from dbtrain.subjects.manifest import read_manifest  # noqa: E402
 from dbtrain.tiny import BASE, DEMO  # noqa: E402
 
 RECIPES = {"lora": ("tiny", 1e-3), "full": ("tiny_full", 1e-4)}

@@ -3,7 +3,7 @@
     python benchmarks/report.py                       # 500 subjects, half a minute
     python benchmarks/report.py --subjects 10000      # what the results folder holds
 
-The run is made up (tests/made_up_run.py): for each subject 4 photos in shards, 6 samples, a log of 40 lines, scores,
+The run is made up (tests/kit/made_up_run.py): for each subject 4 photos in shards, 6 samples, a log of 40 lines, scores,
 4 evaluation pictures; all pictures 64 x 64, as the embedded base draws. --side 512 costs what a large model's would.
 Chromium is measured from a fresh start, on the file itself, with the machine's own software rendering.
 """
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep the run here; it is used again if it is there")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
-    from tests.made_up_run import make_run
+    from tests.kit.made_up_run import make_run
 
     load = round(os.getloadavg()[0], 1)
     with tempfile.TemporaryDirectory() as temporary:

@@ -24,18 +24,19 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from dbtrain import adapters, step  # noqa: E402
-from dbtrain.adapters import attach  # noqa: E402
-from dbtrain.batch import Batch, Conditioning  # noqa: E402
 from dbtrain.bench import commit  # noqa: E402
 from dbtrain.bench.operators import Operators  # noqa: E402
-from dbtrain.config import RunConfig, TrainConfig  # noqa: E402
 from dbtrain.engines import packed  # noqa: E402
 from dbtrain.engines.engine import ParamGroup  # noqa: E402
 from dbtrain.families import FAMILIES  # noqa: E402
-from dbtrain.families.architectures import ARCHITECTURES, blank_denoiser  # noqa: E402
-from dbtrain.families.family import Models  # noqa: E402
+from dbtrain.models import adapters  # noqa: E402
+from dbtrain.models.adapters import attach  # noqa: E402
+from dbtrain.models.architectures import ARCHITECTURES, blank_denoiser  # noqa: E402
+from dbtrain.models.family import Models  # noqa: E402
 from dbtrain.objective.noise import Schedule, discrete_schedule  # noqa: E402
+from dbtrain.settings.config import RunConfig, TrainConfig  # noqa: E402
+from dbtrain.training import step  # noqa: E402
+from dbtrain.values import Batch, Conditioning  # noqa: E402
 from dbtrain_kernels import reference  # noqa: E402
 
 RANK, STEPS = 16, 1000

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dbtrain.errors import ConfigError, DataError, DbtrainError, EngineError, disk_trouble, memory_trouble
-from dbtrain.terminal import Json, Overrides, print_json
+from dbtrain.errors import ConfigError, DataError, DbtrainError, EngineError
+from dbtrain.storage.trouble import disk_trouble, memory_trouble
 from dbtrain.verbs import batch, bench, evaluation, launch, reporting, stores, subjects
+from dbtrain.verbs.options import Json, Overrides, print_json
 
 INTERRUPTED = 130
 
@@ -91,10 +92,10 @@ def config_show(recipe: Annotated[str, typer.Argument(help="Name of a shipped re
     Example:
       dbtrain config show sd15_lora train.steps=400 lora.rank=8 > my.yaml
     """
-    from dbtrain import configfile
+    from dbtrain.settings import recipes
 
-    config = configfile.load(recipe, overrides or ())
-    print_json(config.model_dump(mode="json")) if as_json else typer.echo(configfile.render(config), nl=False)
+    config = recipes.load(recipe, overrides or ())
+    print_json(config.model_dump(mode="json")) if as_json else typer.echo(recipes.render(config), nl=False)
 
 
 @config_app.command("schema")
@@ -105,9 +106,9 @@ def config_schema() -> None:
     Example:
       dbtrain config schema > configs/schema.json
     """
-    from dbtrain import configfile
+    from dbtrain.settings import recipes
 
-    print_json(configfile.schema())
+    print_json(recipes.schema())
 
 
 @config_app.command("recipes")
@@ -118,9 +119,9 @@ def config_recipes(as_json: Json = False) -> None:
     Example:
       dbtrain config recipes
     """
-    from dbtrain import configfile
+    from dbtrain.settings import recipes
 
-    names = configfile.recipe_names()
+    names = recipes.recipe_names()
     print_json(names) if as_json else typer.echo("\n".join(names))
 
 
@@ -132,12 +133,12 @@ def config_check(recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...
     Example:
       dbtrain config check configs/recipes/*.yaml
     """
-    from dbtrain import configfile
+    from dbtrain.settings import recipes
 
     findings: list[str] = []
     for recipe in recipes:
         try:
-            configfile.load(recipe)
+            recipes.load(recipe)
         except ConfigError as error:
             findings += error.findings
         else:
@@ -161,8 +162,8 @@ def identifiers_verb(
     """
     from dataclasses import asdict
 
-    from dbtrain import identifiers
-    from dbtrain.families import load_tokenizer
+    from dbtrain.models.load import load_tokenizer
+    from dbtrain.subjects import identifiers
 
     tokenizer = load_tokenizer(model)
     if texts:
@@ -195,7 +196,7 @@ def migrate_verb(
     """
     import shlex
 
-    from dbtrain.migrate import migrate
+    from dbtrain.verbs.migrate import migrate
 
     result = migrate(shlex.join(command_line) if command_line else sys.stdin.read())
     if out:
@@ -237,7 +238,7 @@ def doctor_verb(
     """
     from dataclasses import asdict
 
-    from dbtrain.doctor import examine
+    from dbtrain.verbs.doctor import examine
 
     checks = examine(model)
     if as_json:

@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def sd_folder(tmp_path_factory):
     """A random model of the Stable Diffusion 1.x layout (eps), as a diffusers folder; read only."""
-    from tests.random_models import make_sd
+    from tests.kit.random_models import make_sd
 
     return make_sd(tmp_path_factory.mktemp("models") / "sd")
 
@@ -30,7 +30,7 @@ def sd_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sdxl_folder(tmp_path_factory):
     """A random model of the Stable Diffusion XL layout, as a diffusers folder; read only."""
-    from tests.random_models import make_sdxl
+    from tests.kit.random_models import make_sdxl
 
     return make_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
 
@@ -44,7 +44,20 @@ def model_folders(sd_folder, sdxl_folder):
 @pytest.fixture(scope="session")
 def world():
     """A DeepSpeed world of one process, left at the end of the session."""
-    from dbtrain.engines.zero import start_world, stop_world
+    from dbtrain.engines.world import start_world, stop_world
 
     yield start_world()
     stop_world()
+
+
+@pytest.fixture
+def photo_folder(tmp_path):
+    """Two subjects: `tiger` (one JPEG) and `cat` (three photos whose natural and plain orders differ)."""
+    from tests.kit.made_photos import jpeg, picture, png
+
+    for name, files in {"cat": ("p1.png", "p2.PNG", "p10.png"), "tiger": ("a.jpg",)}.items():
+        (tmp_path / name).mkdir()
+        for seed, file in enumerate(files):
+            make = jpeg if file.endswith("jpg") else png
+            (tmp_path / name / file).write_bytes(make(picture(seed=seed)))
+    return tmp_path

@@ -9,10 +9,12 @@ import time
 
 import pytest
 import typer
+from tests.test_identifiers import clip_tokenizer
 from typer.testing import CliRunner
 
-from dbtrain import __version__, cli, configfile, errors, families, identifiers
-from tests.test_identifiers import clip_tokenizer
+from dbtrain import __version__, cli, errors, families
+from dbtrain.settings import recipes
+from dbtrain.subjects import identifiers
 
 run = CliRunner().invoke
 
@@ -68,7 +70,7 @@ def test_errors_become_lines_and_exit_codes(monkeypatch, kind):
     def fail(*_):
         raise kind("first\nsecond")
 
-    monkeypatch.setattr(configfile, "load", fail)
+    monkeypatch.setattr(recipes, "load", fail)
     result = run(cli.app, ["config", "show", "tiny"])
     assert result.exit_code == kind.exit_code
     assert result.stderr == "error: first\nerror: second\n"
@@ -83,7 +85,7 @@ def test_memory_that_runs_out_is_one_line_and_says_what_helps(monkeypatch, kind,
     def fail(*_):
         raise kind(text)
 
-    monkeypatch.setattr(configfile, "load", fail)
+    monkeypatch.setattr(recipes, "load", fail)
     result = run(cli.app, ["config", "show", "tiny"])
     assert result.exit_code == errors.EngineError.exit_code and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: memory ran out: ") and "train.micro_batch=1" in result.stderr
@@ -94,7 +96,7 @@ def test_an_interrupt_is_130(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(configfile, "load", interrupt)
+    monkeypatch.setattr(recipes, "load", interrupt)
     assert run(cli.app, ["config", "show", "tiny"]).exit_code == 130
 
 
@@ -126,15 +128,15 @@ def test_version():
 
 def test_config_show_prints_what_loads_back(tmp_path):
     shown = run(cli.app, ["config", "show", "sd15_lora", "train.steps=7"]).stdout
-    assert configfile.loads(shown) == configfile.load("sd15_lora", ["train.steps=7"])
+    assert recipes.loads(shown) == recipes.load("sd15_lora", ["train.steps=7"])
     as_json = json.loads(run(cli.app, ["config", "show", "sd15_lora", "train.steps=7", "--json"]).stdout)
     assert as_json["train"]["steps"] == 7
 
 
 def test_config_schema_and_recipes_are_json():
-    assert json.loads(run(cli.app, ["config", "schema"]).stdout) == configfile.schema()
-    assert json.loads(run(cli.app, ["config", "recipes", "--json"]).stdout) == configfile.recipe_names()
-    assert run(cli.app, ["config", "recipes"]).stdout.split() == configfile.recipe_names()
+    assert json.loads(run(cli.app, ["config", "schema"]).stdout) == recipes.schema()
+    assert json.loads(run(cli.app, ["config", "recipes", "--json"]).stdout) == recipes.recipe_names()
+    assert run(cli.app, ["config", "recipes"]).stdout.split() == recipes.recipe_names()
 
 
 def test_config_check_reports_every_file(tmp_path):
@@ -207,7 +209,7 @@ def test_migrate_reads_standard_input_or_words(tmp_path):
 
 def test_migrate_writes_files_but_not_over_others(tmp_path):
     assert run(cli.app, ["migrate", "--out", str(tmp_path / "new")], input=COMMAND).exit_code == 0
-    assert configfile.load(tmp_path / "new" / "recipe.yaml").train.lr == 5e-4
+    assert recipes.load(tmp_path / "new" / "recipe.yaml").train.lr == 5e-4
     assert "identifier: sks" in (tmp_path / "new" / "manifest.yaml").read_text()
     again = run(cli.app, ["migrate", "--out", str(tmp_path / "new")], input=COMMAND)
     assert again.exit_code == 2

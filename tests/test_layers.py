@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,62 +12,27 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"dbtrain": ROOT, "dbtrain_kernels": ROOT / "kernels", "dbtrain_launchers": ROOT / "launchers"}
 
-# A module belongs to the longest name here that it starts with. It may import from its own layer and those below.
-LAYERS = {
-    0: [
-        "dbtrain.errors",
-        "dbtrain.heads",
-        "dbtrain.machine",
-        "dbtrain.atomic",
-        "dbtrain.config",
-        "dbtrain.batch",
-        "dbtrain.randomness",
-        "dbtrain.sealed",
-        "dbtrain.yaml12",
-        "dbtrain_kernels",
-    ],
-    1: [
-        "dbtrain.configfile",
-        "dbtrain.prompts",
-        "dbtrain.identifiers",
-        "dbtrain.migrate",
-        "dbtrain.objective",
-        "dbtrain.data",
-        "dbtrain.families",
-        "dbtrain.adapters",
-        "dbtrain.engines",
-        "dbtrain.checkpoint",
-        "dbtrain.proved",
-        "dbtrain.ranks",
-        "dbtrain.record",
-        "dbtrain.registry",
-        "dbtrain.snippets",
-        "dbtrain.telemetry",
-    ],
-    2: [
-        "dbtrain.priors",
-        "dbtrain.priorstore",
-        "dbtrain.bank",
-        "dbtrain.claims",
-        "dbtrain.filling",
-        "dbtrain.generate",
-        "dbtrain.step",
-        "dbtrain.publish",
-        "dbtrain.trainables",
-        "dbtrain.session",
-    ],
-    3: ["dbtrain.train", "dbtrain.packing", "dbtrain.evaluate", "dbtrain.doctor"],
-    4: ["dbtrain.fleet", "dbtrain.report", "dbtrain.bench", "dbtrain.tiny", "dbtrain.demo", "dbtrain_launchers"],
-    5: ["dbtrain.cli", "dbtrain.verbs", "dbtrain.terminal", "dbtrain.__main__"],
-    # A launcher renders texts that the verb `launch` prints or starts; only a rank's entry stands above the verbs.
-    6: ["dbtrain_launchers.__main__"],
-}
-# Modules that count differently from the package they stand in.
-EXACT = {"dbtrain": 0, "dbtrain.tiny": 0}
-
+# From the top: a folder imports from the rows below its own, and from no other folder of its row.
+ORDER = (
+    ("dbtrain_launchers.__main__", "dbtrain.__main__"),  # a rank's entry and the program's call the command line
+    ("dbtrain.cli",),
+    ("dbtrain.verbs",),
+    ("dbtrain.report",),
+    ("dbtrain.fleet", "dbtrain.bench", "dbtrain_launchers"),
+    ("dbtrain.train",),
+    ("dbtrain.packing",),
+    ("dbtrain.training", "dbtrain.evaluate"),
+    ("dbtrain.priors", "dbtrain.results"),
+    ("dbtrain.families",),
+    ("dbtrain.models", "dbtrain.subjects"),
+    ("dbtrain.objective", "dbtrain.engines", "dbtrain.data"),
+    ("dbtrain.settings", "dbtrain.storage"),
+    ("dbtrain.values", "dbtrain.randomness", "dbtrain.machine", "dbtrain_embedded"),
+    ("dbtrain", "dbtrain.errors", "dbtrain.tiny", "dbtrain_kernels"),
+)
 DOORS = {
-    "diffusers": ["dbtrain.families", "dbtrain.tiny"],
-    "transformers": ["dbtrain.families", "dbtrain.tiny", "dbtrain.evaluate"],
+    "diffusers": ["dbtrain.families", "dbtrain.models", "dbtrain.tiny", "dbtrain_embedded"],
+    "transformers": ["dbtrain.families", "dbtrain.models", "dbtrain.tiny", "dbtrain_embedded", "dbtrain.evaluate"],
     "deepspeed": ["dbtrain.engines.zero"],
     "webdataset": ["dbtrain.data"],
     "triton": ["dbtrain_kernels"],
@@ -112,34 +78,56 @@ def is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def layer(name: str, modules: set[str]) -> int | None:
-    """The layer of an imported name: that of the longest listed prefix; None for code that is not ours."""
+def place(name: str, modules: set[str]) -> tuple[int, str] | None:
+    """Row in `ORDER` and folder of an imported name; None for code that is not ours."""
     if name.split(".")[0] not in SOURCES:
         return None
     while name not in modules and "." in name:
         name = name.rpartition(".")[0]
-    if name in EXACT:
-        return EXACT[name]
+    if name == "dbtrain":
+        return len(ORDER) - 1, name
     listed = [
-        (len(prefix), rank)
-        for rank, names in LAYERS.items()
-        for prefix in names
-        if is_within(name, prefix) and prefix != "dbtrain"
+        (len(folder), row, folder)
+        for row, folders in enumerate(ORDER)
+        for folder in folders
+        if is_within(name, folder) and folder != "dbtrain"
     ]
-    return max(listed)[1] if listed else None
+    return max(listed)[1:] if listed else None
 
 
-def upward_imports(files: dict[str, Path]) -> list[str]:
-    """A line for every import that points up."""
-    modules = set(files)
-    found = []
+def imports_of(files: dict[str, Path]) -> Iterator[tuple[str, int, str]]:
+    """(module, line, imported name) of every import of a name of ours."""
     for module, path in files.items():
-        own = layer(module, modules)
-        for name, line in imported_names(ast.parse(path.read_text("utf-8")), module, path.name == "__init__.py"):
-            target = layer(name, modules)
-            if own is not None and target is not None and target > own:
-                found.append(f"{module}:{line} (layer {own}) imports {name} (layer {target})")
-    return found
+        tree = ast.parse(path.read_text("utf-8"))
+        for name, line in imported_names(tree, module, path.name == "__init__.py"):
+            if name.split(".")[0] in SOURCES:
+                yield module, line, name
+
+
+def wrong_imports(files: dict[str, Path]) -> list[str]:
+    """A line for every import that points up, or to another folder of the same row."""
+    modules = set(files)
+    wrong = []
+    for module, line, name in imports_of(files):
+        own, other = place(module, modules), place(name, modules)
+        if own is not None and other is not None and own[1] != other[1] and other[0] <= own[0]:
+            wrong.append(f"{module}:{line} (row {own[0]}) imports {name} (row {other[0]})")
+    return wrong
+
+
+def circle(files: dict[str, Path]) -> list[str]:
+    """Modules of which each imports the next and the last one the first; empty where there are none."""
+    arrows: dict[str, set[str]] = {module: set() for module in files}
+    for module, _, name in imports_of(files):
+        while name not in files and "." in name:
+            name = name.rpartition(".")[0]
+        if name in files and name != module:
+            arrows[module].add(name)
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
 
 
 def wrong_doors(files: dict[str, Path]) -> list[str]:
@@ -153,13 +141,17 @@ def wrong_doors(files: dict[str, Path]) -> list[str]:
     return found
 
 
-def test_every_module_has_a_layer():
+def test_every_module_has_a_place():
     files = source_files()
-    assert [name for name in files if layer(name, set(files)) is None] == []
+    assert [name for name in files if place(name, set(files)) is None] == []
 
 
 def test_imports_point_down():
-    assert upward_imports(source_files()) == []
+    assert wrong_imports(source_files()) == []
+
+
+def test_no_modules_import_each_other():
+    assert circle(source_files()) == []
 
 
 def test_one_door_per_library():
@@ -169,22 +161,31 @@ def test_one_door_per_library():
 @pytest.mark.parametrize(
     "text, module, expected",
     [
-        ("import dbtrain.train", "dbtrain.step", "imports dbtrain.train"),
-        ("from dbtrain import train", "dbtrain.step", "imports dbtrain.train"),
-        ("from .. import cli", "dbtrain.data.stream", "imports dbtrain.cli"),
-        ("from . import train", "dbtrain.step", "imports dbtrain.train"),
+        ("from dbtrain import train", "dbtrain.training.step", "imports dbtrain.train"),
+        ("from .. import train", "dbtrain.training.step", "imports dbtrain.train"),
         ("def f():\n    from dbtrain.cli import main", "dbtrain.fleet.driver", "imports dbtrain.cli.main"),
         ("import dbtrain_launchers.__main__", "dbtrain.cli", "imports dbtrain_launchers.__main__"),
-        ("from dbtrain.tiny.recipe import train", "dbtrain.families.sd", "imports dbtrain.tiny.recipe"),
+        ("from dbtrain.engines.world import World", "dbtrain.data.index", "imports dbtrain.engines.world.World"),
     ],
 )
-def test_upward_imports_are_seen(tmp_path, text, module, expected):
+def test_wrong_imports_are_seen(tmp_path, text, module, expected):
     path = tmp_path / "one.py"
     path.write_text(text)
-    known = dict.fromkeys(("dbtrain.train", "dbtrain.cli", "dbtrain.tiny.recipe", "dbtrain_launchers.__main__"), path)
-    (tmp_path / "none.py").write_text("")
-    files = dict.fromkeys(known, tmp_path / "none.py") | {module: path}
-    assert [expected in line for line in upward_imports(files)] == [True]
+    assert [expected in line for line in wrong_imports({**empty_files(tmp_path), module: path})] == [True]
+
+
+def test_circles_are_seen(tmp_path):
+    files = empty_files(tmp_path)
+    for module, other in (("one", "two"), ("two", "one"), ("three", "one")):
+        files[f"dbtrain.data.{module}"] = tmp_path / f"{module}.py"
+        files[f"dbtrain.data.{module}"].write_text(f"def f():\n    from dbtrain.data.{other} import x")
+    assert set(circle(files)) == {"dbtrain.data.one", "dbtrain.data.two"}
+
+
+def empty_files(folder: Path) -> dict[str, Path]:
+    """Every module of the project, as if it imported nothing."""
+    (folder / "none.py").write_text("")
+    return dict.fromkeys(source_files(), folder / "none.py")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_downward_imports_and_asset_paths_are_fine(tmp_path):
     path.write_text(
         "import os\nfrom dbtrain.tiny import BASE\nfrom dbtrain import __version__\nfrom dbtrain.errors import x\n"
     )
-    assert upward_imports({**source_files(), "dbtrain.families.sd": path}) == []
+    assert wrong_imports({**source_files(), "dbtrain.families.sd": path}) == []
 
 
 @pytest.mark.parametrize(
@@ -214,8 +215,8 @@ def test_downward_imports_and_asset_paths_are_fine(tmp_path):
     [
         "dbtrain",
         "dbtrain.cli",
-        "dbtrain.config",
-        "dbtrain.configfile",
+        "dbtrain.settings.config",
+        "dbtrain.settings.recipes",
         "dbtrain_launchers",
         "dbtrain_launchers.__main__",
     ],

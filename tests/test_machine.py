@@ -5,7 +5,7 @@ import os
 import pytest
 
 from dbtrain import machine
-from dbtrain.data import ahead
+from dbtrain.data import prefetch
 from dbtrain.fleet.run import Options, local_cpus
 from dbtrain.report import building
 
@@ -42,7 +42,7 @@ def test_cores_that_others_were_given_do_not_count(cgroups, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7, 9, 11})
     assert machine.cores() == local_cpus(Options()) == 3
     assert local_cpus(Options(gang=2)) == 2 and local_cpus(Options(workers=5)) == 5
-    assert ahead.cores is building.cores is machine.cores, "threads of loading and processes of the report"
+    assert prefetch.cores is building.cores is machine.cores, "threads of loading and processes of the report"
 
 
 def test_kills_for_memory_are_those_of_the_own_cgroup(cgroups, tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def test_the_wheel_holds_the_assets(copy, wheel):
 
 
 def test_what_is_installed_finds_its_recipes_without_the_checkout(unpacked, tmp_path):
-    code = "import dbtrain, dbtrain_kernels, dbtrain_launchers.on_deepspeed; from dbtrain import configfile; "
+    code = "import dbtrain, dbtrain_kernels, dbtrain_launchers.on_deepspeed; from dbtrain.settings import recipes; "
     code += "configfile.load('tiny'); print(dbtrain.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
     command = [sys.executable, "-c", code]

@@ -8,20 +8,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dbtrain.atomic import LOCK, file_digest, held
-from dbtrain.bank import Bank
-from dbtrain.checkpoint import Checkpoint, save_checkpoint
-from dbtrain.configfile import load
-from dbtrain.data.manifest import read_manifest
-from dbtrain.engines.engine import BatchPlan, World
+from dbtrain.engines.engine import BatchPlan
+from dbtrain.engines.world import World
 from dbtrain.engines.zero import ZeroEngine
 from dbtrain.errors import DataError, SubjectTaken, summed
-from dbtrain.publish import read_lora
-from dbtrain.record import read_record
-from dbtrain.session import open_session, subject_config
-from dbtrain.step import TrainingStep
-from dbtrain.train import Job, train_manifest, train_subjects
-from tests.main_job import sd_folder, small_config, write_job
+from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
+from dbtrain.results.publish import read_lora
+from dbtrain.results.record import read_record
+from dbtrain.settings.recipes import load
+from dbtrain.storage.atomic import LOCK, file_digest, held
+from dbtrain.subjects.manifest import read_manifest
+from dbtrain.train import train_manifest, train_subjects
+from dbtrain.training.bank import Bank
+from dbtrain.training.identity import subject_config
+from dbtrain.training.job import Job
+from dbtrain.training.session import open_session
+from dbtrain.training.step import TrainingStep
+from tests.kit.main_job import sd_folder, small_config, write_job
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -226,7 +229,7 @@ def test_bad_data_of_one_subject_leaves_the_others_alone(job, tmp_path, engine):
 def test_a_disk_that_refuses_ends_them_all(job, tmp_path, monkeypatch, at):
     import errno
 
-    from dbtrain.data.place import Folder
+    from dbtrain.data.location import Folder
 
     def refuse(*_):
         raise OSError(errno.EIO, "Input/output error")

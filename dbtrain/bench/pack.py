@@ -26,24 +26,26 @@ from typing import Any
 
 import torch
 
-from dbtrain.adapters import detach
-from dbtrain.atomic import write_file
-from dbtrain.batch import Batch, Conditioning
 from dbtrain.bench import origin
 from dbtrain.bench.flops import count_flops
-from dbtrain.config import RunConfig
 from dbtrain.engines.capture import release
-from dbtrain.engines.engine import World, plan_batches
-from dbtrain.engines.zero import ZeroEngine, start_world
-from dbtrain.families import FAMILIES, Models
-from dbtrain.families.architectures import ARCHITECTURES, blank_denoiser
+from dbtrain.engines.engine import plan_batches
+from dbtrain.engines.world import World, start_world
+from dbtrain.engines.zero import ZeroEngine
+from dbtrain.families import FAMILIES
+from dbtrain.models.adapters import detach
+from dbtrain.models.architectures import ARCHITECTURES, blank_denoiser
+from dbtrain.models.family import Models
 from dbtrain.objective.noise import discrete_schedule
 from dbtrain.packing.pack import Pack, tensors_of
 from dbtrain.packing.size import used_bytes
-from dbtrain.session import load_base
-from dbtrain.step import TrainingStep
+from dbtrain.settings.config import RunConfig
+from dbtrain.storage.atomic import write_file
 from dbtrain.tiny import DEMO
-from dbtrain.trainables import DTYPES, make_trainable
+from dbtrain.training.session import load_base
+from dbtrain.training.step import TrainingStep
+from dbtrain.training.trainables import DTYPES, make_trainable
+from dbtrain.values import Batch, Conditioning
 
 
 @dataclass(frozen=True)
@@ -297,8 +299,8 @@ def line(config: RunConfig, plan: Plan) -> dict[str, Any]:
 
 def whole_run(config: RunConfig, subjects: int, classes: int, folder: Path) -> float:
     """Processor seconds of one `dbtrain train` of so many made-up subjects, with nothing cached from before."""
-    from dbtrain.configfile import render
-    from dbtrain.data.manifest import read_manifest
+    from dbtrain.settings.recipes import render
+    from dbtrain.subjects.manifest import read_manifest
 
     photos = [subject.images[0].parent for subject in read_manifest(DEMO)]
     name = f"{subjects}-{classes}"

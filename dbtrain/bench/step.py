@@ -18,11 +18,11 @@ from dbtrain.bench import origin
 from dbtrain.bench.flops import count_flops
 from dbtrain.bench.operators import Operators
 from dbtrain.bench.pack import Base, Rig, ceiling_flop_per_s, load, packed, timed
-from dbtrain.config import RunConfig
 from dbtrain.engines.capture import as_python, choose_capture
 from dbtrain.errors import ConfigError, EngineError, first_line
-from dbtrain.families.attention import CANDIDATES, engage_attention
+from dbtrain.models.attention import CANDIDATES, engage_attention
 from dbtrain.packing.size import used_bytes
+from dbtrain.settings.config import RunConfig
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from dbtrain.data.finding import shown
-from dbtrain.errors import DataError
+from dbtrain.errors import DataError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor

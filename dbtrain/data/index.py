@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dbtrain.atomic import write_file
-from dbtrain.batch import SUBJECT_ID, Role
-from dbtrain.data.finding import shown
-from dbtrain.data.place import place_of
-from dbtrain.errors import DataError
+from dbtrain.data.location import place_of
+from dbtrain.errors import DataError, shown
 from dbtrain.randomness import permutation
-from dbtrain.sealed import seal, unseal
+from dbtrain.storage.atomic import write_file
+from dbtrain.storage.sealed import seal, unseal
+from dbtrain.values import SUBJECT_ID, Role
 
 INDEX_NAME = "index.jsonl"
 FORMAT = "dbtrain-shards"

@@ -8,104 +8,22 @@ away what the dead writer left (the mark proves that those files are ours) and s
 """
 
 import hashlib
-import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from dbtrain.atomic import TEMPORARY, held, sync_folder, write_file
-from dbtrain.batch import SUBJECT_ID, Role, Sample, Subject
-from dbtrain.config import DataConfig, RunConfig
 from dbtrain.data import tar
-from dbtrain.data.ahead import ahead
-from dbtrain.data.finding import Finding, shown
-from dbtrain.data.images import encode, open_photo, read_photo, shorten
-from dbtrain.data.index import FORMAT, INDEX_NAME, SHARD_NAME, TAR_END, VERSION, Index, Row, Shard, make_key
-from dbtrain.data.preflight import sift
-from dbtrain.data.stream import SKIPPED, verify
-from dbtrain.errors import DataError
+from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Index, Row, Shard, make_key
+from dbtrain.data.stream import SKIPPED
+from dbtrain.errors import DataError, shown
+from dbtrain.storage.atomic import TEMPORARY, held, sync_folder, write_file
+from dbtrain.values import SUBJECT_ID, Sample
 
 MAX_BYTES = 256 * 2**20
 """Size above which a shard ends, in bytes."""
 MARK = ".writing"
-
-
-def shard_manifest(
-    manifest: Path,
-    out: Path,
-    config: RunConfig,
-    say: Callable[[str], None] = print,
-    skip_bad: bool = False,
-    tokenizer: Any = None,
-    registry: Path | None = None,
-) -> Index:
-    """The index of the shards that hold a manifest's photos at `data.resolution`.
-
-    Run again on the same input it changes nothing, or remakes what is damaged, and says so; a folder made from other
-    input is refused. Bad photos are all named in one DataError before anything is written. With `skip_bad`, subjects
-    with findings are left out: each is told, and named with its reasons in `skipped.json`. `tokenizer` and `registry`:
-    see `preflight`; photos that are in the shards already are not looked at again.
-    """
-    out, resolution = Path(out), config.data.resolution
-    ready = config.data.shards is not None
-    made = Index.load(out) if not ready and (out / INDEX_NAME).exists() and not (out / MARK).exists() else None
-    photos = not ready and (made is None or skip_bad)
-    subjects, findings = sift(manifest, config, tokenizer, registry, photos)
-    if ready:
-        return _ready_made(config.data, subjects, findings, out, skip_bad, say)
-    left_out = _left_out(findings, skip_bad and bool(subjects), say)
-    source = source_digest(subjects, resolution)
-    if made is not None:
-        damage = _repair_reason(made, source, out)
-        if not damage:
-            _name_left_out(out, left_out)
-            say(f"{out}: is up to date, {len(made.rows)} samples of {len(made.subjects)} subjects; nothing to do")
-            return made
-        say("\n".join([*damage, f"{out}: is damaged; remaking it"]))
-    index = write_shards(_photo_samples(subjects, resolution), out, source=source, remake=made is not None)
-    _name_left_out(out, left_out)
-    say(f"{out}: {len(index.rows)} samples of {len(subjects)} subjects in {len(index.shards)} shards")
-    return index
-
-
-def _ready_made(
-    data: DataConfig,
-    subjects: list[Subject],
-    findings: list[Finding],
-    out: Path,
-    skip_bad: bool,
-    say: Callable[[str], None],
-) -> Index:
-    """The part of ready-made shards that holds these subjects. They are only read: `skipped.json` goes into `out`."""
-    place = str(data.shards)
-    index = Index.load(place, data.schemes)
-    remedy = "shard its photos too, or take its row out"
-    absent = [subject for subject in subjects if not index.rows_of(subject.id)]
-    findings = findings + [Finding(subject.id, place, "holds no photo of it", remedy) for subject in absent]
-    sound = {subject.id for subject in subjects} - {subject.id for subject in absent}
-    left_out = _left_out(findings, skip_bad and bool(sound), say)
-    if left_out:
-        out.mkdir(parents=True, exist_ok=True)
-        _name_left_out(out, left_out)
-    rows = tuple(row for row in index.rows if row.subject in sound and row.role == Role.INSTANCE)
-    say(f"{place}: {len(rows)} samples of {len(sound)} subjects")
-    return Index(rows, index.shards, index.source)
-
-
-def _left_out(findings: list[Finding], skip: bool, say: Callable[[str], None]) -> dict[str, list[str]]:
-    """Reasons of the subjects that are left out, by id; DataError with all of them unless that was asked for.
-
-    A row without an id is named by its place in the manifest, such as photos.csv:4.
-    """
-    if findings and not skip:
-        raise DataError("\n".join(finding.line() for finding in findings))
-    left_out: dict[str, list[str]] = {}
-    for finding in findings:
-        left_out.setdefault(finding.subject or Path(finding.file).name, []).append(finding.line())
-        say(f"left out: {finding.line()}")
-    return left_out
 
 
 def write_shards(
@@ -133,66 +51,6 @@ def write_shards(
         index = Index(tuple(rows), tuple(shards), source)
         index.save(out)
     return index
-
-
-def photo_samples(subject: Subject, resolution: int) -> Iterator[Sample]:
-    """A subject's photos as samples to store, in their order.
-
-    `meta` has the photo's file name, SHA-256 and upright size in pixels (`width`, `height`), and the class noun. An
-    empty caption means that the run's template holds.
-    """
-    return _photo_samples([subject], resolution)
-
-
-def source_digest(subjects: list[Subject], resolution: int) -> str:
-    """SHA-256 (hex) of everything that decides what shards hold: photos, ids, classes, captions, resolution, format."""
-    digest = hashlib.sha256(json.dumps([FORMAT, VERSION, resolution]).encode())
-    pairs = ((subject, path) for subject in subjects for path in subject.images)
-    for line in ahead(_source_line, pairs):
-        digest.update(line)
-    return digest.hexdigest()
-
-
-def _source_line(pair: tuple[Subject, Path]) -> bytes:
-    subject, path = pair
-    photo = hashlib.sha256(read_photo(path)).hexdigest()
-    return json.dumps([subject.id, subject.class_noun, subject.caption, path.name, photo]).encode()
-
-
-def _photo_samples(subjects: list[Subject], resolution: int) -> Iterator[Sample]:
-    photos = ((subject, number, path) for subject in subjects for number, path in enumerate(subject.images))
-    return ahead(lambda photo: _photo_sample(*photo, resolution), photos)
-
-
-def _photo_sample(subject: Subject, number: int, path: Path, resolution: int) -> Sample:
-    content = read_photo(path)
-    try:
-        image = open_photo(content)
-    except DataError as error:
-        raise DataError(f"{path}: {str(error).removeprefix('photo: ')}") from error
-    stored, extension = encode(shorten(image, resolution))
-    meta = {
-        "source": path.name,
-        "source_sha256": hashlib.sha256(content).hexdigest(),
-        "class": subject.class_noun,
-        "width": image.width,
-        "height": image.height,
-    }
-    key = make_key(subject.id, Role.INSTANCE, number)
-    return Sample(key, subject.id, Role.INSTANCE, subject.caption or "", stored, extension, meta)
-
-
-def _name_left_out(out: Path, left_out: dict[str, list[str]]) -> None:
-    if left_out:
-        write_file(out / SKIPPED, json.dumps(left_out, indent=1).encode())
-
-
-def _repair_reason(made: Index, source: str, out: Path) -> list[str]:
-    """The damage for which a folder must be remade; DataError if it was made from other input."""
-    if made.source != source:
-        what = f"{out}: holds shards made from other photos, captions or another resolution"
-        raise DataError(f"{what}; choose another --out, or move this folder away")
-    return verify(out)
 
 
 class _Peeking:

@@ -16,13 +16,14 @@ from typing import BinaryIO
 from webdataset.handlers import reraise_exception
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from dbtrain.batch import Sample
 from dbtrain.data import tar
-from dbtrain.data.ahead import ahead
 from dbtrain.data.images import picture_size
 from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Index, Row, Shard
-from dbtrain.data.place import Place, place_of
-from dbtrain.errors import DISK_REMEDIES, DataError
+from dbtrain.data.location import Place, place_of
+from dbtrain.data.prefetch import ahead
+from dbtrain.errors import DataError
+from dbtrain.storage.trouble import DISK_REMEDIES
+from dbtrain.values import Sample
 
 PIECE = 1 << 20
 SKIPPED = "skipped.json"

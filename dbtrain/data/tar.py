@@ -7,7 +7,7 @@ samples have equal bytes. What is read must be exactly such a pair: no links, de
 import json
 import tarfile
 
-from dbtrain.batch import Role, Sample
+from dbtrain.values import Role, Sample
 
 BLOCK = 512
 IMAGE_EXTENSIONS = ("png", "jpg", "webp")

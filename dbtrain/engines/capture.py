@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dbtrain.batch import Batch
-from dbtrain.config import EngineConfig
 from dbtrain.errors import ConfigError, EngineError, first_line
+from dbtrain.settings.config import EngineConfig
+from dbtrain.values import Batch
 
 Step = Callable[[Batch], None]
 WARM_STEPS = 3

@@ -8,9 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from dbtrain.config import RunConfig
 from dbtrain.engines.engine import BatchPlan
 from dbtrain.errors import ConfigError
+from dbtrain.settings.config import RunConfig
 
 OURS = (
     "train_batch_size",

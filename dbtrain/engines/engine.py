@@ -8,25 +8,12 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from dbtrain.config import TrainConfig
+from dbtrain.engines.world import World
 from dbtrain.errors import ConfigError
+from dbtrain.settings.config import TrainConfig
 
 EngineState = dict[str, dict[str, Tensor]]
 """fp32 tensors by kind (`master`, `exp_avg`, `exp_avg_sq`, `ema`) and parameter name, whole, whatever the sharding."""
-
-
-@dataclass(frozen=True)
-class World:
-    """This process's place among the ranks, and its device ("cpu" or "cuda:i")."""
-
-    rank: int
-    size: int
-    device: str
-
-    @property
-    def first(self) -> bool:
-        """Whether this rank writes files and prints."""
-        return self.rank == 0
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from dbtrain.config import TrainConfig
 from dbtrain.engines.engine import EngineState, ParamGroup
 from dbtrain.errors import EngineError
+from dbtrain.settings.config import TrainConfig
 from dbtrain_kernels.adamw import adamw
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")

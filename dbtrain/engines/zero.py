@@ -6,54 +6,19 @@ holds at every stage. The base weights that do not train are stored in the compu
 
 from __future__ import annotations
 
-import atexit
 import copy
 import logging
 import os
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from dbtrain.config import RunConfig
 from dbtrain.engines.deepspeed_json import deepspeed_config
-from dbtrain.engines.engine import BatchPlan, EngineState, ParamGroup, World
+from dbtrain.engines.engine import BatchPlan, EngineState, ParamGroup
+from dbtrain.engines.world import BACKENDS, World
 from dbtrain.errors import ConfigError, EngineError
-
-
-def start_world() -> World:
-    """This process's world: the launcher's (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), else a world of one.
-
-    A world of one uses an in-process store: no port is opened.
-    """
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    if device != "cpu":
-        torch.cuda.set_device(local_rank)
-    else:
-        # DeepSpeed would compile a CPU all-reduce used only for inference (42 s, needs g++); its own table switches it
-        # off. With a GPU there is none, and to look at the table would print what cannot be built to stdout.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    if not dist.is_initialized():
-        atexit.register(stop_world)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return World(dist.get_rank(), dist.get_world_size(), device)
-
-
-def stop_world() -> None:
-    """Leave the process group, so that the interpreter ends without a warning."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+from dbtrain.settings.config import RunConfig
 
 
 def zero_keys() -> set[str]:
@@ -78,12 +43,26 @@ def _accepted_config(config: RunConfig, plan: BatchPlan) -> dict:
     return merged
 
 
+def join_deepspeed(world: World) -> None:
+    """Let DeepSpeed use the process group that `start_world` made."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    os.environ.setdefault("LOCAL_RANK", world.device.partition(":")[2] or "0")
+    if world.device == "cpu":
+        # DeepSpeed would compile a CPU all-reduce used only for inference (42 s, needs g++); its own table switches it
+        # off. With a GPU there is none, and to look at the table would print what cannot be built to stdout.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=BACKENDS[torch.device(world.device).type], verbose=False)
+
+
 class ZeroEngine:
     """A module under DeepSpeed with AdamW; see `engine.Engine`."""
 
     def __init__(self, module: nn.Module, groups: list[ParamGroup], config: RunConfig, plan: BatchPlan, world: World):
         import deepspeed
 
+        join_deepspeed(world)
         self.world, self.config, self.plan = world, config, plan
         self.groups = groups
         self.names = {name: param for group in groups for name, param in group.params.items()}

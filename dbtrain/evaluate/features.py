@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dbtrain.errors import ConfigError, first_line
-from dbtrain.families.load import A_HUB_ID, mind_the_network, quiet_libraries
+from dbtrain.models.load import A_HUB_ID, mind_the_network, quiet_libraries
 from dbtrain.tiny import CLIP, EMBEDDED, IDENTITY
 
 """Names the encoders that ship with dbtrain; others are a folder or a hub id, such as `facebook/dino-vits16`."""

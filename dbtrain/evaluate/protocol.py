@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dbtrain.atomic import write_file
-from dbtrain.config import RunConfig
 from dbtrain.data.images import open_photo
 from dbtrain.data.index import INDEX_NAME, Index
 from dbtrain.data.stream import read_samples
@@ -32,12 +30,14 @@ from dbtrain.evaluate.features import EMBEDDED
 from dbtrain.evaluate.judge import Judge, Seen, likeness, load_judge, read_images
 from dbtrain.evaluate.scores import subject_scores
 from dbtrain.evaluate.suspicion import copied, suspicions
-from dbtrain.families import Family, Models
-from dbtrain.families.load import base_digest
-from dbtrain.generate import finished_config, finished_pipeline, generate, image_seed
-from dbtrain.priors import slug
-from dbtrain.prompts import LIVE_CLASSES, fill, is_live, prompt_set, without_identifier
-from dbtrain.record import finished_record
+from dbtrain.models.family import Family, Models
+from dbtrain.models.load import base_digest
+from dbtrain.models.sampling import generate, image_seed
+from dbtrain.results.finished import finished_config, finished_pipeline
+from dbtrain.results.record import finished_record
+from dbtrain.settings.config import RunConfig
+from dbtrain.storage.atomic import write_file
+from dbtrain.subjects.prompts import LIVE_CLASSES, fill, is_live, prompt_set, slug, without_identifier
 
 SCHEMA = 1
 RESULT = "evaluation.json"

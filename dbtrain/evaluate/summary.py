@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dbtrain.atomic import write_file
 from dbtrain.errors import DataError, DbtrainError
 from dbtrain.evaluate.features import EMBEDDED
 from dbtrain.evaluate.intervals import AVERAGES, Interval, averaged
@@ -17,8 +16,9 @@ from dbtrain.evaluate.judge import Judge, load_judge
 from dbtrain.evaluate.protocol import RESULT, SCHEMA, Settings, evaluate_finished
 from dbtrain.evaluate.scores import SCORES, title
 from dbtrain.families import FAMILIES
-from dbtrain.generate import WarmBase, finished_config, own_device
-from dbtrain.record import RECORD
+from dbtrain.results.finished import WarmBase, finished_config, own_device
+from dbtrain.results.record import RECORD
+from dbtrain.storage.atomic import write_file
 
 ROWS = {"scores": "tuned", "base": "base", "real": "photos"}
 """Rows of the table, named as in a subject's evaluation.json, and their titles."""

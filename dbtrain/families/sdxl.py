@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from dbtrain.batch import Batch, Conditioning
-from dbtrain.families.family import Family, Tokens
+from dbtrain.models.family import Family, Tokens
+from dbtrain.values import Batch, Conditioning
 
 
 def encode_tokens(text_encoders: dict[str, nn.Module], tokens: Tokens) -> Conditioning:

@@ -9,11 +9,12 @@ from pathlib import Path
 from dbtrain.evaluate.judge import load_judge
 from dbtrain.evaluate.protocol import Settings, evaluate_finished
 from dbtrain.fleet.trainer import Task
-from dbtrain.generate import draw_samples, finished_config, finished_pipeline, refuse_nothing
-from dbtrain.prompts import fill
-from dbtrain.publish import publish_sheet
-from dbtrain.record import finished_record
-from dbtrain.session import Session
+from dbtrain.models.sampling import draw_samples
+from dbtrain.results.finished import finished_config, finished_pipeline, refuse_nothing
+from dbtrain.results.record import finished_record
+from dbtrain.results.sheets import publish_sheet
+from dbtrain.subjects.prompts import fill
+from dbtrain.training.session import Session
 
 
 def generate(session: Session, folder: Path, task: Task) -> None:

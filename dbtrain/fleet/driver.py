@@ -14,7 +14,6 @@ from pathlib import Path
 
 import ray
 
-from dbtrain.config import RunConfig
 from dbtrain.data.index import Index
 from dbtrain.errors import FleetError, StopRequested
 from dbtrain.fleet.books import Books, Flight
@@ -28,7 +27,8 @@ from dbtrain.fleet.run import Options
 from dbtrain.fleet.schedule import Idle, Settings, schedule
 from dbtrain.fleet.status import Screen, summarize
 from dbtrain.fleet.trainer import Message, Order, Task
-from dbtrain.priors import BLOCK
+from dbtrain.priors.store import BLOCK
+from dbtrain.settings.config import RunConfig
 
 TICK_S = 1.0
 GROW_S = 5.0

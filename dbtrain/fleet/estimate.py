@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dbtrain.config import RunConfig
-from dbtrain.data.manifest import read_manifest, scan_manifest
 from dbtrain.fleet.ledger import NAME, Ledger, find_ledger
+from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.manifest import read_manifest, scan_manifest
 
 
 def plan_run(

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dbtrain.atomic import write_file
 from dbtrain.errors import ConfigError, DataError
 from dbtrain.fleet.status import read_rows
+from dbtrain.storage.atomic import write_file
 
 
 def write_rows(out: Path, path: Path) -> int:

@@ -12,8 +12,8 @@ import secrets
 import socket
 from pathlib import Path
 
-from dbtrain.atomic import TEMPORARY, write_file
-from dbtrain.errors import disk_trouble, is_of_one_file
+from dbtrain.storage.atomic import TEMPORARY, write_file
+from dbtrain.storage.trouble import disk_trouble, is_of_one_file
 
 NAME = "fleet.token"
 

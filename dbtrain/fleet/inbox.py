@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dbtrain.atomic import write_file
 from dbtrain.errors import DataError
 from dbtrain.fleet.ledger import Lease, Ledger, is_driven
+from dbtrain.storage.atomic import write_file
 
 INBOX = "requests"
 RULES = {

@@ -10,18 +10,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dbtrain.atomic import file_digest
-from dbtrain.batch import Subject
-from dbtrain.config import RunConfig
 from dbtrain.data.index import INDEX_NAME, Index
-from dbtrain.data.manifest import read_manifest, scan_manifest
-from dbtrain.data.shards import shard_manifest
 from dbtrain.data.stream import SKIPPED
 from dbtrain.errors import ConfigError, DataError
-from dbtrain.families import load_tokenizer
 from dbtrain.fleet.ledger import Ledger
-from dbtrain.registry import REGISTRY, recorded_identifiers
-from dbtrain.session import IRRELEVANT
+from dbtrain.models.load import load_tokenizer
+from dbtrain.settings.config import RunConfig
+from dbtrain.storage.atomic import file_digest
+from dbtrain.subjects.manifest import read_manifest, scan_manifest
+from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
+from dbtrain.subjects.sharding import shard_manifest
+from dbtrain.training.identity import IRRELEVANT
+from dbtrain.values import Subject
 
 
 def tell(line: str) -> None:

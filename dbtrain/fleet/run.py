@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dbtrain.atomic import LOCK, held, write_file
-from dbtrain.config import RunConfig
 from dbtrain.errors import ConfigError, DataError, FleetError
 from dbtrain.fleet.inbox import take_requests
 from dbtrain.fleet.ledger import NAME, WHERE, Lease, Ledger, find_ledger
 from dbtrain.machine import cores
+from dbtrain.settings.config import RunConfig
+from dbtrain.storage.atomic import LOCK, held, write_file
 from dbtrain.tiny import EMBEDDED
 
 

@@ -20,11 +20,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbtrain.batch import Subject
-from dbtrain.config import RunConfig
-from dbtrain.errors import DbtrainError, StopRequested, SubjectTaken, out_of_memory
+from dbtrain.errors import DbtrainError, StopRequested, SubjectTaken
 from dbtrain.fleet.folder import refusal
 from dbtrain.fleet.schedule import BLAMED, WorkUnit
+from dbtrain.settings.config import RunConfig
+from dbtrain.storage.trouble import out_of_memory
+from dbtrain.values import Subject
 
 if TYPE_CHECKING:
     from dbtrain.data.index import Row
@@ -146,8 +147,8 @@ def _outside(error: BaseException, text: str) -> str | None:
 
 
 def _serve(link: Connection, task: Task) -> None:
-    from dbtrain.families.load import base_digest
-    from dbtrain.session import join_session
+    from dbtrain.models.load import base_digest
+    from dbtrain.training.session import join_session
 
     say = _speech(link)
     session = join_session(RunConfig.model_validate(task.config), Path(task.out), True, _beat(say))
@@ -250,9 +251,10 @@ def to_subject(spec: dict[str, Any]) -> Subject:
 
 def draw_priors(session: Any, task: Task, order: Order, send: Callable[[Message], None]) -> None:
     """Draw this unit's part of a class's priors; a gang's members share it among themselves."""
-    from dbtrain.engines.engine import World
-    from dbtrain.generate import sampling_mode
-    from dbtrain.priors import make_priors, prior_key
+    from dbtrain.engines.world import World
+    from dbtrain.models.sampling import sampling_mode
+    from dbtrain.priors.draw import make_priors
+    from dbtrain.priors.store import prior_key
 
     config, unit, world = session.config, order.unit, session.world
     store = Path(config.prior.store) if config.prior.store else session.out / "priors"

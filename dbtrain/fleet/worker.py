@@ -22,7 +22,7 @@ from dbtrain.fleet.schedule import BLAMED
 from dbtrain.fleet.trainer import STOPPED, Message, Task
 from dbtrain.fleet.zygote import Zygote
 from dbtrain.machine import oom_kills
-from dbtrain.record import drop_record, finished_record
+from dbtrain.results.record import drop_record, finished_record
 
 START_SHARE = 10
 """A trainer that loads the base may be silent this many times longer than one that trains."""

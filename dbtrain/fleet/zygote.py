@@ -94,7 +94,7 @@ def warm_up() -> None:
     """Import everything that training needs."""
     import dbtrain.train  # noqa: F401
     from dbtrain.engines.zero import zero_keys
-    from dbtrain.families.load import CLASSES, quiet_libraries
+    from dbtrain.models.load import CLASSES, quiet_libraries
 
     zero_keys()
     quiet_libraries()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbtrain.config import ObjectiveConfig
+from dbtrain.settings.config import ObjectiveConfig
 from dbtrain_kernels.philox import uniform as uniform_of
 
 

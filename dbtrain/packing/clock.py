@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from dbtrain.telemetry import Stages
+from dbtrain.training.telemetry import Stages
 
 
 class Clock:

@@ -17,23 +17,24 @@ from typing import Any
 
 import torch
 
-from dbtrain.adapters import only_row
-from dbtrain.bank import captions_of
-from dbtrain.batch import Subject
-from dbtrain.checkpoint import Checkpoint, save_checkpoint
-from dbtrain.data.ahead import ahead
-from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested, bare, first_line
-from dbtrain.families import encode_images
-from dbtrain.filling import ensure_priors
+from dbtrain.data.prefetch import ahead
+from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested, first_line
+from dbtrain.models.adapters import only_row
+from dbtrain.models.family import encode_images
 from dbtrain.packing.clock import Clock
 from dbtrain.packing.pack import Observed, Pack, Start
 from dbtrain.packing.size import Probe, choose_size, free_bytes, timed, used_bytes
-from dbtrain.priors import prior_key
-from dbtrain.record import looks_finished
-from dbtrain.session import ClassPriors, Session, restore_base, subject_config
-from dbtrain.telemetry import Progress, Sink, Stages, open_sinks, peak_memory_gib
-from dbtrain.train import Finished, Job, open_job
-from dbtrain.trainables import fresh_adapter
+from dbtrain.priors.store import prior_key
+from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
+from dbtrain.results.record import looks_finished
+from dbtrain.storage.trouble import bare
+from dbtrain.training.bank import captions_of, ensure_priors
+from dbtrain.training.identity import subject_config
+from dbtrain.training.job import Finished, Job, open_job
+from dbtrain.training.session import ClassPriors, Session, restore_base
+from dbtrain.training.telemetry import Progress, Sink, Stages, open_sinks, peak_memory_gib
+from dbtrain.training.trainables import fresh_adapter
+from dbtrain.values import Subject
 
 CLASSES = 8
 """Classes whose priors stay encoded on the device; the subjects under way hold on to theirs in any case."""

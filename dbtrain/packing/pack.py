@@ -12,19 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbtrain.adapters import layers
-from dbtrain.bank import Bank, join_batches
-from dbtrain.batch import Batch, Conditioning
-from dbtrain.checkpoint import Checkpoint
-from dbtrain.config import RunConfig
 from dbtrain.engines.capture import WARM_STEPS, choose_capture, make_runner
 from dbtrain.engines.engine import lr_scale
 from dbtrain.engines.packed import PackedEngine, RowSettings
-from dbtrain.families import Family, Models
-from dbtrain.families.family import Tokens
+from dbtrain.models.adapters import layers
+from dbtrain.models.family import Family, Models, Tokens
 from dbtrain.randomness import stream_key
-from dbtrain.step import TrainingStep
-from dbtrain.trainables import DTYPES, lora_alpha, make_stack, peak_lr, trained_components
+from dbtrain.results.checkpoint import Checkpoint
+from dbtrain.settings.config import RunConfig
+from dbtrain.training.bank import Bank, join_batches
+from dbtrain.training.step import TrainingStep
+from dbtrain.training.trainables import DTYPES, lora_alpha, make_stack, peak_lr, trained_components
+from dbtrain.values import Batch, Conditioning
 
 CAPTIONS = 2
 """Most distinct captions of a subject: its photos' and its class's."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dbtrain.config import PackedConfig
 from dbtrain.errors import EngineError
+from dbtrain.settings.config import PackedConfig
 
 GAIN = 0.97
 """A pack of twice the size is worth it if a subject's step takes less than this share of the time."""

@@ -20,8 +20,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from dbtrain.atomic import LOCK, held, write_file
-from dbtrain.batch import SUBJECT_ID
 from dbtrain.data.index import Row
 from dbtrain.errors import DataError, DbtrainError
 from dbtrain.machine import cores
@@ -41,6 +39,8 @@ from dbtrain.report.reading import (
     text,
 )
 from dbtrain.report.sheets import covers, evaluated, load_index, photos, strips
+from dbtrain.storage.atomic import LOCK, held, write_file
+from dbtrain.values import SUBJECT_ID
 
 FOLDER, SUBJECTS, INDEX, STATE, ORIGIN = "report", "subjects", "index.html", ".state.json", "run.json"
 ALONE = 64

@@ -12,7 +12,6 @@ from typing import Any
 
 from dbtrain.errors import ConfigError
 from dbtrain.evaluate.scores import SCORES, title
-from dbtrain.prompts import fill
 from dbtrain.report.reading import (
     CONFIG,
     EVALUATION,
@@ -26,6 +25,7 @@ from dbtrain.report.reading import (
     settings,
     text,
 )
+from dbtrain.subjects.prompts import fill
 
 SHOWN = tuple(score for score in SCORES if score not in ("clip_t_plain", "prompt_gap"))
 """Scores that have a column in the table; the others are on the subjects' own pages."""

@@ -18,7 +18,7 @@ from dbtrain.evaluate.scores import title
 from dbtrain.report import charts, summary
 from dbtrain.report.facts import SHOWN, TAIL, Facts, differences, score_table
 from dbtrain.report.reading import number, text
-from dbtrain.snippets import python_snippet
+from dbtrain.results.card import python_snippet
 
 TEMPLATES = Path(__file__).parent / "templates"
 ASSETS = ("report.css", "report.js")

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from dbtrain import yaml12
+from dbtrain.settings import yaml12
 
 RECORD, CONFIG, LOG, EVALUATION = "record.json", "config.yaml", "log.jsonl", "evaluation.json"
 SAMPLES = "samples"

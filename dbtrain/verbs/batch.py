@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dbtrain.errors import ConfigError, DataError, EngineError
-from dbtrain.terminal import (
+from dbtrain.verbs.options import (
     Clip,
     Distance,
     Identity,
@@ -71,9 +71,9 @@ def run_verb(
         --identity facebook/dino-vits16 --clip openai/clip-vit-base-patch32
       dbtrain batch run photos.csv --config sdxl_full_zero3 --gang 4 --address auto --out /shared/all --ledger /ledger
     """
-    from dbtrain import configfile
+    from dbtrain.settings import recipes
 
-    config = configfile.load(recipe, overrides or ())
+    config = recipes.load(recipe, overrides or ())
     if gang > 1 and config.engine.kind == "packed":
         raise ConfigError("--gang: packed training runs on one GPU; use --gang 1, or engine.kind=zero")
     if gang > 1:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from dbtrain.errors import ConfigError
-from dbtrain.terminal import Json, Overrides, Recipe, print_json
+from dbtrain.verbs.options import Json, Overrides, Recipe, print_json
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,10 +35,10 @@ def pack_verb(
       dbtrain bench pack --config tiny --sizes 1,4,16 --turns 5
       dbtrain bench pack --config sd15_lora --random-weights --sizes 1,8,32
     """
-    from dbtrain import configfile
     from dbtrain.bench import pack
+    from dbtrain.settings import recipes
 
-    config = configfile.load(recipe, overrides or ())
+    config = recipes.load(recipe, overrides or ())
     plan = pack.Plan(
         numbers(sizes, "--sizes"),
         steps,
@@ -84,11 +84,11 @@ def step_verb(
       dbtrain bench step --capture off,graph --attention sdpa,flash,xformers --sizes 1,8
       dbtrain bench step --config sd15_lora --random-weights --capture off,compile,graph
     """
-    from dbtrain import configfile
     from dbtrain.bench import step
-    from dbtrain.config import EngineConfig, ModelConfig
+    from dbtrain.settings import recipes
+    from dbtrain.settings.config import EngineConfig, ModelConfig
 
-    config = configfile.load(recipe, overrides or ())
+    config = recipes.load(recipe, overrides or ())
     ways = (
         choices(capture, "--capture", EngineConfig.model_fields["capture"].annotation),
         choices(attention, "--attention", ModelConfig.model_fields["attention"].annotation),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dbtrain.errors import ConfigError, DataError
-from dbtrain.terminal import Clip, Distance, Identity, Json, Overrides, Protocol, print_json
+from dbtrain.verbs.options import Clip, Distance, Identity, Json, Overrides, Protocol, print_json
 
 
 def evaluate_verb(
@@ -44,7 +44,7 @@ def evaluate_verb(
     """
     from dbtrain.evaluate.protocol import PROTOCOLS, Settings
     from dbtrain.evaluate.summary import evaluate, text_table
-    from dbtrain.prompts import LIVE_CLASSES
+    from dbtrain.subjects.prompts import LIVE_CLASSES
 
     if protocol not in PROTOCOLS:
         raise ConfigError(f"--protocol: got {protocol!r}, want {' or '.join(PROTOCOLS)}")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from dbtrain.terminal import print_json
+from dbtrain.verbs.options import print_json
 from dbtrain_launchers import LAUNCHERS
 from dbtrain_launchers.plan import Launcher, make_plan
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dbtrain.terminal import Json, print_json
+from dbtrain.verbs.options import Json, print_json
 
 
 def report_verb(

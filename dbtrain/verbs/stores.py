@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from dbtrain.errors import DataError
-from dbtrain.terminal import Json, Overrides, Recipe, SkipBad, print_json, stop_at_once
+from dbtrain.verbs.options import Json, Overrides, Recipe, SkipBad, print_json, stop_at_once
 
 
 class WithMake(TyperGroup):
@@ -64,10 +64,10 @@ def shard_make(
       dbtrain shard make photos.csv --out shards --config sd15_lora
     """
     stop_at_once()
-    from dbtrain import configfile
-    from dbtrain.data.shards import shard_manifest
+    from dbtrain.settings import recipes
+    from dbtrain.subjects.sharding import shard_manifest
 
-    shard_manifest(manifest, out, configfile.load(recipe, overrides or ()), typer.echo, skip_bad)
+    shard_manifest(manifest, out, recipes.load(recipe, overrides or ()), typer.echo, skip_bad)
 
 
 @shard_app.command("verify")
@@ -104,10 +104,10 @@ def prior_make(
       dbtrain prior make photos.csv --out priors --config sd15_lora prior.images=100
     """
     stop_at_once()
-    from dbtrain import configfile
-    from dbtrain.session import make_class_priors
+    from dbtrain.settings import recipes
+    from dbtrain.training.session import make_class_priors
 
-    config = configfile.load(recipe, overrides or ())
+    config = recipes.load(recipe, overrides or ())
     for class_noun, count in make_class_priors(manifest, config, out).items():
         typer.echo(f"{class_noun}: {count} images drawn, {config.prior.images} in the store")
 
@@ -123,7 +123,7 @@ def prior_ls(
     Example:
       dbtrain prior ls priors
     """
-    from dbtrain.priorstore import list_store
+    from dbtrain.priors.store import list_store
 
     rows = list_store(store)
     if as_json:
@@ -149,7 +149,7 @@ def prior_verify(
     Example:
       dbtrain prior verify priors
     """
-    from dbtrain.priorstore import store_damage
+    from dbtrain.priors.store import store_damage
 
     _fail_if(store_damage(store), store, as_json)
 
@@ -169,10 +169,10 @@ def prior_import(
       dbtrain prior import photos/dogs --class dog --out priors --config sd15_lora
     """
     stop_at_once()
-    from dbtrain import configfile
-    from dbtrain.priorstore import import_images
+    from dbtrain.priors.own_images import import_images
+    from dbtrain.settings import recipes
 
-    new, there = import_images(folder, class_noun, out, configfile.load(recipe, overrides or ()))
+    new, there = import_images(folder, class_noun, out, recipes.load(recipe, overrides or ()))
     typer.echo(f"{class_noun}: {new} images imported, {there} in the store; set prior.images to {there} or less")
 
 

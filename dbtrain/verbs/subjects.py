@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dbtrain.errors import ConfigError, DataError, summed
-from dbtrain.terminal import Json, Overrides, Recipe, SkipBad, keep_origin, print_json, stop_at_once
+from dbtrain.verbs.options import Json, Overrides, Recipe, SkipBad, keep_origin, print_json, stop_at_once
 
 
 def preflight_verb(
@@ -26,11 +26,11 @@ def preflight_verb(
     Example:
       dbtrain preflight photos.csv --config sd15_lora --json
     """
-    from dbtrain import configfile
-    from dbtrain.data.preflight import sift
-    from dbtrain.families import load_tokenizer
+    from dbtrain.models.load import load_tokenizer
+    from dbtrain.settings import recipes
+    from dbtrain.subjects.preflight import sift
 
-    config = configfile.load(recipe, overrides or ())
+    config = recipes.load(recipe, overrides or ())
     tokenizer = None
     try:
         tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
@@ -66,12 +66,12 @@ def train_verb(
       dbtrain train photos.csv --subject rex --config sd15_lora --out runs/rex train.steps=600
       deepspeed --num_gpus 2 launchers/train.py photos.csv --subjects all --config sd15_full_zero2 --out runs/all
     """
-    from dbtrain import configfile
+    from dbtrain.settings import recipes
 
     stop_at_once()
     if subjects not in (None, "all") or bool(subject) == bool(subjects):
         raise ConfigError("--subject, --subjects: give --subject ID (it repeats), or --subjects all")
-    config = configfile.load(recipe, overrides or ())
+    config = recipes.load(recipe, overrides or ())
     from dbtrain.train import train_manifest
 
     opened = partial(keep_origin, out, "train", manifest, recipe, overrides, skip_bad)
@@ -110,7 +110,7 @@ def generate_verb(
       dbtrain generate runs/all/subjects/* --prompt "a photo of {subject} in the snow" sample.images=4
       dbtrain generate runs/rex/subjects/rex --set recontext --set art
     """
-    from dbtrain.generate import generate_finished
+    from dbtrain.results.finished import generate_finished
 
     settings = [word for word in words if "=" in word and not Path(word).exists()]
     folders = [Path(word) for word in words if word not in settings]
@@ -132,7 +132,7 @@ def export_verb(
     Example:
       dbtrain export runs/rex/subjects/rex --out ComfyUI/models/loras/rex.safetensors
     """
-    from dbtrain.publish import export_kohya, read_lora
+    from dbtrain.results.publish import export_kohya, read_lora
 
     weights, metadata = read_lora(folder)
     provenance = {key: value for key, value in metadata.items() if key not in ("format", "lora_adapter_metadata")}
@@ -151,8 +151,8 @@ def demo_verb(
     Example:
       dbtrain demo --out demo-out
     """
-    from dbtrain.demo import run_demo, table
     from dbtrain.evaluate.summary import text_table
+    from dbtrain.verbs.demo import run_demo, table
 
     shown = run_demo(out, recipe, overrides or (), everything)
     typer.echo(table(shown.records))

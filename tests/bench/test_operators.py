@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from dbtrain.bench import operators
 from dbtrain.bench.operators import LAUNCHES, Operators
 from dbtrain_kernels import OPS
-from tests.main_job import make_bank, small_config
-from tests.packing.small import Case, FixedBank, make_pack, start
+from tests.kit.main_job import make_bank, small_config
+from tests.kit.small_pack import Case, FixedBank, make_pack, start
 
 
 def counted(function):
@@ -103,10 +103,10 @@ def test_every_operation_has_its_launches():
 @pytest.mark.gpu
 def test_on_a_gpu_a_packs_step_waits_for_nothing():
     """CUDA itself says so: any wait inside the step is an error."""
-    from dbtrain import configfile
     from dbtrain.bench.pack import load, packed
+    from dbtrain.settings import recipes
 
-    config = configfile.load("tiny", ["engine.kind=packed", "engine.capture=off", "train.precision=bf16"])
+    config = recipes.load("tiny", ["engine.kind=packed", "engine.capture=off", "train.precision=bf16"])
     with packed(load(config, False), config, 2) as rig:  # warm: compiled and allocated
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

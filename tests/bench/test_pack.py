@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from dbtrain.adapters import layers
 from dbtrain.bench import pack
 from dbtrain.bench.flops import count_flops
-from tests.main_job import small_config
+from dbtrain.models.adapters import layers
+from tests.kit.main_job import small_config
 
 
 def test_solo_and_packs_in_turns(tmp_path):

@@ -7,8 +7,8 @@ import torch
 
 from dbtrain.bench import step
 from dbtrain.bench.pack import load, packed
-from dbtrain.families.attention import engage_attention
-from tests.main_job import small_config
+from dbtrain.models.attention import engage_attention
+from tests.kit.main_job import small_config
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dbtrain.batch import Batch, Conditioning, Role
-from dbtrain.config import ModelConfig, RunConfig
 from dbtrain.errors import ConfigError
-from dbtrain.families import FAMILIES, encode_images, load_models, sample_latents
-from dbtrain.families.load import base_digest, digests_of
-from dbtrain.generate import SAMPLERS, make_pipeline
-from dbtrain.priors import prior_key
+from dbtrain.families import FAMILIES
+from dbtrain.models.family import encode_images, sample_latents
+from dbtrain.models.load import base_digest, digests_of, load_models
+from dbtrain.models.sampling import SAMPLERS, make_pipeline
+from dbtrain.priors.store import prior_key
+from dbtrain.settings.config import ModelConfig, RunConfig
+from dbtrain.values import Batch, Conditioning, Role
 
 CAPTIONS = ["a photo of a dog", "a much longer caption " + "very " * 100]
 
@@ -174,9 +175,9 @@ def test_what_is_trained_as_told_is_sampled_and_published_so(model_folders, tmp_
 
 HUB = """
 import sys, json
-from dbtrain.config import ModelConfig
-from dbtrain.families import FAMILIES, load_models
-from dbtrain.families.load import base_digest
+from dbtrain.settings.config import ModelConfig
+from dbtrain.families import FAMILIES; from dbtrain.models.load import load_models
+from dbtrain.models.load import base_digest
 for words in ({"revision": "a" * 40}, {"revision": "b" * 40}, {"revision": "main"}):
     print(base_digest(load_models(FAMILIES["sd"], ModelConfig(path="some/model", **words))))
 """
@@ -199,7 +200,7 @@ def test_a_hub_that_does_not_answer_is_asked_once():
     """Each of the libraries' requests is tried again for half a minute otherwise; the port of `discard` is closed."""
     closed = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     closed |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": "/nowhere/hub", "NO_PROXY": "*"}
-    words = ["-c", "from dbtrain.families import load_tokenizer; load_tokenizer('some/model')"]
+    words = ["-c", "from dbtrain.models.load import load_tokenizer; load_tokenizer('some/model')"]
     began = time.monotonic()
     done = subprocess.run([sys.executable, *words], env=closed, capture_output=True, text=True, timeout=300)
     assert "some/model: no tokenizer found" in done.stderr

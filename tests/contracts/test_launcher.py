@@ -17,7 +17,7 @@ from dbtrain.cli import app
 from dbtrain.errors import ConfigError
 from dbtrain_launchers import LAUNCHERS
 from dbtrain_launchers.plan import LaunchPlan, make_plan
-from tests.launchers.injections import CANARY, ODD, TEXTS
+from tests.kit.injections import CANARY, ODD, TEXTS
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"

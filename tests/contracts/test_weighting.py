@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from dbtrain.config import ObjectiveConfig
 from dbtrain.objective.noise import discrete_schedule, flow_schedule
 from dbtrain.objective.target import TARGETS
 from dbtrain.objective.weighting import WEIGHTINGS, X0_ERROR, weight_table
+from dbtrain.settings.config import ObjectiveConfig
 
 BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02), "squaredcos_cap_v2": (0.0001, 0.02)}
 

@@ -3,18 +3,7 @@ from pathlib import Path
 import pytest
 
 from dbtrain.data.shards import write_shards
-from tests.data.made import jpeg, make_samples, picture, png
-
-
-@pytest.fixture
-def photo_folder(tmp_path) -> Path:
-    """Two subjects: `tiger` (one JPEG) and `cat` (three photos whose natural and plain orders differ)."""
-    for name, files in {"cat": ("p1.png", "p2.PNG", "p10.png"), "tiger": ("a.jpg",)}.items():
-        (tmp_path / name).mkdir()
-        for seed, file in enumerate(files):
-            make = jpeg if file.endswith("jpg") else png
-            (tmp_path / name / file).write_bytes(make(picture(seed=seed)))
-    return tmp_path
+from tests.kit.made_photos import make_samples
 
 
 @pytest.fixture(scope="session")

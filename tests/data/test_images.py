@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from dbtrain.data import images
 from dbtrain.errors import DataError
-from tests.data.made import jpeg, picture, png
+from tests.kit.made_photos import jpeg, picture, png
 
 BASE = np.asarray(picture())
 INVERSE = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbtrain.batch import Role
 from dbtrain.data.index import INDEX_NAME, Index, make_key, order, split_key
-from dbtrain.engines.engine import World, plan_batches
+from dbtrain.engines.engine import plan_batches
+from dbtrain.engines.world import World
 from dbtrain.errors import DataError
+from dbtrain.values import Role
 
 COUNTS = st.integers(1, 12)
 

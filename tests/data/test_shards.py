@@ -4,16 +4,17 @@ import hashlib
 import numpy as np
 import pytest
 
-from dbtrain.batch import Role, Subject
-from dbtrain.config import DataConfig, RunConfig
 from dbtrain.data import images
 from dbtrain.data.index import INDEX_NAME, Index
-from dbtrain.data.manifest import read_manifest
-from dbtrain.data.shards import MARK, photo_samples, shard_manifest, write_shards
+from dbtrain.data.shards import MARK, write_shards
 from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DataError
-from tests.data.made import make_samples
+from dbtrain.settings.config import DataConfig, RunConfig
+from dbtrain.subjects.manifest import read_manifest
+from dbtrain.subjects.sharding import photo_samples, shard_manifest
+from dbtrain.values import Role, Subject
 from tests.faults.campaigns import disturb
+from tests.kit.made_photos import make_samples
 
 CONFIG = RunConfig(data=DataConfig(resolution=32))
 

@@ -12,8 +12,8 @@ from dbtrain.data import tar
 from dbtrain.data.index import INDEX_NAME, TAR_END, Index, Row, Shard
 from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DataError
-from tests.data.made import make_samples
 from tests.faults.damage import DAMAGES
+from tests.kit.made_photos import make_samples
 
 
 @pytest.fixture

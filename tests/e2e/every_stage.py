@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from dbtrain.config import RunConfig
-from dbtrain.engines.zero import start_world, stop_world
+from dbtrain.engines.world import start_world, stop_world
+from dbtrain.settings.config import RunConfig
 from dbtrain.train import train_manifest
 
 

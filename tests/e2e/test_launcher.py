@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dbtrain.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
-from tests.main_job import ROOT, environment, small_config, write_job
+from dbtrain.results.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
+from tests.kit.main_job import ROOT, environment, small_config, write_job
 
 # Seconds each on an idle machine; a busy one has shown thirty times that.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from dbtrain.fleet.ledger import NAME, find_ledger
-from tests.main_job import write_job
-from tests.two_hosts import missing, missing_job_api, ray_on, two_hosts, write_token
+from tests.kit.main_job import write_job
+from tests.kit.two_hosts import missing, missing_job_api, ray_on, two_hosts, write_token
 
 WHY_NOT = missing()
 pytestmark = [

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dbtrain.checkpoint import file_digest
-from dbtrain.publish import LORA_FILE
-from tests.main_job import dbtrain, start, write_job
+from dbtrain.results.checkpoint import file_digest
+from dbtrain.results.publish import LORA_FILE
+from tests.kit.main_job import dbtrain, start, write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SUBJECTS = "rex:dog tom:cat ben:dog ada:cat"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_launcher import LOSS_REL, ROOT, STEADY, WEIGHT_ABS, launch, log, run, weights
-from tests.main_job import small_config, write_job
+from tests.kit.main_job import small_config, write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 4
@@ -84,7 +84,7 @@ def test_it_ends_where_the_straight_run_ends(folder, way, method, stage, steps):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_last_steps_moved_the_weights(folder, method):
     """Else ending anywhere would pass: from the checkpoint to the end is far more than the tolerance."""
-    from dbtrain.checkpoint import read_checkpoint
+    from dbtrain.results.checkpoint import read_checkpoint
 
     root = folder / f"straight-{method}" / "subjects" / "rex" / "checkpoints"
     before, after = (read_checkpoint(root / f"step-{step:08d}").state["master"] for step in (2, 3))

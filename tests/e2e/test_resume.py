@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dbtrain.atomic import file_digest
-from tests.main_job import dbtrain, start, write_job
+from dbtrain.storage.atomic import file_digest
+from tests.kit.main_job import dbtrain, start, write_job
 
 # Seconds each on an idle machine; a busy one has shown thirty times that.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

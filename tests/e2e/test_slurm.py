@@ -16,7 +16,7 @@ import time
 import pytest
 
 from tests.e2e.test_launcher import free_port
-from tests.main_job import environment, write_job
+from tests.kit.main_job import environment, write_job
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 PATHS = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"

@@ -5,9 +5,6 @@ import inspect
 import pytest
 import torch
 
-from dbtrain.batch import Batch
-from dbtrain.config import EngineConfig
-from dbtrain.configfile import loads
 from dbtrain.engines import capture
 from dbtrain.engines.capture import (
     WARM_STEPS,
@@ -22,6 +19,9 @@ from dbtrain.engines.capture import (
     release,
 )
 from dbtrain.errors import ConfigError, EngineError
+from dbtrain.settings.config import EngineConfig
+from dbtrain.settings.recipes import loads
+from dbtrain.values import Batch
 
 RECIPE = "train: {steps: 4}"
 
@@ -203,8 +203,9 @@ def test_blocks_of_many_shapes_are_all_compiled():
 
 @pytest.fixture(scope="module")
 def denoiser(model_folders):
-    from dbtrain.config import ModelConfig
-    from dbtrain.families import FAMILIES, load_models
+    from dbtrain.families import FAMILIES
+    from dbtrain.models.load import load_models
+    from dbtrain.settings.config import ModelConfig
 
     return load_models(FAMILIES["sd"], ModelConfig(path=str(model_folders["sd"]))).denoiser
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from dbtrain.config import RunConfig, TrainConfig
-from dbtrain.configfile import configs_dir, load
 from dbtrain.engines.deepspeed_json import deepspeed_config
 from dbtrain.engines.engine import plan_batches
 from dbtrain.engines.zero import _accepted_config, zero_keys
 from dbtrain.errors import ConfigError
+from dbtrain.settings.config import RunConfig, TrainConfig
+from dbtrain.settings.recipes import configs_dir, load
 
 KNOWN = zero_keys()
 

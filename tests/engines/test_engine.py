@@ -2,9 +2,10 @@
 
 import pytest
 
-from dbtrain.config import TrainConfig
-from dbtrain.engines.engine import BatchPlan, World, lr_scale, plan_batches
+from dbtrain.engines.engine import BatchPlan, lr_scale, plan_batches
+from dbtrain.engines.world import World
 from dbtrain.errors import ConfigError
+from dbtrain.settings.config import TrainConfig
 
 DIVISORS = [
     (batch, micro, world)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from dbtrain.config import TrainConfig
 from dbtrain.engines.engine import ParamGroup
 from dbtrain.engines.packed import PackedEngine, RowSettings
 from dbtrain.errors import EngineError
+from dbtrain.settings.config import TrainConfig
 
 LR, TEXT_LR, CLIP = 1e-2, 3e-3, 1.0
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dbtrain.errors import EngineError
-from tests.main_job import rig, small_config
+from tests.kit.main_job import rig, small_config
 
 CLOSE = {"master": 1e-6, "exp_avg": 1e-6, "exp_avg_sq": 1e-6, "ema": 1e-6}
 STEADY = ("train.eps=1e-4", "train.steps=4", "train.ema=0.9", "train.schedule=cosine", "train.warmup_steps=1")
@@ -210,7 +210,7 @@ print("before")
 real = dist.init_process_group
 dist.init_process_group = lambda backend, **more: real("gloo", **more)
 deepspeed.init_distributed = lambda **more: None
-from dbtrain.engines.zero import start_world
+from dbtrain.engines.world import start_world
 print(start_world().device)
 """
 

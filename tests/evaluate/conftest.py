@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dbtrain import cli
-from tests.main_job import write_job
+from tests.kit.main_job import write_job
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="session")
 def true_sizes(tmp_path_factory):
     """A folder with a random `vit` (ViT-S/16) and `clip` (CLIP ViT-B/32), laid out as their authors do."""
-    from tests.random_models import make_clip_b32, make_vit_s16
+    from tests.kit.random_models import make_clip_b32, make_vit_s16
 
     folder = tmp_path_factory.mktemp("encoders")
     make_vit_s16(folder / "vit")

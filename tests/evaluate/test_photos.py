@@ -8,7 +8,7 @@ import pytest
 from dbtrain.data.index import INDEX_NAME, Index
 from dbtrain.errors import DataError
 from dbtrain.evaluate.protocol import Settings, read_photos
-from tests.main_job import small_config
+from tests.kit.main_job import small_config
 
 
 @pytest.fixture

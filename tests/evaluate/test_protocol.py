@@ -18,8 +18,9 @@ from dbtrain import cli
 from dbtrain.evaluate import protocol
 from dbtrain.evaluate.features import load_identity, load_pair
 from dbtrain.evaluate.protocol import PROTOCOLS, Settings, evaluate_finished, read_photos, shots
-from dbtrain.families import FAMILIES, load_models
-from tests.main_job import small_config, start
+from dbtrain.families import FAMILIES
+from dbtrain.models.load import load_models
+from tests.kit.main_job import small_config, start
 
 SMALL = ("--protocol", "dreambooth", "--images", "2", "--class-images", "3", "--batch", "4")
 SAME = 1e-6  # float32 rows from the encoder; its batches differ from ours
@@ -340,7 +341,7 @@ def test_encoders_of_the_true_sizes_from_a_folder(out, true_sizes):
 
 
 def test_a_fully_tuned_subject_is_judged_by_its_own_model(tmp_path):
-    from tests.main_job import write_job
+    from tests.kit.main_job import write_job
 
     words = write_job(
         tmp_path, "train.method=full", "train.steps=1", "prior.weight=0", "publish.dtype=fp32", subjects="rex:dog"

@@ -8,7 +8,7 @@ from dbtrain.evaluate.intervals import Score
 from dbtrain.evaluate.judge import likeness
 from dbtrain.evaluate.scores import SubjectFeatures
 from dbtrain.evaluate.suspicion import COPY_SHARE, copied, suspicions
-from tests.main_job import photo
+from tests.kit.main_job import photo
 
 GOOD = {
     "scores": {"dino": 0.7, "prompt_gap": 0.30, "pres": 0.30},

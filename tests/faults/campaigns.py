@@ -13,15 +13,22 @@ from pathlib import Path
 
 import torch
 
-from dbtrain.atomic import TEMPORARY, file_digest
-from dbtrain.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, tidy_checkpoints, verify_checkpoint
 from dbtrain.data.index import Index
-from dbtrain.data.shards import MARK, shard_manifest
+from dbtrain.data.shards import MARK
 from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DataError, summed
+from dbtrain.results.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    save_checkpoint,
+    tidy_checkpoints,
+    verify_checkpoint,
+)
+from dbtrain.storage.atomic import TEMPORARY, file_digest
+from dbtrain.subjects.sharding import shard_manifest
 from tests.faults.damage import DAMAGES
 from tests.faults.kit import Fault, forked, trace
-from tests.main_job import photo, small_config, write_job
+from tests.kit.main_job import photo, small_config, write_job
 
 RUN = "a" * 64
 TIMED = ("record.json", "log.jsonl")
@@ -136,9 +143,11 @@ class Works:
 
     def priors(self, root: Path, images: int = 18) -> Callable[[], object]:
         """Two blocks of priors of a random model, drawn in the child."""
-        from dbtrain.engines.engine import World
-        from dbtrain.families import FAMILIES, load_models
-        from dbtrain.priors import make_priors, prior_key, read_priors
+        from dbtrain.engines.world import World
+        from dbtrain.families import FAMILIES
+        from dbtrain.models.load import load_models
+        from dbtrain.priors.draw import make_priors
+        from dbtrain.priors.store import prior_key, read_priors
 
         config, family = small_config("prior.steps=1"), FAMILIES["sd"]
         models = load_models(family, config.model)
@@ -151,7 +160,7 @@ class Works:
         return work
 
     def import_priors(self, root: Path) -> Callable[[], object]:
-        from dbtrain.priorstore import import_images
+        from dbtrain.priors.own_images import import_images
 
         config = small_config()
         return lambda: import_images(self.folder / "input" / "rex", "dog", root / "store", config)
@@ -169,8 +178,8 @@ class Works:
         import torch.distributed as dist
 
         import dbtrain.packing.loop  # noqa: F401
-        from dbtrain.terminal import stop_at_once
         from dbtrain.train import train_manifest
+        from dbtrain.verbs.options import stop_at_once
 
         config = small_config(*self.settings, *settings)
 
@@ -260,7 +269,7 @@ def damage_shards(folder: Path, times: int, seed: int = 0, kinds: Iterable[str] 
 
 def damage_priors(store: Path, times: int, seed: int = 0) -> Tally:
     """Damage to a prior store: `prior verify` must name it."""
-    from dbtrain.priorstore import store_damage
+    from dbtrain.priors.store import store_damage
 
     tally, chance = Tally("prior store damage"), random.Random(seed)
     assert store_damage(store) == []

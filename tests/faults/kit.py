@@ -234,7 +234,8 @@ def _child(work: Callable[[], object], fault: Fault | None, root: Path, log: Pat
     try:
         for stream in (1, 2):
             os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        from dbtrain.errors import DataError, DbtrainError, disk_trouble
+        from dbtrain.errors import DataError, DbtrainError
+        from dbtrain.storage.trouble import disk_trouble
 
         Injector(fault, root, log).install()
         try:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dbtrain.data.shards import shard_manifest
+from dbtrain.subjects.sharding import shard_manifest
 from tests.faults import campaigns
-from tests.main_job import small_config
+from tests.kit.main_job import small_config
 
 
 @pytest.fixture(scope="module")

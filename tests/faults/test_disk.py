@@ -11,12 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from dbtrain import cli
-from dbtrain.atomic import LOCK, file_digest, held
-from dbtrain.errors import disk_trouble
+from dbtrain.storage.atomic import LOCK, file_digest, held
+from dbtrain.storage.trouble import disk_trouble
 from tests.faults.campaigns import Works, half_written, result_of
 from tests.faults.damage import as_nobody, read_only, small_disk
 from tests.faults.kit import Fault, forked
-from tests.main_job import dbtrain, environment, start, write_job
+from tests.kit.main_job import dbtrain, environment, start, write_job
 
 TINY = ("--config", "tiny")
 
@@ -171,7 +171,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_pa
 
 def test_a_kill_gives_the_folder_free(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from dbtrain.atomic import held\n"
+        "import sys, time; from pathlib import Path; from dbtrain.storage.atomic import held\n"
         "with held(Path(sys.argv[1])) as ours:\n    print(ours, flush=True); time.sleep(60)"
     )
     first = subprocess.Popen(

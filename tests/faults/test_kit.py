@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dbtrain.atomic import write_file
+from dbtrain.storage.atomic import write_file
 from tests.faults.damage import DAMAGES
 from tests.faults.kit import Fault, environment, forked, trace
 

@@ -11,7 +11,7 @@ import torch
 from dbtrain.fleet.status import read_rows, summarize_run
 from dbtrain.fleet.trainer import beating
 from dbtrain.tiny import IDENTITY
-from tests.fleet.fleet_run import batch, finish, processes, said, start, states, wait_for, write_small
+from tests.kit.fleet_run import batch, finish, processes, said, start, states, wait_for, write_small
 
 
 def outcomes(out):

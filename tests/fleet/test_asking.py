@@ -5,7 +5,7 @@ import sqlite3
 import pytest
 
 from dbtrain.fleet.ledger import Lease
-from tests.fleet.fleet_run import ask, batch, finish, start, states, wait_for, write_small
+from tests.kit.fleet_run import ask, batch, finish, start, states, wait_for, write_small
 
 
 @pytest.mark.slow

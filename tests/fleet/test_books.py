@@ -7,7 +7,7 @@ import pytest
 from dbtrain.fleet.books import Books, Flight
 from dbtrain.fleet.schedule import Settings, WorkUnit
 from dbtrain.fleet.status import Screen
-from tests.fleet.fleet_run import run_of_dogs
+from tests.kit.fleet_run import run_of_dogs
 
 RESULT = {"run": "r", "files": {}, "gpu_seconds": 1.0, "stages_s": {"train": 1.0}}
 ASKED = {"generate": "", "evaluate": "quick"}

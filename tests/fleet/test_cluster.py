@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fleet.fleet_run import ask, states, write_small
-from tests.main_job import ROOT, environment
-from tests.two_hosts import missing, two_hosts, write_token
+from tests.kit.fleet_run import ask, states, write_small
+from tests.kit.main_job import ROOT, environment
+from tests.kit.two_hosts import missing, two_hosts, write_token
 
 WHY_NOT = missing()
 pytestmark = [

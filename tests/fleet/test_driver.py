@@ -10,8 +10,8 @@ from dbtrain.fleet.books import Flight
 from dbtrain.fleet.driver import Driver
 from dbtrain.fleet.run import Options
 from dbtrain.fleet.schedule import WorkUnit
-from tests.fleet.fleet_run import run_of_dogs
-from tests.main_job import small_config
+from tests.kit.fleet_run import run_of_dogs
+from tests.kit.main_job import small_config
 
 CREW = SimpleNamespace(name="worker-001")
 

@@ -12,7 +12,7 @@ from dbtrain.fleet import folder
 from dbtrain.fleet.folder import NAME, mark, trouble_of
 from dbtrain.fleet.trainer import Task
 from dbtrain.fleet.worker import Worker
-from dbtrain.record import NEEDED
+from dbtrain.results.record import NEEDED
 
 FAILED = ("failed", 1, 0)
 BAD_SECTOR = "photos/a.png: Input/output error; the disk or network share failed; check it"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from dbtrain.errors import ConfigError, DataError, EngineError, FleetError, StopRequested, bare
+from dbtrain.errors import ConfigError, DataError, EngineError, FleetError, StopRequested
 from dbtrain.fleet.export import write_rows
 from dbtrain.fleet.inbox import request, take_requests
 from dbtrain.fleet.ledger import VERSION, Lease, Ledger, file_system, find_ledger, is_driven, is_remote
@@ -20,7 +20,8 @@ from dbtrain.fleet.processes import born, descendants, holders
 from dbtrain.fleet.status import Screen, read_rows, summarize_run, table
 from dbtrain.fleet.trainer import Charges, explain
 from dbtrain.fleet.worker import Worker
-from dbtrain.record import NEEDED
+from dbtrain.results.record import NEEDED
+from dbtrain.storage.trouble import bare
 
 RESULT = {"run": "r", "files": {"a": "d"}, "seconds": 2.0, "gpu_seconds": 3.0, "stages_s": {"train": 2.0}}
 WAITS = {"state": "waiting", "failures": 1, "losses": 0, "pack": None, "cause": "crash", "reason": "died of SIGABRT"}
@@ -352,9 +353,9 @@ def test_only_users_of_a_folder_are_its_holders(tmp_path):
 
 
 def test_specs_hold_what_training_needs():
-    from dbtrain.batch import Subject
     from dbtrain.fleet.prepare import spec_of
     from dbtrain.fleet.trainer import to_subject
+    from dbtrain.values import Subject
 
     subject = Subject("a", "dog", (), caption="c", seed=3, steps=7, lr=0.1, rank=2, prior_weight=0.5)
     spec = json.loads(json.dumps(spec_of(subject, "sks")))

@@ -2,10 +2,10 @@
 
 import json
 
-from dbtrain.data.shards import shard_manifest
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.prepare import enter_run
-from tests.main_job import small_config, write_job
+from dbtrain.subjects.sharding import shard_manifest
+from tests.kit.main_job import small_config, write_job
 
 
 def entered(out, manifest, config):

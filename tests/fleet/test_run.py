@@ -13,7 +13,7 @@ from dbtrain.fleet.ledger import Lease
 from dbtrain.fleet.processes import born, parent_of
 from dbtrain.fleet.run import anchored
 from dbtrain.fleet.status import read_rows
-from tests.fleet.fleet_run import (
+from tests.kit.fleet_run import (
     ask,
     batch,
     digests,
@@ -26,7 +26,7 @@ from tests.fleet.fleet_run import (
     wait_for,
     write_small,
 )
-from tests.main_job import small_config
+from tests.kit.main_job import small_config
 
 SUBJECTS = " ".join(f"s{number}:{noun}" for number, noun in enumerate(["dog", "cat"] * 5))
 CANARY = "hf_canary0123456789"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbtrain.fleet.schedule import BLAMED, Idle, Settings, View, explains, judge, schedule, unit_size
-from tests.fleet.simulation import Cluster, tail_efficiency
+from tests.kit.fleet_simulation import Cluster, tail_efficiency
 
 READY = Settings(prior_parts=0)
 

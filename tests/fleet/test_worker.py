@@ -10,8 +10,8 @@ from dbtrain.fleet.processes import born
 from dbtrain.fleet.schedule import WorkUnit
 from dbtrain.fleet.trainer import Order, Task, telling_size
 from dbtrain.fleet.worker import Worker
-from tests.fleet.fleet_run import SMALL
-from tests.main_job import small_config
+from tests.kit.fleet_run import SMALL
+from tests.kit.main_job import small_config
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dbtrain.config import ObjectiveConfig
-from dbtrain.families.family import sample_latents
+from dbtrain.models.family import sample_latents
 from dbtrain.objective.timesteps import Draw, first_words, timestep_index
 from dbtrain.randomness import Purpose, normals, stream_key, uniforms
+from dbtrain.settings.config import ObjectiveConfig
 from dbtrain_kernels.cases import on
 from dbtrain_kernels.dispatch import interpreting
 from dbtrain_kernels.noising import noising

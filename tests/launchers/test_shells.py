@@ -19,7 +19,7 @@ from dbtrain.errors import ConfigError
 from dbtrain_launchers import LAUNCHERS
 from dbtrain_launchers.plan import make_plan
 from tests.contracts.test_launcher import rendered
-from tests.launchers.injections import CANARY, ODD, TEXTS
+from tests.kit.injections import CANARY, ODD, TEXTS
 
 WORDS = ("train", *TEXTS, *ODD)
 BATCH_WORDS = ("batch", "run", *TEXTS, *ODD)

@@ -16,7 +16,7 @@ from dbtrain.errors import ConfigError, FleetError
 from dbtrain_launchers import LAUNCHERS, on_deepspeed, on_ray
 from dbtrain_launchers.plan import Rendered, make_plan
 from tests.contracts.test_launcher import rendered
-from tests.main_job import environment
+from tests.kit.main_job import environment
 
 PLAN = make_plan(["train", "photos.csv"])
 

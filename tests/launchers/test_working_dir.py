@@ -4,7 +4,7 @@ import zipfile
 
 from dbtrain_launchers.on_ray import EXCLUDES
 
-SENT = ["dbtrain/data/place.py", "dbtrain/tiny/assets/demo/subjects.csv", "dbtrain/tiny/assets/base/m.safetensors",
+SENT = ["dbtrain/data/location.py", "dbtrain/tiny/assets/demo/subjects.csv", "dbtrain/tiny/assets/base/m.safetensors",
         "launchers/dbtrain_launchers/plan.py", "configs/recipes/tiny.yaml", "photos.csv", "key.py"]  # fmt: skip
 KEPT = [".git/config", ".venv/bin/python", ".venv-gpu/x", "venv/x", ".env", ".env.local", "server.pem", "a/b.key",
         "id_rsa", "id_ed25519.pub", ".netrc", ".ssh/config", ".aws/credentials", ".ray/auth_token", ".ray-token-7",

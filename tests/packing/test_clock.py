@@ -3,7 +3,7 @@
 import pytest
 
 from dbtrain.packing.clock import Clock
-from dbtrain.telemetry import Stages
+from dbtrain.training.telemetry import Stages
 
 
 def test_stages_sum_to_the_wall_and_shares_to_the_stages():

@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dbtrain.bank import Bank
-from dbtrain.configfile import load
-from dbtrain.data.manifest import read_manifest
 from dbtrain.errors import DataError, EngineError, StopRequested
 from dbtrain.packing.pack import Pack
-from dbtrain.priorstore import import_images
-from dbtrain.publish import LORA_FILE
-from dbtrain.record import read_record
-from dbtrain.session import open_session
+from dbtrain.priors.own_images import import_images
+from dbtrain.results.publish import LORA_FILE
+from dbtrain.results.record import read_record
+from dbtrain.settings.recipes import load
+from dbtrain.subjects.manifest import read_manifest
 from dbtrain.train import train_manifest, train_subjects
-from tests.main_job import small_config, write_job
+from dbtrain.training.bank import Bank
+from dbtrain.training.session import open_session
+from tests.kit.main_job import small_config, write_job
 
 SINGLE = 2e-5
 """float32, products summed in another order; relative to how far the weights moved where that is the smaller."""
@@ -234,7 +234,7 @@ def test_a_solo_checkpoint_goes_on_in_a_pack(job, solo):
 
 
 def test_a_writer_that_fails_is_heard(job, monkeypatch):
-    from dbtrain.train import Job
+    from dbtrain.training.job import Job
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch.func import functional_call, grad, vmap
 
 import dbtrain.engines.packed as packed_module
-from dbtrain.batch import StepLoss
-from dbtrain.checkpoint import Checkpoint
 from dbtrain.engines.packed import PackedEngine
-from dbtrain.step import TrainingStep
-from tests.packing.small import (
+from dbtrain.results.checkpoint import Checkpoint
+from dbtrain.training.step import TrainingStep
+from dbtrain.values import StepLoss
+from tests.kit.small_pack import (
     BATCH,
     Case,
     FixedBank,

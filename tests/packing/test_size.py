@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dbtrain.config import PackedConfig
 from dbtrain.errors import EngineError
 from dbtrain.packing.size import Probe, choose_size, fit, free_bytes, used_bytes
+from dbtrain.settings.config import PackedConfig
 
 MIB = 2**20
 

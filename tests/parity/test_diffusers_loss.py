@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from dbtrain.batch import Batch, Role
-from dbtrain.config import ModelConfig, ObjectiveConfig, PriorConfig, RunConfig, TrainConfig
-from dbtrain.families import FAMILIES, load_models
+from dbtrain.families import FAMILIES
+from dbtrain.models.load import load_models
 from dbtrain.randomness import Purpose, normals, stream_key, uniforms
-from dbtrain.step import TrainingStep
+from dbtrain.settings.config import ModelConfig, ObjectiveConfig, PriorConfig, RunConfig, TrainConfig
+from dbtrain.training.step import TrainingStep
+from dbtrain.values import Batch, Role
 
 KEY, STEP, BATCH, LAMBDA, GAMMA = stream_key(5, "rex"), 2, 2, 0.7, 1.0
 LOSS_CLOSE = 16 * 2.0**-23

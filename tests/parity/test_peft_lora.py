@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from peft import LoraConfig, inject_adapter_in_model
 
-from dbtrain.adapters import layers
-from dbtrain.batch import Batch, Role
-from dbtrain.config import LoraConfig as OurLora
-from dbtrain.config import ModelConfig, PriorConfig, RunConfig, TrainConfig
 from dbtrain.engines.engine import plan_batches
 from dbtrain.engines.zero import ZeroEngine
-from dbtrain.families import FAMILIES, load_models
+from dbtrain.families import FAMILIES
+from dbtrain.models.adapters import layers
+from dbtrain.models.load import load_models
 from dbtrain.randomness import Purpose, normals, stream_key, uniforms
-from dbtrain.step import TrainingStep
-from dbtrain.trainables import make_trainable
+from dbtrain.settings.config import LoraConfig as OurLora
+from dbtrain.settings.config import ModelConfig, PriorConfig, RunConfig, TrainConfig
+from dbtrain.training.step import TrainingStep
+from dbtrain.training.trainables import make_trainable
+from dbtrain.values import Batch, Role
 
 STEPS, EARLY, BATCH, LAMBDA, CLIP, KEY = 50, 10, 2, 0.5, 0.02, stream_key(3, "rex")
 CLOSE = 1e-5

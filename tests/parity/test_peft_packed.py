@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from dbtrain.checkpoint import Checkpoint
-from dbtrain.config import LoraConfig, PriorConfig, RunConfig, TrainConfig
 from dbtrain.families import FAMILIES
 from dbtrain.packing.pack import Pack, Start
 from dbtrain.randomness import stream_key
-from dbtrain.trainables import fresh_adapter
+from dbtrain.results.checkpoint import Checkpoint
+from dbtrain.settings.config import LoraConfig, PriorConfig, RunConfig, TrainConfig
+from dbtrain.training.trainables import fresh_adapter
 from tests.parity.test_peft_lora import BATCH, CLOSE, difference, start, train_peft, with_unet
 
 __all__ = ["start"]

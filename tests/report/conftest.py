@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.made_up_run import make_run
+from tests.kit.made_up_run import make_run
 
 
 @pytest.fixture

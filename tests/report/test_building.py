@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dbtrain.atomic import LOCK, held
 from dbtrain.errors import DataError
 from dbtrain.report import build, rebuild
 from dbtrain.report.building import Ledger
-from tests.made_up_run import make_run
-from tests.main_job import dbtrain, start
+from dbtrain.storage.atomic import LOCK, held
+from tests.kit.made_up_run import make_run
+from tests.kit.main_job import dbtrain, start
 from tests.report.conftest import page, tree
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from dbtrain.report.facts import Facts
 from dbtrain.report.pages import View, resume, snippets
-from dbtrain.snippets import python_snippet
+from dbtrain.results.card import python_snippet
 
 
 def test_resume_command():

@@ -3,9 +3,9 @@
 import json
 import re
 
-from dbtrain.configfile import loads, render
 from dbtrain.report import build
-from tests.made_up_run import PROMPTS, make_subject, picture
+from dbtrain.settings.recipes import loads, render
+from tests.kit.made_up_run import PROMPTS, make_subject, picture
 from tests.report.conftest import page
 
 

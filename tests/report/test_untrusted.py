@@ -10,7 +10,7 @@ import pytest
 from dbtrain.errors import DataError
 from dbtrain.report import build, rebuild
 from dbtrain.report.building import Ledger
-from tests.made_up_run import make_run
+from tests.kit.made_up_run import make_run
 from tests.report.conftest import page, tree
 
 

@@ -19,21 +19,22 @@ import torch
 from PIL import Image
 from safetensors.torch import save, save_file
 
-from dbtrain.checkpoint import latest_checkpoint
-from dbtrain.config import ModelConfig
-from dbtrain.configfile import load, loads
 from dbtrain.data.images import open_photo
 from dbtrain.data.index import INDEX_NAME, TAR_END, Index, Row, Shard
-from dbtrain.data.manifest import read_manifest
 from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DbtrainError
-from dbtrain.families import FAMILIES, load_models
-from dbtrain.generate import adapter
-from dbtrain.priorstore import store_damage
-from dbtrain.proved import proved_tensor
-from dbtrain.publish import read_lora
-from dbtrain.registry import read_registry
-from tests.main_job import sd_folder
+from dbtrain.families import FAMILIES
+from dbtrain.models.adapters import adapter
+from dbtrain.models.load import load_models
+from dbtrain.priors.store import store_damage
+from dbtrain.results.checkpoint import latest_checkpoint
+from dbtrain.results.publish import read_lora
+from dbtrain.settings.config import ModelConfig
+from dbtrain.settings.recipes import load, loads
+from dbtrain.storage.kept_tensors import proved_tensor
+from dbtrain.subjects.manifest import read_manifest
+from dbtrain.subjects.registry import read_registry
+from tests.kit.main_job import sd_folder
 
 CANARY = Path("canary")
 

@@ -86,7 +86,7 @@ def visit(browser):
 def report(tmp_path_factory):
     """The report folder of a made-up run of 60 subjects with photos, samples by step and scores; read only."""
     from dbtrain.report import build
-    from tests.made_up_run import make_run
+    from tests.kit.made_up_run import make_run
 
     run = tmp_path_factory.mktemp("web") / "run"
     make_run(run, 60, sheets=("step-000100", "step-000200", "samples"), photos=3, pool=40)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from dbtrain.report import rebuild
-from tests.made_up_run import CLASSES, make_run
+from tests.kit.made_up_run import CLASSES, make_run
 
 ORDER = "[...document.querySelectorAll('#body a')].map((link) => link.textContent)"
 BRIGHTNESS = "getComputedStyle(document.body).backgroundColor.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => +a + +b)"

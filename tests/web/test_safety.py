@@ -7,7 +7,7 @@ import pytest
 
 from dbtrain.report import build
 from dbtrain.report.building import Ledger
-from tests.made_up_run import make_run, picture
+from tests.kit.made_up_run import make_run, picture
 
 MARK = "window.pwned=1"
 PAYLOADS = [

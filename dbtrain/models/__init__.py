@@ -1,0 +1,1 @@
+"""What every family shares: the contract, loading, pipelines, attention, adapters, sampling."""

@@ -1,0 +1,225 @@
+"""Stacked LoRA layers: adapters of N subjects over one frozen base layer. Solo training is N = 1.
+
+Inputs are subject-major, [N*b, ...]: the first b samples belong to subject 0, and so on. Names on disk follow
+PEFT/diffusers and kohya; in memory a layer is known by its path in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from dbtrain.errors import ConfigError, DataError
+from dbtrain.models.family import Family, Models
+from dbtrain.randomness import Purpose, stream_key, uniform_range
+from dbtrain_kernels.lora import lora
+
+ALL_ROWS = slice(None)
+
+
+class StackedLora(nn.Module):
+    """A frozen linear layer or 1x1 convolution with N low-rank updates: y = base(x) + scale_n B_n A_n x.
+
+    down_NRD [N, rank, in], up_NDR [N, out, rank]: the trained matrices, fp32. scale_N: alpha / rank of each subject.
+    rows: the subjects whose samples come in; all of them, but for a look at one alone or (empty) at the bare base.
+    """
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, subjects: int, rank: int, scale: float):
+        super().__init__()
+        out_features, in_features = base.weight.shape[:2]
+        self.base = base
+        device = base.weight.device
+        self.down_NRD = nn.Parameter(torch.zeros(subjects, rank, in_features, device=device))
+        self.up_NDR = nn.Parameter(torch.zeros(subjects, out_features, rank, device=device))
+        self.register_buffer("scale_N", torch.full((subjects,), scale, device=device), persistent=False)
+        self.rows = ALL_ROWS
+
+    @property
+    def in_features(self) -> int:
+        """Channels in, as a linear layer has them: attention asks its layers."""
+        return self.base.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Channels out."""
+        return self.base.weight.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, of the base layer's shape."""
+        base = self.base(x)
+        down_NRD, up_NDR, scale_N = self.down_NRD, self.up_NDR, self.scale_N
+        if self.rows != ALL_ROWS:  # a slice of everything would still cost copies in backward
+            down_NRD, up_NDR, scale_N = down_NRD[self.rows], up_NDR[self.rows], scale_N[self.rows]
+        if not len(scale_N):
+            return base
+        if isinstance(self.base, nn.Conv2d):
+            return lora(x.movedim(1, -1), base.movedim(1, -1), down_NRD, up_NDR, scale_N).movedim(-1, 1)
+        return lora(x, base, down_NRD, up_NDR, scale_N)
+
+
+def matching_layers(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Paths of the linear layers and 1x1 convolutions whose end matches a pattern, in model order."""
+    patterns = tuple(patterns)
+    return [
+        path
+        for path, module in model.named_modules()
+        if _adaptable(module) and any(fnmatchcase(path, p) or fnmatchcase(path, f"*.{p}") for p in patterns)
+    ]
+
+
+def _adaptable(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1
+    return isinstance(module, nn.Linear)
+
+
+def attach(model: nn.Module, patterns: Iterable[str], subjects: int, rank: int, alpha: float) -> list[StackedLora]:
+    """The new adapter layers, put in the place of the matching layers; all of the model's own weights are frozen."""
+    model.requires_grad_(False)
+    paths = matching_layers(model, patterns)
+    if not paths:
+        raise ConfigError(
+            f"lora.targets: no layer of {type(model).__name__} matches {', '.join(patterns)}; "
+            "`dbtrain doctor --layers MODEL` lists the layers that can carry an adapter"
+        )
+    for path in paths:
+        model.set_submodule(path, StackedLora(model.get_submodule(path), subjects, rank, alpha / rank))
+    return [layer for _, layer in layers(model)]
+
+
+def detach(model: nn.Module) -> None:
+    """Put the base layers back."""
+    for path, layer in layers(model):
+        model.set_submodule(path, layer.base)
+
+
+def layers(model: nn.Module) -> list[tuple[str, StackedLora]]:
+    """(path, layer) of every adapter in a model."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, StackedLora)]
+
+
+@contextmanager
+def only_row(models: Iterable[nn.Module], row: int) -> Iterator[None]:
+    """The stacks as if they held one subject alone; afterwards all of them again."""
+    stacks = [layer for model in models for _, layer in layers(model)]
+    for layer in stacks:
+        layer.rows = slice(row, row + 1)
+    try:
+        yield
+    finally:
+        for layer in stacks:
+            layer.rows = slice(None)
+
+
+def fresh_row(model: nn.Module, prefix: str, rank: int, seed: int, subject: str) -> dict[str, Tensor]:
+    """A subject's adapter before training, as [1, ...] float64 by name: A uniform in +-1/sqrt(in) as PEFT and nn.Linear
+    do, B zero."""
+    started = {}
+    for path, layer in layers(model):
+        width, out = layer.down_NRD.shape[2], layer.up_NDR.shape[1]
+        draws = uniform_range(stream_key(seed, subject, prefix, path), Purpose.ADAPTER, rank * width)
+        started[f"{prefix}.{path}.down_NRD"] = ((2 * draws - 1) * width**-0.5).view(1, rank, width)
+        started[f"{prefix}.{path}.up_NDR"] = torch.zeros(1, out, rank, dtype=torch.float64)
+    return started
+
+
+@torch.no_grad()
+def reset_row(model: nn.Module, prefix: str, row: int, seed: int, subject: str) -> None:
+    """Start a subject afresh in a row, at the rank of the stack."""
+    found = layers(model)
+    started = fresh_row(model, prefix, found[0][1].down_NRD.shape[1], seed, subject)
+    for path, layer in found:
+        layer.down_NRD[row] = started[f"{prefix}.{path}.down_NRD"][0].to(layer.down_NRD)
+        layer.up_NDR[row] = 0
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One subject's adapter: {model path: (A [rank, in], B [out, rank])} for each component, with its alpha.
+
+    Components are named `unet` (or `transformer`), `text_encoder`, `text_encoder_2`. conv: paths of 1x1 convolutions.
+    """
+
+    matrices: dict[str, dict[str, tuple[Tensor, Tensor]]]
+    alpha: float
+    rank: int
+    conv: frozenset[str] = frozenset()
+
+
+def read_rows(components: dict[str, nn.Module], row: int, alpha: float) -> LoraWeights:
+    """A subject's adapter, copied out of its row of every component that has adapters."""
+    matrices, conv, rank = {}, set(), 0
+    for component, model in components.items():
+        found = layers(model)
+        if not found:
+            continue
+        matrices[component] = {
+            path: (layer.down_NRD[row].detach().float().cpu().clone(), layer.up_NDR[row].detach().float().cpu().clone())
+            for path, layer in found
+        }
+        conv |= {f"{component}.{path}" for path, layer in found if isinstance(layer.base, nn.Conv2d)}
+        rank = found[0][1].down_NRD.shape[1]
+    return LoraWeights(matrices, alpha, rank, frozenset(conv))
+
+
+def from_state(trained: dict[str, Tensor], components: dict[str, nn.Module], alpha: float) -> LoraWeights:
+    """A subject's adapter in an engine state: [1, ...] matrices by `<component>.<path>.down_NRD` and `.up_NDR`."""
+    matrices: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    conv, rank = set(), 0
+    for component, model in components.items():
+        for path, layer in layers(model):
+            down, up = (trained[f"{component}.{path}.{kind}"][0].float().cpu() for kind in ("down_NRD", "up_NDR"))
+            matrices.setdefault(component, {})[path] = down, up
+            rank = len(down)
+            if isinstance(layer.base, nn.Conv2d):
+                conv.add(f"{component}.{path}")
+    return LoraWeights(matrices, alpha, rank, frozenset(conv))
+
+
+@torch.no_grad()
+def write_rows(components: dict[str, nn.Module], row: int, weights: LoraWeights) -> None:
+    """Copy an adapter into a row; its rank may be smaller than the stack's (padded with zeros)."""
+    for component, matrices in weights.matrices.items():
+        stack = dict(layers(components[component]))
+        for path, (down, up) in matrices.items():
+            layer = stack[path]
+            layer.down_NRD[row] = 0
+            layer.up_NDR[row] = 0
+            layer.down_NRD[row, : down.shape[0]] = down.to(layer.down_NRD)
+            layer.up_NDR[row, :, : up.shape[1]] = up.to(layer.up_NDR)
+            layer.scale_N[row] = weights.alpha / weights.rank
+
+
+def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) -> None:
+    """Nothing; DataError unless every matrix of an adapter belongs to a layer of the base, in that layer's shape."""
+    for component, matrices in weights.matrices.items():
+        for path, (down, up) in matrices.items():
+            try:
+                weight = components[component].get_submodule(path).weight
+            except (KeyError, AttributeError) as error:
+                raise DataError(f"adapter: {component}.{path} is no layer of this base; use its own base") from error
+            want = ((weights.rank, weight[0].numel()), (weight.shape[0], weights.rank))
+            if not isinstance(weight, torch.Tensor) or weight.dim() < 2 or (down.shape, up.shape) != want:
+                got = f"{tuple(down.shape)} and {tuple(up.shape)}"
+                wanted = f"{want[0]} and {want[1]}"
+                raise DataError(f"adapter: {component}.{path}: got {got}, want {wanted}; use its own base")
+
+
+@contextmanager
+def adapter(family: Family, models: Models, weights: LoraWeights) -> Iterator[None]:
+    """The base with an adapter on it; afterwards the base as it was."""
+    components = models.components(family.denoiser_name)
+    refuse_misfit(components, weights)
+    for name, matrices in weights.matrices.items():
+        attach(components[name], matrices, 1, weights.rank, weights.alpha)
+    try:
+        write_rows(components, 0, weights)
+        yield
+    finally:
+        for module in components.values():
+            detach(module)

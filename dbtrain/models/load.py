@@ -1,0 +1,247 @@
+"""Base models from diffusers folders, hub ids and single files, and their digests."""
+
+import hashlib
+import inspect
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbtrain.errors import ConfigError, DataError, first_line
+from dbtrain.models.family import Family, Models, is_local
+from dbtrain.objective.noise import Schedule, discrete_schedule
+from dbtrain.settings.config import ModelConfig
+from dbtrain.storage.atomic import file_digest
+from dbtrain.tiny import BASE, EMBEDDED
+
+CLASSES = {
+    "CLIPTextModel": ("transformers", "CLIPTextModel"),
+    "CLIPTextModelWithProjection": ("transformers", "CLIPTextModelWithProjection"),
+    "UNet2DConditionModel": ("diffusers", "UNet2DConditionModel"),
+    "AutoencoderKL": ("diffusers", "AutoencoderKL"),
+}
+"""Component classes that may be loaded; a model index that names another one is refused."""
+A_HUB_ID = "a hub id (fetched once; without network it must be in the hub's cache)"
+
+
+def source_of(path: str) -> str:
+    """Where a model is read from: `embedded` is the base that ships with dbtrain."""
+    return str(BASE) if path == EMBEDDED else path
+
+
+def load_models(family: Family, config: ModelConfig) -> Models:
+    """The base model in fp32, frozen, in evaluation mode, on the CPU.
+
+    Raises ConfigError when the source is missing or is no model of this family.
+    """
+    quiet_libraries()
+    source = source_of(config.path)
+    mind_the_network(source, *filter(None, [config.single_file_layout]))
+    if source.endswith((".safetensors", ".ckpt")):
+        return _load_single_file(family, config, source)
+    try:
+        index = _component_index(source, config)
+        parts = {
+            name: _load_component(source, name, index, config)
+            for name in (family.denoiser_name, "vae", *family.text_components)
+        }
+        tokenizers = {
+            name: _load_part_tokenizer(source, name.replace("text_encoder", "tokenizer"), config)
+            for name in family.text_components
+        }
+        scheduler = _load_scheduler(source, index, config)
+    except (OSError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"model.path: cannot load {config.path!r} as {family.name}: {first_line(error)}; "
+            f"give a diffusers folder, a .safetensors file, or {A_HUB_ID}"
+        ) from error
+    return _assemble(family, config, source, parts, tokenizers, scheduler)
+
+
+def _assemble(
+    family: Family, config: ModelConfig, source: str, parts: dict, tokenizers: dict, scheduler: Any
+) -> Models:
+    for module in parts.values():
+        module.requires_grad_(False).eval()
+    schedule = schedule_of(scheduler, config)
+    return Models(
+        denoiser=parts[family.denoiser_name],
+        vae=parts["vae"],
+        text_encoders={name: parts[name] for name in family.text_components},
+        tokenizers=tokenizers,
+        scheduler=scheduler_as_trained(scheduler, schedule, config),
+        schedule=schedule,
+        source=config.path,
+        digests=digests_of(source) if is_local(source) else commit_of(source, config),
+    )
+
+
+def _index_path(source: str, config: ModelConfig) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    name = "model_index.json"
+    return Path(source) / name if is_local(source) else Path(hf_hub_download(source, name, revision=config.revision))
+
+
+def _component_index(source: str, config: ModelConfig) -> dict[str, list[str]]:
+    index = json.loads(_index_path(source, config).read_text())
+    return {name: entry for name, entry in index.items() if isinstance(entry, list)}
+
+
+def _load_component(source: str, name: str, index: dict, config: ModelConfig) -> torch.nn.Module:
+    class_name = index[name][1]
+    if class_name not in CLASSES:
+        raise ValueError(f"component {name} is a {class_name}, want one of {', '.join(CLASSES)}")
+    library, attribute = CLASSES[class_name]
+    loader = getattr(__import__(library), attribute)
+    variant = {"variant": config.variant} if config.variant else {}
+    return loader.from_pretrained(
+        source, subfolder=name, revision=config.revision, use_safetensors=True, torch_dtype=torch.float32, **variant
+    )
+
+
+def _load_part_tokenizer(source: str, name: str, config: ModelConfig) -> Any:
+    from transformers import CLIPTokenizer
+
+    return _with_vocabulary(CLIPTokenizer.from_pretrained(source, subfolder=name, revision=config.revision))
+
+
+def _with_vocabulary(tokenizer: Any) -> Any:
+    """The tokenizer; ValueError for an empty one, which transformers makes where there are no files."""
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError("its tokenizer has no vocabulary on this machine")
+    return tokenizer
+
+
+def _load_scheduler(source: str, index: dict, config: ModelConfig) -> Any:
+    import diffusers
+
+    return getattr(diffusers, index["scheduler"][1]).from_pretrained(
+        source, subfolder="scheduler", revision=config.revision
+    )
+
+
+def _load_single_file(family: Family, config: ModelConfig, source: str) -> Models:
+    import diffusers
+
+    if not source.endswith(".safetensors") or not is_local(source):
+        raise ConfigError(
+            f"model.path: {config.path!r} must be an existing .safetensors file; .ckpt files can run code"
+        )
+    layout = {"config": source_of(config.single_file_layout)} if config.single_file_layout else {}
+    try:
+        pipeline = getattr(diffusers, family.pipeline).from_single_file(source, torch_dtype=torch.float32, **layout)
+    except Exception as error:
+        raise ConfigError(
+            f"model.path: cannot read {config.path!r} as {family.name}: {first_line(error)}; "
+            "offline, set model.single_file_layout to a diffusers folder of the same architecture"
+        ) from error
+    parts = {name: getattr(pipeline, name) for name in (family.denoiser_name, "vae", *family.text_components)}
+    tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_components}
+    return _assemble(family, config, source, parts, tokenizers, pipeline.scheduler)
+
+
+def mind_the_network(*sources: str) -> None:
+    """Nothing; if a source is a hub id and the hub does not answer, ids are looked up in its cache alone from now on.
+    Each of the many requests for a model would else be tried again for half a minute."""
+    if not all(map(is_local, sources)):
+        _ask_the_hub()
+
+
+@cache
+def _ask_the_hub() -> None:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the HTTP library of the day raises; with HF_HUB_OFFLINE=1 the hub's own refusal
+        constants.HF_HUB_OFFLINE = True
+
+
+def schedule_of(scheduler: Any, config: ModelConfig) -> Schedule:
+    """The training schedule in a diffusers scheduler's configuration."""
+    from diffusers import DDPMScheduler
+
+    kept = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    kept["rescale_betas_zero_snr"] = False
+    parameterization = (
+        kept.get("prediction_type", "epsilon") if config.parameterization == "auto" else config.parameterization
+    )
+    rescale = scheduler.config.get("rescale_betas_zero_snr", False)
+    if config.zero_terminal_snr != "auto":
+        rescale = config.zero_terminal_snr
+    if rescale and parameterization == "epsilon":
+        raise ConfigError(
+            "model.zero_terminal_snr: an epsilon model learns nothing at zero SNR; "
+            "set model.parameterization=v_prediction or model.zero_terminal_snr=false"
+        )
+    return discrete_schedule(DDPMScheduler.from_config(kept).alphas_cumprod, parameterization, bool(rescale))
+
+
+def scheduler_as_trained(scheduler: Any, schedule: Schedule, config: ModelConfig) -> Any:
+    """The sampling scheduler that agrees with the training schedule: the model's own, unless settings override it.
+
+    Zero terminal SNR is sampled with trailing steps, from pure noise on (arXiv 2305.08891, section 3.3).
+    """
+    told: dict[str, Any] = {}
+    if config.parameterization != "auto":
+        told["prediction_type"] = schedule.parameterization
+    if config.zero_terminal_snr != "auto":
+        told["rescale_betas_zero_snr"] = config.zero_terminal_snr
+    if config.zero_terminal_snr is True:
+        told["timestep_spacing"] = "trailing"
+    if not told:
+        return scheduler
+    from diffusers import DDIMScheduler
+
+    knows_zero_snr = "rescale_betas_zero_snr" in inspect.signature(type(scheduler)).parameters
+    kind = type(scheduler) if knows_zero_snr or config.zero_terminal_snr is not True else DDIMScheduler
+    return kind.from_config({**scheduler.config, **told})
+
+
+def quiet_libraries() -> None:
+    """Switch off progress bars and advice of diffusers and transformers: they are about their own internals."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def load_tokenizer(path: str) -> Any:
+    """The first tokenizer of a diffusers folder, a tokenizer folder, a hub id, or `embedded`."""
+    from transformers import AutoTokenizer, CLIPTokenizer
+
+    source = source_of(path)
+    mind_the_network(source)
+    try:
+        if (Path(source) / "tokenizer").is_dir() or not is_local(source):
+            return _with_vocabulary(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"))
+        return _with_vocabulary(AutoTokenizer.from_pretrained(source))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: no tokenizer found: {first_line(error)}; give a model or tokenizer folder, or {A_HUB_ID}"
+        ) from error
+
+
+def digests_of(source: str) -> dict[str, str]:
+    """sha256 of every weight, tokenizer and scheduler file of a local model by its relative path; empty for hub ids."""
+    root = Path(source)
+    kinds = ("*/*.safetensors", "tokenizer*/*", "scheduler/*.json")
+    files = [root] if root.is_file() else sorted({path for kind in kinds for path in root.glob(kind) if path.is_file()})
+    return {file.name if root.is_file() else file.relative_to(root).as_posix(): file_digest(file) for file in files}
+
+
+def commit_of(source: str, config: ModelConfig) -> dict[str, str]:
+    """What names a hub model's files as digests would: its id, the commit that was read, and the variant."""
+    return {"source": source, "commit": _index_path(source, config).parent.name, "variant": config.variant or ""}
+
+
+def base_digest(models: Models) -> str:
+    """One sha256 that names the base model: of its files' digests, or of a hub model's id, commit and variant."""
+    text = json.dumps(models.digests or {"source": models.source}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,133 @@
+"""Class priors drawn by the frozen base, block by block, by any number of processes at once."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dbtrain.data.shards import write_shards
+from dbtrain.data.stream import verify
+from dbtrain.engines.world import World
+from dbtrain.errors import DataError
+from dbtrain.models.family import Family, Models
+from dbtrain.models.sampling import generate, image_seed, make_pipeline
+from dbtrain.priors.store import (
+    BLOCK,
+    IMPORTED,
+    PriorKey,
+    block_folder,
+    chain,
+    held_images,
+    missing_blocks,
+    prior_sample,
+    remedy,
+    write_key,
+)
+from dbtrain.storage.atomic import held
+from dbtrain.values import Sample
+
+POLL_S = 0.2
+
+
+def make_priors(
+    store: Path,
+    key: PriorKey,
+    images: int,
+    family: Family,
+    models: Models,
+    world: World,
+    batch: int,
+    report: Callable[[str], None] = lambda line: None,
+    stop: Callable[[], bool] = lambda: False,
+    beat: Callable[[], object] = lambda: None,
+) -> int:
+    """Number of images this rank drew; the ranks share the blocks. Afterwards (and a barrier) all are there and sound.
+
+    Damaged blocks are drawn anew. Blocks that another run draws at this moment are waited for. `stop` is asked between
+    blocks; when it says so, the rest is left for another time. `beat` is told of every image and every look at what
+    another run draws, for whoever would take this process to hang.
+    """
+    folder = store / key.name
+    # By number, not by place in the list: a slower rank already sees the blocks of the others.
+    mine = [start for start in range(0, images, BLOCK) if start // BLOCK % world.size == world.rank]
+    waiting = [start for start in mine if _todo(folder, start, images)]
+    if waiting and key.sampler == IMPORTED:
+        raise DataError(_lacking(folder, key, images))
+    pipeline, drawn, told = None, 0, False
+    while waiting:
+        pipeline = pipeline or make_pipeline(family, models, key.sampler)
+        busy = []
+        for start in waiting:
+            if stop():
+                return drawn
+            with held(folder / f".block-{start:06d}.lock") as ours:
+                if ours:
+                    drawn += _complete(folder, start, images, key, pipeline, batch, report, beat)
+                else:
+                    busy.append(start)
+        if busy and not told:
+            report(f"priors: {key.prompt!r} images {busy[0]} and on are being drawn by another run; waiting for it")
+            told = True
+        waiting = busy
+        beat()
+        time.sleep(POLL_S if busy else 0)
+    return drawn
+
+
+def _lacking(folder: Path, key: PriorKey, images: int) -> str:
+    """Why a class's imported images do not do."""
+    damaged = [block_folder(folder, block) for block in chain(folder, images) if verify(block_folder(folder, block))]
+    if damaged:
+        return f"{damaged[0]}: is damaged; {remedy(key.sampler)}"
+    return (
+        f"{folder}: has {held_images(folder)} sound imported images of {key.prompt!r}, want {images}; "
+        "bring more with `dbtrain prior import`, or lower prior.images"
+    )
+
+
+def _todo(folder: Path, start: int, images: int) -> list[range]:
+    """The ranges of image numbers from `start` to the next multiple of BLOCK that are missing or damaged."""
+    stop = min(start + BLOCK, images)
+    mine = [block for block in chain(folder) if start <= block.start < stop]
+    damaged = [block for block in mine if verify(block_folder(folder, block))]
+    return damaged + missing_blocks(folder, stop, start)
+
+
+def _complete(
+    folder: Path,
+    start: int,
+    images: int,
+    key: PriorKey,
+    pipeline,
+    batch: int,
+    report: Callable[[str], None],
+    beat: Callable[[], object],
+) -> int:
+    """Number of images drawn so that the BLOCK from `start` is whole; its lock is held."""
+    todo = _todo(folder, start, images)
+    if todo:
+        write_key(folder, key)
+    for block in todo:
+        report(f"priors: {key.prompt!r} images {block.start}-{block.stop - 1} of {images}")
+        write_shards(_told(_draw(pipeline, key, block, batch), beat), block_folder(folder, block), remake=True)
+    return sum(len(block) for block in todo)
+
+
+def _told(samples: Iterator[Sample], beat: Callable[[], object]) -> Iterator[Sample]:
+    for sample in samples:
+        beat()
+        yield sample
+
+
+def _draw(pipeline, key: PriorKey, block: range, batch: int) -> Iterator[Sample]:
+    seeds = [image_seed(key.name, number) for number in block]
+    images = generate(
+        pipeline, [key.prompt] * len(block), seeds, key.resolution, key.steps, key.guidance, key.precision, batch
+    )
+    for number, image in zip(block, images):
+        data = io.BytesIO()
+        image.save(data, "PNG")
+        meta = {"height": image.height, "width": image.width, "seed": seeds[number - block.start]}
+        yield prior_sample(key, number, data.getvalue(), "png", meta)

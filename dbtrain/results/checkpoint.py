@@ -1,0 +1,143 @@
+"""Checkpoints of record: fp32 masters, AdamW moments, EMA and counters under a digest manifest.
+
+They know nothing of world size or ZeRO stage. A checkpoint is a folder `step-00000100/` with `state.safetensors`,
+`state.json` and `manifest.json` (sha256 of the other two). `latest` means the newest one whose manifest verifies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dbtrain.engines.engine import EngineState
+from dbtrain.errors import DataError
+from dbtrain.storage.atomic import file_digest, hidden, sweep, whole_folder
+
+STATE, ABOUT, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+STEP_FOLDER = re.compile(r"step-[0-9]{8}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: the engine's state after `step` steps, and whose it is.
+
+    average: the photos' error that `train.stop_loss` looks at, where an engine keeps it.
+    """
+
+    step: int
+    run: str
+    state: EngineState
+    average: float = 0.0
+
+
+def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """The folder written, whole or not at all; afterwards only the `keep` newest good ones remain."""
+    from safetensors.torch import save_file
+
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / f"step-{checkpoint.step:08d}"
+    sweep(root)
+    flat = {f"{kind}/{name}": tensor for kind, group in checkpoint.state.items() for name, tensor in group.items()}
+    about = {"step": checkpoint.step, "run": checkpoint.run, "average": checkpoint.average}
+    with whole_folder(final) as temporary:
+        save_file(flat, temporary / STATE)
+        (temporary / ABOUT).write_text(json.dumps(about))
+        digests = {name: file_digest(temporary / name) for name in (STATE, ABOUT)}
+        (temporary / MANIFEST).write_text(json.dumps(digests, indent=1))
+    tidy_checkpoints(root, keep)
+    return final
+
+
+def latest_checkpoint(root: Path, run: str) -> tuple[Path | None, list[str]]:
+    """The folder of the newest checkpoint that verifies, or None, and a line for every newer one that did not.
+
+    Raises DataError for a good checkpoint of another run: resuming from it would mix two trainings.
+    """
+    passed_over: list[str] = []
+    for folder in _folders(root):
+        defect = verify_checkpoint(folder)
+        if not defect:
+            return _own(folder, run), passed_over
+        passed_over.append(f"{folder}: {defect}; falling back to the one before")
+    return None, passed_over
+
+
+def named_checkpoint(root: Path, name: str, run: str) -> Path:
+    """The checkpoint that a user asked for by its folder's name; DataError if it is missing, damaged or foreign."""
+    there = ", ".join(folder.name for folder in _folders(root)) or "none"
+    if not (root / name).is_dir():
+        raise DataError(f"checkpoint.resume: {root / name} does not exist (there are: {there}); correct the name")
+    defect = verify_checkpoint(root / name)
+    if defect:
+        raise DataError(f"checkpoint.resume: {root / name}: {defect}; name another (there are: {there}), or `latest`")
+    return _own(root / name, run)
+
+
+def _own(folder: Path, run: str) -> Path:
+    """A verified checkpoint's folder; DataError if it is another run's."""
+    found = str(_about(folder).get("run"))
+    if found != run:
+        raise DataError(
+            f"{folder}: belongs to a run with other settings or data (run {found[:12]}, "
+            f"this one is {run[:12]}); use another --out, or delete the folder to start afresh"
+        )
+    return folder
+
+
+def verify_checkpoint(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None; nothing is parsed before its digest has proved it."""
+    try:
+        digests = json.loads((folder / MANIFEST).read_text())
+        if not isinstance(digests, dict) or digests.keys() != {STATE, ABOUT}:
+            return "its manifest does not list its files"
+        for name, digest in digests.items():
+            if file_digest(folder / name) != digest:
+                return f"{name} differs from its digest"
+        visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        if strange := visible - {STATE, ABOUT, MANIFEST}:
+            return f"holds {min(strange)!r}, which is none of its files"
+        step = _about(folder)["step"]
+        if folder.name != f"step-{step:08d}":
+            return f"holds the state after step {step}"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        return f"unreadable ({error})"
+    return None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The contents of a verified checkpoint, on the CPU."""
+    from safetensors.torch import load_file
+
+    about = _about(folder)
+    state: EngineState = {}
+    for key, tensor in load_file(folder / STATE).items():
+        kind, name = key.split("/", 1)
+        state.setdefault(kind, {})[name] = tensor
+    return Checkpoint(about["step"], about["run"], state, about.get("average", 0.0))
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / ABOUT).read_text())
+
+
+def _folders(root: Path) -> list[Path]:
+    found = [path for path in root.iterdir() if STEP_FOLDER.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(found, reverse=True)
+
+
+def tidy_checkpoints(root: Path, keep: int) -> None:
+    """Nothing; afterwards there are no remains of a killed writer, and no checkpoint older than the `keep` newest good
+    ones. Damaged ones do not count, so that the last good one is never deleted."""
+    good = 0
+    for folder in _folders(root):
+        if good >= keep:
+            # Out of sight first: a deletion that is killed leaves no half checkpoint under a real name.
+            os.rename(folder, hidden(folder))
+        else:
+            good += verify_checkpoint(folder) is None
+    if root.is_dir():
+        sweep(root)

@@ -1,0 +1,125 @@
+"""record.json: what says that a subject is finished, and which bytes it left behind.
+
+It is written last. Its files are compared with it wherever they are used, and before a subject counts as done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dbtrain.errors import DataError
+from dbtrain.storage.atomic import file_digest, sync_folder, write_file
+
+RECORD = "record.json"
+SHEET = "samples.png"
+NEEDED = {**dict.fromkeys(("subject", "class", "identifier", "run", "base", "base_digest"), str), "files": dict}
+"""What every record holds, and of which kind."""
+QUICK_BYTES = 2**30
+"""Files of so many bytes together are read to see whether a subject is done; of larger ones the sizes must do."""
+
+
+def write_record(folder: Path, record: dict[str, Any], artefacts: Sequence[Path]) -> None:
+    """record.json with sizes and digests of the artefacts, and digests of each image of the last sheet; the last file
+    of a finished subject."""
+    names = {path.relative_to(folder).as_posix(): path for path in artefacts}
+    files = {name: file_digest(path) for name, path in names.items()}
+    found = {**record, "files": files, "sizes": {name: path.stat().st_size for name, path in names.items()}}
+    if SHEET in files:
+        drawn = sorted((folder / "samples" / "samples").glob("*.png"))
+        found["samples"] = {path.name: file_digest(path) for path in drawn}
+    write_file(folder / RECORD, json.dumps(found, indent=1).encode())
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a finished subject, or None. Raises DataError for a damaged one."""
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in NEEDED.items()):
+        raise DataError(f"{path}: is damaged; remove it and run the same training again, which publishes anew")
+    return record
+
+
+def looks_finished(folder: Path) -> bool:
+    """Whether a record is there whose files are there too, of the right sizes; their digests are not looked at."""
+    try:
+        record = read_record(folder)
+    except DataError:
+        return False
+    return record is not None and file_problem(folder, record, most_bytes=0) is None
+
+
+def drop_record(folder: Path) -> None:
+    """Nothing; afterwards the subject is not finished, and the same training goes on with it."""
+    (folder / RECORD).unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def finished_record(folder: Path) -> dict[str, Any]:
+    """The record of a finished subject all of whose files are what it says.
+
+    Raises DataError for a folder that holds no such subject; it names the file.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise DataError(f"{folder}: holds no finished subject (no record.json); give a folder under OUT/subjects/")
+    _refuse(folder, record, record["files"])
+    return record
+
+
+def refuse_changed(path: Path) -> None:
+    """Nothing; DataError unless a file is what the record beside it says, if there is one that names it."""
+    record = read_record(path.parent)
+    if record is not None and path.name in record["files"]:
+        _refuse(path.parent, record, {path.name: record["files"][path.name]})
+
+
+def _refuse(folder: Path, record: dict[str, Any], files: Mapping[str, str]) -> None:
+    problem = file_problem(folder, {**record, "files": files})
+    if problem is not None:
+        seen = file_problem(folder, record, QUICK_BYTES) is not None
+        first = "" if seen else f"remove {RECORD} there and "
+        raise DataError(f"{problem}; {first}run the same training again, which mends it")
+
+
+def file_problem(folder: Path, record: dict[str, Any], most_bytes: float = math.inf) -> str | None:
+    """Which file of a finished subject is not what its record says, and how; None if all are.
+
+    Names and sizes come first (records of old hold no sizes), then the digests, unless the files have more than
+    `most_bytes` together.
+    """
+    sizes, total = record.get("sizes"), 0
+    for name in record["files"]:
+        size = _size(folder, name)
+        want = sizes.get(name, size) if isinstance(sizes, dict) else size
+        if size is None:
+            return f"{folder / name}: is missing, and {RECORD} names it"
+        if size != want:
+            return f"{folder / name}: has {size} bytes, {RECORD} says {want}"
+        total += size
+    for name, want in record["files"].items() if total <= most_bytes else ():
+        digest = file_digest(folder / name)
+        if digest != want:
+            return f"{folder / name}: has the sha256 {digest[:16]}..., {RECORD} says {str(want)[:16]}..."
+    return None
+
+
+def _size(folder: Path, name: str) -> int | None:
+    """Bytes of a regular file within a folder; None if there is none of that name."""
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts:
+        return None
+    try:
+        status = (folder / name).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None

@@ -1,0 +1,1 @@
+"""The settings of a run: what there is, recipes in YAML, and their checks."""

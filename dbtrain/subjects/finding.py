@@ -1,0 +1,21 @@
+"""What is wrong with some input, in a form for a table, for JSON and for one line of text."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One defect of the input: whose, where (a photo, or `manifest:row`), what is wrong, what to do about it."""
+
+    subject: str
+    file: str
+    what: str
+    remedy: str
+
+    def line(self) -> str:
+        """The finding as one line of text."""
+        return f"{self.file}: {f'subject {self.subject}: ' if self.subject else ''}{self.what}; {self.remedy}"
+
+    def row(self) -> dict[str, str]:
+        """The finding as a plain mapping, for `--json`."""
+        return asdict(self)

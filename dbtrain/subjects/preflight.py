@@ -1,0 +1,129 @@
+"""Everything that can be known to be wrong with subjects and photos before any other work. Reads only."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dbtrain.data.images import open_photo
+from dbtrain.data.prefetch import ahead
+from dbtrain.errors import DataError, named
+from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.finding import Finding
+from dbtrain.subjects.identifiers import meanings
+from dbtrain.subjects.manifest import scan_manifest
+from dbtrain.subjects.prompts import fill
+from dbtrain.subjects.registry import read_registry, taken_identifiers, vocabulary_digest
+from dbtrain.values import Subject
+
+MARKS = 2
+"""Tokens of a text encoder's length that its start and end marks take."""
+
+
+def preflight(
+    subjects: list[Subject],
+    config: RunConfig,
+    tokenizer: Any = None,
+    registry: Path | None = None,
+    photos: bool = True,
+) -> list[Finding]:
+    """All defects of a manifest's subjects under a run's settings; empty means that training can begin.
+
+    Photos are decoded in full, one after another, in flat memory; `photos` False leaves them out. `tokenizer` is the
+    base model's; None leaves captions and identifiers unjudged. `registry` holds the identifiers that were given out;
+    None is the one in the settings, if any.
+    """
+    found = [*_overrides(subjects, config)]
+    if tokenizer is not None:
+        found += [*_captions(subjects, config, tokenizer), *_identifiers(subjects, config, tokenizer, registry)]
+    return [*found, *_photos(subjects)] if photos else found
+
+
+def sift(
+    manifest: Path, config: RunConfig, tokenizer: Any = None, registry: Path | None = None, photos: bool = True
+) -> tuple[list[Subject], list[Finding]]:
+    """(subjects of a manifest without a finding, all findings): what `--skip-bad` goes on with, and why."""
+    subjects, findings = scan_manifest(manifest, config.data.shards is None)
+    findings += preflight(subjects, config, tokenizer, registry, photos)
+    # A row whose id is none cannot be told apart from others by it, but it is no subject either.
+    bad = {finding.subject for finding in findings}
+    return [subject for subject in subjects if subject.id not in bad], findings
+
+
+def _overrides(subjects: list[Subject], config: RunConfig) -> Iterator[Finding]:
+    """What subjects ask for that the settings cannot give them."""
+    warmup, prior = config.train.warmup_steps, config.prior
+    for subject in subjects:
+        steps, weight = subject.steps, subject.prior_weight
+        rules = (
+            (
+                "steps",
+                steps is not None and steps <= warmup,
+                f"is {steps}, but train.warmup_steps is {warmup}",
+                "raise it, or shorten the warm-up",
+            ),
+            (
+                "rank",
+                subject.rank is not None and config.train.method != "lora",
+                f"is {subject.rank}, but train.method is {config.train.method}, so it would have no effect",
+                "leave it empty, or set train.method=lora",
+            ),
+            (
+                "prior_weight",
+                weight is not None and prior.weight == 0 and config.engine.kind == "packed",
+                f"is {weight} while prior.weight is 0, and the subjects of a pack have priors all or none",
+                "set prior.weight, or leave it empty",
+            ),
+            (
+                "prior_weight",
+                weight is not None and prior.images == 0,
+                f"is {weight}, but prior.images is 0",
+                "raise prior.images, or leave it empty",
+            ),
+        )
+        yield from (Finding(subject.id, name, what, remedy) for name, wrong, what, remedy in rules if wrong)
+
+
+def _captions(subjects: list[Subject], config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
+    """Captions of subjects and classes that are longer than the text encoder reads."""
+    limit = tokenizer.model_max_length - MARKS
+    for subject in subjects:
+        noun = subject.class_noun
+        # Identifiers are given out later, as one token where nothing else is asked for.
+        identifier = subject.identifier or "sks " * config.identifier.tokens
+        texts = {"caption": fill(subject.caption or config.data.caption, identifier=identifier, class_noun=noun)}
+        if (config.prior.weight if subject.prior_weight is None else subject.prior_weight) > 0:
+            texts["class"] = fill(config.data.class_caption, class_noun=noun)
+        for place, text in texts.items():
+            count = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            if count > limit:
+                what = "has" if place == "caption" else "makes a caption of"
+                yield Finding(subject.id, place, f"{what} {count} tokens, {limit} are read", "shorten it")
+
+
+def _identifiers(
+    subjects: list[Subject], config: RunConfig, tokenizer: Any, registry: Path | None
+) -> Iterator[Finding]:
+    """Identifiers that have a meaning of their own, or that were given to somebody else."""
+    meant = meanings(tokenizer, (subject.identifier for subject in subjects if subject.identifier))
+    for subject in subjects:
+        if subject.identifier in meant:
+            what = f"{meant[subject.identifier]}; the model would mix it with the subject"
+            yield Finding(subject.id, "identifier", what, "see `dbtrain identifiers`, or leave it empty")
+    registry = registry or (Path(config.identifier.registry) if config.identifier.registry else None)
+    if registry is not None:
+        yield from taken_identifiers(registry, subjects, read_registry(registry, vocabulary_digest(tokenizer)))
+
+
+def _photos(subjects: list[Subject]) -> Iterator[Finding]:
+    pairs = ((subject, path) for subject in subjects for path in subject.images)
+    return (finding for finding in ahead(_photo, pairs) if finding is not None)
+
+
+def _photo(pair: tuple[Subject, Path]) -> Finding | None:
+    subject, path = pair
+    try:
+        open_photo(path)
+    except DataError as error:
+        what, _, remedy = str(error).removeprefix(f"{path}: ").rpartition("; ")
+        return Finding(subject.id, named(path), named(what), remedy)
+    return None

@@ -1,0 +1,223 @@
+"""Where data meets the model: a subject's images as cached VAE moments or stored bytes, and its captions.
+
+A bank holds one subject's instance and prior samples. `Bank.batch` is a pure function of (step, slots): which sample,
+mirrored or not, cropped where, comes from counter-based randomness, so it is the same at any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dbtrain.data.images import flip, open_photo, square, to_pixels
+from dbtrain.data.index import order
+from dbtrain.engines.world import together
+from dbtrain.errors import StopRequested
+from dbtrain.models.family import Family, Models, Tokens, encode_images
+from dbtrain.models.load import base_digest
+from dbtrain.models.sampling import sampling_mode
+from dbtrain.priors.draw import make_priors
+from dbtrain.priors.store import PriorKey, prior_key, prior_moments, read_priors
+from dbtrain.randomness import Purpose, stream_key, uniforms
+from dbtrain.settings.config import DataConfig, RunConfig
+from dbtrain.subjects.prompts import fill
+from dbtrain.training.session import ClassPriors, Session
+from dbtrain.values import Batch, Conditioning, Role, Sample, Subject
+
+
+@dataclass(frozen=True)
+class Item:
+    """One stored image of a bank and the caption it trains under."""
+
+    sample: Sample
+    caption: str
+
+
+class Bank:
+    """A subject's samples by role, drawn by (step, slot).
+
+    moments: float32 [n, variants, 2C, h, w] by role on the device; empty where pixels are made each step; variant 1 is
+    the mirror image. texts: every distinct caption once.
+    """
+
+    def __init__(self, items: dict[Role, list[Item]], data: DataConfig, seed: int, subject: str, batch: int):
+        self.items, self.data, self.seed, self.subject, self.batch_size = items, data, seed, subject, batch
+        self.key = stream_key(seed, subject)
+        self.texts = list(dict.fromkeys(item.caption for role in items for item in items[role]))
+        self.moments: dict[Role, Tensor] = {}
+        self.sizes = {
+            role: torch.tensor([_size_ids(item.sample, data.resolution) for item in group], dtype=torch.float32)
+            for role, group in items.items()
+        }
+        self.caption_rows = {
+            role: torch.tensor([self.texts.index(item.caption) for item in group]) for role, group in items.items()
+        }
+        self.readers = ThreadPoolExecutor(2)
+
+    def cache(self, role: Role, vae: nn.Module, device: str) -> Tensor:
+        """The moments of a role's images (and of their mirror images if samples are flipped), encoded once."""
+        arrays = [square(open_photo(item.sample.image), self.data.resolution) for item in self.items[role]]
+        variants = [arrays, [flip(array) for array in arrays]] if self.data.flip else [arrays]
+        encoded = [encode_all(vae, [to_pixels(array) for array in variant], device) for variant in variants]
+        self.moments[role] = torch.stack(encoded, 1)
+        return self.moments[role]
+
+    def batch(self, step: int, instance_slots: Sequence[int], device: str) -> Batch:
+        """The micro-batch of these instance draw slots and, where there are priors, as many prior slots."""
+        return self.draw(step, instance_slots).to(device, non_blocking=True)
+
+    def draw(self, step: int, instance_slots: Sequence[int]) -> Batch:
+        """The same where its parts lie: cached moments on their device, everything else on the CPU."""
+        parts = [
+            self._draw(role, step, torch.tensor([slot + int(role) * self.batch_size for slot in instance_slots]))
+            for role in self.items
+        ]
+        return join_batches(parts)
+
+    def _draw(self, role: Role, step: int, slot_B: Tensor) -> Batch:
+        items = self.items[role]
+        positions = step * self.batch_size + slot_B - int(role) * self.batch_size
+        first = int(positions.min())
+        span = order(len(items), first, int(positions.max()) - first + 1, self.seed, self.subject, role)
+        pick_B = torch.tensor([span[int(position) - first] for position in positions])
+        flip_B = (
+            (uniforms(self.key, Purpose.FLIP, step, slot_B) < 0.5)
+            if self.data.flip
+            else torch.zeros(len(slot_B), dtype=torch.bool)
+        )
+        images, sizes = self._images(role, step, slot_B, pick_B, flip_B)
+        return Batch(images, self.caption_rows[role][pick_B], torch.full_like(slot_B, int(role)), slot_B, sizes)
+
+    def _images(self, role: Role, step: int, slot_B: Tensor, pick_B: Tensor, flip_B: Tensor) -> tuple[Tensor, Tensor]:
+        if role in self.moments:
+            moments = self.moments[role]
+            # A copy that the host waited for would also wait for the step before it to end.
+            place = (pick_B.to(moments.device, non_blocking=True), flip_B.long().to(moments.device, non_blocking=True))
+            return moments[place], self.sizes[role][pick_B]
+        crops = [(0.5, 0.5)] * len(slot_B)
+        if self.data.crop == "random":
+            top_B, left_B = (uniforms(self.key, Purpose.CROP, step, 2 * slot_B + axis) for axis in (0, 1))
+            crops = list(zip(top_B.tolist(), left_B.tolist()))
+        work = [
+            (self.items[role][pick], crop, mirrored)
+            for pick, crop, mirrored in zip(pick_B.tolist(), crops, flip_B.tolist())
+        ]
+        pixels = list(self.readers.map(lambda job: self._pixels(*job), work))
+        sizes = torch.tensor([_size_ids(item.sample, self.data.resolution, crop) for item, crop, _ in work])
+        return torch.stack(pixels), sizes
+
+    def _pixels(self, item: Item, crop: tuple[float, float], mirrored: bool) -> Tensor:
+        array = square(open_photo(item.sample.image), self.data.resolution, crop)
+        return to_pixels(flip(array) if mirrored else array)
+
+
+def join_batches(parts: Sequence[Batch]) -> Batch:
+    """One batch of the samples of several, in order; those of a pack keep no subject rows."""
+    names = [name for name in Batch.__dataclass_fields__ if name != "subject_B"]
+    return Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+def _size_ids(sample: Sample, resolution: int, crop: tuple[float, float] = (0.5, 0.5)) -> list[float]:
+    """Original height and width, crop top and left in the resized image, target height and width, in pixels."""
+    height, width = sample.meta.get("height", resolution), sample.meta.get("width", resolution)
+    scale = resolution / min(height, width)
+    spare = [max(0, round(side * scale) - resolution) for side in (height, width)]
+    offsets = [min(int(share * (room + 1)), room) for share, room in zip(crop, spare)]
+    return [float(value) for value in (height, width, *offsets, resolution, resolution)]
+
+
+@torch.no_grad()
+def encode_all(vae: nn.Module, images: Sequence[Tensor], device: str, batch: int = 8) -> Tensor:
+    """VAE moments [n, 2C, h, w] of n images [3, H, W], encoded `batch` at a time."""
+    chunks = [torch.stack(images[start : start + batch]) for start in range(0, len(images), batch)]
+    return torch.cat([encode_images(vae, chunk.to(device)) for chunk in chunks])
+
+
+@torch.no_grad()
+def encode_captions(
+    family: Family, models: Models, texts: Sequence[str], device: str, cached: bool
+) -> Conditioning | Tokens:
+    """The captions as conditioning (encoded once, in fp32), or as tokens for a text encoder that trains."""
+    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
+    return family.encode_tokens(models.text_encoders, tokens) if cached else tokens
+
+
+def captions_of(
+    family: Family, models: Models, config: RunConfig, texts: Sequence[str], device: str
+) -> Conditioning | Tokens:
+    """The captions as a run's settings want them: encoded once, or as tokens for a text encoder that trains."""
+    return encode_captions(family, models, texts, device, config.data.cache_text and not config.train.text_encoder)
+
+
+def fill_bank(session: Session, subject: Subject, config: RunConfig, instances: Sequence[Sample]) -> Bank:
+    """A subject's photos and its class's priors, with captions, encoded if latents are cached."""
+    identifier, data = session.identifiers[subject.id], config.data
+    caption = fill(subject.caption or data.caption, identifier=identifier, class_noun=subject.class_noun)
+    items = {Role.INSTANCE: [Item(sample, caption) for sample in instances]}
+    if config.prior.weight > 0:
+        key = prior_key(config, session.models, subject.class_noun)
+        wanted = (key, config.prior.images)
+        known = session.class_priors.get(wanted) or ClassPriors(ensure_priors(session, config, key))
+        items[Role.PRIOR] = [Item(sample, key.prompt) for sample in known.samples]
+    bank = Bank(items, data, config.seed, subject.id, config.train.batch)
+    if data.cache_latents and data.crop == "center":
+        with session.stages("encode"):
+            bank.cache(Role.INSTANCE, session.models.vae, session.world.device)
+            if Role.PRIOR in items and known.moments is None:
+                known = replace(known, moments=encode_priors(session, config, key, items[Role.PRIOR]))
+    if Role.PRIOR in items:
+        if known.moments is not None:
+            bank.moments[Role.PRIOR] = known.moments
+        session.keep_priors(wanted, known)
+    return bank
+
+
+def encode_priors(session: Session, config: RunConfig, key: PriorKey, items: Sequence[Item]) -> torch.Tensor:
+    """The encoded priors, from the store or into it, so that no other process or subject encodes them again."""
+    vae, device = session.models.vae, session.world.device
+
+    def encode(group: Sequence[Sample]) -> torch.Tensor:
+        session.beat("encode")
+        part = Bank({Role.PRIOR: [Item(one, key.prompt) for one in group]}, config.data, 0, "", 1)
+        return part.cache(Role.PRIOR, vae, device)
+
+    about = {
+        "base": base_digest(session.models),
+        "dtype": str(next(vae.parameters()).dtype),
+        "resolution": config.data.resolution,
+        "flip": config.data.flip,
+        "device": device.partition(":")[0],
+    }
+    return prior_moments(session.prior_store, key, [item.sample for item in items], about, encode).to(device)
+
+
+def ensure_priors(session: Session, config: RunConfig, key: PriorKey) -> list[Sample]:
+    """A class's priors from the store, which all ranks first complete together; a request to stop ends it early."""
+    world = session.world
+    with session.stages("prior"):
+        if not session.priors_drawn:
+            together(world, lambda: _complete_priors(session, config, key))
+        return together(world, lambda: read_priors(session.prior_store, key, config.prior.images))
+
+
+def _complete_priors(session: Session, config: RunConfig, key: PriorKey) -> None:
+    prior, family, models, world = config.prior, session.family, session.models, session.world
+    with sampling_mode(models):
+        make_priors(
+            session.prior_store,
+            key,
+            prior.images,
+            family,
+            models,
+            world,
+            prior.batch,
+            session.say,
+            stop=lambda: session.stop,
+            beat=lambda: session.beat("prior"),
+        )
+    if session.stop:
+        raise StopRequested(f"stopped on request while drawing {key.prompt!r}; run the same command to go on")

@@ -1,0 +1,126 @@
+"""The training step: L = sum_b W_b * mean|f(x_t, t, c)_b - y_b|^2, with W_b = share_b * role_b * weight(SNR(t_b))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dbtrain.models.family import Family, Models, Tokens, encode_images, latent_scale
+from dbtrain.objective.timesteps import first_words
+from dbtrain.objective.weighting import weight_table
+from dbtrain.randomness import Purpose
+from dbtrain.settings.config import RunConfig
+from dbtrain.values import Batch, Conditioning, Role, StepLoss
+from dbtrain_kernels.loss import loss
+from dbtrain_kernels.noising import noising
+from dbtrain_kernels.reference import Noised
+
+PURPOSES = (
+    int(Purpose.POSTERIOR),
+    int(Purpose.NOISE),
+    int(Purpose.OFFSET),
+    int(Purpose.TIMESTEP),
+    int(Purpose.STRATUM),
+)
+"""Counter words of a sample's random numbers, in the order in which `noising` takes them."""
+
+
+class TrainingStep(nn.Module):
+    """A denoiser, and the text encoders if they train, as the module that an engine runs.
+
+    captions: cached `Conditioning` of every caption, or `Tokens` to encode anew each step. key: the subject's random
+    stream. All randomness is named by (key, step, slot), so it is the same at any number of ranks.
+
+    A pack is the same step over a batch that says whose each sample is: key [N, 2] and lambda [N] of every subject, and
+    a step [N] of each. Its loss is the sum of the subjects' own losses, and no sample is touched by another's.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        models: Models,
+        config: RunConfig,
+        key: tuple[int, int] | Tensor,
+        captions: Conditioning | Tokens,
+        prior_weight: float | Tensor | None = None,
+    ):
+        super().__init__()
+        self.family, self.config, self.captions = family, config, captions
+        self.prior_weight = config.prior.weight if prior_weight is None else prior_weight
+        self.denoiser = models.denoiser
+        self.text_encoders = nn.ModuleDict(models.text_encoders if isinstance(captions, tuple) else {})
+        self.schedule = models.schedule
+        self.weight_S = weight_table(config.objective.weighting, self.schedule, config.objective.snr_gamma)
+        device = self.weight_S.device
+        self.key_N2 = key if isinstance(key, Tensor) else torch.tensor([key], device=device)
+        self.first_S = first_words(config.objective, len(self.weight_S), device)
+        # The VAE is fixed and never sharded, so it is kept out of the registered modules.
+        object.__setattr__(self, "vae", models.vae)
+
+    def forward(self, batch: Batch, step: int | Tensor) -> StepLoss:
+        """The loss of a micro-batch at optimizer step `step`, as this rank's part of the global sum."""
+        drawn = self.noised(batch, step)
+        time_B = self.schedule.time_S[drawn.index_B]
+        if self.in_bf16:
+            x_t, told = drawn.noisy.bfloat16(), self.conditioning(batch).to(torch.bfloat16)
+            prediction = self.family.denoise(self.denoiser, x_t, time_B, told, batch)
+        else:
+            with self.autocast(drawn.noisy.device.type):
+                prediction = self.family.denoise(self.denoiser, drawn.noisy, time_B, self.conditioning(batch), batch)
+        alpha_B, sigma_B = (table_S[drawn.index_B] for table_S in (self.schedule.alpha_S, self.schedule.sigma_S))
+        weight_B = self.weights(batch, drawn.index_B).to(drawn.clean.dtype)
+        parameterization = self.schedule.parameterization
+        result = loss(prediction, drawn.clean, drawn.noise, alpha_B, sigma_B, weight_B, parameterization)
+        return StepLoss(result.total, result.per_sample_B, weight_B)
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether every weight is bf16, as in a pack, whose adapters are copies of fp32 masters: nothing is then cast
+        from call to call, which autocast would do around every norm and every adapter."""
+        return {param.dtype for param in self.parameters()} == {torch.bfloat16}
+
+    def autocast(self, device_type: str) -> torch.autocast:
+        """The compute precision of weights that are not all in it."""
+        gathered = self.config.engine.zero.stage == 3  # such a weight must not be cached
+        enabled = self.config.train.precision == "bf16"
+        return torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=not gathered)
+
+    def noised(self, batch: Batch, step: int | Tensor) -> Noised:
+        """Clean latents (drawn anew each step from moments), noise, x_t and t, all named by (key, step, slot)."""
+        moments = batch.images_BCHW
+        if moments.shape[1] == 3:
+            with torch.no_grad():
+                moments = encode_images(self.vae, moments)
+        if batch.subject_B is None:
+            key_B2, step_B = self.key_N2.expand(len(batch.slot_B), 2), torch.full_like(batch.slot_B, step)
+        else:
+            key_B2, step_B = self.key_N2[batch.subject_B], torch.as_tensor(step)[batch.subject_B]
+        scale, shift = latent_scale(self.vae)
+        return noising(
+            moments,
+            key_B2,
+            batch.slot_B,
+            step_B,
+            self.schedule.alpha_S,
+            self.schedule.sigma_S,
+            PURPOSES,
+            scale,
+            shift,
+            self.config.objective.noise_offset,
+            first_S=self.first_S,
+            strata=0 if self.first_S is not None else self.config.train.batch,
+        )
+
+    def conditioning(self, batch: Batch) -> Conditioning:
+        """Text conditioning of each sample, looked up or encoded with gradients."""
+        if isinstance(self.captions, Conditioning):
+            return self.captions[batch.caption_B]
+        tokens = tuple(ids[batch.caption_B] for ids in self.captions)
+        return self.family.encode_tokens(dict(self.text_encoders.items()), tokens)
+
+    def weights(self, batch: Batch, index_B: Tensor) -> Tensor:
+        """W_B: 1/(samples of the role in the subject's whole step), times lambda for priors, times the SNR weight."""
+        own = batch.subject_B
+        weight = self.prior_weight if own is None else torch.as_tensor(self.prior_weight)[own]
+        role_B = torch.where(batch.role_B == int(Role.PRIOR), weight, 1.0)
+        return role_B / self.config.train.batch * self.weight_S[index_B]

@@ -1,0 +1,222 @@
+"""Measurements and where they go: a JSON-lines file, TensorBoard, wandb or trackio, and the screen."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from dbtrain.errors import ConfigError
+from dbtrain.settings.config import RunConfig, TrackConfig
+
+
+class Sink(Protocol):
+    """A place for measurements."""
+
+    def start(self, run: str, settings: dict) -> None:
+        """Begin a run with its settings."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record the values of a step."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+class JsonLines:
+    """`log.jsonl`: one object a line, appended, so that a resumed run continues the file."""
+
+    def __init__(self, path: Path):
+        self.file = path.open("a", encoding="utf-8")
+
+    def start(self, run: str, settings: dict) -> None:
+        """Nothing: the settings stand in `config.yaml` beside the log."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append a line and flush it."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class TensorBoard:
+    """TensorBoard event files under `tensorboard/`."""
+
+    def __init__(self, path: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(path))
+
+    def start(self, run: str, settings: dict) -> None:
+        """Store the settings as text."""
+        self.writer.add_text("config", f"```json\n{json.dumps(settings, indent=2)}\n```")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One scalar a value."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush the events."""
+        self.writer.close()
+
+
+class Tracker:
+    """wandb, or trackio, which has the same three calls."""
+
+    def __init__(self, module: str, project: str):
+        try:
+            self.api = __import__(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"track.{module}: {module} is not installed; pip install 'dbtrain[trackers]', "
+                f"or set track.{module}=null"
+            ) from error
+        self.project = project
+
+    def start(self, run: str, settings: dict) -> None:
+        """Open the run in the tracker."""
+        self.api.init(project=self.project, name=run, config=settings)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Send the values."""
+        self.api.log(values, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.api.finish()
+
+
+SINKS: dict[str, Callable[[TrackConfig, Path], Sink | None]] = {
+    "jsonl": lambda track, folder: JsonLines(folder / "log.jsonl"),
+    "tensorboard": lambda track, folder: TensorBoard(folder / "tensorboard") if track.tensorboard else None,
+    "wandb": lambda track, folder: Tracker("wandb", track.wandb) if track.wandb else None,
+    "trackio": lambda track, folder: Tracker("trackio", track.trackio) if track.trackio else None,
+}
+"""How to open each sink for a subject's folder; None when it is off."""
+
+
+def open_sinks(config: RunConfig, folder: Path, run: str) -> list[Sink]:
+    """The sinks that a run asked for, started."""
+    opened = [sink for make in SINKS.values() if (sink := make(config.track, folder)) is not None]
+    for sink in opened:
+        sink.start(run, config.model_dump(mode="json"))
+    return opened
+
+
+class Stages:
+    """Seconds of wall time by stage (load, prior, encode, train, sample, save, ...). `beat` is told as each begins."""
+
+    def __init__(self, beat: Callable[[str], None] = lambda stage: None) -> None:
+        self.seconds: dict[str, float] = {}
+        self.beat = beat
+
+    def __call__(self, name: str) -> _Timer:
+        """A context manager that adds its duration to a stage."""
+        self.beat(name)
+        return _Timer(self, name)
+
+
+class _Timer:
+    def __init__(self, stages: Stages, name: str):
+        self.stages, self.name = stages, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        passed = time.perf_counter() - self.start
+        self.stages.seconds[self.name] = self.stages.seconds.get(self.name, 0.0) + passed
+
+
+class Meter:
+    """Rates over the steps since the last log line."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new interval."""
+        self.start, self.wait_s, self.images, self.steps = time.perf_counter(), 0.0, 0, 0
+        self.sums: dict[str, float] = {}
+
+    def add(self, images: int, wait_s: float, values: dict[str, float]) -> None:
+        """Count one step."""
+        self.images, self.wait_s, self.steps = self.images + images, self.wait_s + wait_s, self.steps + 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def read(self) -> dict[str, float]:
+        """Means of the values, and images/s, steps/s and the share of time spent waiting for data."""
+        passed = max(time.perf_counter() - self.start, 1e-9)
+        means = {name: total / self.steps for name, total in self.sums.items()}
+        return {
+            **means,
+            "images_per_s": self.images / passed,
+            "steps_per_s": self.steps / passed,
+            "data_wait_share": self.wait_s / passed,
+        }
+
+
+def peak_memory_gib(device: str) -> float:
+    """Most memory this process has held: device memory on a GPU, resident memory on a CPU."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Progress:
+    """What a person sees while a subject trains: a live bar on a terminal, plain lines otherwise."""
+
+    def __init__(self, subject: str, steps: int, done: int, quiet: bool = False):
+        self.subject, self.steps, self.quiet = subject, steps, quiet
+        self.bar = self._live_bar(done) if sys.stderr.isatty() and not quiet else None
+
+    def _live_bar(self, done: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Live
+
+        live = Live(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.task = live.add_task(self.subject, total=self.steps, completed=done, status="")
+        live.start()
+        return live
+
+    def advance(self, step: int) -> None:
+        """Move the bar; free of output on anything but a terminal."""
+        if self.bar:
+            self.bar.update(self.task, completed=step)
+
+    def report(self, step: int, values: dict[str, float]) -> None:
+        """Show a log interval's values."""
+        eta_s = (self.steps - step) / values["steps_per_s"]
+        status = (
+            f"loss {values['loss']:.4f}  lr {values['lr']:.1e}  {values['images_per_s']:.1f} images/s  "
+            f"wait {values['data_wait_share']:.0%}  {values['memory_gib']:.1f} GiB"
+        )
+        if self.bar:
+            self.bar.update(self.task, completed=step, status=status)
+        elif not self.quiet:
+            print(f"{self.subject}  {step}/{self.steps}  {status}  ETA {eta_s:.0f} s", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.bar:
+            self.bar.stop()

@@ -1,0 +1,128 @@
+"""A fleet as a user starts it: a small job, `dbtrain batch run` as a process, and a look at what it left."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from dbtrain.fleet.ledger import Ledger
+from dbtrain.fleet.processes import born, descendants
+from tests.kit.main_job import ROOT, environment, write_job
+
+SMALL = ["data.resolution=16", "train.steps=2", "train.batch=1", "lora.rank=1", "prior.images=2", "prior.steps=1",
+         "sample.images=0"]  # fmt: skip
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def write_small(folder: Path, subjects: str, *overrides: str) -> list[str]:
+    """The words of `batch run` for a small job, but for `--out`."""
+    return [*write_job(folder, *SMALL, *overrides, subjects=subjects), "--workers", "2", "--hang", "20"]
+
+
+def start(words: list[str], out: Path, *more: str, poison: bool = False, **variables: str) -> subprocess.Popen:
+    """`dbtrain batch run` on its own; what it says goes to OUT.err."""
+    paths = [*([str(ROOT / "tests/fleet/poison")] if poison else []), environment()["PYTHONPATH"]]
+    surroundings = {**environment(), "PYTHONPATH": os.pathsep.join(paths), **variables}
+    command = [sys.executable, "-m", "dbtrain", "batch", "run", *map(str, words), "--out", str(out), *map(str, more)]
+    with open(f"{out}.err", "ab") as log:
+        return subprocess.Popen(command, env=surroundings, stdout=log, stderr=log, start_new_session=True)
+
+
+def batch(*words: object) -> subprocess.CompletedProcess:
+    """`dbtrain batch WORDS` to its end."""
+    command = [sys.executable, "-m", "dbtrain", "batch", *map(str, words)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def said(out: Path) -> str:
+    """All that the drivers of a run said."""
+    return Path(f"{out}.err").read_text()
+
+
+def finish(driver: subprocess.Popen, out: Path, code: int = 0) -> None:
+    """Wait for a driver's end and see that it leaves as it should, alone."""
+    try:
+        assert driver.wait(240) == code, said(out)[-3000:]
+    finally:
+        driver.kill()
+    assert "Traceback" not in said(out), said(out)
+
+
+def ask(out: Path, question: str) -> list[tuple]:
+    """Rows of the ledger, read beside the driver."""
+    try:
+        with sqlite3.connect(f"file:{out / 'ledger.sqlite'}?mode=ro", uri=True, timeout=5) as db:
+            return db.execute(question).fetchall()
+    except sqlite3.OperationalError:
+        return []
+
+
+def states(out: Path) -> dict[str, str]:
+    """State of every subject."""
+    return dict(ask(out, "SELECT id, state FROM subjects"))
+
+
+def wait_for(condition, driver: subprocess.Popen, out: Path, seconds: float = 120):
+    """The first true value of a condition; fails if the driver ends or the time is up."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        assert driver.poll() is None, said(out)[-3000:]
+        time.sleep(0.02)
+    raise AssertionError(f"never came: {said(out)[-2000:]}")
+
+
+def processes(driver: int) -> dict[str, list[int]]:
+    """Zygotes, trainers and actors below a driver."""
+    below = descendants(driver)
+    names = {pid: command(pid) for pid in below}
+    zygotes = [
+        pid for pid, name in names.items() if b"fleet.zygote" in name and b"fleet.zygote" not in command(below[pid])
+    ]
+    return {
+        "zygote": zygotes,
+        "trainer": [pid for pid, parent in below.items() if parent in zygotes],
+        "actor": [pid for pid, name in names.items() if name.startswith(b"ray::Actor")],
+        "all": list(below),
+    }
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def survivors(pids: dict[int, str], seconds: float = 5.0) -> list[bytes]:
+    """Command lines of processes (pid and birth) that are still there after so long."""
+    end = time.monotonic() + seconds
+    left = list(pids)
+    while left and time.monotonic() < end:
+        left = [pid for pid in left if pids[pid] and born(pid) == pids[pid]]
+        time.sleep(0.05)
+    return [command(pid) for pid in left]
+
+
+def digests(out: Path) -> dict[str, str]:
+    """The adapter's digest of every finished subject, by its record."""
+    return {
+        path.parent.name: json.loads(path.read_text())["files"][LORA] for path in out.glob("subjects/*/record.json")
+    }
+
+
+@contextmanager
+def run_of_dogs(folder, subjects):
+    """The ledger of a new run of so many dogs, s0 and on, which all wait."""
+    ledger = Ledger(folder, create=True)
+    with ledger.commit():
+        about = dict.fromkeys(("config", "config_digest", "manifest", "manifest_digest"), "")
+        ledger.create_run(about, [{"id": f"s{number}", "class_noun": "dog"} for number in range(subjects)])
+    yield ledger
+    ledger.close()

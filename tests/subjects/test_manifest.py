@@ -1,0 +1,212 @@
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from dbtrain.errors import DataError
+from dbtrain.subjects.manifest import natural_key, read_manifest, scan_manifest, subject_from_folder
+from dbtrain.values import Subject
+
+ROWS = [
+    {"subject": "cat", "class": "cat", "images": "cat", "caption": "a {identifier} {class}, no", "seed": 3, "lr": 1e-4},
+    {"subject": "no", "class": "stuffed animal", "images": "tiger/*.jpg", "identifier": "sks", "steps": 20},
+]
+
+
+def write(folder, ending, rows):
+    path = folder / f"m.{ending}"
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if ending == "csv":
+        with open(path, "w", newline="", encoding="utf-8-sig") as file:
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            table.writerows(rows)
+    elif ending == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif ending == "yaml":
+        path.write_text(yaml.safe_dump(rows))
+    else:
+        pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows]), path)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "yaml", "parquet"])
+def test_every_format_gives_the_same_subjects(photo_folder, ending):
+    cat = tuple(photo_folder / "cat" / name for name in ("p1.png", "p2.PNG", "p10.png"))
+    tiger = (photo_folder / "tiger" / "a.jpg",)
+    assert read_manifest(write(photo_folder, ending, ROWS)) == [
+        Subject("cat", "cat", cat, caption="a {identifier} {class}, no", seed=3, lr=1e-4),
+        Subject("no", "stuffed animal", tiger, identifier="sks", steps=20),
+    ]
+
+
+def test_yaml_numbers_and_words_keep_their_meaning(photo_folder):
+    path = photo_folder / "m.yaml"
+    path.write_text("- {subject: 007, class: no, images: [cat/p10.png, cat/p1.png], lr: 1e-4, seed: ~}\n")
+    (subject,) = read_manifest(path)
+    assert (subject.id, subject.class_noun, subject.lr, subject.seed) == ("007", "no", 1e-4, None)
+    assert [image.name for image in subject.images] == ["p1.png", "p10.png"]
+
+
+@pytest.mark.parametrize("images", ["cat/p1.png;cat/p10.png;cat/p2.PNG", "cat", "cat/*", "c?t/p*", "./cat/"])
+def test_ways_to_name_images_agree(photo_folder, images):
+    (subject,) = read_manifest(write(photo_folder, "csv", [{"subject": "a", "class": "b", "images": images}]))
+    assert [image.name for image in subject.images] == ["p1.png", "p2.PNG", "p10.png"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "subject,class,images,\na,b,cat,\n",
+        "subject,class,images,,\na,b,cat,,\n,,,,\n",
+        "subject,class,images\na,b,cat,,\n",
+        "subject,class,,images, \na,b, ,cat\n",
+    ],
+)
+def test_columns_that_a_spreadsheet_left_empty_are_none(photo_folder, text):
+    (photo_folder / "m.csv").write_text(text)
+    (subject,) = read_manifest(photo_folder / "m.csv")
+    assert (subject.id, subject.class_noun, len(subject.images)) == ("a", "b", 3)
+
+
+def test_a_cell_without_a_column_is_told(photo_folder):
+    (photo_folder / "m.csv").write_text("subject,class,images,\na,b,cat,,\nb,b,cat,lost,\nc,b,cat,,lost\n")
+    subjects, findings = scan_manifest(photo_folder / "m.csv")
+    told = [(finding.file.rpartition(":")[2], finding.what) for finding in findings]
+    assert [place for place, what in told if what == "column '': is unknown"] == ["2", "3", "4"] and not subjects
+    assert [place for place, what in told if what == "has 5 cells for 4 columns"] == ["4"]
+
+
+def test_photos_outside_the_folder_are_allowed(photo_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elsewhere")
+    row = {"subject": "a", "class": "b", "images": str(photo_folder / "cat")}
+    assert len(read_manifest(write(folder, "csv", [row]))[0].images) == 3
+
+
+BAD_CELLS = [
+    ({"subject": "a.b"}, "column subject: got 'a.b', want letters"),
+    ({"subject": "../x"}, "column subject: got '../x'"),
+    ({"subject": "-x"}, "column subject"),
+    ({"subject": "x" * 65}, "column subject"),
+    ({"subject": ""}, "column subject: got nothing"),
+    ({"class": "  "}, "column class: got nothing"),
+    ({"class": "a{b}"}, "column class"),
+    ({"images": "nowhere"}, "which does not exist"),
+    ({"images": ""}, "column images: got nothing"),
+    ({"images": "empty"}, "the folder 'empty' holds no photo"),
+    ({"images": "mixed"}, "holds 'x.heic'"),
+    ({"images": "zzz*.png"}, "the pattern 'zzz*.png' holds no photo"),
+    ({"images": "notes.txt"}, "got 'notes.txt'"),
+    ({"images": "cat/p1.png;cat/p1.png"}, "twice"),
+    ({"images": "pipe.png"}, "not a regular file"),
+    ({"images": "x" * 300}, "column images"),
+    ({"caption": "x" * 1001}, "got 1001 characters, want at most 1000"),
+    ({"caption": "a photo of {who}"}, "placeholder 'who'"),
+    ({"caption": "{identifier.__class__}"}, "placeholder"),
+    ({"caption": "{identifier!r}"}, "placeholder"),
+    ({"caption": "{identifier"}, "paired braces"),
+    ({"caption": "a photo of a dog"}, "does not name the subject"),
+    ({"caption": "{identifier}\x1b[31m"}, "control character"),
+    ({"identifier": "two words"}, "column identifier"),
+    ({"subject": "a\ud800"}, "column subject: got 'a\\ud800', with half a character"),
+    ({"class": "dog\ud800"}, "column class: got 'dog\\ud800', with half a character"),
+    ({"caption": "{identifier}\udc80"}, "column caption: got"),
+    ({"identifier": "x\ud83d"}, "column identifier: got 'x\\ud83d', with half a character"),
+    ({"images": "\ud800"}, "got '\\ud800', which does not exist"),
+    ({"images": ["\ud800*"]}, "column images"),
+    ({"seed": "-1"}, "column seed: got '-1', want a whole number from 0 up"),
+    ({"seed": str(2**63)}, "column seed"),
+    ({"seed": "1.5"}, "column seed"),
+    ({"steps": "0"}, "column steps"),
+    ({"steps": "many"}, "column steps: got 'many'"),
+    ({"lr": "0"}, "column lr"),
+    ({"lr": "nan"}, "column lr"),
+    ({"lr": "1"}, "column lr"),
+    ({"stpes": "3"}, "column 'stpes': is unknown; did you mean steps?"),
+]
+
+
+def messy(folder):
+    for name in ("empty", "mixed"):
+        (folder / name).mkdir()
+    (folder / "mixed" / "x.heic").write_bytes(b"1")
+    (folder / "mixed" / "x.png").write_bytes(b"1")
+    (folder / "notes.txt").write_bytes(b"1")
+    (folder / "pipe.png").symlink_to("/dev/null")
+
+
+def test_all_defects_come_in_one_pass_with_their_rows(photo_folder):
+    messy(photo_folder)
+    sound = {"subject": "sound", "class": "cat", "images": "cat"}
+    rows = [sound, *[sound | {"subject": f"s{n}"} | cell for n, (cell, _) in enumerate(BAD_CELLS)]]
+    before = sorted(photo_folder.rglob("*"))
+    path = write(photo_folder, "jsonl", rows)
+    subjects, findings = scan_manifest(path)
+    assert [subject.id for subject in subjects] == ["sound"]
+    assert len(findings) == len(BAD_CELLS)
+    for number, (finding, (cell, part)) in enumerate(zip(findings, BAD_CELLS, strict=True), 2):
+        line = finding.line()
+        assert line.startswith(f"{path}:{number}: "), line
+        assert part in line, (cell, line)
+        assert line.isprintable()
+        assert finding.remedy
+    assert sorted(photo_folder.rglob("*")) == sorted([*before, path])
+
+
+def test_duplicate_ids_name_both_rows(photo_folder):
+    rows = [{"subject": name, "class": "cat", "images": "cat"} for name in ("Rex", "rex", "Rex")]
+    with pytest.raises(DataError) as caught:
+        read_manifest(write(photo_folder, "csv", rows))
+    first, second, third = str(caught.value).splitlines()
+    assert "m.csv:2" in first
+    assert "'Rex' differs only by case from 'rex' of row 3" in first
+    assert "m.csv:3" in second
+    assert "'rex' differs only by case from 'Rex' of row 2" in second
+    assert "m.csv:4" in third
+    assert "'Rex' repeats row 2" in third
+
+
+BAD_FILES = [
+    ("m.csv", b"subject,class,images\ncat,\xff,cat\n", "line 2 is not UTF-8"),
+    ("m.csv", b"", "has no rows"),
+    ("m.csv", b"subject,class,class,images\n", "stands twice"),
+    ("m.csv", b"subject,class,images\ncat,cat,cat,cat\n", "has 4 cells for 3 columns"),
+    ("m.csv", b'subject,class,images\n"cat"x,cat,cat\n', "is no CSV"),
+    ("m.csv", b"subject;class;images\ncat;cat;cat\n", "is unknown"),
+    ("m.jsonl", b"{", "m.jsonl:1: is no JSON"),
+    ("m.jsonl", b"[1]", "write one object a line"),
+    ("m.jsonl", b'{"subject": "a", "subject": "b"}', "stands twice"),
+    ("m.jsonl", b"[" * 100_000, "m.jsonl"),
+    ("m.yaml", b"a: [", "is no YAML"),
+    ("m.yaml", b"subject: a", "no list"),
+    ("m.yaml", b"- &a {subject: x}\n- *a\n", "alias"),
+    ("m.yaml", b"- subject: !!python/object/apply:os.system ['touch pwned']\n", "tag"),
+    ("m.yaml", b"- " + b"[" * 600 + b"]" * 600, "nested too deeply"),
+    ("m.yaml", b"- {subject: a, subject: b}", "column twice"),
+    ("m.parquet", b"PAR1 nonsense", "Parquet"),
+    ("m.xlsx", b"", "is no manifest by its ending"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "part"), BAD_FILES)
+def test_broken_files_end_in_a_word_not_a_traceback(photo_folder, name, content, part):
+    (photo_folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=part):
+        read_manifest(photo_folder / name)
+
+
+def test_subject_from_folder(photo_folder):
+    subject = subject_from_folder(photo_folder / "cat", " house cat ")
+    assert (subject.id, subject.class_noun, len(subject.images)) == ("cat", "house cat", 3)
+    with pytest.raises(DataError, match="class noun"):
+        subject_from_folder(photo_folder / "cat", "")
+    with pytest.raises(DataError, match="does not exist"):
+        subject_from_folder(photo_folder / "dog", "dog")
+
+
+def test_natural_order():
+    names = ["p10", "P2", "p1", "2", "10", "p", "p02", "²"]
+    assert sorted(names, key=natural_key) == ["2", "10", "p", "p1", "P2", "p02", "p10", "²"]

@@ -1,0 +1,112 @@
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from dbtrain.models.load import load_tokenizer
+from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.manifest import read_manifest
+from dbtrain.subjects.preflight import preflight
+from dbtrain.subjects.registry import recorded_identifiers
+from dbtrain.values import Subject
+from tests.kit.made_photos import picture, png
+
+CONFIG = RunConfig()
+
+
+def test_sound_subjects_have_no_findings_even_with_one_photo(photo_folder):
+    path = photo_folder / "m.csv"
+    path.write_text("subject,class,images\ncat,cat,cat\ntiger,big cat,tiger\n")
+    before = {file: file.stat().st_mtime_ns for file in photo_folder.rglob("*")}
+    assert preflight(read_manifest(path), CONFIG) == []
+    assert {file: file.stat().st_mtime_ns for file in photo_folder.rglob("*")} == before
+
+
+def test_every_bad_photo_is_found_in_order_with_subject_file_and_remedy(photo_folder):
+    good = photo_folder / "cat" / "p1.png"
+    bad = [photo_folder / f"b{number}.png" for number in range(3)]
+    bad[0].write_bytes(b"")
+    bad[1].write_bytes(b"BM" * 100)
+    subjects = [Subject("a", "cat", (good, bad[0], good, bad[1])), Subject("b", "cat", (bad[2], good))]
+    found = preflight(subjects, CONFIG)
+    assert [(finding.subject, finding.file) for finding in found] == [
+        ("a", str(bad[0])),
+        ("a", str(bad[1])),
+        ("b", str(bad[2])),
+    ]
+    assert [finding.what[:10] for finding in found] == ["is empty (", "is no JPEG", "cannot be "]
+    assert all(finding.remedy and finding.line().isprintable() for finding in found)
+    assert found[0].row() == {"subject": "a", "file": str(bad[0]), "what": found[0].what, "remedy": found[0].remedy}
+
+
+@pytest.mark.parametrize("name", [b"\xe9.png", b"\x1b[31m.png"])
+def test_a_photos_name_cannot_upset_the_table_of_findings(tmp_path, name):
+    photo = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    photo.write_bytes(b"BM")
+    (finding,) = preflight([Subject("a", "cat", (photo,))], CONFIG)
+    assert finding.line().isprintable() and "is no JPEG" in finding.what
+    json.dumps(finding.row(), ensure_ascii=False).encode()
+
+
+PACKED = {"engine": {"kind": "packed"}, "prior": {"weight": 0}}
+FULL = {"train": {"method": "full"}}
+NO_IMAGES = {"prior": {"weight": 0, "images": 0}}
+WARM = {"train": {"steps": 800, "warmup_steps": 100}}
+LONG_CLASS = {"data": {"caption": "{identifier}"}}
+FIELDS = [
+    ("steps", WARM, {"steps": 100}, "is 100, but train.warmup_steps is 100"),
+    ("rank", FULL, {"rank": 4}, "no effect"),
+    ("prior_weight", PACKED, {"prior_weight": 0.5}, "the subjects of a pack have priors all or none"),
+    ("prior_weight", NO_IMAGES, {"prior_weight": 0.5}, "prior.images is 0"),
+    ("caption", {}, {"caption": "{identifier} " + "very " * 80}, "tokens, 30 are read"),
+    ("class", LONG_CLASS, {"class_noun": "very " * 30}, "makes a caption of"),
+    ("identifier", {}, {"identifier": "dog"}, "'dog' is a word; the model would mix it with the subject"),
+    ("identifier", {}, {"identifier": "Dog"}, "is a word"),
+    ("identifier", {}, {"identifier": "elephant"}, "is one token of more than 3 characters"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("embedded")
+
+
+@pytest.mark.parametrize(("place", "settings", "fields", "what"), FIELDS)
+def test_every_field_is_judged_under_the_runs_settings(photo_folder, tokenizer, place, settings, fields, what):
+    photos = (photo_folder / "cat" / "p1.png",)
+    sound = Subject("rex", "cat", photos, steps=101, identifier="sks")
+    bad = Subject(**{"id": "a", "class_noun": "cat", "images": photos, **fields})
+    (found,) = preflight([sound, bad], RunConfig.model_validate(settings), tokenizer)
+    assert (found.subject, found.file) == ("a", place)
+    assert what in found.what and found.remedy
+    asked = {name: value for name, value in fields.items() if name in ("rank", "steps", "prior_weight")}
+    assert preflight([Subject("a", "cat", photos, **asked)], CONFIG, tokenizer) == []
+
+
+def test_identifiers_that_others_were_given_are_found(tmp_path, tokenizer):
+    registry = tmp_path / "identifiers.jsonl"
+    given = recorded_identifiers(registry, tokenizer, [Subject("rex", "cat", ())])["rex"]
+    asking = [Subject("tom", "cat", (), identifier=given)]
+    assert preflight(asking, CONFIG, tokenizer) == []
+    configured = RunConfig.model_validate({"identifier": {"registry": str(registry)}})
+    for found in (preflight(asking, CONFIG, tokenizer, registry), preflight(asking, configured, tokenizer)):
+        assert [one.subject for one in found] == ["tom"]
+        assert f"identifier {given!r} was given to subject rex" in found[0].what
+    assert preflight([Subject("rex", "cat", (), identifier=given)], CONFIG, tokenizer, registry) == []
+
+
+def test_memory_stays_flat(tmp_path: Path):
+    photo = tmp_path / "p.png"
+    photo.write_bytes(png(picture(1000, 1000)))
+
+    def peak(count):
+        tracemalloc.start()
+        preflight([Subject(f"s{n}", "cat", (photo,)) for n in range(count)], CONFIG)
+        top = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return top
+
+    peak(2)
+    assert peak(60) < peak(15) + 2**20

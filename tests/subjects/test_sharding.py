@@ -1,0 +1,95 @@
+"""`--skip-bad`: subjects with findings are left out, each by name with its reasons, and nobody else."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from dbtrain import cli
+from dbtrain.data.index import Index
+from dbtrain.data.stream import SKIPPED, verify
+from dbtrain.errors import DataError
+from dbtrain.models.load import load_tokenizer
+from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.preflight import sift
+from dbtrain.subjects.sharding import shard_manifest
+from tests.kit.made_photos import picture, png
+
+CONFIG = RunConfig.model_validate({"data": {"resolution": 32}})
+ROWS = [
+    "subject,class,images,caption",
+    "good,cat,good,",
+    "torn,cat,torn,",
+    "bad id!,cat,good,",
+    "twice,cat,good,",
+    "TWICE,cat,good,",
+    f"wordy,cat,good,a photo of {{identifier}} {'very ' * 90}cat",
+    "fine,dog,fine,",
+]
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    for name in ("good", "torn", "fine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(png(picture(seed=len(name))))
+    (tmp_path / "torn" / "2.png").write_bytes(png(picture())[:-40])
+    (tmp_path / "m.csv").write_text("\n".join(ROWS))
+    return tmp_path / "m.csv"
+
+
+def test_sound_subjects_go_on_and_every_other_has_its_reasons(manifest):
+    subjects, findings = sift(manifest, CONFIG, load_tokenizer("embedded"))
+    assert [subject.id for subject in subjects] == ["good", "fine"]
+    lines = "\n".join(finding.line() for finding in findings)
+    for reason in ("bad id!", "differs only by case", "torn", "tokens, 30 are read", "cut short"):
+        assert reason in lines
+
+
+def test_shards_hold_the_sound_ones_and_say_who_is_missing(manifest, tmp_path):
+    said: list[str] = []
+    tokenizer = load_tokenizer("embedded")
+    with pytest.raises(DataError, match="cut short"):
+        shard_manifest(manifest, tmp_path / "s", CONFIG, said.append)
+    assert not (tmp_path / "s").exists()
+    shard_manifest(manifest, tmp_path / "s", CONFIG, said.append, True, tokenizer)
+    assert Index.load(tmp_path / "s").subjects == ("good", "fine")
+    skipped = json.loads((tmp_path / "s" / SKIPPED).read_text())
+    assert set(skipped) == {"torn", "twice", "TWICE", "wordy", "m.csv:4"} and all(skipped.values())
+    assert "differs only by case from 'TWICE' of row 6" in skipped["twice"][0]
+    assert "column subject: got 'bad id!'" in skipped["m.csv:4"][0]
+    assert sum(line.startswith("left out: ") for line in said) == sum(map(len, skipped.values()))
+    assert verify(tmp_path / "s") == []
+    (tmp_path / "s" / SKIPPED).unlink()
+    shard_manifest(manifest, tmp_path / "s", CONFIG, said.append, True, tokenizer)
+    assert "nothing to do" in said[-1]
+    assert json.loads((tmp_path / "s" / SKIPPED).read_text()) == skipped
+
+
+def test_settings_are_judged_though_the_shards_are_there(manifest, tmp_path):
+    """They may have been made under others; photos that are in them are not decoded again."""
+    manifest.write_text("subject,class,images,prior_weight\ngood,cat,good,0.5\nfine,dog,fine,\n")
+    shard_manifest(manifest, tmp_path / "s", CONFIG, str)
+    packed = {"data": {"resolution": 32}, "engine": {"kind": "packed"}, "prior": {"weight": 0}}
+    with pytest.raises(DataError, match="subject good: is 0.5 while prior.weight is 0"):
+        shard_manifest(manifest, tmp_path / "s", RunConfig.model_validate(packed), str)
+
+
+def test_nothing_sound_is_an_error(manifest, tmp_path):
+    manifest.write_text("\n".join([ROWS[0], ROWS[2]]))
+    with pytest.raises(DataError, match="cut short"):
+        shard_manifest(manifest, tmp_path / "s", CONFIG, str, True)
+
+
+def test_the_verb_lists_everything_and_writes_nothing(manifest):
+    def run(*words):
+        asked = ["preflight", str(manifest), "--config", "tiny", "data.resolution=32", *words]
+        return CliRunner().invoke(cli.app, asked)
+
+    before = {path: path.stat().st_mtime_ns for path in manifest.parent.rglob("*")}
+    refused, skipping, as_json = run(), run("--skip-bad"), run("--skip-bad", "--json")
+    assert (refused.exit_code, skipping.exit_code, as_json.exit_code) == (3, 0, 0)
+    findings = json.loads(as_json.stdout)
+    assert len(findings) == refused.stderr.count("error: ") == skipping.stderr.count("left out: ") == 5
+    assert "2 subjects" in skipping.stdout
+    assert {path: path.stat().st_mtime_ns for path in manifest.parent.rglob("*")} == before
