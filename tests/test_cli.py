@@ -9,7 +9,7 @@ import time
 
 import pytest
 import typer
-from tests.test_identifiers import clip_tokenizer
+from tests.subjects.test_identifiers import clip_tokenizer
 from typer.testing import CliRunner
 
 from dbtrain import __version__, cli, errors, families

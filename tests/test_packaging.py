@@ -86,7 +86,7 @@ def test_the_wheel_holds_the_assets(copy, wheel):
 
 def test_what_is_installed_finds_its_recipes_without_the_checkout(unpacked, tmp_path):
     code = "import dbtrain, dbtrain_kernels, dbtrain_launchers.on_deepspeed; from dbtrain.settings import recipes; "
-    code += "configfile.load('tiny'); print(dbtrain.__file__)"
+    code += "recipes.load('tiny'); print(dbtrain.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -5,7 +5,7 @@ import multiprocessing
 import time
 
 import pytest
-from tests.test_identifiers import clip_tokenizer
+from tests.subjects.test_identifiers import clip_tokenizer
 
 from dbtrain.errors import ConfigError, DataError
 from dbtrain.models.load import load_tokenizer
