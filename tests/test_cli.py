@@ -9,13 +9,13 @@ import time
 
 import pytest
 import typer
-from tests.subjects.test_identifiers import clip_tokenizer
 from typer.testing import CliRunner
 
 from dbtrain import __version__, cli, errors
 from dbtrain.models import load
 from dbtrain.settings import recipes
 from dbtrain.subjects import identifiers
+from tests.subjects.test_identifiers import clip_tokenizer
 
 run = CliRunner().invoke
 
