@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from dbtrain.errors import FleetError
-from dbtrain.heads import guarded_head
 from dbtrain_launchers.plan import Launcher, LaunchPlan, Rendered, refuse
+from dbtrain_launchers.ray_head import guarded_head
 
 POLL_S = 5.0
 """Seconds between looks at a job whose log broke off."""

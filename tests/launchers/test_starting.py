@@ -11,9 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dbtrain import heads
 from dbtrain.errors import ConfigError, FleetError
-from dbtrain_launchers import LAUNCHERS, on_deepspeed, on_ray
+from dbtrain_launchers import LAUNCHERS, on_deepspeed, on_ray, ray_head
 from dbtrain_launchers.plan import Rendered, make_plan
 from tests.contracts.test_launcher import rendered
 from tests.main_job import environment
@@ -119,8 +118,8 @@ def test_working_folders_that_a_remote_shell_would_read_are_refused(folder, fine
 
 def test_no_job_is_sent_to_an_open_head(monkeypatch):
     """Ray's client is never even asked for."""
-    monkeypatch.setattr(heads, "head_state", lambda address: "open")
-    monkeypatch.setattr(heads, "is_loopback", lambda host: False)
+    monkeypatch.setattr(ray_head, "head_state", lambda address: "open")
+    monkeypatch.setattr(ray_head, "is_loopback", lambda host: False)
     request = Rendered(("POST", "http://head:8265/api/jobs/"), "{}")
     with pytest.raises(FleetError, match="CVE-2023-48022"):
         LAUNCHERS["ray"].start(request)
