@@ -1,13 +1,14 @@
 """`dbtrain launch NAME [options] -- train|batch run ...`: a verb for each row of `LAUNCHERS`."""
 
 import inspect
+import os
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from dbtrain.terminal import print_json
 from dbtrain_launchers import LAUNCHERS
-from dbtrain_launchers.plan import Launcher, make_plan
+from dbtrain_launchers.plan import VISIBLE, Launcher, make_plan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,7 +27,7 @@ def launch(
     **machines: Any,
 ) -> None:  # fmt: skip
     """Renders a plan, and prints or starts it; ends with the run's exit code."""
-    plan = make_plan(words, env or (), **machines)
+    plan = make_plan(words, env or (), visible=os.environ.get(VISIBLE), **machines)
     rendered = launcher.render(plan, **options)
     if as_json:
         print_json({"command": list(rendered.command), "stdin": rendered.stdin})

@@ -14,6 +14,7 @@ import typer
 
 from dbtrain.errors import ConfigError, FleetError
 from dbtrain_launchers.plan import (
+    VISIBLE,
     Launcher,
     LaunchPlan,
     Rendered,
@@ -28,6 +29,7 @@ POLL_S = 0.2
 REACH_S = 30.0
 """Seconds in which a rank must appear that can be asked to stop: starting one takes some."""
 _THROUGH_A_SHELL = re.compile(r"[A-Za-z0-9_@+=:./-][A-Za-z0-9_@+=:./ -]*")
+_NUMBER = re.compile(r"[0-9]+")
 _HOST_LINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\s+slots=\d+\s*(#.*)?|\s*(#.*)?")
 
 
@@ -58,11 +60,16 @@ def render(
         findings.append(f"--nodes {plan.nodes}: needs --hostfile with the nodes' names")
     if hostfile is not None and not no_ssh:
         findings += remote_findings(plan)
+    visible = plan.env.get(VISIBLE, plan.visible)
+    if visible is not None:
+        findings += visible_findings(visible, plan.gpus, over_hosts=hostfile is not None)
     refuse(findings)
+    named = None if visible is None or hostfile is not None else visible.split(",")[: plan.gpus or None]
     options = {
         "hostfile": hostfile,
         "num_nodes": plan.nodes if plan.nodes > 1 else None,
-        "num_gpus": plan.gpus or None,
+        "num_gpus": (plan.gpus or None) if named is None else None,
+        "include": "localhost:" + ",".join(number.strip() for number in named) if named is not None else None,
         "master_addr": master_addr,
         "master_port": master_port,
         "ssh_port": ssh_port,
@@ -70,8 +77,33 @@ def render(
     }
     given = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     command = ["deepspeed", *given, *(["--no_ssh"] if no_ssh else []), "--module", "dbtrain_launchers", *plan.words]
-    variables = [f"{name}={value}" for name, value in plan.env.items()]
+    # DeepSpeed would say that it ignores the variable, and count only the GPUs that the variable leaves.
+    unset = ["-u", VISIBLE] if named is not None else []
+    variables = [*unset, *(f"{name}={value}" for name, value in plan.env.items() if name != VISIBLE)]
     return Rendered(tuple(["env", *variables, *command] if variables else command))
+
+
+def visible_findings(visible: str, gpus: int, over_hosts: bool) -> list[str]:
+    """Why DeepSpeed cannot use just the GPUs that CUDA_VISIBLE_DEVICES names: `gpus` of them, or all for 0.
+
+    DeepSpeed 0.19 writes this variable anew for its ranks (`launcher/launch.py`). On one machine, `--include` says
+    which numbers the ranks get. On hosts of a hostfile they get 0, 1, ... up to the number of slots.
+    """
+    given, names = f"{VISIBLE}={visible}", [name.strip() for name in visible.split(",")]
+    if names[0] in ("", "-1", "NoDevFiles"):
+        return [f"{given}: hides all GPUs, but DeepSpeed would give its ranks GPU 0 and the next ones; unset it, or "
+                "run `dbtrain train` without a launcher"]  # fmt: skip
+    if not all(_NUMBER.fullmatch(name) for name in names):
+        return [f"{given}: DeepSpeed takes GPUs by number only; name them by number, such as {VISIBLE}=1,3"]
+    numbers = [int(name) for name in names]
+    if len(set(numbers)) < len(numbers):
+        return [f"{given}: names a GPU twice; name each one once"]
+    if gpus > len(numbers):
+        return [f"--gpus {gpus}: {given} names only {len(numbers)}; name more, or ask for fewer"]
+    if over_hosts and (gpus == 0 or numbers[:gpus] != list(range(gpus))):
+        return [f"{given}: DeepSpeed uses GPU 0 and the next ones of every host; unset it, and say with --gpus or by "
+                "the slots of the hostfile how many"]  # fmt: skip
+    return []
 
 
 def remote_findings(plan: LaunchPlan) -> list[str]:

@@ -18,6 +18,7 @@ from dbtrain_launchers.plan import (
     Launcher,
     LaunchPlan,
     Rendered,
+    assigned_gpu_findings,
     check_program,
     plain_findings,
     refuse,
@@ -69,6 +70,7 @@ def render(
     refuse(
         [
             *plain_findings(image=image),
+            *(assigned_gpu_findings(plan, "Kubernetes") if plan.gpus else []),
             *(
                 []
                 if re.fullmatch(r"\d+\.\d+\.\d+", ray_version)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from dbtrain.errors import FleetError
-from dbtrain_launchers.plan import Launcher, LaunchPlan, Rendered, refuse
+from dbtrain_launchers.plan import Launcher, LaunchPlan, Rendered, assigned_gpu_findings, refuse
 from dbtrain_launchers.ray_head import guarded_head
 
 POLL_S = 5.0
@@ -47,7 +47,8 @@ def render(
         -- batch run /nfs/all.csv --config sdxl_lora --out /nfs/all --ledger /ledger
       dbtrain launch ray --working-dir . -- train subjects.csv --subject rex --config tiny --out /tmp/rex
     """
-    findings = []
+    # `train` runs in the job's own process, whose GPUs Ray leaves alone; a fleet's workers get theirs from Ray.
+    findings = assigned_gpu_findings(plan, "Ray") if plan.is_batch else []
     if not address.startswith(("http://", "https://")):
         findings.append(f"--address: got {address!r}, want the dashboard's, such as http://head:8265")
     if working_dir is not None and "://" in str(working_dir):

@@ -10,7 +10,16 @@ from typing import Annotated
 
 import typer
 
-from dbtrain_launchers.plan import Launcher, LaunchPlan, Rendered, check_program, plain_findings, refuse, start_program
+from dbtrain_launchers.plan import (
+    Launcher,
+    LaunchPlan,
+    Rendered,
+    assigned_gpu_findings,
+    check_program,
+    plain_findings,
+    refuse,
+    start_program,
+)
 
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 _TIME = re.compile(r"\d+(-\d+)?(:\d+){0,2}")
@@ -43,6 +52,7 @@ def render(
     refuse(
         [
             *plain_findings(partition=partition, account=account, qos=qos, memory=memory, log=log, python=python),
+            *(assigned_gpu_findings(plan, "SLURM") if plan.gpus else []),
             *(
                 [f"--time: got {time!r}, want minutes or [days-]hours:minutes:seconds"]
                 if time is not None and not _TIME.fullmatch(time)

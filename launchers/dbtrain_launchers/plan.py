@@ -18,6 +18,8 @@ ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 PLAIN = re.compile(r"[A-Za-z0-9%./_][A-Za-z0-9_.,:@%+=/-]*")
 """Names of partitions, hosts, files for logs: nothing that any program reads as more than a name."""
 DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""The variable that names the GPUs which a process may use."""
 MAX_WORDS_BYTES = 100_000
 """Less than one argument of a program may hold on Linux (128 KiB)."""
 
@@ -35,7 +37,9 @@ class LaunchPlan:
     """CPU cores of each node; 0 leaves it to the launcher's default."""
     name: str = "dbtrain"
     env: Mapping[str, str] = field(default_factory=dict)
-    """Variables that every process of the run gets. They are stored in the clear by most launchers."""
+    """Variables that every process of the run gets. Most launchers store them in the clear."""
+    visible: str | None = None
+    """CUDA_VISIBLE_DEVICES of this shell, for a run on this machine; None: not set, every GPU may be used."""
 
     @property
     def is_batch(self) -> bool:
@@ -80,8 +84,14 @@ class Launcher:
     """Starts what was rendered; the exit code. Raises FleetError where that is impossible or unsafe."""
 
 
-def make_plan(words: Sequence[str], env: Sequence[str] = (), **machines: Any) -> LaunchPlan:
-    """The plan of a command line; `env` holds NAME=VALUE. Raises ConfigError with every finding at once."""
+def make_plan(
+    words: Sequence[str], env: Sequence[str] = (), visible: str | None = None, **machines: Any
+) -> LaunchPlan:
+    """The plan of a command line.
+
+    `env` holds NAME=VALUE; `visible` and `machines` are fields of the plan. Raises ConfigError with every finding at
+    once.
+    """
     words = tuple(words[1:] if words[:1] == ("dbtrain",) else words)
     findings = [*word_findings(words), *env_findings(env)]
     for name, least in (("nodes", 1), ("gpus", 0), ("cpus", 0)):
@@ -91,7 +101,7 @@ def make_plan(words: Sequence[str], env: Sequence[str] = (), **machines: Any) ->
         findings.append(f"--name: got {machines['name']!r}, want small letters, digits and inner dashes, at most 63")
     if findings:
         raise ConfigError(findings)
-    return LaunchPlan(words, env=dict(entry.split("=", 1) for entry in env), **machines)
+    return LaunchPlan(words, env=dict(entry.split("=", 1) for entry in env), visible=visible, **machines)
 
 
 def word_findings(words: tuple[str, ...]) -> list[str]:
@@ -138,6 +148,13 @@ def plain_findings(**options: str | None) -> list[str]:
         for name, value in options.items()
         if value is not None and not PLAIN.fullmatch(value)
     ]
+
+
+def assigned_gpu_findings(plan: LaunchPlan, cluster: str) -> list[str]:
+    """A finding if `--env` names GPUs where a cluster assigns them to processes and sets the variable itself."""
+    if VISIBLE not in plan.env:
+        return []
+    return [f"--env {VISIBLE}: {cluster} assigns the GPUs of this run and sets this variable itself; leave it out"]
 
 
 def refuse(findings: Sequence[str]) -> None:

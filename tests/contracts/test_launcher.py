@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dbtrain.cli import app
 from dbtrain.errors import ConfigError
 from dbtrain_launchers import LAUNCHERS
-from dbtrain_launchers.plan import LaunchPlan, make_plan
+from dbtrain_launchers.plan import VISIBLE, LaunchPlan, make_plan
 from tests.launchers.injections import CANARY, ODD, TEXTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +58,12 @@ CASES = {
 }
 COMPANIONS = {"exclude": {"working_dir": Path(".")}}
 REQUIRED = {"kubernetes": {"image": "registry.example/dbtrain:1"}}
+
+
+@pytest.fixture(autouse=True)
+def every_gpu_is_visible(monkeypatch):
+    """Golden texts and documented lines are those of a shell that names no GPUs."""
+    monkeypatch.delenv(VISIBLE, raising=False)
 
 
 def run(*words: str):
