@@ -161,12 +161,6 @@ def test_several_nodes_need_a_hostfile():
         rendered("deepspeed", make_plan(["train", "x"], nodes=2))
 
 
-def test_a_fleet_uses_the_launchers_cluster_unless_told_otherwise():
-    assert make_plan(["batch", "run", "m.csv"]).cluster_words == ("batch", "run", "--address", "auto", "m.csv")
-    given = ("batch", "run", "m.csv", "--address=ray://other")
-    assert make_plan(given).cluster_words == given
-
-
 class Broken:
     """Ray's client for a job, with a log that breaks off before the job's end."""
 

@@ -1,4 +1,4 @@
-"""The script that DeepSpeed's launcher starts: what it drops, what it passes on."""
+"""The entry of a rank (`dbtrain_launchers.__main__`, `launchers/train.py`): the words it removes and passes on."""
 
 import os
 import subprocess
