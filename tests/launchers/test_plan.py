@@ -25,7 +25,7 @@ def test_odd_words_are_words():
     assert make_plan([*TRAIN, *ODD]).words == (*TRAIN, *ODD)
 
 
-def test_a_fleet_uses_the_launchers_cluster_unless_told_otherwise():
+def test_a_fleet_uses_the_launchers_cluster_unless_its_words_name_another():
     assert make_plan(["batch", "run", "m.csv"]).cluster_words == ("batch", "run", "--address", "auto", "m.csv")
     given = ("batch", "run", "m.csv", "--address=ray://other")
     assert make_plan(given).cluster_words == given

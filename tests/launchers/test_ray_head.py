@@ -1,4 +1,4 @@
-"""Open, guarded and absent heads, asked over real sockets; real Ray heads are in tests/security/test_cluster.py."""
+"""Open, guarded and absent heads behind real sockets. Real Ray heads are in tests/security/test_cluster.py."""
 
 import http.server
 import threading

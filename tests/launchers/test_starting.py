@@ -53,7 +53,7 @@ def test_deepspeeds_code_comes_back(monkeypatch, tmp_path):
 
 
 LAUNCHER = """#!/bin/sh
-# As over ssh: the rank stands under another process than this launcher.
+# As over ssh: the rank is no child of this launcher.
 setsid "{python}" -c "{rank}" dbtrain_launchers --local_rank=0 train photos.csv --out x &
 echo $! > {folder}/rank
 wait $!
@@ -86,14 +86,14 @@ def ask_to_stop(folder: Path, launcher: str) -> tuple[int, str]:
     return (started.wait(30), started.stdout.read())
 
 
-def test_a_rank_that_stands_under_another_process_is_asked_to_stop(tmp_path):
+def test_a_rank_of_another_parent_process_is_asked_to_stop(tmp_path):
     assert ask_to_stop(tmp_path, LAUNCHER) == (75, "")
     assert not Path(f"/proc/{(tmp_path / 'rank').read_text().strip()}").exists()
 
 
 def test_a_request_that_reaches_no_rank_ends_the_launcher_and_says_so(tmp_path):
-    code, told = ask_to_stop(tmp_path, AWAY)
-    assert code == 5 and "no rank of this run is on this machine" in told
+    code, output = ask_to_stop(tmp_path, AWAY)
+    assert code == 5 and "no rank of this run is on this machine" in output
 
 
 @pytest.mark.parametrize("line", ["-oProxyCommand=x slots=1", "$(x) slots=1", "host", "host slots=1; x", "a b slots=1"])
@@ -182,8 +182,8 @@ def test_a_log_that_breaks_off_is_not_the_end_of_the_job(capsys):
     from ray.job_submission import JobStatus
 
     assert on_ray.follow(Broken(JobStatus.RUNNING, JobStatus.RUNNING, JobStatus.FAILED), "job", 0.0) == 75
-    told = capsys.readouterr()
-    assert told.out == "first line\n" and "its log breaks off (closed)" in told.err
+    written = capsys.readouterr()
+    assert written.out == "first line\n" and "its log breaks off (closed)" in written.err
     with pytest.raises(FleetError, match="its head answers no more"):
         on_ray.follow(Broken(JobStatus.RUNNING, None), "job", 0.0)
 
