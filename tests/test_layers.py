@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = {"dbtrain": ROOT, "dbtrain_kernels": ROOT / "kernels", "dbtrain_launchers": ROOT / "launchers"}
+SOURCES = {
+    "dbtrain": ROOT,
+    "dbtrain_kernels": ROOT / "kernels",
+    "dbtrain_launchers": ROOT / "launchers",
+    "dbtrain_embedded": ROOT / "embedded",
+}
 
 # A module belongs to the longest name here that it starts with. It may import from its own layer and those below.
 LAYERS = {
@@ -22,6 +27,7 @@ LAYERS = {
         "dbtrain.batch",
         "dbtrain.randomness",
         "dbtrain.sealed",
+        "dbtrain.tiny",
         "dbtrain.yaml12",
         "dbtrain_kernels",
     ],
@@ -56,17 +62,19 @@ LAYERS = {
         "dbtrain.session",
     ],
     3: ["dbtrain.train", "dbtrain.packing", "dbtrain.evaluate", "dbtrain.doctor"],
-    4: ["dbtrain.fleet", "dbtrain.report", "dbtrain.bench", "dbtrain.tiny", "dbtrain.demo", "dbtrain_launchers"],
+    4: ["dbtrain.fleet", "dbtrain.report", "dbtrain.bench", "dbtrain.demo", "dbtrain_launchers"],
     5: ["dbtrain.cli", "dbtrain.verbs", "dbtrain.terminal", "dbtrain.__main__"],
     # A launcher renders texts that the verb `launch` prints or starts; only a rank's entry stands above the verbs.
     6: ["dbtrain_launchers.__main__"],
+    # The wheel does not hold it, so no other module may import it.
+    7: ["dbtrain_embedded"],
 }
 # Modules that count differently from the package they stand in.
-EXACT = {"dbtrain": 0, "dbtrain.tiny": 0}
+EXACT = {"dbtrain": 0}
 
 DOORS = {
-    "diffusers": ["dbtrain.families", "dbtrain.tiny"],
-    "transformers": ["dbtrain.families", "dbtrain.tiny", "dbtrain.evaluate"],
+    "diffusers": ["dbtrain.families", "dbtrain_embedded"],
+    "transformers": ["dbtrain.families", "dbtrain.evaluate", "dbtrain_embedded"],
     "deepspeed": ["dbtrain.engines.zero"],
     "webdataset": ["dbtrain.data"],
     "triton": ["dbtrain_kernels"],
@@ -81,7 +89,7 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def source_files() -> dict[str, Path]:
-    """Every module of the three packages with its file."""
+    """Every module of the four packages with its file."""
     return {
         module_name(path, root): path for package, root in SOURCES.items() for path in (root / package).rglob("*.py")
     }
@@ -153,6 +161,28 @@ def wrong_doors(files: dict[str, Path]) -> list[str]:
     return found
 
 
+def foreign_imports(files: dict[str, Path]) -> list[str]:
+    """A line for every import of `dbtrain_embedded` from our other packages that is not of `dbtrain.tiny`."""
+    return [
+        f"{module}:{line} imports {name}"
+        for module, path in files.items()
+        if is_within(module, "dbtrain_embedded")
+        for name, line in imported_names(ast.parse(path.read_text("utf-8")), module, path.name == "__init__.py")
+        if name.split(".")[0] in {*SOURCES} - {"dbtrain_embedded"} and not is_within(name, "dbtrain.tiny")
+    ]
+
+
+def test_the_making_of_the_embedded_base_imports_only_its_paths():
+    assert foreign_imports(source_files()) == []
+
+
+@pytest.mark.parametrize("text", ["from dbtrain import atomic", "import dbtrain.batch", "import dbtrain_kernels"])
+def test_foreign_imports_are_seen(tmp_path, text):
+    path = tmp_path / "one.py"
+    path.write_text(f"from dbtrain.tiny import BASE\n{text}\n")
+    assert len(foreign_imports({"dbtrain_embedded.world": path, "dbtrain.train": path})) == 1
+
+
 def test_every_module_has_a_layer():
     files = source_files()
     assert [name for name in files if layer(name, set(files)) is None] == []
@@ -175,13 +205,14 @@ def test_one_door_per_library():
         ("from . import train", "dbtrain.step", "imports dbtrain.train"),
         ("def f():\n    from dbtrain.cli import main", "dbtrain.fleet.driver", "imports dbtrain.cli.main"),
         ("import dbtrain_launchers.__main__", "dbtrain.cli", "imports dbtrain_launchers.__main__"),
-        ("from dbtrain.tiny.recipe import train", "dbtrain.families.sd", "imports dbtrain.tiny.recipe"),
+        ("from dbtrain_embedded.recipe import main", "dbtrain.families.sd", "imports dbtrain_embedded.recipe"),
     ],
 )
 def test_upward_imports_are_seen(tmp_path, text, module, expected):
     path = tmp_path / "one.py"
     path.write_text(text)
-    known = dict.fromkeys(("dbtrain.train", "dbtrain.cli", "dbtrain.tiny.recipe", "dbtrain_launchers.__main__"), path)
+    names = ("dbtrain.train", "dbtrain.cli", "dbtrain_embedded.recipe", "dbtrain_launchers.__main__")
+    known = dict.fromkeys(names, path)
     (tmp_path / "none.py").write_text("")
     files = dict.fromkeys(known, tmp_path / "none.py") | {module: path}
     assert [expected in line for line in upward_imports(files)] == [True]

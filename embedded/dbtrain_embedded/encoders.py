@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dbtrain.tiny import pool
-from dbtrain.tiny.loops import Trainer, autocast, crew_rank, device, stream_of, weights
-from dbtrain.tiny.vocabulary import MAX_LENGTH, Captions
+from dbtrain_embedded import pool
+from dbtrain_embedded.loops import Trainer, autocast, crew_rank, device, stream_of, weights
+from dbtrain_embedded.vocabulary import MAX_LENGTH, Captions
 
 WIDTH = 128
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "hidden_act": "gelu"}

@@ -11,9 +11,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from dbtrain.tiny import sprites
-from dbtrain.tiny.scenery import SCENES, paint
-from dbtrain.tiny.sprites import ACCESSORIES, CLASSES, LIVE
+from dbtrain_embedded import sprites
+from dbtrain_embedded.scenery import SCENES, paint
+from dbtrain_embedded.sprites import ACCESSORIES, CLASSES, LIVE
 
 SIDE = 64
 PLACES = tuple(name for name in SCENES if name != "plain")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dbtrain.tiny import world
-from dbtrain.tiny.pool import HELD_OUT_SEED
+from dbtrain_embedded import world
+from dbtrain_embedded.pool import HELD_OUT_SEED
 
 MAX_LENGTH = 32
 RARE_COUNT = 420

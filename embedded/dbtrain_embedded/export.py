@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from dbtrain.tiny import BASE, CLIP, IDENTITY, autoencoder, denoiser, encoders
-from dbtrain.tiny.loops import device, weights
+from dbtrain.tiny import BASE, CLIP, IDENTITY
+from dbtrain_embedded import autoencoder, denoiser, encoders
+from dbtrain_embedded.loops import device, weights
 
 
 def _load(model, work: Path, *stages: str):

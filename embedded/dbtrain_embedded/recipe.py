@@ -1,4 +1,4 @@
-"""`python -m dbtrain.tiny.recipe STAGE --work DIR [--minutes M]`: builds the embedded base from the packages.
+"""`python -m dbtrain_embedded.recipe STAGE --work DIR [--minutes M]`: builds the embedded base from the packages.
 
 Stages, in order: atlas, demo (both need the downloaded sources), pool, tokenizer, clip, vae, identity, latents,
 unet, decoder, vision, export; decoder and vision may run beside unet. The training stages resume from their
@@ -19,7 +19,7 @@ MINUTES = {"clip": 8.0, "vae": 25.0, "identity": 6.0, "vision": 12.0, "unet": 60
 
 
 def _atlas(options) -> None:
-    from dbtrain.tiny import sprites
+    from dbtrain_embedded import sprites
 
     training = tuple(vendor for vendor in sprites.VENDORS if vendor not in sprites.HELD_OUT)
     print("training sprites:", sprites.build(options.packages, training, ASSETS / "atlas" / "train"))
@@ -27,7 +27,7 @@ def _atlas(options) -> None:
 
 
 def _demo(options) -> None:
-    from dbtrain.tiny import demo
+    from dbtrain_embedded import demo
 
     demo.build_drawn()
     if options.dataset:
@@ -35,13 +35,13 @@ def _demo(options) -> None:
 
 
 def _pool(options) -> None:
-    from dbtrain.tiny import pool
+    from dbtrain_embedded import pool
 
     pool.draw(options.work, options.scenes, workers=options.crew)
 
 
 def _tokenizer(options) -> None:
-    from dbtrain.tiny import vocabulary
+    from dbtrain_embedded import vocabulary
 
     target = BASE / "tokenizer"
     if target.exists():
@@ -53,8 +53,8 @@ def _tokenizer(options) -> None:
 
 
 def _train(options) -> None:
-    from dbtrain.tiny import autoencoder, denoiser, encoders
-    from dbtrain.tiny.loops import with_crew
+    from dbtrain_embedded import autoencoder, denoiser, encoders
+    from dbtrain_embedded.loops import with_crew
 
     minutes, tokenizer = options.minutes or MINUTES[options.stage], str(BASE / "tokenizer")
     stages: dict[str, tuple[Callable[..., object], list]] = {
@@ -72,19 +72,19 @@ def _train(options) -> None:
 
 
 def _latents(options) -> None:
-    from dbtrain.tiny import denoiser
+    from dbtrain_embedded import denoiser
 
     denoiser.write_latents(options.work)
 
 
 def _restore(options) -> None:
-    from dbtrain.tiny import export
+    from dbtrain_embedded import export
 
     export.restore(options.work)
 
 
 def _export(options) -> None:
-    from dbtrain.tiny import export
+    from dbtrain_embedded import export
 
     export.export(options.work)
 
@@ -108,7 +108,7 @@ STAGES = {
 
 def main(arguments: list | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m dbtrain.tiny.recipe", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dbtrain_embedded.recipe", description=__doc__)
     parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("--work", type=Path, default=Path("tinybuild"), help="folder of pools, checkpoints and the log")
     parser.add_argument(

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from dbtrain.tiny import demo, pool, sprites, world
-from dbtrain.tiny.scenery import SCENES
+from dbtrain_embedded import demo, pool, sprites, world
+from dbtrain_embedded.scenery import SCENES
 
 
 def test_scene_is_a_function_of_its_seed():

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dbtrain.tiny import ASSETS, sprites, world
-from dbtrain.tiny.world import Facts
+from dbtrain.tiny import ASSETS
+from dbtrain_embedded import sprites, world
+from dbtrain_embedded.world import Facts
 
 SUBJECTS = {
     "dog-tan": ("dog", "fluent-emoji-flat", "dog"),

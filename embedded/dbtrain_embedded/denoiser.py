@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dbtrain.tiny import autoencoder, pool
-from dbtrain.tiny.loops import Trainer, autocast, crew_rank, device, stream_of, weights
-from dbtrain.tiny.vocabulary import Captions
+from dbtrain_embedded import autoencoder, pool
+from dbtrain_embedded.loops import Trainer, autocast, crew_rank, device, stream_of, weights
+from dbtrain_embedded.vocabulary import Captions
 
 WIDTHS = (96, 144)
 HEADS = (4, 6)
@@ -51,7 +51,7 @@ def build_scheduler():
 
 def load_clip(work: Path, tokenizer):
     """The trained CLIP pair (EMA) from its checkpoint, frozen."""
-    from dbtrain.tiny.encoders import build_clip
+    from dbtrain_embedded.encoders import build_clip
 
     model = build_clip(tokenizer).eval().requires_grad_(False).to(device())
     model.load_state_dict(weights(work, "clip"))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dbtrain.tiny import ASSETS, BASE, CLIP, IDENTITY, autoencoder, encoders, loops, pool
-from dbtrain.tiny.vocabulary import MAX_LENGTH, Captions
+from dbtrain.tiny import ASSETS, BASE, CLIP, IDENTITY
+from dbtrain_embedded import autoencoder, encoders, loops, pool
+from dbtrain_embedded.vocabulary import MAX_LENGTH, Captions
 
 
 def test_pace_starts_low_peaks_and_ends_at_zero():
@@ -95,7 +96,7 @@ def test_trainer_resumes_where_it_stopped(tmp_path):
 
 
 def test_the_shipped_tokenizer_is_not_overwritten(tmp_path):
-    from dbtrain.tiny import recipe
+    from dbtrain_embedded import recipe
 
     before = (BASE / "tokenizer" / "vocab.json").read_bytes()
     with pytest.raises(SystemExit, match="weights belong to it"):
@@ -105,7 +106,7 @@ def test_the_shipped_tokenizer_is_not_overwritten(tmp_path):
 
 def test_shipped_weights_can_be_trained_on_without_their_checkpoints(tmp_path, monkeypatch):
     """restore, a stage of no minutes each, export: the same weights, every bit."""
-    from dbtrain.tiny import denoiser, export
+    from dbtrain_embedded import denoiser, export
 
     pool.draw(tmp_path, 8, workers=1)
     export.restore(tmp_path)

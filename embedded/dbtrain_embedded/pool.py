@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dbtrain.tiny import world
+from dbtrain_embedded import world
 
 HELD_OUT_SEED = 10_000_000
 """Scenes from this seed on are never in a pool: they measure."""
@@ -62,6 +62,6 @@ def to_tensor(images: np.ndarray):
     """uint8 NHWC -> float NCHW in [-1, 1], channels_last, on the stage's device."""
     import torch
 
-    from dbtrain.tiny.loops import device
+    from dbtrain_embedded.loops import device
 
     return torch.from_numpy(images).to(device()).permute(0, 3, 1, 2).float().div(127.5).sub(1)

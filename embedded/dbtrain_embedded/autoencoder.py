@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dbtrain.tiny import pool
-from dbtrain.tiny.loops import Trainer, autocast, crew_rank, device, stream_of, weights
+from dbtrain_embedded import pool
+from dbtrain_embedded.loops import Trainer, autocast, crew_rank, device, stream_of, weights
 
 CHANNELS = (16, 32, 64, 96)
 LATENT_CHANNELS = 16
