@@ -91,7 +91,7 @@ DETAILS = (("with prior", "pres"), ("without prior", "pres"), ("with prior", "sc
 
 NOTES = """\
 Means over subjects of each subject's mean (macro). Identity and CLIP-I: `a photo of [V] <class>` against all of the
-subject's photos. Placed: in every scene, two pictures each. The base row draws `a photo of a <class>`; its PRES
+subject's photos. Placed: two pictures in each place of the world. The base row draws `a photo of a <class>`; its PRES
 equals its identity. `no class noun` has `a photo of [V]` as caption and prompt (its priors are those of the right
 class); `wrong class noun` has another demo class in caption, prompt and priors. The right noun is the row `with prior`
 or `without prior`: with priors, the right noun alone shares its words with the prior caption and so bears its whole

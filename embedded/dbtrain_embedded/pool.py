@@ -1,7 +1,7 @@
-"""Pools: scenes drawn once to disk and read by the training stages.
+"""Pools: scenes that are drawn once to disk, for the training stages to read.
 
-pictures.npy  uint8 (N, 64, 64, 3)      facts.json  [[caption, sprite, colour, class, place, style, accessory], ...]
-latents.npy   float16 (N, 16, 8, 8)     normalized means of the VAE's posterior
+pictures.npy  uint8 (N, 64, 64, 3)      facts.json  [[caption, *FACTS], ...]
+latents.npy   float16 (N, 16, 8, 8)     normalized means of the VAE's posteriors
 """
 
 import json
@@ -13,12 +13,12 @@ import numpy as np
 from dbtrain_embedded import world
 
 HELD_OUT_SEED = 10_000_000
-"""Scenes from this seed on are never in a pool: they measure."""
+"""Scenes of this seed and all higher ones are in no pool. Measurements use them."""
 FACTS = ("sprite", "colour", "noun", "place", "style", "accessory", "view")
 
 
 def _draw_block(bounds: tuple) -> tuple:
-    """Pictures and fact rows of the seeds first..last-1 (`bounds`)."""
+    """(pictures, rows of facts.json) of the seeds first..last-1, where `bounds` is (first, last)."""
     pictures, rows = [], []
     for seed in range(*bounds):
         image, caption, facts = world.scene(seed)
@@ -28,16 +28,17 @@ def _draw_block(bounds: tuple) -> tuple:
 
 
 def draw(work: Path, count: int, first_seed: int = 0, workers: int = 2) -> None:
-    """Draw `count` scenes of consecutive seeds into `work`."""
+    """Write `count` scenes of consecutive seeds to `work`: pictures.npy and facts.json."""
     pictures = np.lib.format.open_memmap(work / "pictures.npy", "w+", np.uint8, (count, world.SIDE, world.SIDE, 3))
-    blocks = [(s, min(s + 1000, first_seed + count)) for s in range(first_seed, first_seed + count, 1000)]
-    facts = []
+    end = first_seed + count
+    blocks = [(start, min(start + 1000, end)) for start in range(first_seed, end, 1000)]
+    rows = []
     with ProcessPoolExecutor(workers) as executor:
-        for (start, stop), (images, rows) in zip(blocks, executor.map(_draw_block, blocks), strict=True):
+        for (start, stop), (images, block) in zip(blocks, executor.map(_draw_block, blocks), strict=True):
             pictures[start - first_seed : stop - first_seed] = images
-            facts += rows
+            rows += block
     pictures.flush()
-    (work / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    (work / "facts.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 def pictures(work: Path) -> np.ndarray:
@@ -46,20 +47,23 @@ def pictures(work: Path) -> np.ndarray:
 
 
 def facts(work: Path) -> list:
-    """The pool's facts as dicts with `caption`."""
-    return [
-        dict(zip(("caption", *FACTS), row, strict=True)) for row in json.loads((work / "facts.json").read_text("utf-8"))
-    ]
+    """A dict for each scene of the pool: its caption and its `FACTS`."""
+    rows = json.loads((work / "facts.json").read_text("utf-8"))
+    return [dict(zip(("caption", *FACTS), row, strict=True)) for row in rows]
 
 
 def held_out(count: int, first: int = 0, split: str = "train") -> tuple:
-    """(uint8 pictures (count, 64, 64, 3), captions, facts) of scenes that no pool contains."""
+    """(uint8 pictures (count, 64, 64, 3), captions, facts) of scenes that are in no pool."""
     scenes = [world.scene(HELD_OUT_SEED + first + index, split) for index in range(count)]
-    return np.stack([np.asarray(image) for image, _, _ in scenes]), [c for _, c, _ in scenes], [f for _, _, f in scenes]
+    images, captions, facts = zip(*scenes, strict=True)
+    return np.stack([np.asarray(image) for image in images]), list(captions), list(facts)
 
 
 def to_tensor(images: np.ndarray):
-    """uint8 NHWC -> float NCHW in [-1, 1], channels_last, on the stage's device."""
+    """The pictures as float32 (N, 3, height, width) in [-1, 1], in channels-last memory, on the training device.
+
+    images: uint8 (N, height, width, 3).
+    """
     import torch
 
     from dbtrain_embedded.loops import device
