@@ -104,7 +104,7 @@ NAMES = [f"{base}-{case}" for base in BASES for case in CASES]
 def make_inputs(folder: Path, log: Path) -> None:
     """Make photos, their manifest and a random SDXL, for all trees the same; with this script's checkout."""
     enter(ROOT, folder, log)
-    from tests.random_models import make_sdxl
+    from tests.kit.random_models import make_sdxl
 
     rows = [("subject", "class", "images")]
     for subject, noun in SUBJECTS.items():
