@@ -10,10 +10,9 @@ from typing import Any
 class Op:
     """Everything that is known of one operation, as names `module:name` that are loaded on use.
 
-    So this table imports neither torch nor Triton. reference: the plain form. cases: a function that makes the inputs
-    of the contract tests. fused: the form with a kernel; None where there is only the plain form. work: a function that
-    makes the inputs of the benchmark, or None for no benchmark. launches, flops: kernels that each registered operator
-    starts and its floating-point operations, as functions of its arguments (of their shapes, for flops); None for none.
+    So this table imports neither torch nor Triton. reference: the plain form. cases: inputs of the contract tests; only
+    those load it. fused: the form with a kernel. work: inputs of the benchmark. launches, flops: what each registered
+    operator starts and computes, as functions of its arguments (flops: of their shapes). None: there is no such part.
     differentiable: the arguments that get a gradient. mutated: the arguments that are changed in place.
     """
 
@@ -27,7 +26,7 @@ class Op:
     mutated: tuple[str, ...] = ()
 
     def load(self, part: str) -> Any:
-        """What a part names; the plain form stands in for a fused form that is not there."""
+        """What a part names. Without a fused form, the fused form is the plain one."""
         module, name = (getattr(self, part) or self.reference).split(":")
         return getattr(import_module(module), name)
 

@@ -1,4 +1,4 @@
-"""AdamW over rows: norm, clip, update, decay and EMA of every subject's row of an arena, each by its own settings."""
+"""AdamW over rows of arenas: norm, clip, update, decay and EMA of every subject by that subject's settings."""
 
 import math
 from functools import partial
@@ -12,45 +12,23 @@ from dbtrain_kernels.cases import Case, seeded
 from dbtrain_kernels.dispatch import choose, dtype_problem
 
 LAUNCHES = {"adamw": lambda *_: 3}
-"""Kernels that the operator starts."""
 
 
 def adamw(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step_N: Tensor,
-    lr_N: Tensor,
-    clip_N: Tensor,
-    decay_N: Tensor,
-    active_N: Tensor,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    ema: Tensor | None = None,
-    ema_decay: float = 0.0,
-    compute: Tensor | None = None,
-) -> Tensor:
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step_N: Tensor, lr_N: Tensor, clip_N: Tensor,
+    decay_N: Tensor, active_N: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
+    ema: Tensor | None = None, ema_decay: float = 0.0, compute: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """What `reference.adamw` is; on a GPU in three launches: partial norms, factors of each row, the update."""
-    masters = {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
     problem = (
-        dtype_problem((torch.float32,), **masters)
+        dtype_problem((torch.float32,), master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ema=ema)
         or dtype_problem((torch.float32, torch.bfloat16), grad=grad)
         or dtype_problem((torch.bfloat16,), compute=compute)
-        or _layout_problem(**masters, grad=grad, compute=compute)
     )
     settings = [setting_N.contiguous() for setting_N in (lr_N, clip_N, decay_N, active_N)]
     run = adamw_op if choose("adamw", master.device.type, problem).fused else reference.adamw
     constants = (beta1, beta2, eps)
     return run(master, grad, exp_avg, exp_avg_sq, step_N, *settings, *constants, ema, ema_decay, compute)
-
-
-def _layout_problem(**arenas: Tensor | None) -> str | None:
-    for name, arena in arenas.items():
-        if arena is not None and not arena.is_contiguous():
-            return f"{name} is not contiguous, and arenas are changed in place"
-    return None
 
 
 @torch.library.custom_op("dbtrain::adamw", mutates_args=OPS["adamw"].mutated)
@@ -59,7 +37,9 @@ def adamw_op(
     decay_N: Tensor, active_N: Tensor, beta1: float, beta2: float, eps: float, ema: Tensor | None, ema_decay: float,
     compute: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """norm_N, after the update in place of contiguous arenas."""
+    """norm_N. The arenas, which must be contiguous, are updated in place."""
+    arenas = [arena for arena in (master, grad, exp_avg, exp_avg_sq, ema, compute) if arena is not None]
+    assert all(arena.is_contiguous() for arena in arenas)
     from triton import cdiv
 
     from dbtrain_kernels.adamw_triton import BLOCK, FACTORS, NORM_BLOCK, row_factors, squared_norms, update_rows
@@ -87,7 +67,7 @@ def _(master, *others):
 
 
 def _log(beta: float) -> float:
-    """Natural logarithm of a decay; of 0 a number whose exponential is 0, also times a step count."""
+    """Natural logarithm of a decay; for 0 a number whose exponential is 0, as is that of its multiples."""
     return math.log(beta) if beta else -1e4
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 NORM_BLOCK = 8192
 BLOCK = 1024
 FACTORS = 5
-"""Numbers that `row_factors` leaves for `update_rows`: clip, keep, rate, spread, whether the row is updated."""
+"""Numbers of a row that `row_factors` writes for `update_rows`: clip, keep, rate, spread, whether to update it."""
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def row_factors(
     partial, norm, step, lr, clip, decay, active, factors, chunks,
     LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, FACTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """norm, and the row's scalars, in float64 because 1 - beta^t cancels; counts the row's step up."""
+    """Write the norm and the factors of a row, in float64 because 1 - beta^t cancels, and count its step up."""
     row = tl.program_id(0)
     sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, chunks, BLOCK):
@@ -52,7 +52,7 @@ def update_rows(
     BETA2: tl.constexpr, REST1: tl.constexpr, REST2: tl.constexpr, EPS: tl.constexpr, EMA_REST: tl.constexpr,
     EMA: tl.constexpr, COMPUTE: tl.constexpr, FACTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """AdamW and EMA of one block of a row; a row that is not updated is neither read nor written."""
+    """Make the AdamW step and the EMA of one block of a row; of a row without update, read and write nothing."""
     row = tl.program_id(1).to(tl.int64)
     at = factors + row * FACTORS
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

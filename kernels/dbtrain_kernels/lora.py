@@ -1,4 +1,4 @@
-"""The stacked LoRA update: shrink and expand for N adapters, with a backward that casts nothing beforehand."""
+"""The stacked LoRA update of N adapters, and its backward; neither casts the matrices beforehand."""
 
 import math
 from functools import partial
@@ -13,7 +13,7 @@ from dbtrain_kernels.dispatch import choose, dtype_problem
 
 FLOATS = (torch.float32, torch.bfloat16)
 MAX_RANK = 128
-"""Largest rank whose tile of a program stays in registers."""
+"""Largest rank whose tile stays in the registers of a program."""
 SPLIT = 1024
 """Tokens that one program of a sum over tokens takes: a constant, so that the order depends on the length only."""
 LAUNCHES = {"lora": lambda *_: 2, "lora_backward": lambda grad, small_NTR, *_: 4 if small_NTR.shape[1] <= SPLIT else 6}
@@ -102,11 +102,10 @@ def _flops(x: Any, base: Any, down: Any, up: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x[:-1]) * down[1] * (down[2] + up[1])
 
 
-def _backward_flops(grad: Any, small: Any, x: Any, down: Any, up: Any, *_: Any, **__: Any) -> int:
-    return 2 * _flops(x, grad, down, up)
-
-
-FLOPS = {"lora": _flops, "lora_backward": _backward_flops}
+FLOPS = {
+    "lora": _flops,
+    "lora_backward": lambda grad, small, x, down, up, *_, **__: 2 * _flops(x, grad, down, up),
+}
 """Floating-point operations of each operator, by the shapes of its arguments."""
 
 LAYERS = {

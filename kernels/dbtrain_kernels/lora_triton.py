@@ -1,7 +1,7 @@
 """Triton kernels of the stacked LoRA update: shrink, expand, and sums over tokens. No host sync, no atomics.
 
-Rows of x and y are tokens of one adapter's segment; a program works on one adapter (`me`). fp32 masters are
-rounded to the tokens' dtype in registers, so that no cast is launched and the tensor cores are used.
+Rows of x and y are tokens of one adapter's segment; a program works on one adapter (`me`). fp32 masters are rounded to
+the dtype of the tokens in registers, so that no cast is launched and the tensor cores are used.
 """
 
 import torch
@@ -135,7 +135,7 @@ def outer_sum(small_NTR: Tensor, wide: Tensor, like: Tensor, strides: tuple[int,
 
 
 def _products(operand: Tensor) -> tl.dtype:
-    """The type in which `tl.dot` multiplies: the operand's; the interpreter cannot, and fp32 products are the same."""
+    """The type in which `tl.dot` multiplies: the operand's, but fp32, with equal products, in Triton's interpreter."""
     return tl.bfloat16 if operand.dtype == torch.bfloat16 and not interpreting() else tl.float32
 
 

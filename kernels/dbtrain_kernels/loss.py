@@ -14,7 +14,6 @@ from dbtrain_kernels.reference import Loss
 
 FLOATS = (torch.float32, torch.bfloat16)
 LAUNCHES = {"loss": lambda *_: 2}
-"""Kernels that the operator starts."""
 
 
 def loss(
@@ -88,12 +87,9 @@ loss_op.register_autograd(_backward, setup_context=_keep_gradient)
 
 
 def inputs(
-    shape: tuple[int, ...] = (3, 4, 5, 7),
-    parameterization: str = "epsilon",
-    dtype: torch.dtype = torch.float32,
-    masked: bool = False,
-    device: str = "cpu",
-) -> dict[str, Any]:
+    shape: tuple[int, ...] = (3, 4, 5, 7), parameterization: str = "epsilon", dtype: torch.dtype = torch.float32,
+    masked: bool = False, device: str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
     """Keyword arguments. dtype: that of the prediction."""
     drawn: dict[str, Any] = {"generator": seeded(device, 1), "device": device}
     prediction, clean, noise = (torch.randn(shape, **drawn) for _ in range(3))

@@ -1,10 +1,10 @@
-"""Triton kernels of the fused loss. Two launches: elements (one read of everything), then the small sums."""
+"""Triton kernels of the fused loss: first the elements, in one read of everything, then the small sums."""
 
 import triton
 import triton.language as tl
 
 BLOCK = 1024
-"""Elements of a partial sum: a constant, so that a sample's bits depend on nothing but the sample."""
+"""Elements of a partial sum: a constant, so that a sample's bits depend on the sample alone."""
 
 
 @triton.jit

@@ -13,26 +13,16 @@ from dbtrain_kernels.dispatch import choose, dtype_problem
 from dbtrain_kernels.reference import Noised
 
 LAUNCHES = {"noising": lambda *_: 1}
-"""Kernels that the operator starts."""
 
 
 def noising(
-    moments: Tensor,
-    key_B2: Tensor,
-    slot_B: Tensor,
-    step_B: Tensor,
-    alpha_S: Tensor,
-    sigma_S: Tensor,
-    purposes: tuple[int, int, int, int, int],
-    scale: float = 1.0,
-    shift: float = 0.0,
-    noise_offset: float = 0.0,
-    first_S: Tensor | None = None,
-    strata: int = 0,
-) -> Noised:
+    moments: Tensor, key_B2: Tensor, slot_B: Tensor, step_B: Tensor, alpha_S: Tensor, sigma_S: Tensor,
+    purposes: tuple[int, int, int, int, int], scale: float = 1.0, shift: float = 0.0, noise_offset: float = 0.0,
+    first_S: Tensor | None = None, strata: int = 0,
+) -> Noised:  # fmt: skip
     """What `reference.noising` is: the same Philox words; normal numbers within 13 * 2^-24, relative (docs/kernels.md).
 
-    Not differentiable: the VAE is frozen. Raises ValueError where neither first_S nor strata says how to draw t.
+    There is no backward, because the VAE is frozen. Raises ValueError where neither first_S nor strata is given.
     """
     if first_S is None and not strata:
         raise ValueError("noising: got neither first_S nor strata, want one of them")

@@ -1,8 +1,8 @@
 """Triton kernels of fused noising: Philox words bit for bit as `philox.philox`, normal numbers in fp32.
 
-Only +, -, *, IEEE division and IEEE square root make the normal numbers from the words, with ranges reduced on the
-integers. So no library's log, sin or cos enters, each number has a relative error bound, and devices differ by the
-contraction of a*b + c only.
+Libraries differ in log, sin and cos. So the normal numbers are made with +, -, *, IEEE division and IEEE square root
+only, after ranges are reduced on the integers. Each number has a bound of its relative error, and devices differ only
+where one of them computes a*b + c with one rounding.
 """
 
 import triton
@@ -30,8 +30,8 @@ def philox_words(k0, k1, c0, c1, c2, c3):
 def minus_log_uniform(word):
     """-log((word + 1/2) / 2^32) with a relative error below 8 * 2^-24.
 
-    Above 1/2 from the distance to 1, which the word's complement gives without cancellation; below from exponent and
-    mantissa. Both end in -log m = 2 atanh((1 - m) / (1 + m)), whose argument is at most 1/3.
+    For a number above 1/2, the word's complement gives the distance to 1 without cancellation. For one below, exponent
+    and mantissa are taken apart. Both end in -log m = 2 atanh((1 - m) / (1 + m)), whose argument is at most 1/3.
     """
     high = word >= 0x80000000
     distance = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
@@ -52,7 +52,7 @@ def minus_log_uniform(word):
 def cos_sin_turn(word):
     """cos and sin of 2 pi (word + 1/2) / 2^32, each with a relative error below 6 * 2^-24.
 
-    The quadrant is taken off the integer, exactly; Taylor polynomials serve the rest, |x| <= pi/4.
+    The quadrant is taken off the integer, without rounding. Taylor polynomials compute the rest, |x| <= pi/4.
     """
     shifted = word + 0x20000000
     quadrant = shifted >> 30

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dbtrain_kernels.philox import normal, philox, uniform
+from dbtrain_kernels.philox import Key, normal, philox, uniform
 
 TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "epsilon": lambda clean, noise, alpha, sigma: noise,  # DDPM, arXiv 2006.11239, eq. 14
@@ -37,10 +37,10 @@ def loss(
     parameterization: str,
     mask: Tensor | None = None,
 ) -> Loss:
-    """sum_b W_b * mean|f_b - y_b|^2, and its parts by sample, with y made from clean [B, C, H, W] and noise.
+    """sum_b W_b * mean|f_b - y_b|^2, and the mean of each sample; `TARGETS` makes y of clean [B, C, H, W] and noise.
 
     prediction: f, of any floating dtype. alpha_B, sigma_B: signal and noise scales. weight_B: W_b. mask: [B, 1, H, W]
-    factors of the squared error, or None for 1; the mean is over all C*H*W elements either way.
+    factors of the squared error. None stands for 1. The mean is over all C*H*W elements in both cases.
     """
     shape = (-1, *[1] * (clean.dim() - 1))
     alpha, sigma = alpha_B.to(clean.dtype).view(shape), sigma_B.to(clean.dtype).view(shape)
@@ -77,55 +77,48 @@ def noising(
 ) -> Noised:
     """Latents drawn from VAE moments, and noised, with every random number named by (key, purpose, step, slot).
 
-    moments: [B, 2C, H, W] mean and log-variance stacked. key_B2: Philox keys as int64 words; slot_B, step_B: int64
+    moments: [B, 2C, H, W] mean and log-variance stacked. key_B2: Philox keys as int64 words. slot_B, step_B: int64
     counter words. purposes: counter words of the posterior sample, the noise, the noise offset, the time and the
-    rotation of strata. x = (mean + std z - shift) * scale; eps gets noise_offset times one normal number for each
+    rotation of strata. x = (mean + std z - shift) * scale. eps gets noise_offset times one normal number for each
     channel. alpha_S, sigma_S: signal and noise scales of the schedule. first_S, strata: how `timesteps` draws t.
     """
     mean, logvar = moments.chunk(2, 1)
     shape = mean.shape[1:]
-    posterior, noise, constant, time, rotation = purposes
-    z = _normals(key_B2, posterior, step_B, slot_B, shape).to(mean.dtype)
+    posterior, noise, constant, *times = purposes
+    key = key_B2[:, 0], key_B2[:, 1]
+    z = _normals(key, posterior, step_B, slot_B, shape).to(mean.dtype)
     clean = (mean + torch.exp(0.5 * logvar) * z - shift) * scale
-    eps = _normals(key_B2, noise, step_B, slot_B, shape).to(mean.dtype)
+    eps = _normals(key, noise, step_B, slot_B, shape).to(mean.dtype)
     if noise_offset:
-        channels = _normals(key_B2, constant, step_B, slot_B, torch.Size((shape[0], 1, 1))).to(mean.dtype)
+        channels = _normals(key, constant, step_B, slot_B, torch.Size((shape[0], 1, 1))).to(mean.dtype)
         eps = eps + noise_offset * channels
-    index_B = timesteps(key_B2, slot_B, step_B, (time, rotation), len(alpha_S), first_S, strata)
+    index_B = timesteps(key, slot_B, step_B, times, len(alpha_S), first_S, strata)
     alpha, sigma = (table_S[index_B].to(mean.dtype).view(-1, 1, 1, 1) for table_S in (alpha_S, sigma_S))
     return Noised(clean, eps, alpha * clean + sigma * eps, index_B)
 
 
 def timesteps(
-    key_B2: Tensor,
-    slot_B: Tensor,
-    step_B: Tensor,
-    purposes: tuple[int, int],
-    steps: int,
-    first_S: Tensor | None,
-    strata: int,
+    key: Key, slot_B: Tensor, step_B: Tensor, purposes: list[int], steps: int, first_S: Tensor | None, strata: int
 ) -> Tensor:
-    """Schedule index [B] in 0..steps-1 of each sample; in integers or exact float64, so equal in every bit anywhere.
+    """Schedule index [B] in 0..steps-1 of each sample, equal in every bit on every device.
 
-    first_S: int64, the smallest Philox word that gives each index, which is any distribution's inverse; not looked at
-    where strata > 0. Then the samples of a step lie one in each of `strata` equal parts of the schedule, rotated
-    together: index = floor(steps * frac((slot % strata) / strata + u / strata + rotation)).
+    The arithmetic is of integers, or in float64 without a sum of products. first_S: int64, the smallest Philox word
+    that gives each index, which inverts any distribution. It is not used where strata > 0: then the samples of a step
+    lie one in each of `strata` equal parts of the schedule, rotated together (arXiv 2107.00630, appendix I.1):
+    index = floor(steps * frac((slot % strata) / strata + u / strata + rotation)).
     """
-    key = key_B2[:, 0], key_B2[:, 1]
     word_B = philox(key, (0, slot_B, step_B, purposes[0]))[0]
     if strata:
         rotation_B = uniform(philox(key, (0, 0, step_B, purposes[1]))[0])
         level_B = ((slot_B % strata).double() / strata + uniform(word_B) / strata + rotation_B) % 1.0
         return (level_B * steps).long().clamp_(max=steps - 1)
-    if first_S is None:
-        raise ValueError("noising: got neither first_S nor strata, want one of them")
+    assert first_S is not None
     return torch.searchsorted(first_S, word_B, right=True) - 1
 
 
-def _normals(key_B2: Tensor, purpose: int, step_B: Tensor, slot_B: Tensor, shape: torch.Size) -> Tensor:
+def _normals(key: tuple[Tensor, Tensor], purpose: int, step_B: Tensor, slot_B: Tensor, shape: torch.Size) -> Tensor:
     blocks = torch.arange((shape.numel() + 3) // 4, device=slot_B.device)
-    key = key_B2[:, 0, None], key_B2[:, 1, None]
-    words = philox(key, (blocks[None, :], slot_B[:, None], step_B[:, None], purpose))
+    words = philox((key[0][:, None], key[1][:, None]), (blocks[None, :], slot_B[:, None], step_B[:, None], purpose))
     return normal(words).flatten(1)[:, : shape.numel()].reshape(len(slot_B), *shape)
 
 
@@ -152,7 +145,7 @@ def adamw(
     master, grad, exp_avg, exp_avg_sq, ema: [N, P] arenas, changed in place but for grad, which may be bf16. compute: a
     bf16 copy of the masters that follows them, or None. step_N: int64 updates made so far, counted up here. lr_N,
     clip_N (inf never clips), decay_N: float settings of each row. A row that is not active, or whose norm is not
-    finite, stays as it is in every bit. Settings act in float64, rounded to the moments' dtype.
+    finite, keeps every bit. The factors of a row are computed in float64 and rounded to the dtype of the moments.
     """
     grad = grad.to(exp_avg.dtype)
     norm_N = torch.linalg.vector_norm(grad, dim=1)
@@ -183,7 +176,7 @@ def adamw(
 
 
 CACHED = 2**16
-"""Numbers of an arena that a processor's cache holds ten times over: the update's intermediate values stay there."""
+"""Numbers of an arena of which a processor's cache holds ten copies, so that intermediate values stay in the cache."""
 
 
 def _parts(arena: Tensor) -> list[slice]:
@@ -196,9 +189,9 @@ def _parts(arena: Tensor) -> list[slice]:
 def lora(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor) -> Tensor:
     """base + scale_n B_n A_n x: the stacked LoRA update (arXiv 2106.09685) of N adapters, each on its own segment of x.
 
-    x [..., D], subject-major: the first 1/N of its tokens belong to adapter 0, and so on; base [..., O]: the frozen
-    layer's output. down_NRD: A [N, rank, D]; up_NDR: B [N, O, rank]. All act in base's dtype, which under autocast is
-    the compute dtype, whatever x came in.
+    x [..., D], subject-major: the first 1/N of its tokens belong to adapter 0, and so on. base [..., O]: the frozen
+    layer's output. down_NRD: A [N, rank, D]. up_NDR: B [N, O, rank]. All products are in the dtype of base, which under
+    autocast is the compute dtype, while x may still have another one.
     """
     x_NTD = x.to(base.dtype).reshape(len(scale_N), -1, x.shape[-1])
     delta_NTO = (x_NTD @ down_NRD.mT.to(base.dtype)) @ up_NDR.mT.to(base.dtype)

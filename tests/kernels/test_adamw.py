@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dbtrain_kernels import reference
-from dbtrain_kernels.adamw import _layout_problem, adamw, inputs
+from dbtrain_kernels.adamw import adamw, adamw_op, inputs
 from dbtrain_kernels.cases import Case
 from tests.kit.operations import on
 
@@ -158,6 +158,9 @@ def test_an_update_in_parts_is_the_update_of_the_whole(monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
 
 
-def test_what_the_kernel_cannot_take_is_named():
-    assert _layout_problem(master=torch.empty(4, 4), ema=None) is None
-    assert "grad is not contiguous" in _layout_problem(grad=torch.empty(4, 4).T)
+def test_a_strided_arena_is_refused_by_the_kernel():
+    """It would write beside the arena's numbers."""
+    arguments = inputs(rows=2, elements=4) | {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+    arguments["grad"] = arguments["grad"].T.contiguous().T
+    with pytest.raises(AssertionError):
+        adamw_op(**arguments, ema=None, ema_decay=0.0, compute=None)
