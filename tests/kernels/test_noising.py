@@ -168,7 +168,7 @@ def test_strata_leave_the_whole_schedule_to_every_slot():
     """2000 steps of four slots; each slot's t is uniform by chi-square, so that no photo sees little noise only."""
     steps, cells = torch.arange(2000), 50
     slots, step_B = torch.arange(4).repeat(2000), steps.repeat_interleave(4)
-    t = reference.timesteps(torch.tensor([KEY]).expand(8000, 2), slots, step_B, PURPOSES[3:], 1000, None, 4)
+    t = reference.timesteps(KEY, slots, step_B, PURPOSES[3:], 1000, None, 4)
     for slot in range(4):
         counts = torch.bincount(t[slots == slot] * cells // 1000, minlength=cells).double()
         chi_square = ((counts - 40) ** 2 / 40).sum().item()
