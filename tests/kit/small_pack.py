@@ -2,14 +2,15 @@
 
 import copy
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from dbtrain.engines.engine import lr_scale
-from dbtrain.models.family import Family, Models
+from dbtrain.families import FAMILIES
+from dbtrain.models.family import Models
 from dbtrain.objective.noise import discrete_schedule
 from dbtrain.packing.pack import Pack, Start
 from dbtrain.randomness import stream_key
@@ -47,15 +48,15 @@ class Denoiser(nn.Module):
 
 
 class Vae:
-    """Only what `sample_latents` reads."""
+    """Only what the codec's scale reads."""
 
     class config:
         scaling_factor = 0.5
         shift_factor = None
 
 
-FAMILY = Family(
-    "fake", "", "unet", (), lambda *_: None, lambda net, x_t, time_B, told, _: net(x_t, time_B, told.states_BTD)
+FAMILY = replace(
+    FAMILIES["sd"], text_encoders=(), denoise=lambda net, x_t, time_B, told, _: net(x_t, time_B, told.states_BTD)
 )
 
 

@@ -1,10 +1,13 @@
 """The training step against the equation in float64 autograd, written out sample by sample; mutants are caught."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from dbtrain.models.family import Family, Models
+from dbtrain.families import FAMILIES
+from dbtrain.models.family import Models
 from dbtrain.objective.noise import discrete_schedule, flow_schedule
 from dbtrain.randomness import Purpose, normals, stream_key, uniforms
 from dbtrain.settings.config import ObjectiveConfig, PriorConfig, RunConfig, TrainConfig
@@ -32,7 +35,7 @@ class Denoiser(nn.Module):
 
 
 class Vae:
-    """Only what `sample_latents` reads."""
+    """Only what the codec's scale reads."""
 
     class config:
         scaling_factor = 0.5
@@ -47,7 +50,7 @@ def encode_tokens(encoders, tokens):
     return Conditioning(encoders["text_encoder"](tokens[0]))
 
 
-FAMILY = Family("fake", "", "unet", ("text_encoder",), encode_tokens, denoise)
+FAMILY = replace(FAMILIES["sd"], encode_tokens=encode_tokens, denoise=denoise)
 ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
 
 
