@@ -4,10 +4,11 @@ import json
 import statistics
 from pathlib import Path
 
+from measures import closed_share, mean_interval
 from PIL import Image
 
 from dbtrain.batch import Subject
-from dbtrain.evaluate.intervals import Interval, closed_share, mean_interval
+from dbtrain.evaluate.intervals import Interval
 from dbtrain.evaluate.judge import read_images
 from dbtrain.publish import grid
 from dbtrain.tiny.world import PLACES
@@ -67,7 +68,7 @@ def _finding(what: str, interval: Interval, goal: float | None) -> dict:
         verdict = "met" if interval.low > 0 else "missed" if interval.high < 0 else "not shown"
     else:
         verdict = "met" if interval.value >= goal else "missed"
-    return {"what": what, **interval.row(), "goal": goal, "verdict": verdict}
+    return {"what": what, **interval.row("subjects"), "goal": goal, "verdict": verdict}
 
 
 COLUMNS = {

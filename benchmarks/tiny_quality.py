@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measures import choose, zero_shot
 from PIL import Image
 
-from dbtrain.evaluate.features import Encoder, choose, load_identity, load_pair, zero_shot
+from dbtrain.evaluate.features import Encoder, load_identity, load_pair
 from dbtrain.tiny import ASSETS, BASE, pool, sprites, world
 from dbtrain.tiny.scenery import SCENES
 from dbtrain.tiny.world import Facts
