@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measures import spread, zero_shot
 from paper_shape_tables import BASE, GROUPS, write_results
 
 from dbtrain.bench import commit
-from dbtrain.evaluate.features import zero_shot
 from dbtrain.evaluate.judge import Judge, Seen, load_judge, read_images
 from dbtrain.evaluate.scores import METRICS
 from dbtrain.families import FAMILIES
@@ -148,7 +148,9 @@ def scores_of(judge: Judge, subject: Subject, groups: dict[str, list[tuple[Pictu
         number_N = torch.tensor([prompts.index(text) for text in prompts])
         drawn = Seen([file for _, file in groups[group]], number_N, plain, prompts)
         features = judge.features(photos, drawn, [file for _, file in groups["class"]])
-        values = {key: metric.values(features) for key, metric in METRICS.items()}
+        values = {key: metric.measure(features).values for key, metric in METRICS.items()}
+        values["div_lpips" if judge.distance else "div_patches"] = values.pop("div")
+        values["div_identity"] = spread(features.generated_identity_ND, number_N)
         row |= {before + key: float(value.mean()) for key, value in values.items() if value.numel()}
     return row | recognized(judge, subject, groups)
 

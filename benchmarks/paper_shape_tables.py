@@ -4,9 +4,10 @@ import json
 import statistics
 from pathlib import Path
 
+from measures import closed_share, mean_interval
 from PIL import Image
 
-from dbtrain.evaluate.intervals import Interval, closed_share, mean_interval
+from dbtrain.evaluate.intervals import Interval
 from dbtrain.evaluate.judge import read_images
 from dbtrain.results.sheets import grid
 from dbtrain.values import Subject
@@ -66,7 +67,7 @@ def _finding(what: str, interval: Interval, goal: float | None) -> dict:
         verdict = "met" if interval.low > 0 else "missed" if interval.high < 0 else "not shown"
     else:
         verdict = "met" if interval.value >= goal else "missed"
-    return {"what": what, **interval.row(), "goal": goal, "verdict": verdict}
+    return {"what": what, **interval.row("subjects"), "goal": goal, "verdict": verdict}
 
 
 COLUMNS = {

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measures import choose, zero_shot
 from PIL import Image
 
-from dbtrain.evaluate.features import Encoder, choose, load_identity, load_pair, zero_shot
 from dbtrain.tiny import ASSETS, BASE
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "embedded"))
 
+from dbtrain.evaluate.features import Encoder, load_identity, load_pair
 from dbtrain_embedded import pool, sprites, world
 from dbtrain_embedded.scenery import SCENES
 from dbtrain_embedded.world import Facts

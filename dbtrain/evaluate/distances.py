@@ -1,5 +1,5 @@
-"""Distances of two pictures by packages that a user may install beside dbtrain: LPIPS, which the paper's DIV takes, and
-DreamSim. Both need torchvision, fetch their weights when they are first used, and are trusted as installed code."""
+"""Distances of two pictures by packages that a user may install beside dbtrain: LPIPS, which the paper's DIV uses, and
+DreamSim. Both need torchvision and fetch their weights at first use. Like all installed code, they are trusted."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ Pairs = Callable[[Sequence[Image.Image]], Tensor]
 
 
 class Distance(NamedTuple):
-    """A package's distance: its key in `PACKAGES`, what reports call it, and the function."""
+    """A package's distance: its name in reports, and the function."""
 
-    key: str
     name: str
     pairs: Pairs
 
@@ -35,32 +34,33 @@ def _lpips(device: str) -> Distance:
 
     metric = lpips.LPIPS(net="alex", verbose=False).eval()
     pixels = Preprocess(None, None, 0, 1 / 255, (0.5,) * 3, (0.5,) * 3)
-    return Distance("lpips", "LPIPS (alex)", lambda images: _all(metric, (pixels([image]) for image in images)))
+    return Distance("LPIPS (alex)", lambda images: _all_pairs(metric, (pixels([image]) for image in images)))
 
 
 def _dreamsim(device: str) -> Distance:
     from dreamsim import dreamsim
 
     metric, pixels = dreamsim(device=device, cache_dir=str(Path(torch.hub.get_dir()) / "dreamsim"))
-    made = lambda images: (pixels(image).to(device) for image in images)  # noqa: E731
-    return Distance("dreamsim", "DreamSim (ensemble)", lambda images: _all(metric, made(images)))
+    prepared = lambda images: (pixels(image).to(device) for image in images)  # noqa: E731
+    return Distance("DreamSim (ensemble)", lambda images: _all_pairs(metric, prepared(images)))
 
 
 @torch.no_grad()
-def _all(metric: Callable[[Tensor, Tensor], Tensor], pixels: Iterable[Tensor]) -> Tensor:
+def _all_pairs(metric: Callable[[Tensor, Tensor], Tensor], pixels: Iterable[Tensor]) -> Tensor:
     pairs = [metric(a, b).flatten() for a, b in combinations(list(pixels), 2)]
     return torch.cat(pairs).double().cpu() if pairs else torch.zeros(0, dtype=torch.float64)
 
 
 PACKAGES: dict[str, Callable[[str], Distance]] = {"lpips": _lpips, "dreamsim": _dreamsim}
-"""How each package's distance is loaded on a device, by the package's name."""
+"""The function that loads each package's distance on a device, by the package's name."""
 CHOICES = (AUTO, *PACKAGES, PATCHES)
 
 
 def load_distance(choice: str = AUTO, device: str = "cpu") -> tuple[Distance | None, str]:
-    """(the distance, why it is not there): None stands for the patch distance, which needs no package.
+    """(the package's distance, a note). The distance is None where the patch distance, which needs no package, is used.
 
-    `auto` is LPIPS where it is installed and works. Raises ConfigError for a chosen package that does not.
+    `auto` is LPIPS if it is installed and works; if it is installed but fails, the note says why. The note is empty
+    otherwise. Raises ConfigError if a package that was named does not work.
     """
     if choice not in CHOICES:
         raise ConfigError(f"--distance: got {choice!r}, want {', '.join(CHOICES)}")
@@ -69,7 +69,7 @@ def load_distance(choice: str = AUTO, device: str = "cpu") -> tuple[Distance | N
         return None, ""
     try:
         return PACKAGES[name](device), ""
-    except Exception as error:  # a package in an environment of another make fails in any way it likes
+    except Exception as error:  # a package that does not fit the installed torch can fail with any exception
         reason = f"{name} does not work here ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
         if choice == AUTO:
             return None, f"{reason}; DIV is the patch distance instead"

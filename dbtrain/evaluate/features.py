@@ -1,8 +1,8 @@
-"""Features of images and texts by any transformers encoder, from a folder, a hub id, or the small ones that ship.
+"""Features of images and texts by any transformers encoder: from a folder, a hub id, or the embedded ones.
 
-Every value is a float32 tensor of unit rows on the CPU: a dot product of two rows is their cosine.
-Pictures are prepared with PIL and torch from the encoder's own preprocessor_config.json, as its authors' PIL
-processor does it; torchvision's resampling gives other pixels.
+Features are float32 tensors of unit rows on the CPU, so a dot product of two rows is their cosine.
+Pictures are prepared with PIL and torch as the encoder's own preprocessor_config.json says. The encoder's authors used
+PIL too; torchvision's resampling gives other pixels.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dbtrain.errors import ConfigError, first_line
 from dbtrain.models.load import A_HUB_ID, mind_the_network, quiet_libraries
 from dbtrain.tiny import CLIP, EMBEDDED, IDENTITY
 
-"""Names the encoders that ship with dbtrain; others are a folder or a hub id, such as `facebook/dino-vits16`."""
 SHORT_SIDE_TYPES = ("CLIP", "Bit", "Convnext", "DINOv3")
-"""Image processors for which a bare number as `size` is the short side; for all others it is a square."""
+"""Image processors that read a single number as `size` as the short side; all others read it as a square's side."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an encoder wants its pictures: RGB, resized (None keeps the size), centre-cropped, scaled, normalized.
+    """How pictures are prepared for an encoder: made RGB, resized, centre-cropped, scaled, normalized.
 
-    resize: (height, width), or one number for the short side. crop: (height, width). resample: PIL's number.
+    resize: (height, width), or one number for the short side; None keeps the size. crop: (height, width); None crops
+    nothing. resample: the number of PIL's filter.
     """
 
     resize: tuple[int, int] | int | None
@@ -42,9 +42,9 @@ class Preprocess:
 
     def __call__(self, images: Iterable[Image.Image]) -> Tensor:
         """Normalized pixels [B, 3, H, W], float32."""
-        return torch.stack([self._one(image) for image in images])
+        return torch.stack([self._prepared(image) for image in images])
 
-    def _one(self, image: Image.Image) -> Tensor:
+    def _prepared(self, image: Image.Image) -> Tensor:
         image = image.convert("RGB")
         if self.resize is not None:
             image = image.resize(self._resized(image.size), Image.Resampling(self.resample))
@@ -56,23 +56,22 @@ class Preprocess:
         return (pixels_CHW - mean) / std
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(width, height) after resizing a picture of this (width, height)."""
+        """(width, height) of a picture of this (width, height) after resizing."""
         if isinstance(self.resize, tuple):
             return self.resize[1], self.resize[0]
         assert self.resize is not None
-        short, long = min(size), max(size)
-        grown = int(self.resize * long / short)
-        return (self.resize, grown) if size[0] <= size[1] else (grown, self.resize)
+        long_side = int(self.resize * max(size) / min(size))
+        return (self.resize, long_side) if size[0] <= size[1] else (long_side, self.resize)
 
 
 def _centre(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
-    """The middle of a picture; beyond its borders the canvas is black."""
+    """The middle of a picture; a crop that is larger than the picture is filled with black."""
     top, left = (image.height - crop[0]) // 2, (image.width - crop[1]) // 2
     return image.crop((left, top, left + crop[1], top + crop[0]))
 
 
 def read_preprocess(source: str) -> Preprocess:
-    """The preprocessing that an encoder's preprocessor_config.json asks for, older forms of the file included."""
+    """The preprocessing in an encoder's preprocessor_config.json; older forms of the file are read too."""
     config = _preprocessor_config(source)
     kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
     resize = _size(config.get("size", 224), kind) if config.get("do_resize", True) else None
@@ -100,7 +99,7 @@ def _preprocessor_config(source: str) -> dict[str, Any]:
 
 
 def _size(size: Any, kind: str) -> tuple[int, int] | int:
-    """A `size` entry as (height, width) or the short side; ConfigError for the rarer forms."""
+    """A `size` entry as (height, width) or the short side. Raises ConfigError for other forms."""
     if isinstance(size, int):
         return size if kind.startswith(SHORT_SIDE_TYPES) else (size, size)
     if isinstance(size, dict) and {"height", "width"} <= size.keys():
@@ -114,7 +113,7 @@ def _size(size: Any, kind: str) -> tuple[int, int] | int:
 
 @dataclass
 class Encoder:
-    """A loaded encoder. `name` is what reports call it; `tokenizer` is None where it knows no texts."""
+    """A loaded encoder. name: as reports show it. tokenizer: None for an encoder of pictures only."""
 
     name: str
     model: Any
@@ -123,29 +122,27 @@ class Encoder:
 
     @property
     def vision(self) -> Any:
-        """The tower that sees pictures."""
+        """The part of the model that encodes pictures."""
         return getattr(self.model, "vision_model", self.model)
 
     @property
     def marks(self) -> int:
-        """How many of the tower's tokens come before its patches: [CLS], one of distillation, registers."""
+        """The number of tokens before the patches of a picture: [CLS], one of distillation, registers."""
         names = {name.rpartition(".")[2] for name, _ in self.vision.named_parameters()}
-        first = len(names & {"cls_token", "class_embedding", "distillation_token"})
-        return first + (getattr(self.vision.config, "num_register_tokens", 0) or 0)
+        single = len(names & {"cls_token", "class_embedding", "distillation_token"})
+        return single + (getattr(self.vision.config, "num_register_tokens", 0) or 0)
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image], batch: int = 64) -> Tensor:
         """Unit features [N, D] of pictures: the projected image embedding, or the last layer's [CLS]."""
-        found = [self._pixels(self.preprocess(images[i : i + batch])) for i in range(0, len(images), batch)]
-        return self._unit(found)
+        return self._unit([self._pixels(self.preprocess(images[i : i + batch])) for i in range(0, len(images), batch)])
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str], batch: int = 256) -> Tensor:
         """Unit features [N, D] of texts in the space of the pictures; longer texts are cut to the encoder's length."""
         if self.tokenizer is None:
             raise ConfigError(f"{self.name}: knows no texts; give a CLIP-style encoder")
-        found = [self._tokens(list(texts[i : i + batch])) for i in range(0, len(texts), batch)]
-        return self._unit(found)
+        return self._unit([self._tokens(list(texts[i : i + batch])) for i in range(0, len(texts), batch)])
 
     def _pixels(self, pixels_BCHW: Tensor) -> Tensor:
         pixels_BCHW = pixels_BCHW.to(self.model.device, self.model.dtype)
@@ -159,8 +156,8 @@ class Encoder:
     def _tokens(self, texts: list[str]) -> Tensor:
         longest = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         tokens = self.tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
-        known = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask") if key in tokens}
-        return _embedding(self.model.get_text_features(**known))
+        inputs = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask") if key in tokens}
+        return _embedding(self.model.get_text_features(**inputs))
 
     def _unit(self, parts: list[Tensor]) -> Tensor:
         features_ND = torch.cat(parts).float().cpu() if parts else torch.zeros(0, 1)
@@ -179,7 +176,7 @@ def load_pair(source: str = EMBEDDED, device: str = "cpu") -> Encoder:
 
 
 def load_identity(source: str = EMBEDDED, device: str = "cpu") -> Encoder:
-    """The encoder that tells this dog from a dog: DINO's role (`facebook/dino-vits16` in the paper)."""
+    """The encoder that distinguishes one dog from another: DINO's role (`facebook/dino-vits16` in the paper)."""
     encoder = _load(source, IDENTITY, device)
     if encoder.tokenizer is None and not encoder.marks:
         kind = type(encoder.model).__name__
@@ -191,7 +188,7 @@ def load_identity(source: str = EMBEDDED, device: str = "cpu") -> Encoder:
 
 
 def _load(source: str, embedded: Path, device: str) -> Encoder:
-    """An encoder in fp32 and evaluation mode; no code of its authors is run and no pickle is opened."""
+    """An encoder in fp32 and evaluation mode. No code that comes with it is run, and no pickle is opened."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     quiet_libraries()
@@ -200,7 +197,7 @@ def _load(source: str, embedded: Path, device: str) -> Encoder:
     preprocess = read_preprocess(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        # A pooler that the file lacks would be drawn at random, with a warning, and is not used.
+        # No feature uses the pooler. transformers draws a pooler that the file lacks at random, with a warning.
         pooler = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
         safe: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
         model, loading = AutoModel.from_pretrained(
@@ -213,7 +210,7 @@ def _load(source: str, embedded: Path, device: str) -> Encoder:
             f"{source}: cannot be loaded as an encoder ({first_line(error)}); "
             f"give a transformers folder with safetensors weights, {A_HUB_ID}, or `embedded`"
         ) from error
-    # transformers draws missing weights at random, and scores would then mean nothing.
+    # transformers draws missing weights at random; scores would be meaningless.
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ConfigError(
@@ -224,22 +221,6 @@ def _load(source: str, embedded: Path, device: str) -> Encoder:
     return Encoder(name, model.to(device).eval().requires_grad_(False), preprocess, tokenizer)
 
 
-def choose(pair: Encoder, images: Sequence[Image.Image], options: Sequence[Sequence[str]]) -> Tensor:
-    """For each picture the number [N] of the nearest of its own texts; all pictures have equally many."""
-    distinct = list(dict.fromkeys(text for row in options for text in row))
-    place = {text: i for i, text in enumerate(distinct)}
-    texts_ND = pair.texts(distinct)
-    rows_NK = torch.tensor([[place[text] for text in row] for row in options], dtype=torch.long)
-    return torch.einsum("nd,nkd->nk", pair.images(images), texts_ND[rows_NK]).argmax(1)
-
-
-def zero_shot(
-    pair: Encoder, images: Sequence[Image.Image], options: Sequence[Sequence[str]], truth: Sequence[int]
-) -> Tensor:
-    """Hits [N] (1 or 0, float64) of zero-shot recognition: the nearest of a picture's texts is the true one."""
-    return (choose(pair, images, options) == torch.tensor(truth)).double()
-
-
-def _embedding(found: Any) -> Tensor:
-    """The projected embedding: transformers 5 wraps it in an output object, 4 returns it."""
-    return getattr(found, "pooler_output", found)
+def _embedding(output: Any) -> Tensor:
+    """The projected embedding: transformers 5 wraps it in an output object, transformers 4 returns it."""
+    return getattr(output, "pooler_output", output)

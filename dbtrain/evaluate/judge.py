@@ -1,4 +1,4 @@
-"""The encoders of an evaluation, and what they see in one subject's photos and pictures."""
+"""The encoders of an evaluation, and the features that they give of one subject's photos and pictures."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from dbtrain.evaluate.patches import patch_distances
 from dbtrain.evaluate.scores import SubjectFeatures
 
 THUMBNAIL = 16
-"""Side, in pixels, at which two pictures are compared for being copies."""
+"""Side, in pixels, of the small pictures that are compared to find copies."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Drawn pictures as the judge reads them: files, and for each the prompt's number, with and without identifier.
+    """Drawn pictures for the judge: their files, the number of each picture's prompt, and the prompts' texts.
 
-    prompts are None where the pictures were told of no identifier.
+    plain: each picture's prompt without the identifier. prompts: the same with the identifier; None for pictures of the
+    base model, which knows no identifier.
     """
 
     files: Sequence[Path]
@@ -34,8 +35,11 @@ class Seen:
 
 @dataclass
 class Judge:
-    """Loaded encoders. distance: of DIV, None is that of patches; note: why it is not what one would expect.
-    kept: features of pictures that many subjects share."""
+    """The loaded encoders.
+
+    distance: of DIV; None is the patch distance. note: why it is not the expected one, or empty. kept: features of
+    pictures that many subjects share.
+    """
 
     identity: Encoder
     pair: Encoder
@@ -45,17 +49,18 @@ class Judge:
 
     @property
     def names(self) -> dict[str, str]:
-        """What each role is filled by: identity (DINO's role), clip, and the distance of DIV."""
+        """The name of what fills each role of `Metric.encoder`: identity (DINO's role), clip, distance (of DIV)."""
         distance = self.distance.name if self.distance else f"patch distance of {self.identity.name}"
         return {"identity": self.identity.name, "clip": self.pair.name, "distance": distance}
 
     def features(
         self, photos: Sequence[Image.Image], drawn: Seen, of_class: Sequence[Path], keep: bool = False
     ) -> SubjectFeatures:
-        """The features of a subject's photos, of pictures drawn for it, and of those of the class prompt.
+        """The features of a subject's photos, of pictures drawn for it, and of pictures of the class prompt.
 
-        keep: remember the pictures' features by file, for the next subject of the class.
+        keep: keep the pictures' features by file, for the next subject of the class.
         """
+        distance_pairs, pair_prompt = self._distances(drawn)
         return SubjectFeatures(
             real_identity_MD=self.identity.images(photos),
             real_clip_MD=self.pair.images(photos),
@@ -65,7 +70,8 @@ class Judge:
             texts_with_identifier_ND=self.pair.texts(drawn.prompts or []),
             texts_without_identifier_ND=self.pair.texts(drawn.plain),
             class_identity_PD=self._images("identity", of_class, keep),
-            **self._distances(drawn),
+            distance_pairs=distance_pairs,
+            pair_prompt=pair_prompt,
         )
 
     def _images(self, role: str, files: Sequence[Path], keep: bool) -> Tensor:
@@ -76,36 +82,34 @@ class Judge:
         self.kept |= {(role, file): row for file, row in zip(new, encoder.images(read_images(new)))}
         return torch.stack([self.kept[role, file] for file in files]) if files else encoder.images([])
 
-    def _distances(self, drawn: Seen) -> dict[str, Tensor]:
-        """How far apart the pictures of each prompt are, pair by pair."""
-        found, prompts = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.long)]
+    def _distances(self, drawn: Seen) -> tuple[Tensor, Tensor]:
+        """(distances of all pairs of pictures of one prompt, the prompt's number of each pair)."""
+        distances, prompts = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.long)]
         for number in drawn.prompt_N.unique():
             images = read_images([file for file, own in zip(drawn.files, drawn.prompt_N) if own == number])
-            found.append(self.distance.pairs(images) if self.distance else patch_distances(self.identity, images))
-            prompts.append(number.expand(len(found[-1])))
-        kind = self.distance.key if self.distance else "patch"
-        return {f"{kind}_pairs": torch.cat(found), "pair_prompt": torch.cat(prompts)}
+            distances.append(self.distance.pairs(images) if self.distance else patch_distances(self.identity, images))
+            prompts.append(number.expand(len(distances[-1])))
+        return torch.cat(distances), torch.cat(prompts)
 
 
 def load_judge(identity: str = EMBEDDED, clip: str = EMBEDDED, device: str = "cpu", distance: str = AUTO) -> Judge:
-    """The encoders by folder, hub id or `embedded`, and a distance; ConfigError for what cannot fill its role."""
-    chosen, note = load_distance(distance, device)
-    return Judge(load_identity(identity, device), load_pair(clip, device), chosen, note)
+    """The encoders by folder, hub id or `embedded`, and a distance. Raises ConfigError if one cannot fill its role."""
+    package, note = load_distance(distance, device)
+    return Judge(load_identity(identity, device), load_pair(clip, device), package, note)
 
 
 def read_images(files: Sequence[Path]) -> list[Image.Image]:
     """The pictures, RGB."""
-    found = []
+    images = []
     for file in files:
         with Image.open(file) as image:
-            found.append(image.convert("RGB"))
-    return found
+            images.append(image.convert("RGB"))
+    return images
 
 
 def likeness(pictures: Sequence[Image.Image], photos: Sequence[Image.Image]) -> Tensor:
-    """Correlation [N, M] of small versions of every picture with every photo, cut square: 1 is the same picture."""
-    here, there = _thumbnails(pictures), _thumbnails(photos)
-    return here @ there.T
+    """Correlation [N, M] of small square versions of every picture with every photo: 1 is the same picture."""
+    return _thumbnails(pictures) @ _thumbnails(photos).T
 
 
 def _thumbnails(images: Sequence[Image.Image]) -> Tensor:
@@ -117,5 +121,5 @@ def _thumbnails(images: Sequence[Image.Image]) -> Tensor:
         small = image.convert("RGB").crop((left, top, left + side, top + side))
         small = small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
         rows.append(torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).double())
-    found = torch.stack(rows) if rows else torch.zeros(0, 3 * THUMBNAIL**2, dtype=torch.float64)
-    return torch.nn.functional.normalize(found - found.mean(1, keepdim=True), dim=1)
+    pixels_ND = torch.stack(rows) if rows else torch.zeros(0, 3 * THUMBNAIL**2, dtype=torch.float64)
+    return torch.nn.functional.normalize(pixels_ND - pixels_ND.mean(1, keepdim=True), dim=1)

@@ -1,8 +1,8 @@
 """A perceptual distance of two pictures in LPIPS's form, from any transformers vision encoder.
 
 LPIPS (arXiv 1801.03924, eq. 1) compares unit-length features place by place, layer by layer. Its learnt channel weights
-exist for torchvision's networks only; here they are 1, which is the paper's unweighted baseline, over a ViT's patches.
-Unlike the cosine of two [CLS] features, it also sees where things are, so it can tell two poses of one subject apart.
+exist for torchvision's networks only. Here they are 1, which is the paper's unweighted baseline, over a ViT's patches.
+The cosine of two [CLS] features ignores where things are; this distance does not, so two poses of one subject differ.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from dbtrain.evaluate.features import Encoder
 def patch_distances(encoder: Encoder, images: Sequence[Image.Image]) -> Tensor:
     """Distances [N (N - 1) / 2] of all pairs of pictures, float64, in [0, 2].
 
-    The mean over layers and patches of half the squared difference of unit features, that is of 1 - cosine.
+    The mean over layers and patches of half the squared difference of unit features. For unit a and b, half of
+    |a - b|^2 is 1 - cosine(a, b), which is computed here.
     """
     vision, marks = encoder.vision, encoder.marks
     pixels_NCHW = encoder.preprocess(images).to(vision.device, vision.dtype)

@@ -1,20 +1,20 @@
-"""The paper's scores as pure functions of features: what each averages, and over what.
+"""The paper's scores as pure functions of features: which values each score averages, and how to read it.
 
 Source: DreamBooth (arXiv 2208.12242), section 4 and tables 1, 3 and 4. The paper leaves open macro or micro averaging,
-self pairs in the row of real images, and the identifier in CLIP-T's text: both averages and both texts are given,
-self pairs are left out. Arithmetic is float64. Letters: N generated, M real, P class images, D features.
+self pairs in the row of real images, and the identifier in CLIP-T's text. Here both averages and both texts are given,
+and self pairs are left out. Arithmetic is float64. Letters: N generated, M real, P class images, D features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dbtrain.evaluate.intervals import Score, grouped
+from dbtrain.evaluate.intervals import Interval, grouped
 
 
 def _none() -> Tensor:
@@ -23,12 +23,11 @@ def _none() -> Tensor:
 
 @dataclass(frozen=True)
 class SubjectFeatures:
-    """What a subject's scores are made of; a part that was not made is empty, and its scores are then undefined.
+    """What a subject's scores are computed from. A part that was not made is empty; its scores are then left out.
 
     generated_*: of the N evaluation images, whose prompts are numbered by `prompt_N`. texts_*: of the prompt of each of
     these images, with and without the identifier. class_*: of P images of the plain class prompt after tuning.
-    *_pairs: LPIPS, DreamSim, and `patches.patch_distances`, of all pairs of images of one prompt, whose numbers are
-    `pair_prompt` (empty: not told, and each pair is then taken to stand for itself).
+    distance_pairs: distances of all pairs of images of one prompt; pair_prompt: the prompt's number of each pair.
     """
 
     real_identity_MD: Tensor = field(default_factory=_none)
@@ -39,10 +38,23 @@ class SubjectFeatures:
     texts_with_identifier_ND: Tensor = field(default_factory=_none)
     texts_without_identifier_ND: Tensor = field(default_factory=_none)
     class_identity_PD: Tensor = field(default_factory=_none)
-    lpips_pairs: Tensor = field(default_factory=lambda: torch.zeros(0))
-    dreamsim_pairs: Tensor = field(default_factory=lambda: torch.zeros(0))
+    distance_pairs: Tensor = field(default_factory=lambda: torch.zeros(0))
     pair_prompt: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    patch_pairs: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+class Values(NamedTuple):
+    """The values [V] that a score averages, float64, and the number [V] of the image or prompt behind each value.
+
+    A subject's interval draws whole images (or prompts) anew, with all of their values.
+    """
+
+    values: Tensor
+    unit: Tensor
+
+
+def by_image(values_NK: Tensor) -> Values:
+    """The values of a matrix with one row an image."""
+    return Values(values_NK.flatten(), torch.arange(len(values_NK)).repeat_interleave(values_NK.shape[1]))
 
 
 def cosines(first_ND: Tensor, second_MD: Tensor) -> Tensor:
@@ -53,203 +65,136 @@ def cosines(first_ND: Tensor, second_MD: Tensor) -> Tensor:
     return first_ND @ second_MD.T
 
 
-def across(first_ND: Tensor, second_MD: Tensor) -> Tensor:
-    """Cosines [N * M] of all pairs of a row here and a row there."""
-    return cosines(first_ND, second_MD).flatten()
+def across(first_ND: Tensor, second_MD: Tensor) -> Values:
+    """Cosines [N * M] of every row of the first with every row of the second."""
+    return by_image(cosines(first_ND, second_MD))
 
 
-def within(rows_ND: Tensor) -> Tensor:
+def within(rows_ND: Tensor) -> Values:
     """Cosines [N (N - 1)] of every row with every other row; a row is never paired with itself."""
-    n = len(rows_ND)
-    return cosines(rows_ND, rows_ND)[~torch.eye(n, dtype=torch.bool)]
+    rows = len(rows_ND)
+    others = cosines(rows_ND, rows_ND)[~torch.eye(rows, dtype=torch.bool)]
+    return by_image(others.view(rows, max(rows - 1, 0)))
 
 
-def paired(first_ND: Tensor, second_ND: Tensor) -> Tensor:
-    """Cosines [N] of row i here with row i there."""
-    if len(first_ND) != len(second_ND):
-        raise ValueError(f"paired rows must be equally many, got {len(first_ND)} and {len(second_ND)}")
-    if not len(first_ND):
-        return torch.zeros(0, dtype=torch.float64)
-    return torch.nn.functional.cosine_similarity(first_ND.double(), second_ND.double(), dim=-1, eps=1e-30)
+def paired(images_ND: Tensor, texts_ND: Tensor) -> Values:
+    """Cosines [N] of row i of the images with row i of the texts; none where there are no texts.
+
+    The base model, for one, is given no prompts with an identifier.
+    """
+    if not len(texts_ND):
+        return by_image(torch.zeros(0, 1, dtype=torch.float64))
+    if len(images_ND) != len(texts_ND):
+        raise ValueError(f"paired rows must be equally many, got {len(images_ND)} and {len(texts_ND)}")
+    cosine_N = torch.nn.functional.cosine_similarity(images_ND.double(), texts_ND.double(), dim=-1, eps=1e-30)
+    return by_image(cosine_N[:, None])
 
 
-def matched(images_ND: Tensor, texts_ND: Tensor) -> Tensor:
-    """`paired`, or nothing where there are no texts: the base model, for one, is told no identifier."""
-    return paired(images_ND if len(texts_ND) else texts_ND, texts_ND)
-
-
-def spread(rows_ND: Tensor, prompt_N: Tensor) -> Tensor:
-    """1 - cosine of every image with every other image of the same prompt, prompt by prompt."""
-    groups = [within(rows_ND[prompt_N == number]) for number in prompt_N.unique()]
-    return 1 - torch.cat([torch.zeros(0, dtype=torch.float64), *groups])
-
-
-def prompt_gap(images_ND: Tensor, texts_ND: Tensor, prompt_N: Tensor) -> Tensor:
+def prompt_gap(images_ND: Tensor, texts_ND: Tensor, prompt_N: Tensor) -> Values:
     """Cosine of each image with its own text, minus its mean cosine with the texts of the other prompts [N].
 
-    Encoders differ in the level of CLIP-T and hardly in this; it is 0 where prompts have no effect.
+    Encoders differ in the level of CLIP-T, but little in this gap. The gap is 0 where prompts have no effect.
     """
     other_NN = (prompt_N[:, None] != prompt_N[None, :]).double()
     if not len(images_ND) or not len(texts_ND) or not other_NN.any():
-        return torch.zeros(0, dtype=torch.float64)
+        return by_image(torch.zeros(0, 1, dtype=torch.float64))
     cosine_NN = cosines(images_ND, texts_ND)
-    return cosine_NN.diagonal() - (cosine_NN * other_NN).sum(1) / other_NN.sum(1)
-
-
-def each(first_ND: Tensor, per_row: int) -> Tensor:
-    """Row numbers [N * per_row] of values that stand row by row."""
-    return torch.arange(len(first_ND)).repeat_interleave(max(per_row, 0))
-
-
-def _of_prompt(prompt_N: Tensor) -> Tensor:
-    """The prompt number of each value of `spread`."""
-    numbers, sizes = prompt_N.unique(return_counts=True)
-    return numbers.repeat_interleave(sizes * (sizes - 1))
-
-
-def _of_pair(pairs: Tensor, prompt: Tensor) -> Tensor:
-    """The prompt number of each pair, or the pair's own."""
-    return prompt if len(prompt) else torch.arange(len(pairs))
+    gap_N = cosine_NN.diagonal() - (cosine_NN * other_NN).sum(1) / other_NN.sum(1)
+    return by_image(gap_N[:, None])
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One score: the values that it averages for one subject, and how to read it.
+    """One metric: which values it averages for one subject, and how to read the mean.
 
-    score: its name in evaluation.json; of several metrics with one name, the first that has values is taken. row:
-    `tuned` metrics are of generated images (and of the base model's, which stand in for them), `real` ones of photos.
-    unit: the number of the image or prompt that each value belongs to, which a subject's interval draws anew.
+    score: its name in evaluation.json. Of several metrics with one name and row, the first that has values is taken.
+    row: `tuned` metrics are of generated images (the base model's images are measured by the same), `real` ones of
+    photos. encoder: the role of the encoder or distance that decides the values. column: whether the report's table of
+    subjects has a column of it.
     """
 
-    name: str
     score: str
     row: Literal["tuned", "real"]
     better: Literal["higher", "lower"]
-    encoder: Literal["identity", "pair", "lpips", "dreamsim"]
-    values: Callable[[SubjectFeatures], Tensor]
-    unit: Callable[[SubjectFeatures], Tensor]
+    encoder: Literal["identity", "clip", "distance"]
+    measure: Callable[[SubjectFeatures], Values]
     meaning: str
+    column: bool = True
 
 
 METRICS: dict[str, Metric] = {
     "identity": Metric(
-        "identity (DINO's role)",
         "dino",
         "tuned",
         "higher",
         "identity",
         lambda s: across(s.generated_identity_ND, s.real_identity_MD),
-        lambda s: each(s.generated_identity_ND, len(s.real_identity_MD)),
         "likeness to the photos: cosine of every image with every photo, identity encoder",
     ),
     "clip_i": Metric(
-        "CLIP-I",
         "clip_i",
         "tuned",
         "higher",
-        "pair",
+        "clip",
         lambda s: across(s.generated_clip_ND, s.real_clip_MD),
-        lambda s: each(s.generated_clip_ND, len(s.real_clip_MD)),
         "likeness to the photos: cosine of every image with every photo, CLIP",
     ),
     "clip_t": Metric(
-        "CLIP-T, with identifier",
         "clip_t",
         "tuned",
         "higher",
-        "pair",
-        lambda s: matched(s.generated_clip_ND, s.texts_with_identifier_ND),
-        lambda s: each(s.texts_with_identifier_ND, 1),
+        "clip",
+        lambda s: paired(s.generated_clip_ND, s.texts_with_identifier_ND),
         "agreement with the prompt: cosine of an image and its text, identifier kept",
     ),
     "clip_t_plain": Metric(
-        "CLIP-T, without identifier",
         "clip_t_plain",
         "tuned",
         "higher",
-        "pair",
-        lambda s: matched(s.generated_clip_ND, s.texts_without_identifier_ND),
-        lambda s: each(s.texts_without_identifier_ND, 1),
+        "clip",
+        lambda s: paired(s.generated_clip_ND, s.texts_without_identifier_ND),
         "agreement with the prompt: cosine of an image and its text, identifier left out",
+        column=False,
     ),
     "prompt_gap": Metric(
-        "prompt gap",
         "prompt_gap",
         "tuned",
         "higher",
-        "pair",
+        "clip",
         lambda s: prompt_gap(s.generated_clip_ND, s.texts_without_identifier_ND, s.prompt_N),
-        lambda s: each(prompt_gap(s.generated_clip_ND, s.texts_without_identifier_ND, s.prompt_N), 1),
         "how much prompts decide: CLIP-T without identifier, minus the same with the other prompts' texts",
+        column=False,
     ),
     "pres": Metric(
-        "PRES",
         "pres",
         "tuned",
         "lower",
         "identity",
         lambda s: across(s.class_identity_PD, s.real_identity_MD),
-        lambda s: each(s.class_identity_PD, len(s.real_identity_MD)),
         "the class drawn as the subject: cosine of the class prompt's images with every photo",
     ),
-    "div_lpips": Metric(
-        "DIV (LPIPS)",
+    "div": Metric(
         "div",
         "tuned",
         "higher",
-        "lpips",
-        lambda s: s.lpips_pairs.double(),
-        lambda s: _of_pair(s.lpips_pairs, s.pair_prompt),
+        "distance",
+        lambda s: Values(s.distance_pairs.double(), s.pair_prompt),
         "how far apart images of one prompt are, by LPIPS or the distance named in its place",
     ),
-    "div_dreamsim": Metric(
-        "DIV (DreamSim)",
-        "div",
-        "tuned",
-        "higher",
-        "dreamsim",
-        lambda s: s.dreamsim_pairs.double(),
-        lambda s: _of_pair(s.dreamsim_pairs, s.pair_prompt),
-        "DreamSim between images of one subject and prompt, where it is asked for",
-    ),
-    "div_patches": Metric(
-        "DIV (patch distance)",
-        "div",
-        "tuned",
-        "higher",
-        "identity",
-        lambda s: s.patch_pairs.double(),
-        lambda s: _of_pair(s.patch_pairs, s.pair_prompt),
-        "LPIPS's form over the identity encoder's patches; stands in where LPIPS is not installed",
-    ),
-    "div_identity": Metric(
-        "DIV (1 - identity cosine)",
-        "div",
-        "tuned",
-        "higher",
-        "identity",
-        lambda s: spread(s.generated_identity_ND, s.prompt_N),
-        lambda s: _of_prompt(s.prompt_N[: len(s.generated_identity_ND)]),
-        "1 - cosine between images of one subject and prompt: blind to pose, which that encoder ignores",
-    ),
     "real_identity": Metric(
-        "real images, identity",
         "dino",
         "real",
         "higher",
         "identity",
         lambda s: within(s.real_identity_MD),
-        lambda s: each(s.real_identity_MD, len(s.real_identity_MD) - 1),
         "cosine of the subject's real images, without self pairs: the scale's upper end",
     ),
     "real_clip_i": Metric(
-        "real images, CLIP-I",
         "clip_i",
         "real",
         "higher",
-        "pair",
+        "clip",
         lambda s: within(s.real_clip_MD),
-        lambda s: each(s.real_clip_MD, len(s.real_clip_MD) - 1),
         "cosine of the subject's real images, without self pairs: the scale's upper end",
     ),
 }
@@ -258,7 +203,7 @@ SCORES = {
     score: next(metric for metric in METRICS.values() if metric.score == score)
     for score in dict.fromkeys(metric.score for metric in METRICS.values())
 }
-"""Every score by its name in evaluation.json, with the first metric that gives it: what it means, and which way."""
+"""Every score by its name in evaluation.json, with the first metric of that name."""
 
 
 def title(score: str) -> str:
@@ -266,11 +211,12 @@ def title(score: str) -> str:
     return score.upper().replace("_", "-")
 
 
-def subject_scores(features: SubjectFeatures, row: Literal["tuned", "real"], seed: int = 0) -> dict[str, Score]:
+def subject_scores(features: SubjectFeatures, row: Literal["tuned", "real"], seed: int = 0) -> dict[str, Interval]:
     """A subject's scores of a row by their names in evaluation.json; those without values are left out."""
-    found: dict[str, Score] = {}
+    scores: dict[str, Interval] = {}
     for metric in METRICS.values():
-        values = metric.values(features)
-        if metric.row == row and metric.score not in found and values.numel():
-            found[metric.score] = grouped(values, metric.unit(features), seed)
-    return found
+        if metric.row == row and metric.score not in scores:
+            values, unit = metric.measure(features)
+            if values.numel():
+                scores[metric.score] = grouped(values, unit, seed)
+    return scores

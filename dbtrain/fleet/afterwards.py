@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from dbtrain.evaluate.judge import load_judge
-from dbtrain.evaluate.protocol import Settings, evaluate_finished
+from dbtrain.evaluate.protocol import Protocol, evaluate_finished
 from dbtrain.fleet.trainer import Task
 from dbtrain.models.sampling import draw_samples
 from dbtrain.results.finished import finished_config, finished_pipeline, refuse_nothing
@@ -30,9 +30,9 @@ def generate(session: Session, folder: Path, task: Task) -> None:
 
 def evaluate(session: Session, folder: Path, task: Task) -> None:
     """Score the subject, as the run was told to, into its `evaluation.json`."""
-    settings = Settings(**task.evaluation)
-    judge = warm_judge(settings.identity, settings.clip, session.world.device, settings.distance)
-    evaluate_finished(folder, session.models, session.family, settings, judge)
+    protocol = Protocol(**task.evaluation)
+    judge = warm_judge(protocol.identity, protocol.clip, session.world.device, protocol.distance)
+    evaluate_finished(folder, session.models, session.family, protocol, judge)
 
 
 warm_judge = cache(load_judge)

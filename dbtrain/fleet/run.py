@@ -21,7 +21,7 @@ from dbtrain.tiny import EMBEDDED
 @dataclass(frozen=True)
 class Options:
     """How a run is driven; nothing here decides a result, so none of it is part of a recipe. after: what is done with
-    finished subjects, by its names in `afterwards.AFTER`. evaluation: fields of `evaluate.protocol.Settings`."""
+    finished subjects, by its names in `afterwards.AFTER`. evaluation: fields of `evaluate.protocol.Protocol`."""
 
     workers: int | None = None
     gang: int = 1
@@ -105,15 +105,15 @@ def check_after(config: RunConfig, options: Options) -> None:
         findings.append("--generate: there is nothing to draw; set sample.prompts and sample.images")
     if "evaluate" in options.after:
         from dbtrain.evaluate.judge import load_judge
-        from dbtrain.evaluate.protocol import PROTOCOLS, Settings
+        from dbtrain.evaluate.protocol import PROTOCOLS, Protocol
 
-        settings = Settings(**options.evaluation)
-        if settings.protocol not in PROTOCOLS:
-            findings.append(f"--protocol: got {settings.protocol!r}, want {' or '.join(PROTOCOLS)}")
-        if settings.protocol == "quick" and not sample.prompts:
+        protocol = Protocol(**options.evaluation)
+        if protocol.protocol not in PROTOCOLS:
+            findings.append(f"--protocol: got {protocol.protocol!r}, want {' or '.join(PROTOCOLS)}")
+        if protocol.protocol == "quick" and not sample.prompts:
             findings.append("--evaluate: the quick protocol has no prompts of its own; set sample.prompts")
         if not findings:
-            load_judge(settings.identity, settings.clip, distance=settings.distance)
+            load_judge(protocol.identity, protocol.clip, distance=protocol.distance)
     if findings:
         raise ConfigError(findings)
 

@@ -50,7 +50,7 @@ PROGRAM_SIGNS = ("device-side assert", "invalid argument", "invalid_value", "inv
 
 @dataclass(frozen=True)
 class Task:
-    """What a trainer is started with. evaluation: fields of `evaluate.protocol.Settings`. environment: its place in a
+    """What a trainer is started with. evaluation: fields of `evaluate.protocol.Protocol`. environment: its place in a
     gang, for torch.distributed. token: what proves that a folder is the run's (`folder.mark`)."""
 
     config: dict[str, Any]

@@ -1,7 +1,7 @@
-"""The build: find what changed since the last one, make those pages, then the run's page; all by atomic replacement.
+"""The build: find which pages changed since the last build, make those, then the run's page.
 
-A page is made again when its digest changes: files of the subject's folder by size and time, the digests of its photos,
-its row of the ledger, the run's recipe, and the code of the report. Thumbnails are named after what they show.
+A page is made again when its digest changes. The digest covers the subject's files by size and time, the digests of its
+photos, its row of the ledger, the run's recipe, and the code of the report. Every file is replaced by a rename.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from dbtrain.report.reading import (
     stamps,
     text,
 )
-from dbtrain.report.sheets import covers, evaluated, load_index, photos, strips
+from dbtrain.report.sheets import NO_PICTURES, covers, evaluated, load_index, photos, strips
 from dbtrain.storage.atomic import LOCK, held, write_file
 from dbtrain.values import SUBJECT_ID
 
 FOLDER, SUBJECTS, INDEX, STATE, ORIGIN = "report", "subjects", "index.html", ".state.json", "run.json"
 ALONE = 64
-"""Pages up to which no helper processes are started: they need about as long to begin."""
+"""Largest number of pages that are made without helper processes, which take about as long to start."""
 MAJORITY = 64
-"""Distinct recipes of which the run's common one is found; a run has few, or one a subject."""
+"""How many distinct recipes are counted to find the run's common one. A run has few recipes, or one a subject."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """The run's page, the number of subjects, pages made and left, and whether the run has ended."""
+    """The path of the run's page, the numbers of subjects, pages made and pages kept, and whether the run is over."""
 
     index: Path
     subjects: int
@@ -62,8 +62,18 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One page to make."""
+class Build:
+    """What all pages of one build share: the run's folder, the view, the run's recipe, and whether all is made anew."""
+
+    run: Path
+    view: View
+    common: Mapping[str, Any]
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class PageJob:
+    """One page to make: the subject, the page's digest, the subject's files, its row of the ledger, and its photos."""
 
     subject: str
     digest: str
@@ -73,15 +83,15 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """The fleet's row of each subject, and its count of retries by cause."""
+class LedgerRows:
+    """The fleet's row of each subject, and its number of retries by cause."""
 
     rows: Mapping[str, Mapping[str, Any]]
     retries: Mapping[str, int]
 
 
 def build(run: Path) -> Path:
-    """The index.html of a run's report, made or brought up to date."""
+    """The path of the index.html of a run's report, which is made or brought up to date."""
     return rebuild(run).index
 
 
@@ -93,10 +103,11 @@ def rebuild(
     fresh: bool = False,
     processes: int | None = None,
 ) -> Built:
-    """What was built: the report of a run folder, with only those pages made anew whose inputs changed.
+    """What was built of a run's report: only pages whose inputs changed are made.
 
-    `refresh_s` lets pages of an ongoing run load themselves again; `price` is that of a device hour; `fresh` makes
-    everything anew. Raises DataError if the folder holds no run, or if another process builds its report.
+    refresh_s: seconds after which pages of an ongoing run reload; None for never. price: of a device hour. fresh: make
+    every page anew. processes: None is one for each core. Raises DataError if the folder holds no run, or if another
+    process builds its report.
     """
     begin = time.perf_counter()
     ledger = read_ledger(run)
@@ -116,39 +127,42 @@ def rebuild(
 
 
 def _rebuild(
-    run: Path, out: Path, view: View, ledger: Ledger | None, fresh: bool, processes: int, begin: float
+    run: Path, out: Path, view: View, ledger: LedgerRows | None, fresh: bool, processes: int, begin: float
 ) -> Built:
-    notes: list[str] = []
-    told = ledger.rows if ledger else {}
-    linked = {name for name in told if (run / SUBJECTS / name).is_symlink()}
-    notes += [f"{name} is left out: {SUBJECTS}/{name} is a link" for name in sorted(linked)]
-    known = sorted({*subject_folders(run), *told} - linked)
-    before, state = _state(out)
-    state = {} if fresh else state
+    ledger_rows = ledger.rows if ledger else {}
+    linked = {name for name in ledger_rows if (run / SUBJECTS / name).is_symlink()}
+    notes = [f"{name} is left out: {SUBJECTS}/{name} is a link" for name in sorted(linked)]
+    known = sorted({*subject_ids(run / SUBJECTS), *ledger_rows} - linked)
     common = common_settings(read_text(run / SUBJECTS / name / CONFIG, []) for name in known)
-    jobs = list(_jobs(run, known, told, view, common, notes))
-    stale = [job for job in jobs if not _is_current(out, state.get(job.subject), job.digest)]
+    share = Build(run, view, common, fresh)
+    jobs = list(_jobs(share, known, ledger_rows, notes))
+    before, entries = _state(out)
+    current = {} if fresh else {job.subject: entry for job in jobs if (entry := _current(out, entries, job))}
+    stale = [job for job in jobs if job.subject not in current]
     for name in ASSETS:
         put(out / name, (TEMPLATES / name).read_bytes())
-    made = dict(_make(stale, partial(make_page, run=run, view=view, common=common, fresh=fresh), processes))
-    entries = {job.subject: made.get(job.subject) or state[job.subject] for job in jobs}
-    for name in before & set(_folders(out / SUBJECTS)) - set(known):
+    made = dict(_make(stale, partial(make_page, build=share), processes))
+    entries = {name: made.get(name) or current[name] for name in known}
+    for name in before & set(subject_ids(out / SUBJECTS)) - set(known):
         shutil.rmtree(out / SUBJECTS / name)
     rows = [entries[name]["row"] for name in known]
     notes += [f"{name}: its page could not be made: {why}" for name in known if (why := entries[name].get("failed"))]
     evaluation = read_object(run / EVALUATION, notes, RUN_BYTES)
-    over = not is_worked_on(run) and (ledger is None or all(each["state"] in OVER for each in rows))
+    over = not is_worked_on(run) and (ledger is None or all(row["state"] in OVER for row in rows))
     page = index_page(view, rows, ledger.retries if ledger else None, evaluation, common, notes)
-    if made:
-        os.sync()  # once for all pages, before anything says that they are there
+    if stale:
+        os.sync()  # once for all pages, before a file says that they exist
     write_file(out / STATE, json.dumps({"version": version(), "subjects": entries}).encode())
     write_file(out / INDEX, page.encode("utf-8", "replace"))
-    return Built(out / INDEX, len(jobs), len(stale), len(jobs) - len(stale), over, time.perf_counter() - begin)
+    return Built(out / INDEX, len(jobs), len(stale), len(current), over, time.perf_counter() - begin)
 
 
 def own_folder(folder: Path) -> Path:
-    """The folder, made if it is not there. Raises DataError for a link or a file in its place: the report writes and
-    deletes in it, and behind a link may be another run."""
+    """The folder, made if it does not exist.
+
+    Raises DataError for a link or a file in its place: the report writes and deletes in the folder, and a link may lead
+    to another run.
+    """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise DataError(f"{folder}: is a link or a file, want a folder that the report can make; move it away")
     folder.mkdir(exist_ok=True)
@@ -156,97 +170,92 @@ def own_folder(folder: Path) -> Path:
 
 
 def is_worked_on(run: Path) -> bool:
-    """Whether a training or a fleet's driver holds the run; until it leaves, it may draw and score what is trained."""
+    """Whether a training or a fleet's driver holds the run's lock. As long as it does, it may still draw and score."""
     if not (run / LOCK).exists():
         return False
     try:
         with held(run / LOCK) as free:
             return not free
-    except PermissionError:  # another user's run: it is shown as it is
+    except PermissionError:  # the run of another user, whose lock cannot be tried
         return False
 
 
-def read_ledger(run: Path) -> Ledger | None:
-    """What the fleet's ledger says of a run, or None for a run without one."""
+def read_ledger(run: Path) -> LedgerRows | None:
+    """The rows and retries in the fleet's ledger of a run; None for a run without a ledger."""
     from dbtrain.fleet.ledger import NAME, find_ledger
 
     if not (find_ledger(run) / NAME).exists():
         return None
     from dbtrain.fleet.status import read_rows, summarize_run
 
-    rows = {str(each["subject"]): each for each in read_rows(run) if SUBJECT_ID.fullmatch(str(each["subject"]))}
-    return Ledger(rows, summarize_run(run)["retries"])
+    rows = {str(row["subject"]): row for row in read_rows(run)}
+    rows = {subject: row for subject, row in rows.items() if SUBJECT_ID.fullmatch(subject)}
+    return LedgerRows(rows, summarize_run(run)["retries"])
 
 
-def subject_folders(run: Path) -> list[str]:
-    """The ids in a run's `subjects/`; anything that is no id, or no folder of its own, is passed over."""
-    return _folders(run / SUBJECTS)
-
-
-def _folders(parent: Path) -> list[str]:
+def subject_ids(parent: Path) -> list[str]:
+    """The names of the folders in `parent` that are ids of subjects; links and other names are left out."""
     try:
         with os.scandir(parent) as entries:
-            return [
-                each.name for each in entries if SUBJECT_ID.fullmatch(each.name) and each.is_dir(follow_symlinks=False)
-            ]
+            folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return []
+    return [name for name in folders if SUBJECT_ID.fullmatch(name)]
 
 
 def common_settings(texts: Iterable[str]) -> dict[str, Any]:
     """The run's recipe: for each setting the value that most subjects have."""
-    found = Counter(filter(None, texts)).most_common(MAJORITY)
     votes: dict[str, Counter[str]] = {}
-    for recipe, count in found:
+    for recipe, count in Counter(filter(None, texts)).most_common(MAJORITY):
         for key, value in settings(recipe).items():
             votes.setdefault(key, Counter())[json.dumps(value)] += count
     return {key: json.loads(values.most_common(1)[0][0]) for key, values in votes.items()}
 
 
-def _jobs(
-    run: Path, known: list[str], ledger: Mapping[str, Any], view: View, common: Mapping[str, Any], notes: list[str]
-) -> Iterator[Job]:
-    index = load_index(run / "shards", notes)
-    shared = [version(), view.run, view.origin, common, notes]
+def _jobs(build: Build, known: list[str], ledger: Mapping[str, Any], notes: list[str]) -> Iterator[PageJob]:
+    index = load_index(build.run / "shards", notes)
+    shared = [version(), build.view.run, build.view.origin, build.common, notes]
     base = hashlib.sha256(json.dumps(shared, sort_keys=True).encode())
     for name in known:
-        folder = run / SUBJECTS / name
-        files, rows = stamps(folder), index.rows_of(name) if index else ()
+        folder = build.run / SUBJECTS / name
+        files, photo_rows = stamps(folder), index.rows_of(name) if index else ()
         own = ledger.get(name, {})
         state = own.get("state") or ("finished" if any(path == RECORD for path, _, _ in files) else "unfinished")
-        ongoing = None if state in OVER else view.refresh_s
+        refresh_s = None if state in OVER else build.view.refresh_s
+        inputs = [files, [row.sha256 for row in photo_rows], own, newest_checkpoint(folder), refresh_s]
         digest = base.copy()
-        digest.update(
-            json.dumps(
-                [files, [each.sha256 for each in rows], own, newest_checkpoint(folder), ongoing], default=str
-            ).encode()
-        )
-        yield Job(name, digest.hexdigest()[:32], files, own, rows)
+        digest.update(json.dumps(inputs, default=str).encode())
+        yield PageJob(name, digest.hexdigest()[:32], files, own, photo_rows)
 
 
 def newest_checkpoint(folder: Path) -> str | None:
     """The name of a subject's last checkpoint folder, or None."""
-    names = [name for name in _folders(folder / "checkpoints") if name.startswith("step-")]
+    names = [name for name in subject_ids(folder / "checkpoints") if name.startswith("step-")]
     return max(names, default=None)
 
 
 def _state(out: Path) -> tuple[set[str], dict[str, Any]]:
-    """Subjects that the last build made a page of, and what it knew of each: {"digest", "row"}, which is nothing if
-    another version of the report wrote it."""
+    """(subjects that the last build made a page of, their entries as `make_page` returned them).
+
+    There are no entries if another version of the report wrote them.
+    """
     state = read_object(out / STATE, [], RUN_BYTES)
     subjects = state.get("subjects")
-    subjects = subjects if isinstance(subjects, dict) else {}
-    return set(subjects), subjects if state.get("version") == version() else {}
+    entries = subjects if isinstance(subjects, dict) else {}
+    return set(entries), entries if state.get("version") == version() else {}
 
 
-def _is_current(out: Path, entry: Mapping[str, Any] | None, digest: str) -> bool:
-    return entry is not None and entry["digest"] == digest and (out / SUBJECTS / entry["row"]["id"] / INDEX).exists()
+def _current(out: Path, entries: Mapping[str, Any], job: PageJob) -> dict[str, Any] | None:
+    """The entry of a page that need not be made again; None if the page must be made."""
+    entry = entries.get(job.subject)
+    same = entry is not None and entry["digest"] == job.digest
+    return entry if same and (out / SUBJECTS / job.subject / INDEX).exists() else None
 
 
 def _make(
-    jobs: list[Job], make: Callable[[Job], dict[str, Any]], processes: int
+    jobs: list[PageJob], make: Callable[[PageJob], dict[str, Any]], processes: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(subject, entry) of each page made; many pages on all processors."""
+    """(subject, entry) of each page made. Many pages are made by several processes."""
     if len(jobs) <= ALONE or processes == 1:
         yield from ((job.subject, make(job)) for job in jobs)
         return
@@ -254,35 +263,41 @@ def _make(
         yield from zip((job.subject for job in jobs), pool.map(make, jobs, chunksize=32))
 
 
-def make_page(job: Job, run: Path, view: View, common: Mapping[str, Any], fresh: bool) -> dict[str, Any]:
-    """{"digest", "row"} of a subject, after its thumbnails and its page were written.
+def make_page(job: PageJob, build: Build) -> dict[str, Any]:
+    """The subject's entry {"digest", "row"}, after its thumbnails and its page were written.
 
-    Whatever its files hold, the other pages are made: what they make of this one is then told in place of it, and under
-    "failed".
+    Files of a subject may make its page fail in any way, and the other pages must still be made. Then the page says
+    why, and so does "failed" in the entry.
     """
-    out = own_folder(run / FOLDER / SUBJECTS / job.subject)
+    out = own_folder(build.run / FOLDER / SUBJECTS / job.subject)
     try:
-        return _made_page(job, run / SUBJECTS / job.subject, run, out, view, common, fresh)
+        return _made_page(job, build, out)
     except (DbtrainError, OSError):
         raise
     except Exception as error:
         failed = f"{type(error).__name__}: {text(str(error), 300)}"
         notes = [f"its files make no page: {failed}"]
         facts = Facts(job.subject, {}, {"state": job.ledger.get("state")}, {}, [], {}, notes)
-        nothing = {"photos": [], "strips": {"columns": [], "prompts": []}, "evaluated": []}
-        put(out / INDEX, subject_page(view, facts, nothing, common, None).encode("utf-8", "replace"))
-        return {"digest": job.digest, "row": row(facts, {}), "failed": failed}
+        return {**_put_page(job, build, out, facts, NO_PICTURES, None), "failed": failed}
 
 
-def _made_page(
-    job: Job, folder: Path, run: Path, out: Path, view: View, common: Mapping[str, Any], fresh: bool
-) -> dict[str, Any]:
+def _made_page(job: PageJob, build: Build, out: Path) -> dict[str, Any]:
+    folder = build.run / SUBJECTS / job.subject
     facts = read_facts(folder, job.subject, job.ledger)
-    thumbnails = Thumbnails(out, fresh)
-    shown = photos(run / "shards", job.photos, thumbnails, facts.notes)
-    sheets = strips(folder, job.files, facts, thumbnails)
-    judged = evaluated(folder, facts, thumbnails)
-    pictures = {"photos": shown, "strips": sheets, "evaluated": judged}
-    put(out / INDEX, subject_page(view, facts, pictures, common, newest_checkpoint(folder)).encode("utf-8", "replace"))
+    thumbnails = Thumbnails(out, build.fresh)
+    pictures = {
+        "photos": photos(build.run / "shards", job.photos, thumbnails, facts.notes),
+        "strips": strips(folder, job.files, facts, thumbnails),
+        "evaluated": evaluated(folder, facts, thumbnails),
+    }
+    entry = _put_page(job, build, out, facts, pictures, newest_checkpoint(folder))
     thumbnails.sweep()
-    return {"digest": job.digest, "row": row(facts, covers(shown, sheets, judged))}
+    return entry
+
+
+def _put_page(
+    job: PageJob, build: Build, out: Path, facts: Facts, pictures: Mapping[str, Any], checkpoint: str | None
+) -> dict[str, Any]:
+    page = subject_page(build.view, facts, pictures, build.common, checkpoint)
+    put(out / INDEX, page.encode("utf-8", "replace"))
+    return {"digest": job.digest, "row": row(facts, covers(pictures))}

@@ -1,6 +1,6 @@
-"""One subject as the report tells it: the facts of its page, and the row that stands for it in the table.
+"""One subject in the report: the facts of its page, and its row of the table.
 
-Texts in here are the user's own and stay as they are; templates and script escape them.
+Texts in here are the user's own and unchanged. Templates and script escape them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from dbtrain.report.reading import (
 )
 from dbtrain.subjects.prompts import fill
 
-SHOWN = tuple(score for score in SCORES if score not in ("clip_t_plain", "prompt_gap"))
+SHOWN = tuple(score for score, metric in SCORES.items() if metric.column)
 """Scores that have a column in the table; the others are on the subjects' own pages."""
 TAIL = 12
-"""Lines of the log on a page."""
+"""Number of the log's last lines on a page."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Facts:
 
     @property
     def state(self) -> str:
-        """The ledger's word; without a ledger `finished` where there is a record, and `unfinished` otherwise."""
+        """The state in the ledger; without a ledger `finished` if there is a record, else `unfinished`."""
         return text(self.ledger.get("state"), 40) or ("finished" if self.record else "unfinished")
 
     @property
@@ -62,13 +62,13 @@ class Facts:
 
     @property
     def seconds(self) -> float | None:
-        """Wall seconds: the ledger's, which counts every attempt, or the sum of the stages."""
+        """Wall seconds of all attempts in the ledger, else the sum of the stages. None if neither is known."""
         counted = number(self.ledger.get("seconds"))
         return counted if counted is not None else sum(self.stages.values()) if self.stages else None
 
     @property
     def device_seconds(self) -> float | None:
-        """Seconds times processes: what the subject cost in GPU seconds, or CPU seconds where that trained it."""
+        """Seconds times processes: GPU seconds, or CPU seconds if a CPU trained the subject. None if not known."""
         counted, seconds = number(self.ledger.get("gpu_seconds")), self.seconds
         if counted:
             return counted
@@ -76,7 +76,7 @@ class Facts:
 
     @property
     def rate(self) -> float | None:
-        """Steps a second while training."""
+        """Steps a second while training; None if not known."""
         steps, seconds = number(self.record.get("steps")), self.stages.get("train")
         if steps and seconds:
             return steps / seconds
@@ -84,43 +84,43 @@ class Facts:
 
     @property
     def loss(self) -> float | None:
-        """The last loss."""
-        return (
-            number(self.record.get("loss")) if self.record else number(self.log[-1].get("loss")) if self.log else None
-        )
+        """The last loss; None if not known."""
+        if self.record:
+            return number(self.record.get("loss"))
+        return number(self.log[-1].get("loss")) if self.log else None
 
     @property
     def attempts(self) -> int | None:
-        """How often it was tried; None without a ledger."""
-        found = number(self.ledger.get("attempts"))
-        return None if found is None else int(found)
+        """The number of attempts; None without a ledger."""
+        attempts = number(self.ledger.get("attempts"))
+        return None if attempts is None else int(attempts)
 
     @property
     def finished(self) -> str:
-        """ISO time of its end, empty if it has none."""
+        """ISO time of its end; empty if it has not ended."""
         return text(self.record.get("finished") or self.ledger.get("finished"), 40)
 
     @property
     def warnings(self) -> list[dict[str, str]]:
         """The evaluation's warnings: kind and text."""
-        found = self.evaluation.get("warnings")
+        warnings = self.evaluation.get("warnings")
         return [
-            {"kind": text(each.get("kind"), 80), "text": text(each.get("text"))}
-            for each in (found if isinstance(found, list) else [])[:20]
-            if isinstance(each, Mapping)
+            {"kind": text(warning.get("kind"), 80), "text": text(warning.get("text"))}
+            for warning in (warnings if isinstance(warnings, list) else [])[:20]
+            if isinstance(warning, Mapping)
         ]
 
     @property
     def scores(self) -> list[dict[str, Any]]:
-        """Each known score: name, meaning, value, interval, and the same of the base and of the photos themselves."""
+        """Each known score: name, meaning, value and interval, also of the base model and of the photos themselves."""
         return score_table(self.evaluation)
 
     @property
     def prompts(self) -> list[str]:
-        """The prompts of the samples, as they were given to the model."""
+        """The prompts of the samples as the model was given them."""
         templates = self.settings.get("sample.prompts", [])
         words = {"identifier": text(self.record.get("identifier")) or None, "class_noun": self.class_noun or "subject"}
-        return [_filled(each, words) for each in (templates if isinstance(templates, list) else [])]
+        return [_filled(template, words) for template in (templates if isinstance(templates, list) else [])]
 
 
 def _filled(template: str, words: Mapping[str, Any]) -> str:
@@ -130,9 +130,14 @@ def _filled(template: str, words: Mapping[str, Any]) -> str:
         return template
 
 
-def score_table(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a score table from {"scores", "base", "real"}, in SCORES' order; unknown scores are left out."""
-    rows = []
+def score_table(evaluation: Any) -> list[dict[str, Any]]:
+    """The rows of a score table from {"scores", "base", "real"}, in SCORES' order. Unknown scores are left out.
+
+    The table is empty if `evaluation` is no mapping.
+    """
+    rows: list[dict[str, Any]] = []
+    if not isinstance(evaluation, Mapping):
+        return rows
     for key in SCORES:
         own, base, real = (_interval(evaluation.get(part), key) for part in ("scores", "base", "real"))
         if own["value"] is not None:
@@ -141,20 +146,20 @@ def score_table(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def about_score(key: str) -> dict[str, Any]:
-    """{"key", "name", "meaning", "more"} of a score; more: whether more is better."""
+    """{"key", "name", "meaning", "more"} of a score. more: whether a larger value is better."""
     metric = SCORES[key]
     return {"key": key, "name": title(key), "meaning": metric.meaning, "more": metric.better == "higher"}
 
 
 def _interval(scores: Any, key: str) -> dict[str, float | None]:
-    found = scores.get(key) if isinstance(scores, Mapping) else None
-    if not isinstance(found, Mapping):
-        found = {"value": found}
-    return {part: number(found.get(part)) for part in ("value", "low", "high")}
+    cell = scores.get(key) if isinstance(scores, Mapping) else None
+    if not isinstance(cell, Mapping):
+        cell = {"value": cell}
+    return {part: number(cell.get(part)) for part in ("value", "low", "high")}
 
 
 def read_facts(folder: Path, subject: str, ledger: Mapping[str, Any]) -> Facts:
-    """The facts of a subject from its folder, which need not exist, and its row in the ledger ({} without one)."""
+    """The facts of a subject from its folder, which need not exist, and its row of the ledger, {} without a ledger."""
     notes: list[str] = []
     record, evaluation = (read_object(folder / name, notes) for name in (RECORD, EVALUATION))
     log = read_log(folder / LOG, notes)
@@ -162,18 +167,20 @@ def read_facts(folder: Path, subject: str, ledger: Mapping[str, Any]) -> Facts:
 
 
 def differences(own: Mapping[str, Any], common: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(setting, the run's value, this subject's value) wherever they differ, sorted; nothing if either is unknown."""
+    """(setting, the run's value, this subject's value) of each difference, sorted; none if a recipe is unknown."""
     keys = sorted(own.keys() | common.keys()) if own and common else []
-    return [(key, _shown(common.get(key)), _shown(own.get(key))) for key in keys if own.get(key) != common.get(key)]
+    values = [(key, common.get(key, ""), own.get(key, "")) for key in keys if own.get(key) != common.get(key)]
+    return [(key, text(joined(run), 300), text(joined(subject), 300)) for key, run, subject in values]
 
 
-def _shown(value: str | Sequence[str] | None) -> str:
-    return text(value if value is None or isinstance(value, str) else ", ".join(value), 300)
+def joined(value: str | Sequence[str]) -> str:
+    """A setting's value as one text; a list's values are separated by commas."""
+    return value if isinstance(value, str) else ", ".join(value)
 
 
 def row(facts: Facts, pictures: Mapping[str, Any]) -> dict[str, Any]:
-    """The subject in the table, in the gallery and in every sum; only plain JSON values."""
-    scores = {each["key"]: each["value"] for each in facts.scores}
+    """The subject's row for the table, the gallery and every sum. It holds only plain JSON values."""
+    scores = {score["key"]: score["value"] for score in facts.scores}
     return {
         "id": facts.id,
         "class": facts.class_noun,
@@ -184,7 +191,7 @@ def row(facts: Facts, pictures: Mapping[str, Any]) -> dict[str, Any]:
         "rate": facts.rate,
         "loss": facts.loss,
         **{key: scores.get(key) for key in SHOWN},
-        "warnings": "; ".join(each["kind"] or each["text"] for each in facts.warnings)[:200],
+        "warnings": "; ".join(warning["kind"] or warning["text"] for warning in facts.warnings)[:200],
         "reason": text(facts.ledger.get("reason"), 300),
         "cause": text(facts.ledger.get("cause"), 80),
         "finished": facts.finished,

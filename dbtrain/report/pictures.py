@@ -1,4 +1,4 @@
-"""Thumbnails: small JPEG files named after what they show, so that an image is reduced once and never again."""
+"""Thumbnails: small JPEG files named by a digest of what they show, so that an image is reduced only once."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 from PIL import Image
 
 from dbtrain.data.images import open_photo
-from dbtrain.errors import DataError
 
 SIDE = 192
-"""Longest side of a thumbnail, in pixels; smaller images keep their size."""
+"""Longest side of a thumbnail in pixels. Smaller images keep their size."""
 QUALITY = 88
 NAME = re.compile(r"([0-9a-f]{16})-(\d{1,3})x(\d{1,3})\.jpg")
 FORM = f"jpeg {SIDE} {QUALITY}"
+"""How thumbnails are made. It is part of every digest, so a change of it makes all thumbnails anew."""
 
 
 def put(path: Path, content: bytes) -> None:
-    """Nothing; afterwards `path` holds `content`, whole. Not durable by itself: a report can be made again."""
+    """Write `content` to `path`, whole or not at all. It may be lost in a power cut: a report can be made again."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
@@ -33,29 +33,24 @@ class Thumbnails:
 
     def __init__(self, folder: Path, fresh: bool = False):
         self.folder = folder
-        found = {match[1]: match[0] for name in os.listdir(folder) if (match := NAME.fullmatch(name))}
-        self.old = set(found.values())
-        self.there = {} if fresh else found
+        names = {match[1]: match[0] for name in os.listdir(folder) if (match := NAME.fullmatch(name))}
+        self.old = set(names.values())
+        self.made = {} if fresh else names
         self.used: set[str] = set()
 
-    def has(self, identity: str) -> bool:
-        """Whether the thumbnail of an image is there already."""
-        return self._key(identity) in self.there
-
     def of(self, identity: str, content: Callable[[], bytes | Path]) -> dict[str, str | int]:
-        """{"src", "width", "height"} of an image; `identity` stands for its bytes. DataError if it is no image."""
-        key = self._key(identity)
-        if key not in self.there:
-            self.there[key] = self._make(key, open_photo(content()))
-        name = self.there[key]
-        self.used.add(name)
-        found = NAME.fullmatch(name)
-        assert found is not None, "only such names are made and listed"
-        return {"src": name, "width": int(found[2]), "height": int(found[3])}
+        """{"src", "width", "height"} of an image's thumbnail, which is made from `content` if it does not exist yet.
 
-    @staticmethod
-    def _key(identity: str) -> str:
-        return hashlib.sha256(f"{FORM}\n{identity}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        identity: a text that changes when the image changes. Raises DataError if the content is no image.
+        """
+        key = hashlib.sha256(f"{FORM}\n{identity}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        if key not in self.made:
+            self.made[key] = self._make(key, open_photo(content()))
+        name = self.made[key]
+        self.used.add(name)
+        match = NAME.fullmatch(name)
+        assert match is not None, "only such names are made and listed"
+        return {"src": name, "width": int(match[2]), "height": int(match[3])}
 
     def _make(self, key: str, image: Image.Image) -> str:
         image.thumbnail((SIDE, SIDE))
@@ -66,15 +61,6 @@ class Thumbnails:
         return name
 
     def sweep(self) -> None:
-        """Nothing; afterwards only thumbnails of this page are left."""
+        """Delete the thumbnails in the folder that this page does not show."""
         for name in self.old - self.used:
             (self.folder / name).unlink(missing_ok=True)
-
-
-def attempt(make: Callable[[], dict[str, str | int]], notes: list[str], what: str) -> dict[str, str | int] | None:
-    """The thumbnail, or None and a note on why there is none."""
-    try:
-        return make()
-    except (DataError, OSError) as error:
-        notes.append(f"{what} is not shown: {error}")
-        return None

@@ -1,6 +1,6 @@
-"""What a subject's folder holds, read without trust: missing, damaged or foreign files become notes, never failures.
+"""The files of a subject's folder, read without trust: missing, damaged or foreign files become notes, never failures.
 
-Everything here is untrusted text: nothing is parsed but JSON and YAML 1.2, and no path from a file leaves the folder.
+Only JSON and YAML 1.2 are parsed, and a path that stands in a file is used only if it stays in the folder.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from typing import Any
 
 import yaml
 
+from dbtrain.evaluate import RESULT as EVALUATION
+from dbtrain.results.record import RECORD
 from dbtrain.settings import yaml12
 
-RECORD, CONFIG, LOG, EVALUATION = "record.json", "config.yaml", "log.jsonl", "evaluation.json"
+CONFIG, LOG = "config.yaml", "log.jsonl"
 SAMPLES = "samples"
 FINAL = "samples"
-"""Name of the last sheet in `samples/`; those drawn while training are `step-000100`."""
+"""Name of the last sheet in `samples/`. Sheets drawn while training are called like `step-000100`."""
 IMAGE = re.compile(r"prompt-(\d{2,4})-image-(\d{2,4})\.png")
 STEP = re.compile(r"step-(\d{6,9})")
 MAX_BYTES = 4 * 2**20
-"""Most that is read of one text file; of a longer log its end."""
+"""Largest size of a text file that is read. Of a longer log the end is read."""
 RUN_BYTES = 128 * 2**20
-"""Most that is read of the run's own evaluation.json, which names every subject: some 650 bytes for each."""
+"""The same for the run's own evaluation.json, which has about 650 bytes for each subject."""
 SANE = 1e15
-"""Numbers from here on are no measurements, and charts could not place them."""
+"""Larger numbers are no measurements, and charts could not draw them."""
 YEARS = range(1990, 2200)
 """Years in which a run can have ended."""
 
 Stamp = tuple[str, int, int]
-"""A file's path in its folder, its size in bytes and its time of change in ns: it is the same while these are."""
+"""A file's path in its folder, its size in bytes and its time of change in ns. An unchanged file keeps its stamp."""
 
 
 def stamps(folder: Path) -> list[Stamp]:
     """The files of a subject's folder that a page is made from, sorted; empty if there is no folder."""
-    found = [stamp for name in (RECORD, CONFIG, LOG, EVALUATION) if (stamp := _stamp(folder, name))]
     images = [
         f"{SAMPLES}/{sheet}/{name}"
         for sheet in _names(folder / SAMPLES)
@@ -49,8 +50,7 @@ def stamps(folder: Path) -> list[Stamp]:
         for name in _names(folder / SAMPLES / sheet)
         if IMAGE.fullmatch(name)
     ]
-    found += [stamp for name in images if (stamp := _stamp(folder, name))]
-    return sorted(found)
+    return sorted(filter(None, (_stamp(folder, name) for name in (RECORD, CONFIG, LOG, EVALUATION, *images))))
 
 
 def _names(folder: Path) -> list[str]:
@@ -69,8 +69,10 @@ def _stamp(folder: Path, name: str) -> Stamp | None:
 
 
 def read_text(path: Path, notes: list[str], most: int = MAX_BYTES, tail: bool = False) -> str:
-    """A file's text; empty if there is none. What is wrong is noted: links and pipes are not followed, and of a file
-    longer than `most` bytes nothing is read, or with `tail` its end."""
+    """A file's text; empty if there is none, or, with a note, if the file is a link, a pipe or cannot be read.
+
+    Of a file longer than `most` bytes nothing is read; with `tail` its end is read.
+    """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())
@@ -92,7 +94,7 @@ def read_text(path: Path, notes: list[str], most: int = MAX_BYTES, tail: bool = 
 
 
 def read_object(path: Path, notes: list[str], most: int = MAX_BYTES) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is none, and with a note if it is something else."""
+    """The JSON object in a file; empty if there is no file, or, with a note, if it holds no JSON object."""
     text = read_text(path, notes, most)
     if not text:
         return {}
@@ -107,7 +109,7 @@ def read_object(path: Path, notes: list[str], most: int = MAX_BYTES) -> dict[str
 
 
 def read_log(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The log's lines that are JSON objects with a step, in file order, less one that is still being written."""
+    """The log's lines that are JSON objects with a step, in file order; a line half written is left out."""
     lines = []
     for line in read_text(path, notes, tail=True).splitlines():
         try:
@@ -121,7 +123,7 @@ def read_log(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=64)
 def settings(text: str) -> dict[str, str | list[str]]:
-    """A config.yaml as dotted keys with their values' own text, lists as lists; empty if it is not readable."""
+    """A config.yaml's text as dotted keys, with each value's own text or a list of texts; empty if it is no YAML."""
     try:
         root = yaml12.read_node(text)
     except yaml.YAMLError:
@@ -135,27 +137,27 @@ def _flat(node: yaml.MappingNode, prefix: str) -> Iterable[tuple[str, str | list
         if isinstance(value, yaml.MappingNode):
             yield from _flat(value, f"{name}.")
         elif isinstance(value, yaml.SequenceNode):
-            yield name, [str(each.value) for each in value.value]
+            yield name, [str(item.value) for item in value.value]
         else:
             yield name, value.value
 
 
 def number(value: Any) -> float | None:
-    """A number below SANE, or None for anything else: NaN has no place in JSON, and a text is no measurement."""
+    """A number between -SANE and SANE, or None for anything else: JSON has no NaN, and a text is no measurement."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not -SANE < value < SANE:
         return None
     return 0.0 if abs(value) < 1 / SANE else float(value)
 
 
 def moment(iso: Any) -> float | None:
-    """Seconds since 1970 of an ISO time (UTC where it names no zone), or None if it is none, or not of our YEARS."""
+    """Seconds since 1970 of an ISO time, UTC if it names no zone. None for other values and years outside of YEARS."""
     try:
-        found = datetime.fromisoformat(iso)
+        time = datetime.fromisoformat(iso)
     except (TypeError, ValueError):
         return None
-    if found.year not in YEARS:
+    if time.year not in YEARS:
         return None
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 def text(value: Any, limit: int = 2000) -> str:
@@ -165,13 +167,13 @@ def text(value: Any, limit: int = 2000) -> str:
 
 
 def numbers(value: Any) -> dict[str, float]:
-    """The finite numbers of a mapping by name; empty for anything else."""
+    """The numbers of a mapping by name; empty for other values."""
     items = value.items() if isinstance(value, Mapping) else ()
-    return {text(key, 80): found for key, each in items if (found := number(each)) is not None}
+    return {text(key, 80): size for key, item in items if (size := number(item)) is not None}
 
 
 def inside(folder: Path, name: Any) -> Path | None:
-    """The file of that name below a folder; None if it is not there or the name leads out of it."""
+    """The file of that name below a folder; None if there is none, or if the name leads out of the folder."""
     if not isinstance(name, str) or "\0" in name or not name:
         return None
     path = folder / name

@@ -1,10 +1,10 @@
-"""The pictures of a subject's page: its photos, its samples by step at fixed seeds, and the base model beside them."""
+"""The pictures of a subject's page: its photos, its samples by step at fixed seeds, the base model's beside them."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +12,21 @@ from dbtrain.data.index import Index, Row
 from dbtrain.data.stream import read_samples
 from dbtrain.errors import DataError
 from dbtrain.report.facts import Facts
-from dbtrain.report.pictures import Thumbnails, attempt
+from dbtrain.report.pictures import Thumbnails
 from dbtrain.report.reading import FINAL, IMAGE, SAMPLES, STEP, Stamp, inside, number, text
 
 PHOTOS, STEPS, PROMPTS, SEEDS = 12, 8, 8, 2
-"""Most photos, sheets while training, prompts and seeds of a page; what is left out is said there."""
+"""Most photos, sheets drawn while training, prompts and seeds on a page. The page says how many it leaves out."""
 EVALUATED = 30
 """Most prompts of the evaluation on a page."""
 
 Picture = dict[str, Any]
-
-
-def photos(shards: Path, rows: Sequence[Row], thumbnails: Thumbnails, notes: list[str]) -> list[Picture]:
-    """The subject's photos as they were trained on, each proved by its digest in the index."""
-    found: list[Picture] = []
-    wanted = list(rows)[:PHOTOS]
-    if all(thumbnails.has(each.sha256) for each in wanted):
-        found = [thumbnails.of(each.sha256, bytes) for each in wanted]
-    else:
-        try:
-            for each, sample in zip(wanted, read_samples(shards, wanted)):
-                found.append(thumbnails.of(each.sha256, lambda image=sample.image: image))  # type: ignore[misc]
-        except (DataError, OSError) as error:
-            notes.append(f"photos are not shown: {error}")
-    if len(rows) > PHOTOS:
-        notes.append(f"{len(rows) - PHOTOS} more photos are not shown")
-    return [{**picture, "alt": f"Photo {i + 1} of {len(rows)}", "href": None} for i, picture in enumerate(found)]
+NO_PICTURES: dict[str, Any] = {"photos": [], "strips": {"columns": [], "prompts": []}, "evaluated": []}
+"""The pictures of a page, without any."""
 
 
 def load_index(shards: Path, notes: list[str]) -> Index | None:
-    """The index of the run's photos, or None and a note."""
+    """The index of the run's photos. None if there are no shards, or, with a note, if the index is damaged."""
     if not shards.is_dir():
         return None
     try:
@@ -51,115 +36,114 @@ def load_index(shards: Path, notes: list[str]) -> Index | None:
         return None
 
 
+def photos(shards: Path, rows: Sequence[Row], thumbnails: Thumbnails, notes: list[str]) -> list[Picture]:
+    """The subject's photos as stored for training; each is compared with its digest in the index before it is shown."""
+    pictures: list[Picture] = []
+    for row in rows[:PHOTOS]:
+        stored = partial(_stored_photo, shards, row)
+        try:
+            thumbnail = thumbnails.of(row.sha256, stored)
+        except (DataError, OSError) as error:
+            notes.append(f"photos are not shown: {error}")
+            break
+        pictures.append({**thumbnail, "alt": f"Photo {len(pictures) + 1} of {len(rows)}", "href": None})
+    if len(rows) > PHOTOS:
+        notes.append(f"{len(rows) - PHOTOS} more photos are not shown")
+    return pictures
+
+
+def _stored_photo(shards: Path, row: Row) -> bytes:
+    (sample,) = read_samples(shards, [row])
+    return sample.image
+
+
 def strips(folder: Path, files: Sequence[Stamp], facts: Facts, thumbnails: Thumbnails) -> dict[str, Any]:
-    """{"columns", "prompts"}: for each prompt a row of pictures for each seed, one a sheet, in training's order."""
-    sheets: dict[str, dict[tuple[int, int], Stamp]] = {}
-    for stamp in files:
-        if stamp[0].startswith(f"{SAMPLES}/") and (name := IMAGE.fullmatch(stamp[0].rpartition("/")[2])):
-            sheets.setdefault(stamp[0].split("/")[1], {})[int(name[1]), int(name[2])] = stamp
-    steps = sorted((name for name in sheets if STEP.fullmatch(name)), key=lambda name: int(name[5:]))
+    """{"columns", "prompts"}: a column for each sheet of samples, oldest first; for each prompt a row for each seed."""
+    sheets: dict[str, dict[tuple[int, int], str]] = {}
+    for file, _, _ in files:
+        if file.startswith(f"{SAMPLES}/") and (name := IMAGE.fullmatch(file.rpartition("/")[2])):
+            sheets.setdefault(file.split("/")[1], {})[int(name[1]), int(name[2])] = file
+    steps = sorted((sheet for sheet in sheets if STEP.fullmatch(sheet)), key=lambda sheet: int(sheet[5:]))
     shown = [*evenly(steps, STEPS), *([FINAL] if FINAL in sheets else [])]
-    cells = sorted({cell for sheet in sheets.values() for cell in sheet})
-    first = _first_seed(facts)
-    columns = [{"name": "finished" if name == FINAL else f"step {int(name[5:])}"} for name in shown]
+    images_of: dict[int, list[int]] = {}
+    for prompt, image in sorted({cell for sheet in sheets.values() for cell in sheet}):
+        images_of.setdefault(prompt, []).append(image)
     prompts = []
-    for number_ in sorted({prompt for prompt, _ in cells})[:PROMPTS]:
-        caption = facts.prompts[number_] if number_ < len(facts.prompts) else f"prompt {number_}"
-        images = [image for prompt, image in cells if prompt == number_][:SEEDS]
-        rows = [
-            {
-                "seed": first + image,
-                "cells": [
-                    _sample(
-                        folder,
-                        sheets[name].get((number_, image)),
-                        f"{caption}, seed {first + image}",
-                        thumbnails,
-                        facts.notes,
-                    )
-                    for name in shown
-                ],
-            }
-            for image in images
-        ]
+    for prompt, images in list(images_of.items())[:PROMPTS]:
+        caption = facts.prompts[prompt] if prompt < len(facts.prompts) else f"prompt {prompt}"
+        rows = []
+        for image in images[:SEEDS]:
+            seed = _first_seed(facts) + image
+            drawn = [sheets[sheet].get((prompt, image)) for sheet in shown]
+            alt = f"{caption}, seed {seed}"
+            cells = [file and _picture(folder, file, alt, thumbnails, facts.notes) for file in drawn]
+            rows.append({"seed": seed, "cells": cells})
         prompts.append({"caption": caption, "rows": rows})
     left_out = {
-        "sheets drawn while training": len(steps) - len(evenly(steps, STEPS)),
-        "prompts": len({prompt for prompt, _ in cells}) - len(prompts),
-        "seeds of each prompt": max(Counter(prompt for prompt, _ in cells).values(), default=0) - SEEDS,
+        "sheets drawn while training": len(steps) - STEPS,
+        "prompts": len(images_of) - PROMPTS,
+        "seeds of each prompt": max(map(len, images_of.values()), default=0) - SEEDS,
     }
     facts.notes += [f"{count} more {what} are not shown" for what, count in left_out.items() if count > 0]
+    columns = [{"name": "finished" if sheet == FINAL else f"step {int(sheet[5:])}"} for sheet in shown]
     return {"columns": columns, "prompts": prompts}
 
 
 def _first_seed(facts: Facts) -> int:
-    """The seed of image 0 of every prompt; 0, the default, where the subject's settings do not tell."""
-    told = facts.settings.get("sample.seed")
-    return int(told) if isinstance(told, str) and re.fullmatch(r"\d{1,15}", told) else 0
+    """The seed of image 0 of every prompt; 0, the default, if the subject's settings hold no number there."""
+    seed = facts.settings.get("sample.seed")
+    return int(seed) if isinstance(seed, str) and re.fullmatch(r"\d{1,15}", seed) else 0
 
 
 def evenly(names: Sequence[str], most: int) -> list[str]:
-    """At most `most` of the names, spread evenly, the first and the last among them."""
+    """At most `most` of the names, spread evenly; the first and the last are among them."""
     if len(names) <= most:
         return list(names)
     return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
 
 
-def _sample(folder: Path, stamp: Stamp | None, alt: str, thumbnails: Thumbnails, notes: list[str]) -> Picture | None:
-    if stamp is None:
-        return None
-    name, size, changed = stamp
-    path = inside(folder, name)
-    if path is None:
-        notes.append(f"{name} is not shown: it is no file in this folder")
-        return None
-    found = attempt(lambda: thumbnails.of(f"{name} {size} {changed}", lambda: path), notes, name)
-    return found and {**found, "alt": alt, "href": name}
-
-
 def evaluated(folder: Path, facts: Facts, thumbnails: Thumbnails) -> list[dict[str, Any]]:
-    """For each evaluation prompt the first seed's picture by the tuned model, the base and the class; None is none."""
+    """For each evaluation prompt the first seed's picture by the tuned model, the base, and of the class.
+
+    A picture that is missing is None.
+    """
+    images = facts.evaluation.get("images")
     chosen: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for image in _images(facts.evaluation):
-        rows = chosen.setdefault(text(image.get("prompt"), 300), {})
-        before = rows.get(text(image.get("row"), 20))
-        if before is None or (number(image.get("seed")) or 0) < (number(before.get("seed")) or 0):
-            rows[text(image.get("row"), 20)] = image
+    for image in images if isinstance(images, list) else []:
+        if isinstance(image, Mapping):
+            rows, kind = chosen.setdefault(text(image.get("prompt"), 300), {}), text(image.get("row"), 20)
+            if kind not in rows or (number(image.get("seed")) or 0) < (number(rows[kind].get("seed")) or 0):
+                rows[kind] = image
     if len(chosen) > EVALUATED:
         facts.notes.append(f"{len(chosen) - EVALUATED} more prompts of the evaluation are not shown")
-    found = []
+    beside = []
     for prompt, rows in list(chosen.items())[:EVALUATED]:
-        cells = {
-            kind: _image(folder, rows.get(kind), f"{prompt}, {kind}", thumbnails, facts.notes)
-            for kind in ("tuned", "base", "class")
-        }
+        cells: dict[str, Picture | None] = dict.fromkeys(("tuned", "base", "class"))
+        for kind in filter(rows.get, cells):
+            cells[kind] = _picture(folder, rows[kind].get("file"), f"{prompt}, {kind}", thumbnails, facts.notes)
         if any(cells.values()):
-            found.append({"prompt": prompt, **cells})
-    return found
+            beside.append({"prompt": prompt, **cells})
+    return beside
 
 
-def _images(evaluation: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    found = evaluation.get("images")
-    yield from (image for image in (found if isinstance(found, list) else []) if isinstance(image, Mapping))
-
-
-def _image(
-    folder: Path, image: Mapping[str, Any] | None, alt: str, thumbnails: Thumbnails, notes: list[str]
-) -> Picture | None:
-    if image is None:
-        return None
-    path = inside(folder, image.get("file"))
+def _picture(folder: Path, name: Any, alt: str, thumbnails: Thumbnails, notes: list[str]) -> Picture | None:
+    """The thumbnail of a file below the subject's folder; None, with a note, if it cannot be shown."""
+    path = inside(folder, name)
     if path is None:
-        notes.append(f"{text(image.get('file'), 200)!r} of the evaluation is not shown: no such file in the folder")
+        notes.append(f"{text(name, 200)} is not shown: it is no file in this folder")
         return None
-    status, name = path.stat(), path.relative_to(folder).as_posix()
-    identity = f"{name} {status.st_size} {status.st_mtime_ns}"
-    found = attempt(lambda: thumbnails.of(identity, lambda: path), notes, name)
-    return found and {**found, "alt": alt, "href": name}
+    status, href = path.stat(), path.relative_to(folder).as_posix()
+    try:
+        thumbnail = thumbnails.of(f"{href} {status.st_size} {status.st_mtime_ns}", lambda: path)
+    except (DataError, OSError) as error:
+        notes.append(f"{href} is not shown: {error}")
+        return None
+    return {**thumbnail, "alt": alt, "href": href}
 
 
-def covers(photos: Sequence[Picture], strips: Mapping[str, Any], evaluation: Sequence[Mapping[str, Any]]) -> Picture:
-    """{"photo", "sample"}: the thumbnail names of the gallery's card, the sample being the newest one; or None."""
-    drawn = [cell for prompt in strips["prompts"][:1] for cell in prompt["rows"][0]["cells"] if cell]
-    drawn = drawn or [row["tuned"] for row in evaluation if row["tuned"]][:1]
+def covers(pictures: Mapping[str, Any]) -> Picture:
+    """{"photo", "sample"}: names of the thumbnails on the gallery's card. The sample is the newest. None if missing."""
+    drawn = [cell for prompt in pictures["strips"]["prompts"][:1] for cell in prompt["rows"][0]["cells"] if cell]
+    drawn = drawn or [row["tuned"] for row in pictures["evaluated"] if row["tuned"]][:1]
+    photos = pictures["photos"]
     return {"photo": photos[0]["src"] if photos else None, "sample": drawn[-1]["src"] if drawn else None}

@@ -1,4 +1,4 @@
-"""What a run amounts to, as pure functions of its rows (`facts.row`): counts, rates, costs, worst and slowest."""
+"""A run in numbers, as pure functions of its rows (`facts.row`): counts, rates, costs, worst and slowest."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 
 from dbtrain.evaluate.scores import title
 from dbtrain.report import charts
-from dbtrain.report.facts import SHOWN, about_score
+from dbtrain.report.facts import SHOWN
 from dbtrain.report.reading import moment
 
 Rows = Sequence[Mapping[str, Any]]
 STATES = ("finished", "running", "waiting", "quarantined", "cancelled", "skipped", "unfinished")
-"""The order in which states are told; others follow by name."""
+"""The order of states on the page. Other states follow by name."""
 WORST, SLOWEST, BINS = 20, 10, 40
 FEW = 12
-"""Values below which a histogram says less than the table."""
+"""Fewest values for a histogram; fewer are read more easily in the table."""
 SPANS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
-"""Widths of a bar of time, in seconds; longer runs take whole days."""
+"""Widths of a bar of time, in seconds. Wider bars are of whole days."""
 
 
 def counts(rows: Rows) -> list[tuple[str, int]]:
     """(state, subjects) of every state that occurs."""
-    found = Counter(row["state"] for row in rows)
     order = {state: i for i, state in enumerate(STATES)}
-    return sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
+    subjects = Counter(row["state"] for row in rows)
+    return sorted(subjects.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
 
 
 def stage_table(rows: Rows) -> dict[str, Any]:
-    """{"stages": [(name, seconds, subjects, mean seconds, share)], "total"}: the seconds add up to the total."""
+    """{"stages": [(name, seconds, subjects, mean seconds, share)], "total"}; the total is the sum of the seconds."""
     seconds: Counter[str] = Counter()
     subjects: Counter[str] = Counter()
     for row in rows:
@@ -46,7 +46,7 @@ def stage_table(rows: Rows) -> dict[str, Any]:
 
 
 def worst(rows: Rows) -> tuple[str | None, list[Mapping[str, Any]]]:
-    """(score, rows): the subjects least like their photos by DINO, or by CLIP-I where nobody has DINO."""
+    """(score, rows): the subjects least like their photos by DINO, or by CLIP-I if no subject has DINO."""
     for key in ("dino", "clip_i"):
         scored = [row for row in rows if row[key] is not None]
         if scored:
@@ -61,76 +61,89 @@ def slowest(rows: Rows) -> list[Mapping[str, Any]]:
 
 
 def totals(rows: Rows, price: float | None) -> dict[str, Any]:
-    """Device seconds of all and by subject, wall time from the first to the last end, subjects an hour, cost."""
-    spent = [row["device_s"] for row in rows if row["device_s"] is not None]
-    ends = sorted(filter(None, (moment(row["finished"]) for row in rows)))
+    """Device seconds of all subjects and the median of one, subjects an hour from the first end to the last, and cost.
+
+    A value that cannot be computed is None, and so are costs without a price of a device hour.
+    """
+    spent, ends = _known(rows, "device_s"), _ends(rows)
     span = ends[-1] - ends[0] if len(ends) > 1 else 0.0
+    cost = sum(spent) / 3600 * price if price is not None else None
     return {
         "device_s": sum(spent),
         "median_s": median(spent) if spent else None,
         "per_hour": (len(ends) - 1) * 3600 / span if span else None,
-        "cost": sum(spent) / 3600 * price if price is not None else None,
-        "cost_each": sum(spent) / 3600 * price / len(ends) if price is not None and ends else None,
+        "cost": cost,
+        "cost_each": cost / len(ends) if cost is not None and ends else None,
     }
 
 
+def _known(rows: Rows, key: str) -> list[float]:
+    return [row[key] for row in rows if row[key] is not None]
+
+
+def _ends(rows: Rows) -> list[float]:
+    """The moments at which subjects ended, in order."""
+    return sorted(filter(None, (moment(row["finished"]) for row in rows)))
+
+
 def scores(rows: Rows) -> list[dict[str, Any]]:
-    """Mean and number of subjects of each score that somebody has, with its histogram over [low, high]."""
-    found = []
+    """Mean of each score that a subject has, and its histogram; None for few values."""
+    shown = []
     for key in SHOWN:
-        values = [row[key] for row in rows if row[key] is not None]
+        values = _known(rows, key)
         if values:
-            about, name = about_score(key), title(key)
-            span = f"from {min(values):.3f} to {max(values):.3f}"
-            said = f"{name}: mean {mean(values):.3f} over {len(values)} subjects, {span}"
-            found.append(
-                {
-                    **about,
-                    "mean": mean(values),
-                    "count": len(values),
-                    "chart": histogram(name, values, said, "{:.2f}".format) if len(values) >= FEW else None,
-                }
-            )
-    return found
+            name, middle = title(key), mean(values)
+            extremes = f"from {min(values):.3f} to {max(values):.3f}"
+            sentence = f"{name}: mean {middle:.3f} over {len(values)} subjects, {extremes}"
+            chart = histogram(name, values, sentence, "{:.2f}".format) if len(values) >= FEW else None
+            shown.append({"name": name, "mean": middle, "chart": chart})
+    return shown
 
 
-def histogram(title: str, values: Sequence[float], said: str, label: Callable[[float], str]) -> charts.Chart:
-    """How often values fall into each of equal parts of their range."""
+def histogram(title: str, values: Sequence[float], sentence: str, label: Callable[[float], str]) -> charts.Chart:
+    """The number of values in each of equal parts of their range."""
     low, high = min(values), max(values)
-    width = (high - low) / (parts := min(32, max(4, len(values) // 4))) or 1.0
+    parts = min(32, max(4, len(values) // 4))
+    width = (high - low) / parts or 1.0
     tally = [0] * parts
     for value in values:
         tally[min(int((value - low) / width), parts - 1)] += 1
     edges = [low + i * width for i in range(parts + 1)]
     ticks = {at: label(at) for at in charts.nice(edges[0], edges[-1], 6)}
-    return charts.bars(title, edges, tally, ticks, said, y_label="subjects")
+    return charts.bars(title, edges, tally, ticks, sentence, "subjects")
+
+
+def durations(rows: Rows) -> charts.Chart | None:
+    """The histogram of the subjects' device seconds; None for few values."""
+    values = _known(rows, "device_s")
+    if len(values) < FEW:
+        return None
+    span = f"from {min(values):.4g} to {max(values):.4g}"
+    sentence = f"Device seconds a subject: median {median(values):.4g}, {span}"
+    return histogram("Device seconds", values, sentence, charts.short)
 
 
 def throughput(rows: Rows) -> charts.Chart | None:
-    """Subjects that ended in each span of time; None if fewer than two did."""
-    ends = sorted(filter(None, (moment(row["finished"]) for row in rows)))
+    """The number of subjects that ended in each span of time; None if fewer than two did."""
+    ends = _ends(rows)
     if len(ends) < 2:
         return None
-    whole = ends[-1] - ends[0]
-    width = next((span for span in SPANS if whole / span <= BINS), 86400 * (1 + int(whole / 86400 / BINS)))
+    width = bar_width(ends[-1] - ends[0], BINS)
     first = ends[0] // width * width
     tally = [0] * (int((ends[-1] - first) // width) + 1)
     for end in ends:
         tally[int((end - first) // width)] += 1
     edges = [first + i * width for i in range(len(tally) + 1)]
     until = clock(ends[-1], clock(ends[0], True)[:10] != clock(ends[-1], True)[:10])
-    said = f"{len(ends)} subjects ended between {clock(ends[0], True)} and {until} UTC"
-    unit = spell(width).removeprefix("1 ")
-    return charts.bars(
-        "Throughput", edges, tally, time_ticks(edges[0], edges[-1]), said, y_label=f"subjects per {unit}"
-    )
+    sentence = f"{len(ends)} subjects ended between {clock(ends[0], True)} and {until} UTC"
+    y_label = f"subjects per {spell(width).removeprefix('1 ')}"
+    return charts.bars("Throughput", edges, tally, time_ticks(edges[0], edges[-1]), sentence, y_label)
 
 
 def cost(rows: Rows, price: float | None) -> charts.Chart | None:
-    """Device hours, or their price, added up over time; None if fewer than two subjects ended."""
-    spent = sorted(
-        (end, row["device_s"]) for row in rows if row["device_s"] is not None and (end := moment(row["finished"]))
-    )
+    """Device hours, or their price, summed over time; None if fewer than two subjects ended."""
+    ended = [(moment(row["finished"]), row["device_s"]) for row in rows if row["device_s"] is not None]
+    spent = sorted((end, seconds) for end, seconds in ended if end)
     if len(spent) < 2:
         return None
     total, line = 0.0, []
@@ -138,38 +151,30 @@ def cost(rows: Rows, price: float | None) -> charts.Chart | None:
         total += seconds / 3600 * (price if price is not None else 1.0)
         line.append((end, total))
     unit = "cost" if price is not None else "device hours"
-    said = f"{total:.4g} {unit} for {len(spent)} subjects"
-    return charts.lines(
-        "Cost", {unit: line}, said, y_label=unit, x_labels=time_ticks(line[0][0], line[-1][0]), zero=True
-    )
-
-
-def durations(rows: Rows) -> charts.Chart | None:
-    """How long subjects took; None if only a few are timed."""
-    values = [row["device_s"] for row in rows if row["device_s"] is not None]
-    if len(values) < FEW:
-        return None
-    said = f"Device seconds a subject: median {median(values):.4g}, from {min(values):.4g} to {max(values):.4g}"
-    return histogram("Device seconds", values, said, charts.short)
+    ticks, sentence = time_ticks(line[0][0], line[-1][0]), f"{total:.4g} {unit} for {len(spent)} subjects"
+    return charts.lines("Cost", {unit: line}, sentence, y_label=unit, x_labels=ticks, zero=True)
 
 
 def clock(seconds: float, date: bool) -> str:
-    """A moment as UTC text."""
+    """A moment, in seconds since 1970, as UTC text; with `date`, the day too."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M" if date else "%H:%M")
 
 
+def bar_width(span: float, most: int) -> int:
+    """Seconds of one bar so that at most `most` bars fill the span: one of SPANS, or whole days."""
+    return next((width for width in SPANS if span / width <= most), 86400 * (1 + int(span / 86400 / most)))
+
+
 def time_ticks(low: float, high: float) -> dict[float, str]:
-    """Moments on a time axis with their labels, six at most."""
-    span = high - low
-    width = next((each for each in SPANS if span / each <= 6), 86400 * (1 + int(span / 86400 / 6)))
-    first = int(-(-low // width))
+    """Moments on a time axis with their labels, about six."""
+    width = bar_width(high - low, 6)
     form = "%b %d" if width >= 86400 else "%H:%M" if width >= 60 else "%H:%M:%S"
-    found = [i * width for i in range(first, int(high // width) + 1)]
-    return {float(at): datetime.fromtimestamp(at, UTC).strftime(form) for at in found}
+    moments = [i * width for i in range(int(-(-low // width)), int(high // width) + 1)]
+    return {float(at): datetime.fromtimestamp(at, UTC).strftime(form) for at in moments}
 
 
 def spell(seconds: float) -> str:
-    """A duration in words short enough for a table: 42 s, 3.5 min, 12 h, 3 days."""
+    """A duration as short text: 42 s, 3.5 min, 12 h, 3 days."""
     for size, unit in ((86400 * 2, "days"), (3600, "h"), (60, "min")):
         if seconds >= size:
             per = 86400 if unit == "days" else size

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from dbtrain.evaluate.protocol import Settings
+from dbtrain.evaluate.protocol import Protocol
 from dbtrain.evaluate.summary import evaluate
 from dbtrain.report import build
 from dbtrain.results.sheets import grid
@@ -52,7 +52,7 @@ def run_demo(out: Path, recipe: str, overrides: Sequence[str], everything: bool 
         sheets.append(_sheet(subjects, folder))
         begin = time.perf_counter()
         if done:
-            scores.append(evaluate(folder, Settings(class_images=CLASS_IMAGES)))
+            scores.append(evaluate(folder, Protocol(class_images=CLASS_IMAGES)))
         evaluation_s += time.perf_counter() - begin
         reports.append(build(folder))
     seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""The verb that judges finished subjects: evaluate."""
+"""The verb that scores finished subjects: evaluate."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,13 +42,13 @@ def evaluate_verb(
       dbtrain evaluate runs/all --protocol dreambooth --identity facebook/dino-vits16 \\
         --clip openai/clip-vit-base-patch32
     """
-    from dbtrain.evaluate.protocol import PROTOCOLS, Settings
+    from dbtrain.evaluate import protocol as protocols
     from dbtrain.evaluate.summary import evaluate, text_table
     from dbtrain.subjects.prompts import LIVE_CLASSES
 
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"--protocol: got {protocol!r}, want {' or '.join(PROTOCOLS)}")
-    settings = Settings(
+    if protocol not in protocols.PROTOCOLS:
+        raise ConfigError(f"--protocol: got {protocol!r}, want {' or '.join(protocols.PROTOCOLS)}")
+    asked = protocols.Protocol(
         protocol=protocol,
         images=images,
         class_images=class_images,
@@ -60,7 +60,7 @@ def evaluate_verb(
         batch=batch,
         shards=shards,
     )
-    found = evaluate(folder, settings, subject or (), lambda line: None if quiet else typer.echo(line, err=True))
+    found = evaluate(folder, asked, subject or (), lambda line: None if quiet else typer.echo(line, err=True))
     print_json(found) if as_json else typer.echo(text_table(found))
     if found["failed"]:
         raise DataError("\n".join(f"{name}: {reason}" for name, reason in found["failed"].items()))

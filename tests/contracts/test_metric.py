@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from dbtrain.evaluate.intervals import grouped
 from dbtrain.evaluate.scores import METRICS, SCORES, SubjectFeatures, subject_scores, title
 
 EXACT = 1e-12  # float64 dot products of tens of terms: a few units in the 16th digit
@@ -28,9 +27,7 @@ def features(seed=0, generated=6, real=4, prompts=2):
         texts_with_identifier_ND=rows(generated, 5, seed + 4),
         texts_without_identifier_ND=rows(generated, 5, seed + 5),
         class_identity_PD=rows(3, 7, seed + 6),
-        lpips_pairs=torch.rand(pairs, generator=stream),
-        dreamsim_pairs=torch.rand(pairs, generator=stream),
-        patch_pairs=torch.rand(pairs, generator=stream),
+        distance_pairs=torch.rand(pairs, generator=stream),
         pair_prompt=torch.arange(pairs) % prompts,
     )
 
@@ -41,9 +38,7 @@ def identical():
     return SubjectFeatures(
         **{name: one.expand(4, -1) for name in vars(SubjectFeatures()) if name.endswith("D")},
         prompt_N=torch.tensor([0, 0, 1, 1]),
-        lpips_pairs=torch.zeros(2),
-        dreamsim_pairs=torch.zeros(2),
-        patch_pairs=torch.zeros(2),
+        distance_pairs=torch.zeros(2),
         pair_prompt=torch.tensor([0, 1]),
     )
 
@@ -67,12 +62,6 @@ def own_text(images, texts):
     return [(i, plain_cosine(image, text)) for i, (image, text) in enumerate(zip(images, texts, strict=True))]
 
 
-def same_prompt(s):
-    made, prompt = s.generated_identity_ND, s.prompt_N.tolist()
-    order = [(i, j) for i in range(len(made)) for j in range(len(made)) if i != j and prompt[i] == prompt[j]]
-    return [(prompt[i], 1 - plain_cosine(made[i], made[j])) for i, j in order]
-
-
 def gaps(s):
     found, prompt = [], s.prompt_N.tolist()
     for i, image in enumerate(s.generated_clip_ND):
@@ -89,10 +78,7 @@ PLAIN = {
     "clip_t": lambda s: own_text(s.generated_clip_ND, s.texts_with_identifier_ND),
     "clip_t_plain": lambda s: own_text(s.generated_clip_ND, s.texts_without_identifier_ND),
     "prompt_gap": gaps,
-    "div_lpips": lambda s: list(zip(s.pair_prompt.tolist(), s.lpips_pairs.tolist())),
-    "div_dreamsim": lambda s: list(zip(s.pair_prompt.tolist(), s.dreamsim_pairs.tolist())),
-    "div_patches": lambda s: list(zip(s.pair_prompt.tolist(), s.patch_pairs.tolist())),
-    "div_identity": same_prompt,
+    "div": lambda s: list(zip(s.pair_prompt.tolist(), s.distance_pairs.tolist())),
     "real_identity": lambda s: other_pairs(s.real_identity_MD),
     "real_clip_i": lambda s: other_pairs(s.real_clip_MD),
 }
@@ -106,7 +92,7 @@ def test_every_metric_has_its_loops():
 @pytest.mark.parametrize("key", METRICS)
 def test_values_and_units_equal_plain_loops(key):
     s = features()
-    values, units = METRICS[key].values(s), METRICS[key].unit(s)
+    values, units = METRICS[key].measure(s)
     assert values.dtype == torch.float64 and len(values) == len(units)
     got = sorted(zip(units.tolist(), values.tolist()))
     want = sorted(PLAIN[key](s))
@@ -116,7 +102,8 @@ def test_values_and_units_equal_plain_loops(key):
 
 @pytest.mark.parametrize("key", METRICS)
 def test_undefined_without_its_parts(key):
-    assert METRICS[key].values(SubjectFeatures()).numel() == METRICS[key].unit(SubjectFeatures()).numel() == 0
+    values, units = METRICS[key].measure(SubjectFeatures())
+    assert values.numel() == units.numel() == 0 and values.dtype == torch.float64
 
 
 @pytest.mark.parametrize("key", METRICS)
@@ -127,14 +114,14 @@ def test_the_order_of_images_changes_nothing(key):
     changed = {name: getattr(s, name)[order] for name in (*per_image, "texts_without_identifier_ND")}
     changed |= {name: getattr(s, name)[real] for name in ("real_identity_MD", "real_clip_MD")}
     shuffled = SubjectFeatures(**{**vars(s), **changed})
-    first, second = METRICS[key].values(s), METRICS[key].values(shuffled)
+    first, second = METRICS[key].measure(s).values, METRICS[key].measure(shuffled).values
     assert sorted(second.tolist()) == pytest.approx(sorted(first.tolist()), abs=EXACT)
 
 
 @pytest.mark.parametrize("key", METRICS)
 def test_identical_sets_give_one_and_have_no_distance(key):
     want = 0.0 if METRICS[key].score in ("div", "prompt_gap") else 1.0
-    values = METRICS[key].values(identical())
+    values = METRICS[key].measure(identical()).values
     assert len(values) and values.tolist() == pytest.approx([want] * len(values), abs=EXACT)
 
 
@@ -152,9 +139,7 @@ GOOD = SubjectFeatures(
     texts_with_identifier_ND=directions(1, 1, 2, 2),
     texts_without_identifier_ND=directions(1, 1, 2, 2),
     class_identity_PD=directions(3, 3),
-    lpips_pairs=torch.tensor([0.5, 0.5]),
-    dreamsim_pairs=torch.tensor([0.5, 0.5]),
-    patch_pairs=torch.tensor([0.5, 0.5]),
+    distance_pairs=torch.tensor([0.5, 0.5]),
     pair_prompt=torch.tensor([0, 1]),
 )
 """Photos of one thing, pictures of it that differ and follow their prompts, and a class that stayed what it was."""
@@ -167,9 +152,7 @@ BAD = SubjectFeatures(
     texts_with_identifier_ND=directions(1, 1, 2, 2),
     texts_without_identifier_ND=directions(1, 1, 2, 2),
     class_identity_PD=directions(0, 1),
-    lpips_pairs=torch.zeros(2),
-    dreamsim_pairs=torch.zeros(2),
-    patch_pairs=torch.zeros(2),
+    distance_pairs=torch.zeros(2),
     pair_prompt=torch.tensor([0, 1]),
 )
 """Photos of two things, the same other thing for every prompt, and a class that is drawn as the subject."""
@@ -178,9 +161,9 @@ BAD = SubjectFeatures(
 @pytest.mark.parametrize("key", METRICS)
 def test_a_row_says_how_to_read_it(key):
     metric = METRICS[key]
-    assert metric.name and metric.meaning and metric.score.islower()
+    assert metric.meaning and metric.score.islower()
     assert metric.row == ("real" if key.startswith("real_") else "tuned")
-    good, bad = (metric.values(one).mean() for one in (GOOD, BAD))
+    good, bad = (metric.measure(one).values.mean() for one in (GOOD, BAD))
     assert metric.better == ("higher" if good > bad else "lower") and abs(good - bad) > 0.05
 
 
@@ -200,22 +183,3 @@ def test_a_subjects_scores_are_the_means_of_its_values():
             assert score.value == pytest.approx(sum(value for _, value in pairs) / len(pairs), abs=EXACT)
             assert score.count == len(pairs) and score.low <= score.value <= score.high
     assert set(found) == {"dino", "clip_i"}
-
-
-def test_a_distance_stands_in_for_the_one_before_it():
-    s = features()
-    without = SubjectFeatures(**{**vars(s), "lpips_pairs": torch.zeros(0)})
-    alone = SubjectFeatures(**{**vars(without), "dreamsim_pairs": torch.zeros(0)})
-    neither = SubjectFeatures(**{**vars(alone), "patch_pairs": torch.zeros(0), "pair_prompt": torch.zeros(0).long()})
-    keys = ("div_lpips", "div_dreamsim", "div_patches", "div_identity")
-    wanted = [METRICS[key].values(s).mean().item() for key in keys]
-    found = [subject_scores(one, "tuned")["div"].value for one in (s, without, alone, neither)]
-    assert found == pytest.approx(wanted) and len(set(found)) == 4
-
-
-def test_values_of_one_unit_are_drawn_together():
-    # Two images of 100 equal values each: an interval over values would be narrow, over images it is all there is.
-    values, unit = torch.tensor([0.0] * 100 + [1.0] * 100), torch.arange(2).repeat_interleave(100)
-    found = grouped(values, unit)
-    assert (found.value, found.low, found.high, found.count) == (0.5, 0.0, 1.0, 200)
-    assert grouped(values, torch.arange(200)).high < 0.6

@@ -68,7 +68,7 @@ def test_all_pairs_in_order(package, name, source, wanted):
     distance, note = load_distance(name)
     images = [Image.new("RGB", (8, 8), (grey,) * 3) for grey in (0, 10, 30)]
     found = distance.pairs(images)
-    assert (distance.key, note, found.dtype) == (name, "", torch.float64)
+    assert (note, found.dtype) == ("", torch.float64) and distance.name.lower().startswith(name)
     assert found.tolist() == pytest.approx(wanted, rel=1e-5)
     assert distance.pairs(images[:1]).shape == (0,)
 

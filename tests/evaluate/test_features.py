@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dbtrain.errors import ConfigError
-from dbtrain.evaluate.features import choose, load_identity, load_pair, read_preprocess, zero_shot
+from dbtrain.evaluate.features import load_identity, load_pair, read_preprocess
 from dbtrain.tiny import CLIP, IDENTITY
 
 PIXELS = 3e-6  # float32 of values up to 3 (2.4e-7 a unit): rescaling and normalizing round differently
@@ -286,19 +286,6 @@ def test_batches_do_not_change_features(tmp_path):
     images, texts = pictures(), [f"a photo of a {word}" for word in ("dog", "cat", "very red car in the snow")]
     assert (pair.images(images) - pair.images(images, batch=1)).abs().max() <= FEATURES
     assert (pair.texts(texts) - pair.texts(texts, batch=1)).abs().max() <= FEATURES
-
-
-def test_choice_is_among_a_pictures_own_texts(tmp_path):
-    pair = load_pair(tiny_models(tmp_path)[0])
-    images = pictures()[:3]
-    options = [["a dog", "a cat", "a car"], ["a cat", "a bus", "a dog"], ["a dog", "a dog", "a fish"]]
-    want = []
-    for image, texts in zip(images, options, strict=True):
-        cosines = [float(pair.images([image])[0] @ pair.texts([text])[0]) for text in texts]
-        want.append(cosines.index(max(cosines)))
-    assert choose(pair, images, options).tolist() == want
-    assert zero_shot(pair, images, options, want).tolist() == [1, 1, 1]
-    assert zero_shot(pair, images, options, [(k + 1) % 2 if k < 2 else 0 for k in want]).tolist() == [0, 0, 0]
 
 
 def test_embedded_encoders_are_the_default():

@@ -1,4 +1,4 @@
-"""The photos that a subject is judged by: from where training read them, by an index that is loaded once."""
+"""The photos that a subject is compared with: from where training read them, by an index that is loaded once."""
 
 import shutil
 
@@ -7,7 +7,7 @@ import pytest
 
 from dbtrain.data.index import INDEX_NAME, Index
 from dbtrain.errors import DataError
-from dbtrain.evaluate.protocol import Settings, read_photos
+from dbtrain.evaluate.photos import read_photos
 from tests.kit.main_job import small_config
 
 
@@ -24,15 +24,15 @@ def test_photos_come_from_the_shards_that_were_trained_on(out):
     bucket.put(f"{out}/shards", "/photos/shards", recursive=True)
     at = small_config("data.shards=memory://photos/shards", "data.schemes=[memory]")
     try:
-        ours, theirs = (read_photos(folder, "rex", config, Settings()) for config in (small_config(), at))
+        ours, theirs = (read_photos(folder, "rex", config) for config in (small_config(), at))
     finally:
         bucket.rm("/photos", recursive=True)
     assert [photo.tobytes() for photo in ours] == [photo.tobytes() for photo in theirs] and ours
-    assert len(read_photos(folder, "rex", at, Settings(shards=out / "shards"))) == len(ours)
+    assert len(read_photos(folder, "rex", at, out / "shards")) == len(ours)
     with pytest.raises(DataError, match="cannot be read"):
-        read_photos(folder, "rex", at, Settings())
+        read_photos(folder, "rex", at)
     with pytest.raises(DataError, match="or allow its scheme"):
-        read_photos(folder, "rex", small_config("data.shards=memory://photos/shards"), Settings())
+        read_photos(folder, "rex", small_config("data.shards=memory://photos/shards"))
 
 
 def test_an_index_is_loaded_once_for_all_subjects_and_anew_when_it_changed(out, monkeypatch):
@@ -40,7 +40,7 @@ def test_an_index_is_loaded_once_for_all_subjects_and_anew_when_it_changed(out, 
     monkeypatch.setattr(Index, "load", lambda *words: (loads.append(words), load(*words))[1])
 
     def read(config, *subjects):
-        return [len(read_photos(out / "subjects" / name, name, config, Settings())) for name in subjects]
+        return [len(read_photos(out / "subjects" / name, name, config)) for name in subjects]
 
     assert read(small_config(), "rex", "ann", "mug", "rex") == [2, 2, 2, 2] and len(loads) == 1
     sound = load(out / "shards")

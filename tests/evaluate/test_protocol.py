@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from dbtrain import cli
 from dbtrain.evaluate import protocol
 from dbtrain.evaluate.features import load_identity, load_pair
-from dbtrain.evaluate.protocol import PROTOCOLS, Settings, evaluate_finished, read_photos, shots
+from dbtrain.evaluate.photos import read_photos
+from dbtrain.evaluate.protocol import PROTOCOLS, Protocol, evaluate_finished, shots
 from dbtrain.families import FAMILIES
 from dbtrain.models.load import load_models
 from tests.kit.main_job import small_config, start
@@ -49,16 +50,16 @@ def record(subject="rex", noun="dog"):
     }
 
 
-def planned(settings, tmp_path, subject="rex", noun="dog"):
+def planned(how, tmp_path, subject="rex", noun="dog"):
     config = small_config()
-    plan = PROTOCOLS[settings.protocol](settings, config, noun)
-    return shots(tmp_path / "subjects" / subject, record(subject, noun), config, plan, settings)
+    wanted = PROTOCOLS[how.protocol](how, config, noun)
+    return shots(tmp_path / "subjects" / subject, record(subject, noun), config, wanted, how)
 
 
 def test_the_papers_protocol_is_25_prompts_of_4_images(tmp_path):
-    settings = Settings("dreambooth")
+    how = Protocol("dreambooth")
     for noun, other in (("dog", "wearing a santa hat"), ("vase", "with the Eiffel Tower in the background")):
-        own, of_base = planned(settings, tmp_path, noun=noun)
+        own, of_base = planned(how, tmp_path, noun=noun)
         tuned = [shot for shot in own if shot.row == "tuned"]
         assert len(tuned) == 100 and len({shot.prompt for shot in tuned}) == 25
         assert f"a srx {noun} {other}" in {shot.prompt for shot in tuned}
@@ -68,13 +69,11 @@ def test_the_papers_protocol_is_25_prompts_of_4_images(tmp_path):
 
 
 def test_seeds_are_a_function_of_subject_prompt_and_image(tmp_path):
-    settings = Settings("dreambooth")
-    own, of_base = planned(settings, tmp_path)
-    again, same_base = planned(settings, tmp_path, subject="ann")
-    assert own == planned(settings, tmp_path)[0]
-    fewer = {
-        (shot.row, shot.number, shot.image): shot.seed for shot in planned(replace(settings, images=2), tmp_path)[0]
-    }
+    how = Protocol("dreambooth")
+    own, of_base = planned(how, tmp_path)
+    again, same_base = planned(how, tmp_path, subject="ann")
+    assert own == planned(how, tmp_path)[0]
+    fewer = {(shot.row, shot.number, shot.image): shot.seed for shot in planned(replace(how, images=2), tmp_path)[0]}
     assert fewer.items() <= {(shot.row, shot.number, shot.image): shot.seed for shot in own}.items()
     pairs = [(a.seed, b.seed) for a, b in zip(own, again) if a.row == "tuned"]
     assert all(a != b for a, b in pairs)
@@ -93,14 +92,14 @@ def test_seeds_are_a_function_of_subject_prompt_and_image(tmp_path):
     ],
 )
 def test_a_files_name_holds_what_decides_it(tmp_path, change):
-    settings, changed = Settings("dreambooth"), Settings("dreambooth", **change)
+    how, changed = Protocol("dreambooth"), Protocol("dreambooth", **change)
     config, other = small_config(), small_config(*changed.overrides)
-    folder, plan = tmp_path / "rex", PROTOCOLS["dreambooth"](settings, config, "dog")
-    before = {shot.file for rows in shots(folder, record(), config, plan, settings) for shot in rows}
-    after = {shot.file for rows in shots(folder, record(), other, plan, changed) for shot in rows}
+    folder, wanted = tmp_path / "rex", PROTOCOLS["dreambooth"](how, config, "dog")
+    before = {shot.file for rows in shots(folder, record(), config, wanted, how) for shot in rows}
+    after = {shot.file for rows in shots(folder, record(), other, wanted, changed) for shot in rows}
     assert not before & after
     retrained = {**record(), "files": {"pytorch_lora_weights.safetensors": "another"}}
-    own, of_base = shots(folder, retrained, config, plan, settings)
+    own, of_base = shots(folder, retrained, config, wanted, how)
     assert not before & {shot.file for shot in own} and {shot.file for shot in of_base} <= before
 
 
@@ -146,7 +145,7 @@ def test_scores_equal_plain_loops_over_the_listed_pictures(out):
     rows = {}
     for image in found["images"]:
         rows.setdefault(image["row"], []).append((image["prompt"], image["told"], Image.open(folder / image["file"])))
-    photos = read_photos(folder, "rex", small_config(), Settings())
+    photos = read_photos(folder, "rex", small_config())
     identity, pair = load_identity(), load_pair()
     real, tuned = identity.images(photos), [image for _, _, image in rows["tuned"]]
     of_class = [image for _, _, image in rows["class"]]
@@ -200,7 +199,7 @@ def test_the_same_again_draws_nothing_and_damage_is_drawn_anew(out, monkeypatch)
     monkeypatch.setattr(
         protocol,
         "generate",
-        lambda pipeline, prompts, *rest: drawn.append(list(prompts)) or real(pipeline, prompts, *rest),
+        lambda *inputs, **options: drawn.append(list(inputs[1])) or real(*inputs, **options),
     )
     assert run(*words, "--json").stdout == first.stdout and drawn == []
     picture = next((out / "subjects" / "rex" / "evaluation").glob("class-*.png"))
@@ -246,7 +245,7 @@ def test_a_worker_evaluates_on_its_own_base_and_gives_it_back(out):
     family, config = FAMILIES["sd"], small_config()
     models = load_models(family, config.model)
     before = {name: value.clone() for name, value in models.denoiser.state_dict().items()}
-    found = evaluate_finished(out / "subjects" / "rex", models, family, Settings(class_images=1))
+    found = evaluate_finished(out / "subjects" / "rex", models, family, Protocol(class_images=1))
     after = models.denoiser.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert found == json.loads((out / "subjects" / "rex" / "evaluation.json").read_text())
@@ -255,10 +254,10 @@ def test_a_worker_evaluates_on_its_own_base_and_gives_it_back(out):
 def test_another_base_is_refused(out):
     models = load_models(FAMILIES["sd"], small_config("model.path=embedded").model)
     with pytest.raises(protocol.DataError, match="was trained from another base"):
-        evaluate_finished(out / "subjects" / "rex", models, FAMILIES["sd"], Settings())
+        evaluate_finished(out / "subjects" / "rex", models, FAMILIES["sd"], Protocol())
 
 
-def test_a_subject_that_fails_is_named_and_the_others_are_judged(out):
+def test_a_subject_that_fails_is_named_and_the_others_are_scored(out):
     adapter = out / "subjects" / "ann" / "pytorch_lora_weights.safetensors"
     adapter.write_bytes(adapter.read_bytes()[:100])
     result = run("evaluate", out, "--class-images", "1")
@@ -340,7 +339,7 @@ def test_encoders_of_the_true_sizes_from_a_folder(out, true_sizes):
     assert len(cells) >= 8 and all(math.isfinite(value) and -1 <= value <= 1 for value in cells)
 
 
-def test_a_fully_tuned_subject_is_judged_by_its_own_model(tmp_path):
+def test_a_fully_tuned_subject_is_scored_by_its_own_model(tmp_path):
     from tests.kit.main_job import write_job
 
     words = write_job(

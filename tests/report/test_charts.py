@@ -12,7 +12,7 @@ WIDTH, HEIGHT = SMALL
 
 
 def test_bars_stand_on_the_axis_and_the_highest_reaches_the_top():
-    chart = bars("t", [0, 1, 2, 4], [1, 4, 2], {0: "0", 4: "4"}, "s")
+    chart = bars("t", [0, 1, 2, 4], [1, 4, 2], {0: "0", 4: "4"}, "s", "y")
     room = HEIGHT - BOTTOM - TOP
     assert [bar["h"] for bar in chart.bars] == [room / 4, room, room / 2]
     assert [bar["y"] + bar["h"] for bar in chart.bars] == [HEIGHT - BOTTOM] * 3

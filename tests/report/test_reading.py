@@ -5,7 +5,6 @@ import math
 
 import pytest
 
-from dbtrain.report.facts import differences, read_facts, row
 from dbtrain.report.reading import (
     MAX_BYTES,
     RUN_BYTES,
@@ -18,29 +17,6 @@ from dbtrain.report.reading import (
     stamps,
     text,
 )
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe\0", b"[" * 100_000, b'{"a": 1} x', b"null"])
-@pytest.mark.parametrize("name", ["record.json", "evaluation.json", "log.jsonl", "config.yaml"])
-def test_damaged_files_are_survived(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    facts = read_facts(tmp_path, "rex", {})
-    assert facts.state == "unfinished" and facts.scores == [] and facts.log == [] and facts.settings == {}
-    assert bool(facts.notes) == (name.endswith(".json") and content != b"")
-    json.dumps(row(facts, {}), allow_nan=False)
-
-
-def test_every_field_of_a_wrong_kind_is_survived(tmp_path):
-    record = {"class": ["dog"], "stages_s": [1], "steps": "many", "loss": {}, "finished": 3, "identifier": 4}
-    score = {"dino": {"value": "high"}, "clip_i": 0.5, "pres": {"value": 0.4, "low": None}}
-    judged = {"scores": score, "base": 3, "real": None, "warnings": [1, {"kind": 2}], "images": [3, {"file": 4}, {}]}
-    (tmp_path / "record.json").write_text(json.dumps(record))
-    (tmp_path / "evaluation.json").write_text(json.dumps(judged))
-    facts = read_facts(tmp_path, "rex", {"seconds": "soon", "attempts": None, "stages_s": {"train": "x"}})
-    assert [score["key"] for score in facts.scores] == ["clip_i", "pres"]
-    assert (facts.class_noun, facts.seconds, facts.attempts, facts.loss) == ('["dog"]', None, None, None)
-    assert facts.warnings == [{"kind": "2", "text": ""}]
-    assert row(facts, {})["finished"] == "3"
 
 
 def test_a_log_line_that_is_being_written_is_left_out(tmp_path):
@@ -91,8 +67,6 @@ def test_settings_are_dotted_texts():
     assert settings("a: {b: 1e-4, c: [x, 'y z']}\nd: null\n") == {"a.b": "1e-4", "a.c": ["x", "y z"], "d": "null"}
     assert settings("a: &x 1\nb: *x\n") == {} and settings("- 1\n") == {}
     assert settings("a: !!python/object/apply:os.getcwd []\n") == {"a": []}  # a tag makes nothing
-    assert differences({"a": "1", "b": "2"}, {"a": "1", "b": "3", "c": "4"}) == [("b", "3", "2"), ("c", "4", "")]
-    assert differences({}, {"a": "1"}) == []
 
 
 def test_only_files_of_known_names_count_as_inputs(tmp_path):

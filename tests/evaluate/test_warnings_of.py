@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
-from dbtrain.evaluate.intervals import Score
-from dbtrain.evaluate.judge import likeness
+from dbtrain.evaluate.intervals import Interval
 from dbtrain.evaluate.scores import SubjectFeatures
-from dbtrain.evaluate.suspicion import COPY_SHARE, copied, suspicions
-from tests.kit.main_job import photo
+from dbtrain.evaluate.warnings_of import COPY_SHARE, copied, warnings_of
 
 GOOD = {
     "scores": {"dino": 0.7, "prompt_gap": 0.30, "pres": 0.30},
@@ -24,13 +21,13 @@ def kinds(copies=0.0, **changes):
         row, score = name.split("__")
         rows[row][score] = value
     scores = {
-        row: {name: Score(value, value - 0.01, value + 0.01, 9) for name, value in cells.items()}
+        row: {name: Interval(value, value - 0.01, value + 0.01, 9) for name, value in cells.items()}
         for row, cells in rows.items()
     }
-    return [(one.kind, one.text) for one in suspicions(scores, copies)]
+    return [(warned.kind, warned.text) for warned in warnings_of(scores, copies)]
 
 
-def test_a_good_subject_is_not_suspected():
+def test_a_good_subject_has_no_warning():
     assert kinds() == []
 
 
@@ -69,28 +66,8 @@ def test_the_borders(changes):
 
 
 def test_without_a_base_row_nothing_is_compared():
-    rows = {"scores": {"pres": Score(0.9, 0.8, 1.0, 4)}, "base": {}, "real": {}}
-    assert suspicions(rows, 0.0) == []
-
-
-def test_likeness_is_one_for_the_same_picture_at_any_size_and_low_for_others():
-    pictures = [photo(1, 64, 64), photo(2, 64, 64)]
-    big = [picture.resize((256, 256), Image.Resampling.NEAREST) for picture in pictures]
-    same = likeness(pictures, big)
-    assert same.diagonal().tolist() == pytest.approx([1.0, 1.0], abs=1e-3)
-    # Small pictures in one tone have no pattern to be alike in.
-    assert likeness(pictures, [Image.new("RGB", (9, 9), "red").convert("L")]).abs().max() < 1e-9
-    assert likeness([], pictures).shape == (0, 2)
-
-
-def test_a_moved_subject_is_no_copy():
-    def scene(left):
-        image = Image.new("RGB", (64, 64), (200, 220, 240))
-        ImageDraw.Draw(image).ellipse((left, 20, left + 30, 50), fill=(120, 60, 20))
-        return image
-
-    found = likeness([scene(4), scene(30)], [scene(4)])
-    assert found[0, 0] == pytest.approx(1, abs=1e-9) and found[1, 0] < 0.5
+    rows = {"scores": {"pres": Interval(0.9, 0.8, 1.0, 4)}, "base": {}, "real": {}}
+    assert warnings_of(rows, 0.0) == []
 
 
 def test_a_copy_is_alike_and_nearer_than_the_photos_are_to_each_other():
