@@ -1,4 +1,4 @@
-"""The Ray that a driver works on: one that is there, or a small one of its own that ends with it, whatever happens."""
+"""The Ray that a driver works on: one that is there, or a small one of its own that ends with the driver."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dbtrain.errors import FleetError, first_line
 from dbtrain.fleet.processes import release, start_guard
 
 STORE_BYTES = 100 * 2**20
-"""Object store of an embedded Ray: nothing large ever goes through it."""
+"""Object store of an embedded Ray; nothing large goes through it."""
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """The warm parent of trainers: a process that has imported everything, and forks a trainer whenever one is wanted.
 
-Importing torch, diffusers and deepspeed takes seconds; forking takes milliseconds, so a killed trainer costs the
-loading of the base and no more. It has no threads and has not touched a GPU, which makes the fork safe. It dies with
-its worker and takes its trainers along. Conversation over the control socket: `f` with a descriptor gives the pid of a
-new trainer that speaks through it; `w` waits for the last trainer and gives its wait status.
+Importing torch, diffusers and deepspeed takes seconds, forking takes milliseconds. So a killed trainer costs no more
+than the time to load the base. The warm parent has no threads and has not touched a GPU, which makes the fork safe. It
+dies with its worker, and its trainers with it. Requests over the control socket: `f` with a descriptor answers the pid
+of a new trainer, whose pipe that descriptor is; `w` waits for the last trainer and answers its wait status.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dbtrain.fleet.processes import die_with_parent
 NUMBER = struct.Struct("q")
 
 
-class Zygote:
-    """The worker's end: starts the warm parent and asks it for trainers. What keeps it from starting is raised."""
+class WarmParent:
+    """The worker's end: starts the warm parent and asks it for trainers. Raises whatever keeps it from starting."""
 
     def __init__(self, log: Path):
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -31,7 +31,7 @@ class Zygote:
         self.failure: Exception | None = None
         started = threading.Event()
         with theirs:
-            # The kernel watches the starting thread, not the process: this one lives as long as the child.
+            # PR_SET_PDEATHSIG watches the starting thread, not the process: this thread lasts as long as the child.
             threading.Thread(target=self._run, args=(log, theirs, started), daemon=True).start()
             started.wait()
         if self.failure is not None:
@@ -50,11 +50,11 @@ class Zygote:
 
     def _start(self, log: Path, theirs: socket.socket) -> subprocess.Popen:
         log.parent.mkdir(parents=True, exist_ok=True)
-        # NVML tells of GPUs without starting CUDA, which would not survive a fork.
+        # torch then counts GPUs by NVML and does not start CUDA, which would not survive a fork.
         environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         paths = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-        command = [sys.executable, "-m", "dbtrain.fleet.zygote", str(theirs.fileno()), str(os.getpid())]
+        command = [sys.executable, "-m", "dbtrain.fleet.warm_parent", str(theirs.fileno()), str(os.getpid())]
         with log.open("ab") as file:
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
@@ -92,7 +92,7 @@ class Zygote:
 
 def warm_up() -> None:
     """Import everything that training needs."""
-    import dbtrain.train  # noqa: F401
+    import dbtrain.fleet.work  # noqa: F401
     from dbtrain.engines.zero import zero_keys
     from dbtrain.families.load import CLASSES, quiet_libraries
 

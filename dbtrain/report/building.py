@@ -168,9 +168,9 @@ def is_worked_on(run: Path) -> bool:
 
 def read_ledger(run: Path) -> Ledger | None:
     """What the fleet's ledger says of a run, or None for a run without one."""
-    from dbtrain.fleet.ledger import NAME, find_ledger
+    from dbtrain.fleet.lease import has_ledger
 
-    if not (find_ledger(run) / NAME).exists():
+    if not has_ledger(run):
         return None
     from dbtrain.fleet.status import read_rows, summarize_run
 

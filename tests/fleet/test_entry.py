@@ -3,8 +3,8 @@
 import json
 
 from dbtrain.data.shards import shard_manifest
+from dbtrain.fleet.entry import enter_run
 from dbtrain.fleet.ledger import Ledger
-from dbtrain.fleet.prepare import enter_run
 from tests.main_job import small_config, write_job
 
 

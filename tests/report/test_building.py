@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dbtrain.atomic import LOCK, held
+from dbtrain.batch import Subject
 from dbtrain.errors import DataError
 from dbtrain.report import build, rebuild
 from dbtrain.report.building import Ledger
@@ -198,8 +199,7 @@ def test_a_real_ledger_is_read(tmp_path):
     ledger = ledgers.Ledger(run, create=True)
     with ledger.commit():
         about = dict.fromkeys(("config", "config_digest", "manifest", "manifest_digest"), "x")
-        specs = [{"id": name, "class_noun": "dog", "class": "dog"} for name in ("dog-00000", "late")]
-        ledger.create_run(about, specs)
+        ledger.create_run(about, [Subject(name, "dog", ()) for name in ("dog-00000", "late")])
     ledger.close()
     built = rebuild(run)
     assert built.subjects == 3 and "2 waiting" in built.index.read_text()
