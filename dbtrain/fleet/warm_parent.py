@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 from dbtrain.fleet.processes import die_with_parent
@@ -27,26 +28,24 @@ class WarmParent:
 
     def __init__(self, log: Path):
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.process: subprocess.Popen | None = None
-        self.failure: Exception | None = None
-        started = threading.Event()
-        with theirs:
-            # PR_SET_PDEATHSIG watches the starting thread, not the process: this thread lasts as long as the child.
-            threading.Thread(target=self._run, args=(log, theirs, started), daemon=True).start()
-            started.wait()
-        if self.failure is not None:
-            self.control.close()
-            raise self.failure
-
-    def _run(self, log: Path, theirs: socket.socket, started: threading.Event) -> None:
+        started: Future[subprocess.Popen] = Future()
         try:
-            self.process = self._start(log, theirs)
+            with theirs:
+                # PR_SET_PDEATHSIG watches the starting thread, not the process: this thread lasts as long as the child.
+                threading.Thread(target=self._keep, args=(log, theirs, started), daemon=True).start()
+                self.process = started.result()
+        except BaseException:
+            self.control.close()
+            raise
+
+    def _keep(self, log: Path, theirs: socket.socket, started: Future[subprocess.Popen]) -> None:
+        try:
+            process = self._start(log, theirs)
         except Exception as error:
-            self.failure = error
-        finally:
-            started.set()
-        if self.process is not None:
-            self.process.wait()
+            started.set_exception(error)
+        else:
+            started.set_result(process)
+            process.wait()
 
     def _start(self, log: Path, theirs: socket.socket) -> subprocess.Popen:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -78,16 +77,14 @@ class WarmParent:
         return NUMBER.unpack(answer)[0]
 
     def kill(self) -> None:
-        """Kill it, and its trainers with it."""
-        if self.process is not None:
-            self.process.kill()
+        """Kill the warm parent, and its trainers with it."""
+        self.process.kill()
 
     def close(self) -> None:
-        """Kill it and let go of it."""
+        """Kill the warm parent and let go of it."""
         self.control.close()
         self.kill()
-        if self.process is not None:
-            self.process.wait()
+        self.process.wait()
 
 
 def warm_up() -> None:
@@ -103,7 +100,7 @@ def warm_up() -> None:
 
 
 def serve(control: socket.socket) -> None:
-    """Fork trainers until the worker is gone."""
+    """Fork a trainer for each `f` and reap it for `w`, until the worker is gone."""
     from multiprocessing.connection import Connection
 
     from dbtrain.fleet.trainer import run
