@@ -7,7 +7,7 @@ import pytest
 
 from dbtrain.fleet.causes import End
 from dbtrain.fleet.crew import Crew, Shape, kill_same
-from dbtrain.fleet.messages import Died, Ready, Task, UnitDone
+from dbtrain.fleet.messages import Died, Failed, Ready, Task
 from dbtrain.fleet.processes import born
 
 LOST, KILLED = End("lost", "connection closed by peer"), End("killed", "died of SIGKILL")
@@ -43,12 +43,14 @@ def test_a_gang_dies_once_for_the_reason_that_explains_it_and_starts_anew(crew):
     assert crew._heard(0, (1, [Died(LOST)])) == [] and crew.state == "dying"
     assert crew._heard(1, (1, [Died(KILLED)])) == [Died(KILLED)]
     assert (crew.state, crew.generation, crew.restarts) == ("starting", 2, 1)
-    assert crew._heard(0, (1, [UnitDone(1, 2.0)])) == [], "a message of the former generation"
+    late = Failed(1, 0, LOST, 1.0)
+    assert crew._heard(0, (1, [late])) == [] and crew._heard(0, (2, [late])) == [late]
 
 
 def test_a_pid_that_another_process_has_now_is_not_killed():
     with subprocess.Popen(["sleep", "60"]) as process:
         kill_same(process.pid, "1")
-        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
         kill_same(process.pid, born(process.pid))
         assert process.wait(5) == -9

@@ -17,11 +17,12 @@ def test_what_an_earlier_run_measured_is_what_this_one_will_cost(tmp_path):
     with run_of_dogs(earlier, 2) as ledger, ledger.commit():
         ledger.start(1, [0, 1], "w1")
         ledger.finish(0, 1, RESULT), ledger.finish(1, 1, {**RESULT, "gpu_seconds": 5.0})
-        ledger.note_spent("prior", "dog", "w1", 2.5, "done", "")
+        for worker in ("w1", "w2"):
+            ledger.note_spent("prior", "dog", worker, 2.5, "done", "")
     for name in ("s0", "s1"):
         (earlier / "subjects" / name).mkdir(parents=True)
         (earlier / "subjects" / name / "weights").write_bytes(bytes(100))
     plan = plan_run(tmp_path / "photos.csv", config, out, earlier)["estimate"]
     assert plan == {
-        "basis": 2, "gpu_seconds": 12.0, "prior_gpu_seconds": 5.0, "result_bytes": 300, "from": str(earlier),
+        "basis": 2, "gpu_seconds": 12.0, "prior_gpu_seconds": 10.0, "result_bytes": 300, "from": str(earlier),
     }  # fmt: skip
