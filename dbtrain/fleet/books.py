@@ -86,7 +86,7 @@ class Books:
     def close(self, flight: Flight, seconds: float) -> None:
         """Enter the end of a unit that is done. Subjects without a message of their trainer end as with a crash."""
         if flight.open:
-            self.land(flight, End("crash", "its trainer told nothing of it"))
+            self.land(flight, End("crash", "its trainer sent no message of it"))
         else:
             self.view.end(flight.unit)
         if flight.unit.kind != "train":

@@ -20,9 +20,9 @@ STORE_BYTES = 100 * 2**20
 
 @contextmanager
 def connected(address: str | None, cpus: int) -> Iterator[None]:
-    """A connection to the Ray at an address, or to an embedded one on the loopback interface (None).
+    """Connect to the Ray at an address, or to an embedded Ray on the loopback interface (None).
 
-    No runtime_env is set: a worker inherits its node's environment, and a job's settings would be readable by others.
+    No runtime_env is set: a worker inherits its node's environment, and others could read a job's settings.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is not None:
@@ -72,7 +72,7 @@ def has_gpus() -> bool:
 
 
 def room(gpus: float, cpus: float) -> int:
-    """How many actors with these resources each the cluster's machines hold at the moment, if nothing else is there."""
+    """How many actors with these resources each fit on the cluster's machines, if nothing else runs there."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
     return sum(min(int(machine.get(name, 0) / each + 1e-9) for name, each in wanted.items()) for machine in machines)

@@ -129,7 +129,7 @@ class Driver:
             self.crews[name] = Crew(name, self.shape, task)
 
     def warn_of_room(self, members: int) -> None:
-        """Say once that nobody can work, and once more if that comes again."""
+        """Say once that there is no room for a worker, and again if there was room in between."""
         if (members < self.shape.size) != self.cramped:
             self.cramped = not self.cramped
             each = f"{self.shape.cpus:g} CPUs" + (f" and {self.shape.gpus:g} GPUs" if self.shape.gpus else "")

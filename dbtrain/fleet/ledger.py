@@ -154,7 +154,7 @@ class Ledger:
         return row and row[0]
 
     def beat(self, state: str) -> None:
-        """Say that the driver lives, and what it does."""
+        """Note that the driver is alive, and its state."""
         self.db.execute(
             "UPDATE run SET driver_pid=?, driver_host=?, heartbeat=?, state=?",
             (os.getpid(), socket.gethostname(), time.time(), state),
@@ -228,8 +228,8 @@ class Ledger:
         if ids is None:
             changed = self.db.execute(f"{change} RETURNING position, class", (new, reason, *old)).fetchall()
         else:
-            one = f"{change} AND id=? RETURNING position, class"
-            changed = [row for name in ids for row in self.db.execute(one, (new, reason, *old, name)).fetchall()]
+            by_id = f"{change} AND id=? RETURNING position, class"
+            changed = [row for name in ids for row in self.db.execute(by_id, (new, reason, *old, name)).fetchall()]
         return [tuple(row) for row in changed]
 
     def give_up_class(self, noun: str, reason: str) -> set[int]:
@@ -273,12 +273,12 @@ class Ledger:
         return {name: {"done": done, "failed": failed} for name, done, failed in counts}
 
     def note_spent(self, kind: str, class_noun: str, worker: str, seconds: float, outcome: str, reason: str) -> None:
-        """Keep what a unit that trains nobody took."""
+        """Keep the GPU-seconds of a unit that trains no subject."""
         row = (kind, class_noun, worker, seconds, time.time(), outcome, reason)
         self.db.execute("INSERT INTO spent VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def note_worker(self, worker: dict[str, Any]) -> None:
-        """Keep where a worker is and what it does."""
+        """Keep where a worker is, its state and its unit."""
         self.db.execute(
             "INSERT OR REPLACE INTO workers VALUES (:name, :node, :host, :pid, :state, :unit, :since, :restarts)",
             {**worker, "since": time.time()},

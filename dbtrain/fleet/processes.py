@@ -1,4 +1,4 @@
-"""What the fleet does with processes: die with a parent, tell one from another, and guard against what a driver leaves.
+"""What the fleet does with processes: die with a parent, know a process again, and clean up after a driver.
 
 Run as a program this module is that guard. It waits for the end of its standard input, which comes also when the writer
 is killed, because the kernel closes the pipe. Then it kills what still has files open in a folder, and removes the
@@ -33,7 +33,7 @@ def die_with_parent(parent: int) -> None:
 def born(pid: int) -> str:
     """When a process started, in clock ticks since boot, which with the pid names no other process; "" if it is gone.
 
-    psutil gives this as a time of day, which a correction of the clock moves while the process lives.
+    psutil gives this as a time of day, which changes with every correction of the clock.
     """
     try:
         # Field 22 of proc(5); those from the third on follow the command in brackets.
@@ -76,7 +76,7 @@ def _guard(folder: str) -> None:
     sys.stdin.read()
     quiet = 0
     while quiet < QUIET_ROUNDS:
-        # The driver, where it lives on, is this process's parent.
+        # The driver, if it is still alive, is this process's parent.
         pids = [pid for pid in holders(Path(folder)) if pid != os.getppid()]
         for pid in pids:
             kill(pid)

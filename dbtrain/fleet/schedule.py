@@ -32,7 +32,7 @@ class Limits:
     losses: int = 100
     """Attempts that a subject may lose to causes outside it (killed workers, lost nodes) before it is quarantined."""
     retry_share: float = 0.25
-    """Largest share of the workers that retry failed subjects while fresh ones wait; one may always."""
+    """Largest share of the workers that retry failed subjects while fresh ones wait; a single worker always may."""
     prior_parts: int = 1
     """Most parts that a class's priors are split into; 0 if none are needed."""
 
@@ -220,7 +220,7 @@ class _Choice:
         return self._busy(WorkUnit("train", noun, (position,), self._pack(position), retry=True))
 
     def train(self, worker: Idle) -> WorkUnit | None:
-        """The next subjects in storage order of the worker's own class, else of the one with most left a worker."""
+        """The next subjects in storage order of the worker's own class, else of the class with most left a worker."""
         noun = self._class(worker, self.view.waiting, self.taken)
         if noun is None:
             return None

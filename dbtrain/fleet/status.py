@@ -83,7 +83,7 @@ def summarize(ledger: Ledger) -> dict[str, Any]:
 
 
 def line(summary: dict[str, Any]) -> str:
-    """A summary as one line."""
+    """A summary in one line."""
     counts = ", ".join(f"{number} {state}" for state, number in summary["subjects"].items() if number)
     eta = "" if summary["eta_s"] is None else f", ETA {summary['eta_s']} s"
     retries = "".join(f", {cause} {number}" for cause, number in summary["retries"].items())
@@ -115,15 +115,15 @@ def table(summary: dict[str, Any]) -> Any:
     return Group(text(line(summary)), workers, *lists)
 
 
-def text(words: str) -> Any:
-    """Plain words, whatever markup they may look like."""
+def text(plain: str) -> Any:
+    """A string for rich, which takes nothing in it for markup."""
     from rich.text import Text
 
-    return Text(words)
+    return Text(plain)
 
 
 class Screen:
-    """What a driver shows while it works, and its log `fleet.jsonl`: one object for each thing that happened."""
+    """What a driver shows while it works, and its log `fleet.jsonl`: an object for each attempt without a result."""
 
     def __init__(self, out: Path, quiet: bool):
         self.quiet, self.last = quiet, 0.0
@@ -137,12 +137,12 @@ class Screen:
         if entry["state"] == "quarantined" and not self.quiet and self.live is None:
             self.say(f"{subject}: quarantined: {entry['cause']}: {entry['reason']}")
 
-    def say(self, words: str) -> None:
+    def say(self, sentence: str) -> None:
         """Print a line for the person who watches, above the table if there is one."""
         if self.live is not None:
-            self.live.console.print(text(words))
+            self.live.console.print(text(sentence))
         else:
-            print(words, file=sys.stderr, flush=True)
+            print(sentence, file=sys.stderr, flush=True)
 
     def show(self, summary: dict[str, Any]) -> None:
         """Update the table, or print a line when it is time. The table begins here: a run that has nothing to do leaves

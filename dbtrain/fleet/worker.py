@@ -100,8 +100,8 @@ class Worker:
         self.parent = None
 
     def give(self, order: bytes, generation: int) -> None:
-        """Hand the trainer of a generation an order, pickled: unpacking it here would load what its parts come from.
-        A dead trainer shows in `poll`; one that followed it never sees the order."""
+        """Send the trainer of a generation an order, pickled: unpacking it here would import what it is made of. The
+        death of that trainer shows in `poll`, and the next trainer never gets this order."""
         with self.lock:
             if generation != self.generation:
                 return
@@ -119,7 +119,8 @@ class Worker:
         generation = self.generation
         while not messages and time.monotonic() < deadline:
             link, generation = self.link, self.generation
-            # Both are of one trainer only if that is still there: `start` changes the second while there is none.
+            # Link and generation are of the same trainer only if the link is still there: `start` changes the
+            # generation while there is no link.
             if link is None or link is not self.link:
                 time.sleep(min(0.05, wait_s))
                 continue
