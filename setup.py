@@ -46,6 +46,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "peft>=0.18",
         "playwright>=1.50",
+        "psutil>=5.9",
         "pytest>=8.2",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",

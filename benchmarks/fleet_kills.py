@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dbtrain.fleet.processes import born as start_of
-from dbtrain.fleet.processes import descendants
 from dbtrain.storage.atomic import file_digest
+from tests.kit.fleet_run import descendants
 
 ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS = {"trainer": 80, "zygote": 6, "actor": 6, "driver": 4}
+WEIGHTS = {"trainer": 80, "warm parent": 6, "actor": 6, "driver": 4}
 """How often each kind of process is chosen, relative to the others; what is not there then is not chosen."""
 LOG = re.compile(r".*/logs/(worker-(\d+))(-\d+)?\.log")
 """What a warm parent and its trainers write to: (worker, its number, its place in a gang)."""
@@ -38,13 +38,13 @@ def start_driver(job: tuple[Path, Path], out: Path, words: list[str]) -> subproc
 
 
 def processes_of(driver: int) -> dict[str, list[int]]:
-    """The living processes of a run by kind: driver, actor, zygote, trainer, and all the others as `ray`."""
-    found: dict[str, list[int]] = {"driver": [driver], "actor": [], "zygote": [], "trainer": [], "ray": []}
+    """The living processes of a run by kind: driver, actor, warm parent, trainer, and all the others as `ray`."""
+    found: dict[str, list[int]] = {"driver": [driver], "actor": [], "warm parent": [], "trainer": [], "ray": []}
     below = descendants(driver)
-    zygotes = {pid for pid in below if b"fleet.zygote" in command_of(pid)}
+    warm = {pid for pid in below if b"fleet.warm_parent" in command_of(pid)}
     for pid, parent in below.items():
-        if pid in zygotes:
-            found["trainer" if parent in zygotes else "zygote"].append(pid)
+        if pid in warm:
+            found["trainer" if parent in warm else "warm parent"].append(pid)
             continue
         found["actor" if command_of(pid).startswith(b"ray::Actor") else "ray"].append(pid)
     return found
@@ -153,7 +153,7 @@ class Campaign:
 
     def kill(self, driver: subprocess.Popen, pid: int, kind: str) -> None:
         """SIGKILL, and a note of when."""
-        numbers = [found for one in processes_of(driver.pid)["zygote"] if (found := worker_of(one))]
+        numbers = [found for one in processes_of(driver.pid)["warm parent"] if (found := worker_of(one))]
         hit = worker_of(pid)
         below = [(one, start_of(one), command_of(one)) for one in descendants(pid)]
         resumable = self.resumable(hit[1]) if hit else 0

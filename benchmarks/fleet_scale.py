@@ -26,37 +26,37 @@ def measure(subjects: int, workers: int, folder: Path) -> dict:
     """Milliseconds of processor time a subject for each thing a driver does, commits a second, memory, status time."""
     from dbtrain.fleet.books import read_view
     from dbtrain.fleet.ledger import Ledger
-    from dbtrain.fleet.schedule import Idle, Settings, schedule
+    from dbtrain.fleet.schedule import Idle, Limits, schedule
     from dbtrain.subjects.manifest import read_manifest
+    from dbtrain.values import Subject
 
     out = Path(tempfile.mkdtemp(prefix="dbtrain-scale-", dir=folder))
     found: dict[str, float] = {"subjects": subjects, "workers": workers}
-    specs = [{"id": f"s{n:06d}", "class_noun": f"class{n % 50}", "identifier": "sks", "caption": None, "seed": None,
-              "steps": None, "lr": None} for n in range(subjects)]  # fmt: skip
+    entries = [Subject(f"s{n:06d}", f"class{n % 50}", (), identifier="sks") for n in range(subjects)]
     with timed(found, "read_manifest_ms_a_subject", subjects, 1e3):
         read_manifest(write_manifest(out, subjects))
     ledger = Ledger(out, create=True)
     with timed(found, "enter_ms_a_subject", subjects, 1e3), ledger.commit():
         about = {"config": "{}", "config_digest": "", "manifest": "", "manifest_digest": ""}
-        ledger.create_run(about, specs)
+        ledger.create_run(about, entries)
     index = rows_of(subjects)
     with timed(found, "read_view_ms_a_subject", subjects, 1e3):
         view = read_view(ledger)
     spent, wall = {"schedule": 0.0, "start": 0.0, "finish": 0.0}, 0.0
-    idle, settings = [Idle(f"w{n}") for n in range(workers)], Settings(prior_parts=0)
+    idle, limits = [Idle(f"w{n}") for n in range(workers)], Limits(prior_parts=0)
     number = commits = 0
     result = {"run": "0" * 64, "files": {"pytorch_lora_weights.safetensors": "0" * 64}, "seconds": 1.0,
               "gpu_seconds": 1.0, "stages_s": {"train": 1.0, "save": 0.1}}  # fmt: skip
     while not view.empty:
-        given = clocked(spent, "schedule", lambda: schedule(view, idle, workers, settings))
+        given = clocked(spent, "schedule", lambda: schedule(view, idle, workers, limits))
         for name, unit in given:
             number += 1
 
             def start(unit=unit, name=name, number=number) -> dict[int, int]:
                 with ledger.commit():
                     attempts = ledger.start(number, unit.positions, name)
-                    for spec in ledger.specs(unit.positions):
-                        index.rows_of(spec["id"])
+                    for subject in ledger.subjects(unit.positions):
+                        index.rows_of(subject.id)
                     view.begin(unit)
                 return attempts
 

@@ -6,7 +6,7 @@ import pytest
 
 from dbtrain import machine
 from dbtrain.data import prefetch
-from dbtrain.fleet.run import Options, local_cpus
+from dbtrain.fleet.options import Options
 from dbtrain.report import building
 
 
@@ -34,14 +34,14 @@ def test_a_cgroup_caps_the_cores_wherever_they_are_counted(cgroups, monkeypatch,
     for group, text in (("job/step", own), ("job", above)):
         if text is not None:
             cgroups(group, "cpu.max", text)
-    assert (machine.cores(), local_cpus(Options())) == (cores, cores)
+    assert (machine.cores(), Options().local_cpus) == (cores, cores)
 
 
 def test_cores_that_others_were_given_do_not_count(cgroups, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7, 9, 11})
-    assert machine.cores() == local_cpus(Options()) == 3
-    assert local_cpus(Options(gang=2)) == 2 and local_cpus(Options(workers=5)) == 5
+    assert machine.cores() == Options().local_cpus == 3
+    assert Options(gang=2).local_cpus == 2 and Options(workers=5).local_cpus == 5
     assert prefetch.cores is building.cores is machine.cores, "threads of loading and processes of the report"
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dbtrain.fleet.causes import BLAMED, End, stands_alone, verdict_on
 from dbtrain.fleet.ledger import Ledger
-from dbtrain.fleet.schedule import BLAMED, Settings, View, WorkUnit, judge, stands_alone
+from dbtrain.fleet.schedule import Limits, View, WorkUnit
 from dbtrain.fleet.status import Screen
 
 if TYPE_CHECKING:
@@ -20,20 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class Flight:
-    """A unit that a crew is at: the attempts of its subjects that have not ended, in order; `pack` train at a time."""
+    """A unit that a crew works on. open: attempts of its subjects that have not ended, by position, in order; the first
+    `unit.pack` of them train."""
 
     unit: WorkUnit
     crew: Crew
     open: dict[int, int]
-    pack: int
 
 
 class Books:
-    """What is to be done, and the entries about what is over. asked: what is to be done with finished subjects, its
-    settings by name (`afterwards.AFTER`)."""
+    """What is to be done, and the entries about what is over. asked: what is to be done with finished subjects
+    (`work.AFTER`), with the settings that each result depends on."""
 
-    def __init__(self, ledger: Ledger, settings: Settings, asked: Mapping[str, str], screen: Screen):
-        self.ledger, self.settings, self.asked, self.screen = ledger, settings, asked, screen
+    def __init__(self, ledger: Ledger, limits: Limits, asked: Mapping[str, str], screen: Screen):
+        self.ledger, self.limits, self.asked, self.screen = ledger, limits, asked, screen
         self.view = read_view(ledger)
         self.todo: dict[int, list[str]] = {}
         """What is left to be done with finished subjects."""
@@ -47,70 +48,67 @@ class Books:
             if len(self.todo[position]) == 1:
                 self.view.add_finished(noun, position)
 
-    def finish(self, flight: Flight, position: int, result: dict[str, Any]) -> None:
-        """A subject's files are published and verified: it is finished now, unless another attempt was before."""
+    def finish(self, flight: Flight, position: int, result: Mapping[str, Any]) -> None:
+        """Enter a subject as finished, whose files are published and verified, unless another attempt was earlier."""
         attempt = flight.open.pop(position)
         seconds = sum(result["stages_s"].values())
         if self.ledger.finish(position, attempt, {**result, "seconds": seconds}) and self.asked:
             self.todo[position] = list(self.asked)
             self.view.add_finished(flight.unit.class_noun, position)
 
-    def retire(self, flight: Flight, position: int, cause: str | None, reason: str, seconds: float) -> None:
-        """A subject's attempt is over without a result: it waits again, or is quarantined. No cause: never begun."""
+    def retire(self, flight: Flight, position: int, end: End, seconds: float = 0.0, begun: bool = True) -> None:
+        """Enter the end of a subject's attempt without a result: the subject waits again, or is quarantined. begun:
+        whether the attempt was worked on; if not, it counts neither as a failure nor as a loss."""
         attempt = flight.open.pop(position)
         row = self.ledger.row(position)
-        failures, losses, pack = row["failures"], row["losses"], row["pack"]
-        if cause is None:
-            state, alone, cause = "waiting", stands_alone(failures, losses), "unbegun"
-        else:
-            verdict = judge(cause, failures, losses, pack, flight.pack, self.settings)
-            state, alone = verdict.state, verdict.alone
-            failures, losses, pack = verdict.failures, verdict.losses, verdict.pack
-        told = {"state": state, "failures": failures, "losses": losses, "pack": pack, "cause": cause, "reason": reason}
-        self.ledger.fail(position, attempt, told, seconds)
-        self.screen.note(row["id"], told)
+        state, failures, losses, pack = "waiting", row["failures"], row["losses"], row["pack"]
+        if begun:
+            verdict = verdict_on(end.cause, failures, losses, pack, flight.unit.pack, self.limits)
+            state, failures, losses, pack = verdict.state, verdict.failures, verdict.losses, verdict.pack
+        entry = {"state": state, "failures": failures, "losses": losses, "pack": pack,
+                 "cause": end.cause if begun else "unbegun", "reason": end.reason}  # fmt: skip
+        self.ledger.fail(position, attempt, entry, seconds)
+        self.screen.note(row["id"], entry)
         if state == "waiting":
-            self.view.add(flight.unit.class_noun, position, alone, pack)
+            self.view.add(flight.unit.class_noun, position, stands_alone(failures, losses), pack)
 
-    def land(self, flight: Flight, cause: str, reason: str) -> None:
-        """A unit is over: those of its subjects that were being worked on bear its end, the others wait again."""
+    def land(self, flight: Flight, end: End) -> None:
+        """Enter the early end of a unit: it is that of the subjects that were worked on, and the others wait again."""
         self.view.end(flight.unit, drawn=False)
         if flight.unit.kind == "prior":
-            self._land_prior(flight, cause, reason)
+            self._land_prior(flight, end)
         elif flight.unit.kind == "after":
-            self._land_after(flight, cause, reason)
+            self._land_after(flight, end)
         else:
-            suspects = list(flight.open)[: flight.pack]
-            for position in list(flight.open):
-                self.retire(flight, position, cause if position in suspects else None, reason, 0.0)
+            for number, position in enumerate(list(flight.open)):
+                self.retire(flight, position, end, begun=number < flight.unit.pack)
 
     def close(self, flight: Flight, seconds: float) -> None:
-        """A unit is done. What its trainer told nothing of ends as with a crash."""
+        """Enter the end of a unit that is done. Subjects without a message of their trainer end as with a crash."""
         if flight.open:
-            self.land(flight, "crash", "its trainer told nothing of it")
+            self.land(flight, End("crash", "its trainer sent no message of it"))
         else:
             self.view.end(flight.unit)
         if flight.unit.kind != "train":
             self.ledger.note_spent(flight.unit.kind, flight.unit.class_noun, flight.crew.name, seconds, "done", "")
 
-    def _land_prior(self, flight: Flight, cause: str, reason: str) -> None:
+    def _land_prior(self, flight: Flight, end: End) -> None:
         """A part of a class's priors is drawn again; after too many failures its subjects are quarantined."""
         noun = flight.unit.class_noun
-        self.ledger.note_spent("prior", noun, flight.crew.name, 0.0, cause, reason)
+        self.ledger.note_spent("prior", noun, flight.crew.name, 0.0, end.cause, end.reason)
         priors = self.view.priors[noun]
-        priors.failures += BLAMED[cause]
-        if priors.failures >= self.settings.tries:
-            ids = [row["id"] for row in self.ledger.rows("id, class", "state='waiting'") if row["class"] == noun]
-            gone = self.ledger.settle(ids, ["waiting"], "quarantined", f"priors of {noun!r}: {reason}")
-            self.view.remove({position for position, _ in gone})
+        priors.failures += BLAMED[end.cause]
+        if priors.failures >= self.limits.tries:
+            self.view.remove(self.ledger.give_up_class(noun, f"priors of {noun!r}: {end.reason}"))
             priors.todo.clear()
 
-    def _land_after(self, flight: Flight, cause: str, reason: str) -> None:
-        """The subject that was being drawn or scored is judged as in training; what is not given up waits again."""
+    def _land_after(self, flight: Flight, end: End) -> None:
+        """The first open subject was being drawn or scored, and gets a verdict as in training. All wait again, but for
+        what is given up."""
         for position in list(flight.open)[:1]:
-            verdict = judge(cause, *self.ends_after.pop(position, (0, 0)), None, 1, self.settings)
+            verdict = verdict_on(end.cause, *self.ends_after.pop(position, (0, 0)), None, 1, self.limits)
             if verdict.state == "quarantined":
-                self.note_after(position, self.todo[position][0], reason)
+                self.note_after(position, self.todo[position][0], end.reason)
             else:
                 self.ends_after[position] = verdict.failures, verdict.losses
         for position in self.todo.keys() & flight.open.keys():
@@ -126,7 +124,7 @@ class Books:
         return position not in self.todo
 
     def obey(self, requests: Iterable[tuple[str, list[tuple[int, str]]]]) -> None:
-        """Follow what another process asked for and the ledger knows already; running subjects run on."""
+        """Follow requests of another process that the ledger holds already; running subjects run on."""
         for verb, changed in requests:
             if verb == "cancel":
                 self.view.remove({position for position, _ in changed})
@@ -138,6 +136,6 @@ class Books:
 def read_view(ledger: Ledger) -> View:
     """What a ledger says is to be trained."""
     view = View()
-    for row in ledger.rows("position, class, failures, losses, pack", "state='waiting'"):
+    for row in ledger.waiting():
         view.add(row["class"], row["position"], stands_alone(row["failures"], row["losses"]), row["pack"])
     return view

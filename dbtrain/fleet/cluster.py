@@ -1,4 +1,4 @@
-"""The Ray that a driver works on: one that is there, or a small one of its own that ends with it, whatever happens."""
+"""The Ray that a driver works on: one that is there, or a small one of its own that ends with the driver."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dbtrain.errors import FleetError, first_line
 from dbtrain.fleet.processes import release, start_guard
 
 STORE_BYTES = 100 * 2**20
-"""Object store of an embedded Ray: nothing large ever goes through it."""
+"""Object store of an embedded Ray; nothing large goes through it."""
 
 
 @contextmanager
 def connected(address: str | None, cpus: int) -> Iterator[None]:
-    """A connection to the Ray at an address, or to an embedded one on the loopback interface (None).
+    """Connect to the Ray at an address, or to an embedded Ray on the loopback interface (None).
 
-    No runtime_env is set: a worker inherits its node's environment, and a job's settings would be readable by others.
+    No runtime_env is set: a worker inherits its node's environment, and others could read a job's settings.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is not None:
@@ -72,7 +72,7 @@ def has_gpus() -> bool:
 
 
 def room(gpus: float, cpus: float) -> int:
-    """How many actors with these resources each the cluster's machines hold at the moment, if nothing else is there."""
+    """How many actors with these resources each fit on the cluster's machines, if nothing else runs there."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
     return sum(min(int(machine.get(name, 0) / each + 1e-9) for name, each in wanted.items()) for machine in machines)

@@ -21,15 +21,16 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from dbtrain.errors import first_line
+from dbtrain.fleet.causes import End, end_of_gang
+from dbtrain.fleet.messages import Died, Message, Order, Ready, Task, UnitDone
 from dbtrain.fleet.processes import born, kill
-from dbtrain.fleet.schedule import WorkUnit, explains
-from dbtrain.fleet.trainer import Message, Order, Task
+from dbtrain.fleet.schedule import WorkUnit
 from dbtrain.fleet.worker import Worker
 
 POLL_S = 1.0
-"""How long a worker waits for news before it answers that there are none."""
+"""Seconds that a worker waits for messages before it answers that there are none."""
 DYING_S = 5.0
-"""How long a gang with a dead member may say why: the error that one member sees may follow from another's end."""
+"""Seconds for all members of a gang to say why they ended: the error of one may follow from another's end."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Shape:
 
 
 class Actor(Worker):
-    """A worker that knows its place in the cluster."""
+    """A worker as a Ray actor."""
 
     def describe(self) -> dict[str, Any]:
-        """Where this worker is."""
+        """Where in the cluster this worker is."""
         node = ray.get_runtime_context().get_node_id()
         return {**super().describe(), "node": node, "ip": ray.util.get_node_ip_address(), "born": born(os.getpid())}
 
@@ -67,12 +68,12 @@ class Crew:
         self.pending: dict[Any, tuple[Callable, int, float]] = {}
         self.places: dict[int, dict[str, Any]] = {}
         self.waiting_for: set[int] = set()
-        self.ends: dict[int, tuple[str, str]] = {}
+        self.ends: dict[int, End] = {}
         self.dying = 0.0
         self.group: PlacementGroup | None = None
         if shape.size > 1:
-            each = {"CPU": shape.cpus, **({"GPU": shape.gpus} if shape.gpus else {})}
-            self.group = placement_group([each] * shape.size)
+            bundle = {"CPU": shape.cpus, **({"GPU": shape.gpus} if shape.gpus else {})}
+            self.group = placement_group([bundle] * shape.size)
         self.members = [self._member(rank) for rank in range(shape.size)]
         for rank, member in enumerate(self.members):
             self._call(member.describe, rank, self._placed)
@@ -86,11 +87,11 @@ class Crew:
         name = self.name if self.group is None else f"{self.name}-{rank}"
         return maker.remote(name, self.task.out, self.shape.hang_s)
 
-    def _call(self, method: Any, rank: int, then: Callable, *words: Any) -> None:
-        self.pending[method.remote(*words)] = (then, rank, time.monotonic())
+    def _call(self, method: Any, rank: int, then: Callable, *arguments: Any) -> None:
+        self.pending[method.remote(*arguments)] = (then, rank, time.monotonic())
 
     def accept(self, call: Any) -> list[Message]:
-        """What a finished call brings: messages of the workers. Raises Lost when the actor is gone."""
+        """The messages of the workers that a finished call brings. Raises Lost when the actor is gone."""
         then, rank, _ = self.pending.pop(call)
         try:
             value = ray.get(call)
@@ -107,11 +108,11 @@ class Crew:
         self.places[rank] = place
         if len(self.places) == len(self.members):
             self._start()
-            for each, member in enumerate(self.members):
-                self._call(member.poll, each, self._heard, POLL_S)
+            for member_rank, member in enumerate(self.members):
+                self._call(member.poll, member_rank, self._heard, POLL_S)
 
     def _start(self) -> None:
-        """Fresh trainers; a gang needs a port of its first member before."""
+        """Start fresh trainers. A gang needs a port of its first member before."""
         self.state, self.unit, self.waiting_for = "starting", None, set(range(len(self.members)))
         self.ends = {}
         self.generation += 1
@@ -133,31 +134,31 @@ class Crew:
             self._call(member.start, rank, lambda *_: None, task, self.generation)
 
     def _heard(self, rank: int, answer: tuple[int, list[Message]]) -> list[Message]:
-        generation, events = answer
+        generation, messages = answer
         self._call(self.members[rank].poll, rank, self._heard, POLL_S)
-        told: list[Message] = []
-        for event in events if generation == self.generation else []:
-            if event[0] == "died":
+        heard: list[Message] = []
+        for message in messages if generation == self.generation else []:
+            if isinstance(message, Died):
                 self.dying = self.dying if self.ends else time.monotonic()
-                self.state, self.ends[rank] = "dying", event[1:]
+                self.state, self.ends[rank] = "dying", message.end
                 break
-            if event[0] in ("ready", "done"):
+            if isinstance(message, Ready | UnitDone):
                 self.waiting_for.discard(rank)
                 if self.waiting_for:
                     continue
                 self.state = "dying" if self.ends else "idle"
-            told.append(event)
-        return told + self._bury()
+            heard.append(message)
+        return heard + self._bury()
 
     def _bury(self) -> list[Message]:
-        """("died", cause, reason) and new trainers, once it is known, or too late to learn, why the old ones ended."""
+        """`Died`, and new trainers, once it is known, or too late to learn, why the old ones ended."""
         late = bool(self.ends) and time.monotonic() - self.dying > DYING_S
-        end = explains(self.ends, len(self.ends) if late else len(self.members))
+        end = end_of_gang(self.ends, len(self.ends) if late else len(self.members))
         if end is None:
             return []
         self.restarts += 1
         self._start()
-        return [("died", *end)]
+        return [Died(end)]
 
     def give(self, order: Order) -> None:
         """Hand a unit to every member."""
@@ -172,11 +173,11 @@ class Crew:
         for rank, member in enumerate(self.members):
             self._call(member.ask_stop, rank, lambda *_: None)
 
-    def kill(self, deaf: bool = False) -> None:
-        """Nothing; afterwards no process of the crew is alive or will be. deaf: its actors may not hear Ray."""
+    def kill(self, stopped: bool = False) -> None:
+        """Kill every process of the crew, and let none begin. stopped: its actors may be stopped and not obey Ray."""
         for rank, member in enumerate(self.members):
             ray.kill(member)
-            if deaf and rank in self.places:
+            if stopped and rank in self.places:
                 strike(self.places[rank])
         if self.group is not None:
             remove_placement_group(self.group)
@@ -190,16 +191,16 @@ class Crew:
 
 
 def strike(place: dict[str, Any]) -> None:
-    """Kill a worker's process where it runs, even when it is stopped and hears nobody."""
+    """Kill a worker's process on its own machine, also when the process is stopped."""
     if place["host"] == socket.gethostname():
-        end(place["pid"], place["born"])
+        kill_same(place["pid"], place["born"])
         return
     on_node = NodeAffinitySchedulingStrategy(place["node"], soft=False)
-    task = ray.remote(end).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node)
+    task = ray.remote(kill_same).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node)
     task.remote(place["pid"], place["born"])
 
 
-def end(pid: int, start: str) -> None:
-    """Kill a process, if it is still the one that started then."""
-    if born(pid) == start:
+def kill_same(pid: int, birth: str) -> None:
+    """Kill a process, if it is still the one that was born then (`processes.born`)."""
+    if born(pid) == birth:
         kill(pid)

@@ -1,11 +1,13 @@
 """The driver: gives waiting subjects to idle workers and enters what becomes of them, until nothing is left to do.
 
-It alone writes the ledger. Everything it must not lose is there before the next thing happens, so it may be killed at
-any moment: the same command goes on. One loop, no threads: schedule -> wait for news -> one commit -> again.
+The driver alone writes the ledger. An order and a result are in the ledger before anything follows from them, so the
+driver may be killed at any moment: the same command goes on. One loop, no threads: schedule -> wait for messages ->
+one commit -> again.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from contextlib import nullcontext, suppress
@@ -17,16 +19,18 @@ import ray
 from dbtrain.data.index import Index
 from dbtrain.errors import FleetError, StopRequested
 from dbtrain.fleet.books import Books, Flight
+from dbtrain.fleet.causes import End
 from dbtrain.fleet.cluster import has_gpus, room
 from dbtrain.fleet.crew import Crew, Lost, Shape
-from dbtrain.fleet.folder import mark
 from dbtrain.fleet.gauges import Gauges
 from dbtrain.fleet.inbox import take_requests
-from dbtrain.fleet.ledger import Ledger, find_ledger
-from dbtrain.fleet.run import Options
-from dbtrain.fleet.schedule import Idle, Settings, schedule
+from dbtrain.fleet.lease import find_ledger
+from dbtrain.fleet.ledger import Ledger
+from dbtrain.fleet.messages import Died, Failed, Finished, FollowedUp, Measure, Message, Order, Ready, Task, UnitDone
+from dbtrain.fleet.options import Options
+from dbtrain.fleet.run_folder import mark
+from dbtrain.fleet.schedule import Idle, Limits, schedule
 from dbtrain.fleet.status import Screen, summarize
-from dbtrain.fleet.trainer import Message, Order, Task
 from dbtrain.priors.store import BLOCK
 from dbtrain.settings.config import RunConfig
 
@@ -34,7 +38,7 @@ TICK_S = 1.0
 GROW_S = 5.0
 """Seconds between heartbeats, and between looks at what the cluster holds."""
 UNPLACED = 10
-"""Actors that may die before they answer once, with none that ever worked in between."""
+"""Actors that may die before they answer once, with no trainer that loaded the base in between."""
 BAD_STARTS = 3
 """Trainers of one crew that may fail to load the base, one after another."""
 REFUSED = 5
@@ -48,14 +52,11 @@ class Driver:
 
     def __init__(self, ledger: Ledger, index: Index, config: RunConfig, out: Path, options: Options):
         self.ledger, self.index, self.config, self.out, self.options = ledger, index, config, out.resolve(), options
-        self.pack = pack_of(config) if options.gang == 1 else 1
-        blocks = -(-config.prior.images // BLOCK) if config.prior.weight > 0 else 0
-        settings = Settings(self.pack, config.engine.packed.size != "auto", options.unit * self.pack,
-                            tries=options.tries, losses=options.losses,
-                            prior_parts=min(blocks, 1) if options.gang > 1 else blocks)  # fmt: skip
         self.token = mark(self.out)
         self.screen, self.gauges = Screen(out, options.quiet), Gauges()
-        self.books = Books(ledger, settings, options.asked, self.screen)
+        self.pack = rows_of_packs(config, options, ledger)
+        """Rows of a pack; None until a trainer has measured it."""
+        self.books = Books(ledger, limits_of(config, options, self.pack or 1), options.asked, self.screen)
         self.shape = Shape(options.gang, 0, options.cpus, options.hang_s)
         self.crews: dict[str, Crew] = {}
         self.flights: dict[int, Flight] = {}
@@ -64,6 +65,7 @@ class Driver:
         self.cramped = False
         self.stopping: str | None = None
         self.disk: str | None = None
+        """Why the disk or the share takes no more, which ends the run; None while it does."""
         self.refused: set[int] = set()
         self.unplaced = 0
 
@@ -97,33 +99,37 @@ class Driver:
             raise StopRequested(f"stopped on request ({self.stopping}), {left} subjects wait; the same command goes on")
 
     def conclude(self, ended: str) -> None:
-        """Leave nothing at work, and the ledger and the terminal as they should be."""
+        """End all crews, and leave the ledger and the terminal as they should be."""
         for crew in self.crews.values():
             crew.kill()
-        # What ended the run may be a ledger that takes no more; that is told already.
+        # What ended the run may be a ledger that takes no more; its error is under way already.
         with suppress(FleetError) if ended == "failed" else nullcontext(), self.ledger.commit():
             self.ledger.take_over()
             self.ledger.beat(ended)
         self.screen.close(summarize(self.ledger))
 
     def grow(self) -> None:
-        """As many crews as were asked for or as the cluster has room for; of GPUs, as soon as there are any."""
+        """Make as many crews as were asked for or as the cluster has room for; with GPUs, as soon as there are any."""
         if not self.shape.gpus and has_gpus():
             self.shape = replace(self.shape, gpus=self.options.gpus)
             for crew in list(self.crews.values()):
-                self.drop(crew, "lost", "GPUs have joined, which take its place")
+                self.drop(crew, End("lost", "GPUs have joined, which take its place"))
         members = room(self.shape.gpus, self.shape.cpus)
         self.warn_of_room(members)
         wanted = self.options.workers or max(1, members // self.shape.size)
         while len(self.crews) < wanted:
             self.made += 1
             name = f"worker-{self.made:03d}"
-            task = Task(self.config.model_dump(mode="json"), str(self.out), self.pack, dict(self.options.evaluation),
-                        token=self.token)  # fmt: skip
+            measure = None
+            if self.pack is None and not any(crew.task.measure for crew in self.crews.values()):
+                largest, rank = self.ledger.widest()
+                measure = Measure(rank, math.ceil(largest / wanted))
+            task = Task(self.config.model_dump(mode="json"), str(self.out), dict(self.options.evaluation),
+                        token=self.token, measure=measure)  # fmt: skip
             self.crews[name] = Crew(name, self.shape, task)
 
     def warn_of_room(self, members: int) -> None:
-        """Say once that nobody can work, and once more if that comes again."""
+        """Say once that there is no room for a worker, and again if there was room in between."""
         if (members < self.shape.size) != self.cramped:
             self.cramped = not self.cramped
             each = f"{self.shape.cpus:g} CPUs" + (f" and {self.shape.gpus:g} GPUs" if self.shape.gpus else "")
@@ -134,7 +140,7 @@ class Driver:
                 )
 
     def tick(self) -> None:
-        """Heartbeat, requests from other terminals, workers that do not answer, what is shown."""
+        """Enter a heartbeat, follow requests, replace workers that do not answer, and show where the run stands."""
         for crew in [crew for crew in self.crews.values() if crew.overdue()]:
             self.lose(crew, f"did not answer for {self.options.hang_s:g} s")
         self.books.obey(take_requests(self.ledger, find_ledger(self.out)))
@@ -147,31 +153,29 @@ class Driver:
         self.gauges.show(summary)
 
     def assign(self) -> None:
-        """Give every idle crew a unit, if there is one; the ledger knows it first."""
+        """Give every idle crew a unit, if there is one, after the ledger holds it; none before packs have a size."""
         idle = [crew for crew in self.crews.values() if crew.state == "idle"]
-        if not idle:
+        if not idle or self.pack is None:
             return
         alive = sum(crew.state != "placing" for crew in self.crews.values())
-        view, settings = self.books.view, self.books.settings
-        given = schedule(view, [Idle(crew.name, crew.last_class) for crew in idle], alive, settings)
-        orders = []
+        view, orders = self.books.view, []
+        units = schedule(view, [Idle(crew.name, crew.last_class) for crew in idle], alive, self.books.limits)
         with self.ledger.commit():
-            for name, unit in given:
+            for name, unit in units:
                 self.units += 1
                 number, crew = self.units, self.crews[name]
-                opened = self.ledger.start(number, unit.positions, name) if unit.kind == "train" else {}
-                opened = opened or dict.fromkeys(unit.positions, 0)
-                self.flights[number] = Flight(unit, crew, opened, unit.pack)
-                specs = tuple(self.ledger.specs(unit.positions))
-                rows = tuple(row for spec in specs for row in self.index.rows_of(spec["id"]))
+                attempts = self.ledger.start(number, unit.positions, name) if unit.kind == "train" else {}
+                self.flights[number] = Flight(unit, crew, attempts or dict.fromkeys(unit.positions, 0))
+                subjects = self.ledger.subjects(unit.positions)
+                rows = tuple(row for subject in subjects for row in self.index.rows_of(subject.id))
                 after = tuple(tuple(self.books.todo.get(position, ())) for position in unit.positions)
-                orders.append((crew, Order(number, unit, specs, rows, after)))
+                orders.append((crew, Order(number, unit, subjects, rows, after)))
                 view.begin(unit)
         for crew, order in orders:
             crew.give(order)
 
     def listen(self, wait_s: float) -> None:
-        """Take in all news there are, in one commit."""
+        """Enter all messages that there are, in one commit."""
         calls = {call: crew for crew in self.crews.values() for call in crew.pending}
         if not calls:
             time.sleep(wait_s)
@@ -185,93 +189,87 @@ class Driver:
             for call in ready:
                 crew = calls[call]
                 try:
-                    for event in crew.accept(call) if call in crew.pending else []:
-                        HANDLERS[event[0]](self, crew, event)
+                    for message in crew.accept(call) if call in crew.pending else []:
+                        self.enter(crew, message)
                 except Lost as error:
                     lost.append((crew, str(error)))
         for crew, why in lost:
             self.lose(crew, why)
 
-    def on_ready(self, crew: Crew, event: Message) -> None:
-        """A trainer has loaded the base."""
+    def enter(self, crew: Crew, message: Message) -> None:
+        """Enter what a message says."""
+        match message:
+            case Ready():
+                self.on_ready(crew, message)
+            case Finished(number, position, result):
+                self.refused.clear()
+                self.books.finish(self.flights[number], position, result)
+            case Failed(number, position, end, seconds):
+                self.books.retire(self.flights[number], position, self.sift(end, [position]), seconds)
+            case FollowedUp(number, position, name, outcome):
+                if self.books.note_after(position, name, outcome):
+                    self.flights[number].open.pop(position)
+            case UnitDone(number, seconds):
+                crew.unit = None
+                self.books.close(self.flights.pop(number), seconds * self.shape.size)
+            case Died(end):
+                self.on_died(crew, end)
+
+    def on_ready(self, crew: Crew, ready: Ready) -> None:
+        """Note that a trainer has loaded the base, and the size of a pack if the trainer has measured that."""
         self.bad_starts.pop(crew.name, None)
         self.unplaced = 0
-        if not self.ledger.same_base(event[1]):
+        if not self.ledger.same_base(ready.base):
             raise FleetError(
                 f"{self.out}: holds a run of another base than {self.config.model.path}; use another --out"
             )
+        if ready.pack is not None:
+            self.pack = ready.pack
+            self.ledger.note_pack(ready.pack)
+            self.books.limits = limits_of(self.config, self.options, ready.pack)
+            crew.task = replace(crew.task, measure=None)
 
-    def on_finished(self, crew: Crew, event: Message) -> None:
-        """A subject's files are published and verified."""
-        _, number, position, result = event
-        self.refused.clear()
-        self.books.finish(self.flights[number], position, result)
-
-    def on_packed(self, crew: Crew, event: Message) -> None:
-        """A trainer has measured how many subjects it trains at a time."""
-        _, number, size = event
-        self.flights[number].pack = size
-
-    def on_failed(self, crew: Crew, event: Message) -> None:
-        """A subject failed by itself and its trainer goes on."""
-        _, number, position, cause, reason, seconds = event
-        cause = self.sift(cause, reason, [position])
-        self.books.retire(self.flights[number], position, cause, reason, seconds)
-
-    def on_after(self, crew: Crew, event: Message) -> None:
-        """A finished subject is drawn or scored, or could not be."""
-        _, number, position, name, outcome = event
-        if self.books.note_after(position, name, outcome):
-            self.flights[number].open.pop(position)
-
-    def on_done(self, crew: Crew, event: Message) -> None:
-        """A unit is over."""
-        _, number, seconds = event
-        crew.unit = None
-        self.books.close(self.flights.pop(number), seconds * self.shape.size)
-
-    def on_died(self, crew: Crew, event: Message) -> None:
-        """A crew's trainer is dead; the crew has begun to start another."""
-        _, cause, reason = event
+    def on_died(self, crew: Crew, end: End) -> None:
+        """Enter the death of a crew's trainer; the crew has begun to start another."""
         at_work = [position for flight in self.flights.values() if flight.crew is crew for position in flight.open]
-        cause = self.sift(cause, reason, at_work[:1])
-        if not self.abandon(crew, cause, reason) and cause not in NO_START:
+        end = self.sift(end, at_work[:1])
+        if not self.abandon(crew, end) and end.cause not in NO_START:
             self.bad_starts[crew.name] = self.bad_starts.get(crew.name, 0) + 1
             if self.bad_starts[crew.name] >= BAD_STARTS:
-                raise FleetError(f"{crew.name}: its trainer cannot start: {reason}; see {self.out / 'logs'}")
+                raise FleetError(f"{crew.name}: its trainer cannot start: {end.reason}; see {self.out / 'logs'}")
 
-    def sift(self, cause: str, reason: str, positions: list[int]) -> str:
-        """The cause of an end. `disk` ends the run, and is also what a refused file is that is no subject's own, or the
-        latest of too many. positions: of the subject that was at work, if one was."""
-        if cause == "file":
+    def sift(self, end: End, positions: list[int]) -> End:
+        """The end, with `disk` as its cause where a refused file is no subject's own, or the latest of too many; `disk`
+        ends the run. positions: of the subject that was at work, if one was."""
+        if end.cause == "file":
             self.refused.update(positions)
-            cause = "file" if positions and len(self.refused) < REFUSED else "disk"
-        if cause == "disk":
-            self.disk = reason
-        return cause
+            end = end if positions and len(self.refused) < REFUSED else replace(end, cause="disk")
+        if end.cause == "disk":
+            self.disk = end.reason
+        return end
 
     def lose(self, crew: Crew, why: str) -> None:
-        """A crew is gone; `grow` makes another. FleetError if no actor can even be made, again and again."""
+        """Replace a crew that is gone. FleetError if no actor can even be made, again and again."""
         self.unplaced += not crew.places
         if self.unplaced >= UNPLACED:
             raise FleetError(f"workers cannot be made: {why}; is dbtrain installed on every node?")
-        self.drop(crew, "oom" if "OutOfMemory" in why or "memory" in why else "lost", why)
+        self.drop(crew, End("oom" if "OutOfMemory" in why or "memory" in why else "lost", why))
         self.grow()
 
-    def drop(self, crew: Crew, cause: str, why: str) -> None:
-        """Nothing; afterwards a crew is gone, with an entry about what it was at."""
-        crew.kill(deaf=True)
+    def drop(self, crew: Crew, end: End) -> None:
+        """Kill a crew, and enter the end of what it was at."""
+        crew.kill(stopped=True)
         self.crews.pop(crew.name, None)
         with self.ledger.commit():
             self.ledger.drop_worker(crew.name)
-            self.abandon(crew, cause, why)
+            self.abandon(crew, end)
 
-    def abandon(self, crew: Crew, cause: str, reason: str) -> bool:
-        """Whether a crew was at a unit, which came to an end before its time."""
-        found = [number for number, flight in self.flights.items() if flight.crew is crew]
-        for number in found:
-            self.books.land(self.flights.pop(number), cause, reason)
-        return bool(found)
+    def abandon(self, crew: Crew, end: End) -> bool:
+        """Whether a crew was at a unit, whose early end is entered now."""
+        numbers = [number for number, flight in self.flights.items() if flight.crew is crew]
+        for number in numbers:
+            self.books.land(self.flights.pop(number), end)
+        return bool(numbers)
 
     def wind_down(self) -> None:
         """Let trainers finish their step and checkpoint, as long as there is time; their subjects wait again."""
@@ -282,21 +280,16 @@ class Driver:
             self.listen(0.2)
 
 
-HANDLERS = {
-    "ready": Driver.on_ready,
-    "finished": Driver.on_finished,
-    "packed": Driver.on_packed,
-    "failed": Driver.on_failed,
-    "after": Driver.on_after,
-    "done": Driver.on_done,
-    "died": Driver.on_died,
-}
-"""What the driver does on each message of a worker."""
-
-
-def pack_of(config: RunConfig) -> int:
-    """Subjects that a worker trains together under a recipe."""
-    if config.engine.kind != "packed":
+def rows_of_packs(config: RunConfig, options: Options, ledger: Ledger) -> int | None:
+    """Subjects that a worker trains together; None where this is to be measured and was not yet."""
+    if config.engine.kind != "packed" or options.gang > 1:
         return 1
-    packed = config.engine.packed
-    return packed.largest if packed.size == "auto" else packed.size
+    size = config.engine.packed.size
+    return ledger.pack() if size == "auto" else size
+
+
+def limits_of(config: RunConfig, options: Options, pack: int) -> Limits:
+    """What the schedule may use, for packs of so many rows. A gang draws all of a class's priors together."""
+    blocks = math.ceil(config.prior.images / BLOCK) if config.prior.weight > 0 else 0
+    parts = min(blocks, 1) if options.gang > 1 else blocks
+    return Limits(pack, options.unit * pack, tries=options.tries, losses=options.losses, prior_parts=parts)

@@ -1,4 +1,4 @@
-"""What one asks of a run from another terminal. A living driver finds requests in its inbox; else they apply now."""
+"""Requests to a run from another terminal. A living driver finds them in its inbox; without one they apply now."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from dbtrain.errors import DataError
-from dbtrain.fleet.ledger import Lease, Ledger, is_driven
+from dbtrain.fleet.lease import Lease, is_driven
+from dbtrain.fleet.ledger import Ledger
 from dbtrain.storage.atomic import write_file
 
 INBOX = "requests"
@@ -26,9 +28,8 @@ def request(folder: Path, verb: str, ids: Sequence[str] | None) -> int | None:
 
     ids: None is all. Raises DataError for ids that the run does not have.
     """
-    ledger = Ledger(folder)
-    try:
-        known = {row["id"] for row in ledger.rows("id")}
+    with closing(Ledger(folder)) as ledger:
+        known = ledger.ids()
         unknown = [name for name in ids or () if name not in known]
         if unknown:
             raise DataError(f"{folder}: its run has no subject {unknown[0]!r}")
@@ -44,12 +45,10 @@ def request(folder: Path, verb: str, ids: Sequence[str] | None) -> int | None:
                 return len(apply(ledger, asked))
         finally:
             lease.release()
-    finally:
-        ledger.close()
 
 
 def apply(ledger: Ledger, asked: dict[str, Any]) -> list[tuple[int, str]]:
-    """(position, class) of the subjects that a request changed."""
+    """(position, class) of the subjects that a request changes now."""
     return ledger.settle(asked["ids"], *RULES[asked["verb"]])
 
 
@@ -58,12 +57,12 @@ def take_requests(ledger: Ledger, folder: Path) -> list[tuple[str, list[tuple[in
 
     The change is durable before a request is removed, and applying one twice changes nothing more.
     """
-    found = sorted((folder / INBOX).glob("*.json")) if (folder / INBOX).is_dir() else []
-    told = []
-    if found:
+    paths = sorted((folder / INBOX).glob("*.json")) if (folder / INBOX).is_dir() else []
+    changes = []
+    if paths:
         with ledger.commit():
-            for asked in [json.loads(path.read_text()) for path in found]:
-                told.append((asked["verb"], apply(ledger, asked)))
-    for path in found:
+            for asked in [json.loads(path.read_text()) for path in paths]:
+                changes.append((asked["verb"], apply(ledger, asked)))
+    for path in paths:
         path.unlink()
-    return told
+    return changes

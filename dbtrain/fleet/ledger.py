@@ -1,42 +1,32 @@
 """The ledger: what became of every subject of a run, in SQLite on a local disk, written by one driver.
 
-A subject's state changes by compare-and-set on (state, attempt): a late word from an attempt that was given up changes
+A subject's state changes by compare-and-set on (state, attempt): a late message of an attempt that was given up changes
 nothing, so each subject finishes once. Commits are durable (WAL, synchronous=FULL), many changes to one commit.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import re
 import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dbtrain.errors import DataError, FleetError
+from dbtrain.fleet.lease import NAME, check_local
+from dbtrain.values import Subject
 
-NAME = "ledger.sqlite"
-LOCK = "ledger.lock"
-WHERE = "ledger.where"
-"""In an output folder whose ledger is elsewhere: a file with that folder's path."""
 VERSION = 2
 STATES = ("waiting", "running", "finished", "quarantined", "cancelled", "skipped")
-REMOTE = {"nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "afs", "beegfs", "glusterfs",
-          "pvfs2", "wekafs"}  # fmt: skip
-"""File systems on which SQLite's locks or shared memory cannot be relied on (sqlite.org/wal.html)."""
-LOCAL_FUSE = {"fuse.fuse-overlayfs", "fuse.bindfs", "fuse.mergerfs", "fuse.gocryptfs", "fuse.encfs", "fuse.lxcfs"}
-"""What `fuse.` names that is not a bucket or another machine's disk."""
-LEASE_TRIES = 50
-"""Looks, 10 ms apart, at a lease that is held: `is_driven` holds it too, for an instant."""
 SCHEMA = """
 CREATE TABLE run (
   one INTEGER PRIMARY KEY CHECK (one = 1), config TEXT, config_digest TEXT, manifest TEXT, manifest_digest TEXT,
-  base_digest TEXT, created REAL, driver_pid INTEGER, driver_host TEXT, heartbeat REAL, state TEXT);
+  base_digest TEXT, created REAL, driver_pid INTEGER, driver_host TEXT, heartbeat REAL, state TEXT, pack INTEGER);
 CREATE TABLE subjects (
   position INTEGER PRIMARY KEY, id TEXT UNIQUE, class TEXT, spec TEXT, state TEXT NOT NULL, attempts INTEGER NOT NULL,
   failures INTEGER NOT NULL, losses INTEGER NOT NULL, pack INTEGER, worker TEXT, cause TEXT, reason TEXT,
@@ -53,80 +43,15 @@ CREATE TABLE workers (name TEXT PRIMARY KEY, node TEXT, host TEXT, pid INTEGER, 
 """
 
 
-class Lease:
-    """The right to drive a run: a locked file, which the kernel frees the instant its holder is dead."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        if not any(self._take() for _ in range(LEASE_TRIES)):
-            holder = os.pread(self.descriptor, 200, 0).decode(errors="replace").strip()
-            os.close(self.descriptor)
-            raise FleetError(
-                f"{folder}: another driver ({holder or 'starting'}) is at work on this run; wait for it, watch it with "
-                f"`dbtrain batch status {folder}`, or stop it (SIGTERM) and run the same command again"
-            )
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
-
-    def _take(self) -> bool:
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.01)
-            return False
-        return True
-
-    def release(self) -> None:
-        """Let another driver take over."""
-        os.close(self.descriptor)
+def encode_subject(subject: Subject) -> str:
+    """A subject as the ledger keeps it, in JSON; photos are left out, which are in the shards."""
+    kept = [each.name for each in fields(subject) if each.name != "images"]
+    return json.dumps({name: getattr(subject, name) for name in kept})
 
 
-def is_driven(folder: Path) -> bool:
-    """Whether a living driver holds the lease of a run."""
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def find_ledger(out: Path) -> Path:
-    """The folder that holds the ledger of a run's output folder: itself, or the one that it names."""
-    where = out / WHERE
-    return Path(where.read_text().strip()) if where.exists() else out
-
-
-def file_system(path: Path, mounts: str) -> str:
-    """The type of the file system that holds an absolute path, by the text of /proc/self/mounts."""
-    best = ("", "")
-    for line in mounts.splitlines():
-        _, place, kind = line.split()[:3]
-        place = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place)
-        if Path(path).is_relative_to(place) and len(place) >= len(best[0]):
-            best = (place, kind)
-    return best[1]
-
-
-def check_local(folder: Path) -> None:
-    """Nothing; FleetError if a ledger in this folder could lose what it was told."""
-    mounts = Path("/proc/self/mounts").read_text("utf-8", "surrogateescape")
-    if is_remote(kind := file_system(folder.resolve(), mounts)):
-        raise FleetError(
-            f"{folder}: is on {kind}, where SQLite can lose commits; give --ledger a folder on a local disk of the "
-            "driver's machine (results may stay where they are)"
-        )
-
-
-def is_remote(kind: str) -> bool:
-    """Whether a file system of this type is a network's or a bucket's."""
-    return kind in REMOTE or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)
+def decode_subject(text: str) -> Subject:
+    """A subject as the ledger keeps it, without photos."""
+    return Subject(images=(), **json.loads(text))
 
 
 class Ledger:
@@ -139,6 +64,8 @@ class Ledger:
             raise DataError(f"{folder}: holds no run ({NAME} is missing); start one with `dbtrain batch run`")
         try:
             self._open(path)
+            if create:
+                self._add_columns()
         except sqlite3.OperationalError as error:
             raise FleetError(f"{path}: the ledger cannot be opened and written ({error}); restore access") from error
         except sqlite3.DatabaseError as error:
@@ -149,11 +76,16 @@ class Ledger:
         self.db.row_factory = sqlite3.Row
         self.db.execute("PRAGMA journal_mode=WAL")
         self.db.execute("PRAGMA synchronous=FULL")
-        found = self.db.execute("PRAGMA user_version").fetchone()[0]
-        if found not in (0, VERSION):
-            raise DataError(f"{path}: has format {found}, this dbtrain knows {VERSION}; use the version that made it")
-        if not found:
+        version = self.db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, VERSION):
+            raise DataError(f"{path}: has format {version}, this dbtrain knows {VERSION}; use the version that made it")
+        if not version:
             self.db.executescript(f"BEGIN;{SCHEMA}PRAGMA user_version={VERSION};COMMIT;")
+
+    def _add_columns(self) -> None:
+        """Add what ledgers of this format that an earlier dbtrain made lack; a driver alone does this."""
+        if "pack" not in {row["name"] for row in self.db.execute("PRAGMA table_info(run)")}:
+            self.db.execute("ALTER TABLE run ADD COLUMN pack INTEGER")
 
     def close(self) -> None:
         """Let go of the file."""
@@ -185,9 +117,9 @@ class Ledger:
         return dict(row) if row else None
 
     def create_run(
-        self, about: dict[str, str], specs: Iterable[dict[str, Any]], skipped: dict[str, str] | None = None
+        self, about: dict[str, str], subjects: Iterable[Subject], skipped: dict[str, str] | None = None
     ) -> None:
-        """Enter a run and its subjects, all waiting. A spec is what training needs of a subject besides its photos.
+        """Enter a run and its subjects, all waiting. `identifier` of a subject is the one that it was given.
         skipped: reasons of subjects that are left out, by id."""
         self.db.execute(
             "INSERT INTO run (one, config, config_digest, manifest, manifest_digest, created, state) "
@@ -198,18 +130,31 @@ class Ledger:
             "INSERT INTO subjects (position, id, class, spec, state, reason, attempts, failures, losses) "
             "VALUES (?, ?, ?, ?, ?, ?, 0, 0, 0)"
         )
-        rows = ((n, spec["id"], spec["class_noun"], json.dumps(spec), "waiting", None) for n, spec in enumerate(specs))
-        self.db.executemany(row, rows)
+        waiting = ((n, each.id, each.class_noun, encode_subject(each), "waiting", None)
+                   for n, each in enumerate(subjects))  # fmt: skip
+        self.db.executemany(row, waiting)
         left_out = ((None, name, None, "{}", "skipped", reason) for name, reason in (skipped or {}).items())
         self.db.executemany(row, left_out)
 
     def same_base(self, digest: str) -> bool:
-        """Whether this is the base of the run so far; the first one told is."""
+        """Whether this is the base of the run so far; the first digest that is given is."""
         self.db.execute("UPDATE run SET base_digest=? WHERE base_digest IS NULL", (digest,))
-        return self.db.execute("SELECT base_digest FROM run").fetchone()[0] == digest
+        return self._value("SELECT base_digest FROM run") == digest
+
+    def pack(self) -> int | None:
+        """Rows of this run's packs as they were measured; None before that."""
+        return self._value("SELECT pack FROM run")
+
+    def note_pack(self, size: int) -> None:
+        """Keep how many rows packs have, for all workers and all later drivers."""
+        self.db.execute("UPDATE run SET pack=?", (size,))
+
+    def _value(self, question: str, *values: Any) -> Any:
+        row = self.db.execute(question, values).fetchone()
+        return row and row[0]
 
     def beat(self, state: str) -> None:
-        """Say that the driver lives, and what it does."""
+        """Note that the driver is alive, and its state."""
         self.db.execute(
             "UPDATE run SET driver_pid=?, driver_host=?, heartbeat=?, state=?",
             (os.getpid(), socket.gethostname(), time.time(), state),
@@ -217,11 +162,8 @@ class Ledger:
 
     def take_over(self) -> int:
         """How many subjects a dead driver left running; they wait again, without blame."""
-        now = time.time()
-        self.db.execute(
-            "UPDATE attempts SET ended=?, outcome='lost', cause='driver' WHERE outcome IS NULL",
-            (now,),
-        )
+        lost = "UPDATE attempts SET ended=?, outcome='lost', cause='driver' WHERE outcome IS NULL"
+        self.db.execute(lost, (time.time(),))
         self.db.execute("DELETE FROM workers")
         return self.db.execute("UPDATE subjects SET state='waiting' WHERE state='running'").rowcount
 
@@ -244,7 +186,7 @@ class Ledger:
         return attempts
 
     def finish(self, position: int, attempt: int, result: dict[str, Any]) -> bool:
-        """Whether this attempt was the one that finishes the subject; False for a late or repeated word.
+        """Whether this attempt was the one that finishes the subject; False for a late or repeated message.
 
         result: run (digest), files (digests by name), seconds, gpu_seconds, stages_s.
         """
@@ -284,11 +226,19 @@ class Ledger:
         fresh = ", failures=0, losses=0, pack=NULL" if new == "waiting" else ""
         change = f"UPDATE subjects SET state=?, reason=?, cause=NULL{fresh} WHERE {where}"  # noqa: S608 - only marks
         if ids is None:
-            found = self.db.execute(f"{change} RETURNING position, class", (new, reason, *old)).fetchall()
+            changed = self.db.execute(f"{change} RETURNING position, class", (new, reason, *old)).fetchall()
         else:
-            one = f"{change} AND id=? RETURNING position, class"
-            found = [row for name in ids for row in self.db.execute(one, (new, reason, *old, name)).fetchall()]
-        return [tuple(row) for row in found]
+            by_id = f"{change} AND id=? RETURNING position, class"
+            changed = [row for name in ids for row in self.db.execute(by_id, (new, reason, *old, name)).fetchall()]
+        return [tuple(row) for row in changed]
+
+    def give_up_class(self, noun: str, reason: str) -> set[int]:
+        """The positions of a class's waiting subjects, which are quarantined now."""
+        question = (
+            "UPDATE subjects SET state='quarantined', reason=?, cause=NULL "
+            "WHERE state='waiting' AND class=? RETURNING position"
+        )
+        return {row[0] for row in self.db.execute(question, (reason, noun)).fetchall()}
 
     def note_after(self, position: int, name: str, how: str, outcome: str) -> None:
         """Keep what became of something that was asked for a finished subject: `done`, or why not. how: settings."""
@@ -306,23 +256,29 @@ class Ledger:
             "SELECT position, class, ? FROM subjects WHERE state='finished' AND NOT EXISTS "
             "(SELECT 1 FROM afterwards a WHERE a.position=subjects.position AND a.name=? AND a.how=?)"
         )
-        found = [self.db.execute(question, (name, name, how)).fetchall() for name, how in asked.items()]
-        return sorted((tuple(row) for rows in found for row in rows), key=lambda row: row[0])
+        missing = [self.db.execute(question, (name, name, how)).fetchall() for name, how in asked.items()]
+        return sorted((tuple(row) for rows in missing for row in rows), key=lambda row: row[0])
 
-    def afterwards(self) -> dict[int, dict[str, str]]:
-        """What became of what was asked for finished subjects: outcomes by name, by position."""
-        found: dict[int, dict[str, str]] = {}
-        for position, name, outcome in self.db.execute("SELECT position, name, outcome FROM afterwards"):
-            found.setdefault(position, {})[name] = outcome
-        return found
+    def afterwards(self) -> dict[str, dict[str, str]]:
+        """What became of what was asked for finished subjects: outcomes by name, by subject, in manifest order."""
+        question = "SELECT id, name, outcome FROM afterwards JOIN subjects USING (position) ORDER BY position"
+        outcomes: dict[str, dict[str, str]] = {}
+        for subject, name, outcome in self.db.execute(question):
+            outcomes.setdefault(subject, {})[name] = outcome
+        return outcomes
+
+    def counts_after(self) -> dict[str, dict[str, int]]:
+        """Numbers `done` and `failed` of what was asked for finished subjects, by name."""
+        counts = self.db.execute("SELECT name, sum(outcome='done'), sum(outcome!='done') FROM afterwards GROUP BY name")
+        return {name: {"done": done, "failed": failed} for name, done, failed in counts}
 
     def note_spent(self, kind: str, class_noun: str, worker: str, seconds: float, outcome: str, reason: str) -> None:
-        """Keep what a unit that trains nobody took."""
+        """Keep the GPU-seconds of a unit that trains no subject."""
         row = (kind, class_noun, worker, seconds, time.time(), outcome, reason)
         self.db.execute("INSERT INTO spent VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def note_worker(self, worker: dict[str, Any]) -> None:
-        """Keep where a worker is and what it does."""
+        """Keep where a worker is, its state and its unit."""
         self.db.execute(
             "INSERT OR REPLACE INTO workers VALUES (:name, :node, :host, :pid, :state, :unit, :since, :restarts)",
             {**worker, "since": time.time()},
@@ -332,20 +288,77 @@ class Ledger:
         """Forget a worker that is gone."""
         self.db.execute("DELETE FROM workers WHERE name=?", (name,))
 
-    def rows(self, columns: str = "*", where: str = "1") -> list[sqlite3.Row]:
-        """Subjects in manifest order; both arguments are our own SQL, never a user's words."""
-        return self.db.execute(f"SELECT {columns} FROM subjects WHERE {where} ORDER BY position").fetchall()  # noqa: S608
-
     def row(self, position: int) -> sqlite3.Row:
         """One subject."""
         return self.db.execute("SELECT * FROM subjects WHERE position=?", (position,)).fetchone()
 
-    def specs(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+    def rows(self) -> list[sqlite3.Row]:
+        """All subjects in manifest order. begun: attempts in which work on the subject had begun."""
+        unbegun = "SELECT count(*) FROM attempts a WHERE a.position=subjects.position AND a.cause='unbegun'"
+        question = f"SELECT *, attempts - ({unbegun}) AS begun FROM subjects ORDER BY position"  # noqa: S608 - our own
+        return self.db.execute(question).fetchall()
+
+    def waiting(self) -> list[sqlite3.Row]:
+        """The subjects that wait, in manifest order."""
+        return self.db.execute("SELECT * FROM subjects WHERE state='waiting' ORDER BY position").fetchall()
+
+    def ids(self) -> set[str]:
+        """The ids of all subjects."""
+        return {row[0] for row in self.db.execute("SELECT id FROM subjects")}
+
+    def subjects(self, positions: Sequence[int]) -> tuple[Subject, ...]:
         """What training needs of these subjects, in their order."""
-        found = [self.db.execute("SELECT spec FROM subjects WHERE position=?", (p,)).fetchone() for p in positions]
-        return [json.loads(row[0]) for row in found]
+        return tuple(decode_subject(self._value("SELECT spec FROM subjects WHERE position=?", p)) for p in positions)
+
+    def widest(self) -> tuple[int, int | None]:
+        """Subjects of the largest class, and the highest LoRA rank that a subject has of its own (None: none has)."""
+        largest = "SELECT max(n) FROM (SELECT count(*) n FROM subjects WHERE state!='skipped' GROUP BY class)"
+        return self._value(largest), self._value("SELECT max(json_extract(spec, '$.rank')) FROM subjects")
 
     def counts(self) -> dict[str, int]:
         """Number of subjects by state, every state named."""
-        found = dict(self.db.execute("SELECT state, count(*) FROM subjects GROUP BY state").fetchall())
-        return {state: found.get(state, 0) for state in STATES}
+        counts = self._table("SELECT state, count(*) FROM subjects GROUP BY state")
+        return {state: counts.get(state, 0) for state in STATES}
+
+    def finished_since(self, moment: float) -> tuple[float | None, int]:
+        """The first time at which a subject was finished after a moment, and how many were."""
+        question = "SELECT min(finished), count(*) FROM subjects WHERE finished > ?"
+        return tuple(self.db.execute(question, (moment,)).fetchone())
+
+    def gpu_seconds(self) -> dict[str, float]:
+        """GPU-seconds by kind of unit."""
+        spent = self._table("SELECT kind, sum(gpu_seconds) FROM spent GROUP BY kind")
+        return {**spent, "train": self._value("SELECT sum(gpu_seconds) FROM subjects") or 0.0}
+
+    def retries(self) -> dict[str, int]:
+        """Number of attempts that ended without a result, by cause, the most frequent first."""
+        return self._table(
+            "SELECT cause, count(*) FROM attempts WHERE cause IS NOT NULL AND cause != 'unbegun' "
+            "GROUP BY cause ORDER BY 2 DESC"
+        )
+
+    def slowest(self, number: int) -> list[dict[str, Any]]:
+        """subject and seconds of the subjects that took longest."""
+        return self._dicts("SELECT id AS subject, seconds FROM subjects WHERE seconds IS NOT NULL "
+                           "ORDER BY seconds DESC LIMIT ?", number)  # fmt: skip
+
+    def quarantined(self, number: int) -> list[dict[str, Any]]:
+        """subject, cause and reason of the first quarantined subjects."""
+        return self._dicts("SELECT id AS subject, cause, reason FROM subjects WHERE state='quarantined' "
+                           "ORDER BY position LIMIT ?", number)  # fmt: skip
+
+    def workers(self) -> list[dict[str, Any]]:
+        """The workers, as `note_worker` keeps them."""
+        return self._dicts("SELECT * FROM workers ORDER BY name")
+
+    def costs(self) -> tuple[list[tuple[str, float]], float | None]:
+        """(id, GPU-seconds) of each finished subject, and GPU-seconds of a class's priors (None: not measured)."""
+        own = "SELECT id, gpu_seconds FROM subjects WHERE state='finished' AND gpu_seconds NOT NULL ORDER BY position"
+        priors = "SELECT sum(gpu_seconds) / count(DISTINCT class) FROM spent WHERE kind='prior'"
+        return [tuple(row) for row in self.db.execute(own)], self._value(priors)
+
+    def _table(self, question: str) -> dict[Any, Any]:
+        return dict(self.db.execute(question).fetchall())
+
+    def _dicts(self, question: str, *values: Any) -> list[dict[str, Any]]:
+        return [dict(row) for row in self.db.execute(question, values)]

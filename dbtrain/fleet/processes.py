@@ -1,8 +1,8 @@
-"""What the fleet does with processes: die with a parent, find descendants, and a guard that cleans up after a driver.
+"""What the fleet does with processes: die with a parent, know a process again, and clean up after a driver.
 
 Run as a program this module is that guard. It waits for the end of its standard input, which comes also when the writer
-is killed, because the kernel closes the pipe; then it kills what still has files open in a folder, and removes that.
-Ray's own agents were seen to outlive a killed driver by more than a minute.
+is killed, because the kernel closes the pipe. Then it kills what still has files open in a folder, and removes the
+folder. Ray's own agents were seen to outlive a killed driver by more than a minute.
 """
 
 from __future__ import annotations
@@ -24,55 +24,39 @@ QUIET_ROUNDS = 3
 
 
 def die_with_parent(parent: int) -> None:
-    """Nothing; from now on the kernel kills this process when `parent`, the thread that started it, ends."""
+    """Have the kernel kill this process when `parent`, or the thread of it that started this process, ends."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def born(pid: int) -> str:
-    """When a process started, in clock ticks since boot: with the pid, a name that is never given twice; "" if gone."""
-    fields = _stat(pid)
-    return fields[19] if fields else ""
+    """When a process started, in clock ticks since boot, which with the pid names no other process; "" if it is gone.
 
-
-def parent_of(pid: int) -> int:
-    """The process above another; 0 if that is gone."""
-    fields = _stat(pid)
-    return int(fields[1]) if fields else 0
-
-
-def descendants(pid: int) -> dict[int, int]:
-    """The living processes below `pid`, each with its parent."""
-    parents = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            fields = _stat(int(entry))
-            if fields and fields[0] != "Z":
-                parents[int(entry)] = int(fields[1])
-    found: dict[int, int] = {}
-    grown = True
-    while grown:
-        more = {child: parent for child, parent in parents.items() if parent == pid or parent in found}
-        grown, found = len(more) > len(found), more
-    return found
+    psutil gives this as a time of day, which changes with every correction of the clock.
+    """
+    try:
+        # Field 22 of proc(5); those from the third on follow the command in brackets.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def kill(pid: int) -> None:
-    """Nothing; afterwards the process is dead or dying, whatever state it was in."""
+    """Kill a process, in whatever state it is; a process that is gone is no error."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
 def holders(folder: Path) -> list[int]:
-    """The processes that have a file below `folder` open."""
-    found = []
+    """The processes that have a file below `folder` open, also one that is removed (psutil leaves those out)."""
+    pids = []
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError):
             files = Path(f"/proc/{entry}/fd").iterdir() if entry.isdigit() else ()
             if any(os.readlink(file).startswith(f"{folder}/") for file in files):
-                found.append(int(entry))
-    return found
+                pids.append(int(entry))
+    return pids
 
 
 def start_guard(folder: Path) -> subprocess.Popen:
@@ -82,30 +66,22 @@ def start_guard(folder: Path) -> subprocess.Popen:
 
 
 def release(guard: subprocess.Popen) -> None:
-    """Nothing; the guard has done its work and ended."""
+    """Let the guard do its work now, and wait for its end."""
     if guard.stdin is not None:
         guard.stdin.close()
     guard.wait()
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third on (proc(5)): state, parent, ...; empty if the process is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
 
 
 def _guard(folder: str) -> None:
     sys.stdin.read()
     quiet = 0
     while quiet < QUIET_ROUNDS:
-        # The driver, where it lives on, is this process's parent.
-        found = [pid for pid in holders(Path(folder)) if pid != os.getppid()]
-        for pid in found:
+        # The driver, if it is still alive, is this process's parent.
+        pids = [pid for pid in holders(Path(folder)) if pid != os.getppid()]
+        for pid in pids:
             kill(pid)
         shutil.rmtree(folder, ignore_errors=True)
-        quiet = 0 if found else quiet + 1
+        quiet = 0 if pids else quiet + 1
         time.sleep(0.2)
 
 

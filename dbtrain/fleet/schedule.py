@@ -1,4 +1,4 @@
-"""Who does what next: a pure function of what waits, which workers are idle and a few settings.
+"""Who does what next: a pure function of what waits, which workers are idle and a few limits.
 
 Units are guided (Polychronopoulos & Kuck 1987): each takes a fixed part of a worker's fair share of what is left, so
 they are long at first and short at the end, where all workers should stop together. A unit keeps to one class, because
@@ -10,21 +10,19 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from typing import Literal
 
 
 @dataclass(frozen=True)
-class Settings:
+class Limits:
     """What the plan may use."""
 
     pack: int = 1
-    """Subjects that a worker trains together."""
-    whole: bool = True
-    """Whether a pack runs all its rows, taken or not: then units are whole packs, as fewer subjects save nothing. False
-    where workers measure how many subjects a pack holds, at most `pack`."""
+    """Rows of a pack: subjects that a worker trains together. A pack runs all its rows, taken or not, so units are
+    whole packs."""
     unit: int = 64
     """Most subjects in a unit."""
     rounds: int = 8
@@ -34,7 +32,7 @@ class Settings:
     losses: int = 100
     """Attempts that a subject may lose to causes outside it (killed workers, lost nodes) before it is quarantined."""
     retry_share: float = 0.25
-    """Largest share of the workers that retry failed subjects while fresh ones wait; one may always."""
+    """Largest share of the workers that retry failed subjects while fresh ones wait; a single worker always may."""
     prior_parts: int = 1
     """Most parts that a class's priors are split into; 0 if none are needed."""
 
@@ -63,7 +61,7 @@ class Idle:
 
 @dataclass
 class Priors:
-    """A class's priors: parts nobody draws yet, and how many are being drawn; ready when both are none."""
+    """A class's priors: the parts that no worker draws yet (`todo`), and how many are being drawn."""
 
     parts: int = 0
     todo: deque[int] = field(default_factory=deque)
@@ -78,7 +76,7 @@ class Priors:
 
 @dataclass
 class View:
-    """What the ledger says is to be done, in a form that costs nothing to look at."""
+    """What is to be done by the ledger, in memory."""
 
     waiting: dict[str, deque[int]] = field(default_factory=dict)
     alone: deque[tuple[str, int]] = field(default_factory=deque)
@@ -91,7 +89,7 @@ class View:
     retrying: int = 0
 
     def add(self, class_noun: str, position: int, alone: bool = False, pack: int | None = None) -> None:
-        """A subject waits: with others of its class, or to be tried alone."""
+        """Add a subject that waits: with others of its class, or to be tried alone. pack: most rows of its packs."""
         self.priors.setdefault(class_noun, Priors())
         queue = self.waiting.setdefault(class_noun, deque())
         self.limit.pop(position, None)
@@ -103,11 +101,11 @@ class View:
             put(queue, position)
 
     def add_finished(self, class_noun: str, position: int) -> None:
-        """A finished subject waits to be drawn or scored."""
+        """Add a finished subject that waits to be drawn or scored."""
         put(self.after.setdefault(class_noun, deque()), position)
 
     def remove(self, positions: set[int]) -> None:
-        """These subjects wait no longer."""
+        """Remove subjects that wait no longer."""
         for queue in (*self.waiting.values(), *self.after.values()):
             kept = [position for position in queue if position not in positions]
             queue.clear()
@@ -115,7 +113,7 @@ class View:
         self.alone = deque(entry for entry in self.alone if entry[1] not in positions)
 
     def begin(self, unit: WorkUnit) -> None:
-        """A unit that `schedule` made is under way."""
+        """Note that a unit of `schedule` is under way."""
         self.busy[unit.class_noun] += 1
         if unit.kind == "prior":
             priors = self.priors[unit.class_noun]
@@ -132,7 +130,7 @@ class View:
                 queue.popleft()
 
     def end(self, unit: WorkUnit, drawn: bool = True) -> None:
-        """A unit is over; what is left of it was given back with `add`. drawn: a prior's part is there."""
+        """Note that a unit is over; what is left of it was given back with `add`. drawn: a prior's part is there."""
         self.busy[unit.class_noun] -= 1
         self.retrying -= unit.retry
         if unit.kind == "prior":
@@ -148,33 +146,33 @@ class View:
 
 
 def put(queue: deque[int], position: int) -> None:
-    """Nothing; afterwards the queue holds the position too, in storage order."""
+    """Insert a position into a queue in storage order."""
     if not queue or position > queue[-1]:
         queue.append(position)
     else:
         insort(queue, position)
 
 
-def schedule(view: View, idle: Sequence[Idle], alive: int, settings: Settings) -> list[tuple[str, WorkUnit]]:
+def schedule(view: View, idle: Sequence[Idle], alive: int, limits: Limits) -> list[tuple[str, WorkUnit]]:
     """A unit for each idle worker that has something to do, by the worker's name. Changes nothing."""
-    choice = _Choice(view, max(1, alive), settings)
-    given: list[tuple[str, WorkUnit]] = []
+    choice = _Choice(view, max(1, alive), limits)
+    units: list[tuple[str, WorkUnit]] = []
     free = deque(idle)
     while free and (parts := choice.priors(len(free))):
-        given += [(free.popleft().name, part) for part in parts]
+        units += [(free.popleft().name, part) for part in parts]
     for worker in free:
         unit = choice.retry() or choice.train(worker) or choice.after(worker)
         if unit is None:
             break  # What there is does not depend on who asks.
-        given.append((worker.name, unit))
-    return given
+        units.append((worker.name, unit))
+    return units
 
 
 class _Choice:
     """One call of `schedule`: the view, and what this call has given out already."""
 
-    def __init__(self, view: View, alive: int, settings: Settings):
-        self.view, self.alive, self.settings = view, alive, settings
+    def __init__(self, view: View, alive: int, limits: Limits):
+        self.view, self.alive, self.limits = view, alive, limits
         self.taken: Counter[str] = Counter()
         self.taken_after: Counter[str] = Counter()
         self.busy = Counter(view.busy)
@@ -185,11 +183,11 @@ class _Choice:
         self.drawing = sum(priors.drawing for priors in view.priors.values())
 
     def ready(self, class_noun: str) -> bool:
-        return not self.settings.prior_parts or self.view.priors[class_noun].ready
+        return not self.limits.prior_parts or self.view.priors[class_noun].ready
 
     def priors(self, free: int) -> list[WorkUnit]:
         """Parts of one class's priors, if trainable subjects would run out or no priors are under way."""
-        if not self.settings.prior_parts:
+        if not self.limits.prior_parts:
             return []
         for noun, priors in self.view.priors.items():
             if self.redone[noun] < len(priors.todo):
@@ -198,10 +196,10 @@ class _Choice:
                 return [self._busy(WorkUnit("prior", noun, part=part, parts=priors.parts))]
         pending = [noun for noun in self.view.priors if self._pending(noun)]
         ready = sum(len(queue) - self.taken[noun] for noun, queue in self.view.waiting.items() if self.ready(noun))
-        if not pending or (self.drawing and ready >= 2 * self.alive * self.settings.pack):
+        if not pending or (self.drawing and ready >= 2 * self.alive * self.limits.pack):
             return []
-        noun = max(pending, key=lambda one: len(self.view.waiting[one]))
-        parts = max(1, min(self.settings.prior_parts, free // len(pending)))
+        noun = max(pending, key=lambda pending_noun: len(self.view.waiting[pending_noun]))
+        parts = max(1, min(self.limits.prior_parts, free // len(pending)))
         self.begun.add(noun)
         self.drawing += parts
         return [self._busy(WorkUnit("prior", noun, part=part, parts=parts)) for part in range(parts)]
@@ -213,7 +211,7 @@ class _Choice:
     def retry(self) -> WorkUnit | None:
         """A failed subject alone, while few enough workers do that."""
         running = self.view.retrying + self.retried
-        allowed = max(1, int(self.alive * self.settings.retry_share)) if self.left > self.taken.total() else self.alive
+        allowed = max(1, int(self.alive * self.limits.retry_share)) if self.left > self.taken.total() else self.alive
         entries = [entry for entry in self.view.alone if self.ready(entry[0])] if self.view.alone else []
         if running >= allowed or self.retried >= len(entries):
             return None
@@ -222,21 +220,21 @@ class _Choice:
         return self._busy(WorkUnit("train", noun, (position,), self._pack(position), retry=True))
 
     def train(self, worker: Idle) -> WorkUnit | None:
-        """The next subjects in storage order of the worker's own class, else of the one with most left a worker."""
+        """The next subjects in storage order of the worker's own class, else of the class with most left a worker."""
         noun = self._class(worker, self.view.waiting, self.taken)
         if noun is None:
             return None
         queue, start = self.view.waiting[noun], self.taken[noun]
-        size = unit_size(self.left - self.taken.total(), self.alive, self.settings)
+        size = unit_size(self.left - self.taken.total(), self.alive, self.limits)
         pack = self._pack(queue[start])
-        positions = tuple(takewhile(lambda one: self._pack(one) == pack, islice(queue, start, start + size)))
+        positions = tuple(takewhile(lambda position: self._pack(position) == pack, islice(queue, start, start + size)))
         self.taken[noun] += len(positions)
         return self._busy(WorkUnit("train", noun, positions, pack))
 
     def _pack(self, position: int) -> int:
         """Rows of the pack that a subject trains in. Never fewer because few are left: the last bits of a result depend
         on the rows, and must not depend on the number of workers."""
-        return min(self.settings.pack, self.view.limit.get(position, self.settings.pack))
+        return min(self.limits.pack, self.view.limit.get(position, self.limits.pack))
 
     def after(self, worker: Idle) -> WorkUnit | None:
         """Finished subjects to draw and score."""
@@ -264,70 +262,7 @@ class _Choice:
         return unit
 
 
-def unit_size(left: int, alive: int, settings: Settings) -> int:
-    """Subjects of the next unit when `left` wait for `alive` workers: whole packs, or an even share of the rest."""
-    share = min(settings.unit, left / (alive * settings.rounds))
-    if settings.whole or share >= settings.pack:
-        return settings.pack * max(1, int(share / settings.pack))
-    return max(1, min(settings.pack, math.ceil(left / alive)))
-
-
-BLAMED = {
-    "disk": False,  # the disk took no more
-    "stopped": False,  # its worker was asked to stop
-    "killed": False,  # its process was killed from outside
-    "device": False,  # its GPU or the driver of that failed
-    "file": True,  # the file system refused a file, and the run's folder works
-    "oom": True,  # memory ran out
-    "crash": True,  # its process died by itself
-    "hang": True,  # it made no step within fleet's limit
-    "error": True,  # training said why it cannot go on
-    "lost": False,  # its worker, its node or another member of its gang was lost
-}
-"""Whether an attempt's end blames its subject, by the end's cause.
-
-The order is that in which they explain the end of a gang: where a member was killed the others see errors that follow
-from it, and a lost peer explains nothing if another member says why it went.
-"""
-SUSPICIOUS = 3
-"""Losses from outside after which a subject is tried alone, in case it is not innocent."""
-
-
-def explains(ends: Mapping[int, tuple[str, str]], members: int) -> tuple[str, str] | None:
-    """(cause, reason) of a gang's end by what its dead members say; None while a living one may still say better."""
-    best = min(ends.values(), key=lambda end: list(BLAMED).index(end[0]), default=None)
-    sure = best is not None and not BLAMED[best[0]] and best[0] != "lost"
-    return best if sure or len(ends) == members else None
-
-
-def stands_alone(failures: int, losses: int) -> bool:
-    """Whether a subject is tried alone: it failed, or it is not clear that it is innocent."""
-    return failures > 0 or losses >= SUSPICIOUS
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What becomes of a subject whose attempt ended without a result."""
-
-    state: Literal["waiting", "quarantined"]
-    failures: int
-    losses: int
-    pack: int | None
-
-    @property
-    def alone(self) -> bool:
-        """Whether it is tried alone from now on."""
-        return stands_alone(self.failures, self.losses)
-
-
-def judge(cause: str, failures: int, losses: int, pack: int | None, packed: int, settings: Settings) -> Verdict:
-    """The verdict on a subject after an attempt among `packed` subjects ended by a cause.
-
-    Memory that ran out in a pack blames the pack: half of it is tried. Alone, it is the subject's failure.
-    """
-    if cause == "oom" and packed > 1:
-        return Verdict("waiting", failures, losses, max(1, packed // 2))
-    blame = BLAMED[cause]
-    failures, losses = failures + blame, losses + (not blame)
-    out = failures >= settings.tries or losses >= settings.losses
-    return Verdict("quarantined" if out else "waiting", failures, losses, pack)
+def unit_size(left: int, alive: int, limits: Limits) -> int:
+    """Subjects of the next unit when `left` wait for `alive` workers, in whole packs."""
+    share = min(limits.unit, left / (alive * limits.rounds))
+    return limits.pack * max(1, int(share / limits.pack))

@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dbtrain.fleet.ledger import Ledger, find_ledger, is_driven
+from dbtrain.fleet.lease import find_ledger, is_driven
+from dbtrain.fleet.ledger import Ledger
 
 WINDOW_S = 120
 """The last seconds over which throughput is measured."""
-SLOWEST = 10
+SLOWEST, QUARANTINED = 10, 20
+"""Subjects that a summary names."""
 LINE_S = 10.0
 """Seconds between plain lines where there is no terminal."""
 
@@ -25,9 +28,7 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     """A dict for each subject in manifest order: subject, class, state, attempts, reason, cause, worker, seconds,
     gpu_seconds, stages_s (by stage), files (digests by name), after (outcome of what was asked for it once it was
     finished, by name), started, finished (ISO 8601, UTC)."""
-    ledger = Ledger(find_ledger(out))
-    begun = "attempts - (SELECT count(*) FROM attempts a WHERE a.position=subjects.position AND a.cause='unbegun')"
-    try:
+    with closing(Ledger(find_ledger(out))) as ledger:
         after = ledger.afterwards()
         return [
             {
@@ -37,14 +38,12 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
                 "attempts": row["begun"],
                 "stages_s": json.loads(row["stages_s"] or "{}"),
                 "files": json.loads(row["files"] or "{}"),
-                "after": after.get(row["position"], {}),
+                "after": after.get(row["id"], {}),
                 "started": iso(row["started"]),
                 "finished": iso(row["finished"]),
             }
-            for row in ledger.rows(f"*, {begun} AS begun")
+            for row in ledger.rows()
         ]
-    finally:
-        ledger.close()
 
 
 def iso(seconds: float | None) -> str | None:
@@ -55,34 +54,18 @@ def iso(seconds: float | None) -> str | None:
 def summarize_run(out: Path) -> dict[str, Any]:
     """A run in one dict: see `summarize`, and whether a driver is at work on it."""
     folder = find_ledger(out)
-    ledger = Ledger(folder)
-    try:
+    with closing(Ledger(folder)) as ledger:
         return {**summarize(ledger), "driven": is_driven(folder)}
-    finally:
-        ledger.close()
 
 
 def summarize(ledger: Ledger) -> dict[str, Any]:
     """subjects (by state), total, state, heartbeat_age_s, per_s, eta_s, gpu_seconds (by kind of unit), retries (by
     cause), after (number done and failed, by what was asked), slowest [{subject, seconds}], workers, quarantined
     [{subject, cause, reason}] (the first 20)."""
-    ask, now = ledger.db.execute, time.time()
-    run, counts = ledger.run() or {}, ledger.counts()
-    begin, lately = ask("SELECT min(finished), count(*) FROM subjects WHERE finished > ?", (now - WINDOW_S,)).fetchone()
-    per_s = lately / max(now - begin, 1.0) if lately else 0.0
+    now, run, counts = time.time(), ledger.run() or {}, ledger.counts()
+    begin, lately = ledger.finished_since(now - WINDOW_S)
+    per_s = lately / max(now - begin, 1.0) if begin else 0.0
     left = counts["waiting"] + counts["running"]
-    spent = dict(ask("SELECT kind, sum(gpu_seconds) FROM spent GROUP BY kind").fetchall())
-    spent["train"] = ask("SELECT sum(gpu_seconds) FROM subjects").fetchone()[0] or 0.0
-    retries = ask(
-        "SELECT cause, count(*) FROM attempts WHERE cause IS NOT NULL AND cause != 'unbegun' "
-        "GROUP BY cause ORDER BY 2 DESC"
-    )
-    slowest = ask(
-        "SELECT id AS subject, seconds FROM subjects WHERE seconds IS NOT NULL ORDER BY seconds DESC LIMIT ?",
-        (SLOWEST,),
-    )
-    after = ask("SELECT name, count(*), sum(outcome='done') FROM afterwards GROUP BY name")
-    bad = ask("SELECT id AS subject, cause, reason FROM subjects WHERE state='quarantined' ORDER BY position LIMIT 20")
     return {
         "subjects": counts,
         "total": sum(counts.values()),
@@ -90,23 +73,23 @@ def summarize(ledger: Ledger) -> dict[str, Any]:
         "heartbeat_age_s": None if not run.get("heartbeat") else round(now - run["heartbeat"], 1),
         "per_s": round(per_s, 3),
         "eta_s": round(left / per_s) if per_s and left else None,
-        "gpu_seconds": {kind: round(seconds, 3) for kind, seconds in spent.items()},
-        "retries": dict(retries.fetchall()),
-        "after": {name: {"done": done, "failed": all_of - done} for name, all_of, done in after},
-        "slowest": [dict(row) for row in slowest],
-        "workers": [dict(row) for row in ask("SELECT * FROM workers ORDER BY name")],
-        "quarantined": [dict(row) for row in bad],
+        "gpu_seconds": {kind: round(seconds, 3) for kind, seconds in ledger.gpu_seconds().items()},
+        "retries": ledger.retries(),
+        "after": ledger.counts_after(),
+        "slowest": ledger.slowest(SLOWEST),
+        "workers": ledger.workers(),
+        "quarantined": ledger.quarantined(QUARANTINED),
     }
 
 
 def line(summary: dict[str, Any]) -> str:
-    """A summary as one line."""
+    """A summary in one line."""
     counts = ", ".join(f"{number} {state}" for state, number in summary["subjects"].items() if number)
     eta = "" if summary["eta_s"] is None else f", ETA {summary['eta_s']} s"
     retries = "".join(f", {cause} {number}" for cause, number in summary["retries"].items())
     after = "".join(
-        f"; {name}: {', '.join(f'{number} {how}' for how, number in found.items() if number)}"
-        for name, found in summary["after"].items()
+        f"; {name}: {', '.join(f'{number} {outcome}' for outcome, number in numbers.items() if number)}"
+        for name, numbers in summary["after"].items()
     )
     return f"{counts} of {summary['total']}; {summary['per_s']:.2f} subjects/s{eta}{after}" + (
         f"; retries: {retries[2:]}" if retries else ""
@@ -128,43 +111,42 @@ def table(summary: dict[str, Any]) -> Any:
     bad = Table("quarantined", "cause", "reason", expand=False)
     for row in summary["quarantined"][:8]:
         bad.add_row(*(text((row[key] or "")[:100]) for key in ("subject", "cause", "reason")))
-    shown = [text(line(summary)), workers]
-    return Group(*shown, *([slow] if summary["slowest"] else []), *([bad] if summary["quarantined"] else []))
+    lists = [each for each, name in ((slow, "slowest"), (bad, "quarantined")) if summary[name]]
+    return Group(text(line(summary)), workers, *lists)
 
 
-def text(words: str) -> Any:
-    """Plain words, whatever markup they may look like."""
+def text(plain: str) -> Any:
+    """A string for rich, which takes nothing in it for markup."""
     from rich.text import Text
 
-    return Text(words)
+    return Text(plain)
 
 
 class Screen:
-    """What a driver shows while it works, and its log `fleet.jsonl`: one object for each thing that happened."""
+    """What a driver shows while it works, and its log `fleet.jsonl`: an object for each attempt without a result."""
 
     def __init__(self, out: Path, quiet: bool):
         self.quiet, self.last = quiet, 0.0
         self.live: Any = None
         self.log = (out / "fleet.jsonl").open("a", encoding="utf-8")
 
-    def note(self, subject: str, told: dict[str, Any]) -> None:
-        """Log what became of a subject; a quarantine is also shown where lines are."""
-        stamp = iso(time.time())
-        self.log.write(json.dumps({"time": stamp, "subject": subject, **told}) + "\n")
+    def note(self, subject: str, entry: dict[str, Any]) -> None:
+        """Log what became of a subject; where lines are printed, print a quarantine too."""
+        self.log.write(json.dumps({"time": iso(time.time()), "subject": subject, **entry}) + "\n")
         self.log.flush()
-        if told["state"] == "quarantined" and not self.quiet and self.live is None:
-            self.say(f"{subject}: quarantined: {told['cause']}: {told['reason']}")
+        if entry["state"] == "quarantined" and not self.quiet and self.live is None:
+            self.say(f"{subject}: quarantined: {entry['cause']}: {entry['reason']}")
 
-    def say(self, words: str) -> None:
-        """A line for the person who watches, which a table leaves standing."""
+    def say(self, sentence: str) -> None:
+        """Print a line for the person who watches, above the table if there is one."""
         if self.live is not None:
-            self.live.console.print(text(words))
+            self.live.console.print(text(sentence))
         else:
-            print(words, file=sys.stderr, flush=True)
+            print(sentence, file=sys.stderr, flush=True)
 
     def show(self, summary: dict[str, Any]) -> None:
-        """Bring the table up to date, or print a line when it is time. The table begins here, so that a run that has
-        nothing to do leaves the terminal alone."""
+        """Update the table, or print a line when it is time. The table begins here: a run that has nothing to do leaves
+        the terminal as it is."""
         if self.quiet:
             return
         if sys.stderr.isatty():

@@ -1,7 +1,7 @@
-"""What a trainer does: load the base once, then one unit after another until it is told to stop or dies.
+"""A trainer: loads the base once, then works on one unit after another until it is asked to stop or dies.
 
-It runs in a process of its own, forked by the zygote, so that whatever a subject does to it (a crash, a deadlock, all
-memory) ends with that process. It speaks with its worker over a pipe; every message but `beat` is listed in `Message`.
+It runs in a process of its own, forked by the warm parent. Whatever a subject does to this process (a crash, a
+deadlock, all memory) ends with the process. It sends its messages to its worker over a pipe.
 """
 
 from __future__ import annotations
@@ -14,86 +14,24 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dbtrain.errors import DbtrainError, StopRequested, SubjectTaken
-from dbtrain.fleet.folder import refusal
-from dbtrain.fleet.schedule import BLAMED, WorkUnit
+from dbtrain.errors import StopRequested
+from dbtrain.fleet.causes import explain
+from dbtrain.fleet.messages import Beat, Leaving, Order, Ready, Task, UnitDone
 from dbtrain.settings.config import RunConfig
-from dbtrain.storage.trouble import out_of_memory
-from dbtrain.values import Subject
-
-if TYPE_CHECKING:
-    from dbtrain.data.index import Row
-
-Message = tuple
-"""("ready", base digest) | ("beat", stage) | ("finished", number, position, id, seconds) |
-("failed", number, position, cause, reason, seconds) | ("after", number, position, name, outcome) |
-("packed", number, size) | ("done", number, seconds) | ("gone", cause, reason). `number` is the order's."""
 
 BEAT_S = 0.2
-"""Shortest time between two messages that say no more than that the trainer lives."""
+"""Shortest time between two messages that say no more than that the trainer is alive."""
 STOPPED = 75
 FAILED = 70
-PEER_SIGNS = ("closed by peer", "reset by peer", "broken pipe", "failed to recv", "remote process exited", "nccl error")
-"""What gloo, NCCL and torch's store say, in small letters, when another process of the gang went away."""
-DEVICE_SIGNS = ("cuda error", "cublas_status", "cudnn_status", "cusolver_status", "cufft_", "nvrtc error",
-                "uncorrectable ecc", "illegal memory access", "unspecified launch failure")  # fmt: skip
-"""What CUDA and its libraries say, in small letters, when a GPU or its driver failed."""
-PROGRAM_SIGNS = ("device-side assert", "invalid argument", "invalid_value", "invalid configuration", "not_supported")
-"""What they say when the work that they were given is wrong, which is wrong on any GPU."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a trainer is started with. evaluation: fields of `evaluate.protocol.Protocol`. environment: its place in a
-    gang, for torch.distributed. token: what proves that a folder is the run's (`folder.mark`)."""
-
-    config: dict[str, Any]
-    out: str
-    slots: int = 1
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
-    token: str = ""
-
-
-@dataclass(frozen=True)
-class Order:
-    """A unit with all that its work needs. specs: a subject's fields by name, `identifier` being the allocated one.
-    after: for each subject, what is to be done with it, by its names in `afterwards.AFTER`."""
-
-    number: int
-    unit: WorkUnit
-    specs: tuple[dict[str, Any], ...] = ()
-    rows: tuple[Row, ...] = ()
-    after: tuple[tuple[str, ...], ...] = ()
-
-
-class Charges:
-    """Seconds charged to each subject of a unit: the time passed is shared by those that train at the moment.
-
-    Of the subjects that have not ended, the first `slots` in order are taken to train; the charges sum to the whole.
-    """
-
-    def __init__(self, ids: Sequence[str], slots: int):
-        self.open, self.slots, self.last = dict.fromkeys(ids, 0.0), slots, time.monotonic()
-
-    def end(self, subject: str) -> float:
-        """What a subject that ends now has cost."""
-        now = time.monotonic()
-        training = list(self.open)[: self.slots]
-        for name in training:
-            self.open[name] += (now - self.last) / len(training)
-        self.last = now
-        return self.open.pop(subject, 0.0)
 
 
 def run(link: Connection) -> None:
-    """A trainer's whole life. It leaves with exit code 75 after a stop request and 70 after a failure it reported."""
+    """Work for a worker, and leave with exit code 75 after a stop request and 70 after a failure that was reported."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     task: Task = link.recv()
     os.environ.update(task.environment)
@@ -104,209 +42,52 @@ def run(link: Connection) -> None:
         pass
     except BaseException as error:
         traceback.print_exc()
-        cause, reason = explain(error)
-        code = STOPPED if cause == "stopped" else FAILED
-        _last_word(link, ("gone", cause, reason))
+        end = explain(error)
+        code = STOPPED if end.cause == "stopped" else FAILED
+        with contextlib.suppress(OSError):
+            link.send(Leaving(end))
     sys.stdout.flush()
     sys.stderr.flush()
     # Not through atexit: a gang's process group would wait there for members that are dead.
     os._exit(code)
 
 
-def _last_word(link: Connection, message: Message) -> None:
-    with contextlib.suppress(OSError):
-        link.send(message)
-
-
-def explain(error: BaseException) -> tuple[str, str]:
-    """(cause, reason) of an error that ended a trainer's work; the causes are those of `schedule.BLAMED`."""
-    text = " ".join(str(error).split())
-    if getattr(error, "exit_code", None) == STOPPED:
-        return "stopped", text
-    if out_of_memory(error):
-        return "oom", text[:500] or "memory ran out"
-    if end := refusal(error):
-        return end
-    if isinstance(error, SubjectTaken):
-        return "lost", text  # the worker that had it is not known to be dead
-    if isinstance(error, DbtrainError):
-        return "error", text[:2000]
-    where = traceback.extract_tb(error.__traceback__)[-1:]
-    place = f" ({Path(where[0].filename).name}:{where[0].lineno})" if where else ""
-    return _outside(error, text.lower()) or "error", f"{type(error).__name__}: {text[:1000]}{place}"
-
-
-def _outside(error: BaseException, text: str) -> str | None:
-    """The cause of an error that came from outside: from another member of the gang, or from the GPU; else None."""
-    import torch
-
-    if any(sign in text for sign in PEER_SIGNS):
-        return "lost"
-    device = isinstance(error, getattr(torch, "AcceleratorError", ())) or any(sign in text for sign in DEVICE_SIGNS)
-    return "device" if device and not any(sign in text for sign in PROGRAM_SIGNS) else None
-
-
 def _serve(link: Connection, task: Task) -> None:
+    from dbtrain.fleet.work import WORK, measure_pack
     from dbtrain.models.load import base_digest
     from dbtrain.training.session import join_session
 
-    say = _speech(link)
-    session = join_session(RunConfig.model_validate(task.config), Path(task.out), True, _beat(say))
-    say(("ready", base_digest(session.models)))
+    send = _sender(link)
+    session = join_session(RunConfig.model_validate(task.config), Path(task.out), True, _beat(send))
+    send(Ready(base_digest(session.models), measure_pack(session, task.measure) if task.measure else None))
     while True:
         while not link.poll(0.2):
             if session.stop:
                 raise StopRequested("stopped on request between units")
         order: Order = pickle.loads(link.recv_bytes())  # noqa: S301 - from our own driver
         start = time.monotonic()
-        WORK[order.unit.kind](session, task, order, say)
-        say(("done", order.number, time.monotonic() - start))
+        WORK[order.unit.kind](session, task, order, send)
+        send(UnitDone(order.number, time.monotonic() - start))
 
 
-def _speech(link: Connection) -> Callable[[Message], None]:
-    """A way to send from several threads: an engine may tell its stages from a thread that writes."""
+def _sender(link: Connection) -> Callable[[Any], None]:
+    """A function that several threads may send with: an engine may beat from a thread that writes."""
     lock = threading.Lock()
 
-    def say(message: Message) -> None:
+    def send(message: Any) -> None:
         with lock:
             link.send(message)
 
-    return say
+    return send
 
 
-def _beat(say: Callable[[Message], None]) -> Callable[[str], None]:
+def _beat(send: Callable[[Any], None]) -> Callable[[str], None]:
     last = 0.0
 
     def beat(stage: str) -> None:
         nonlocal last
         if time.monotonic() - last > BEAT_S:
             last = time.monotonic()
-            say(("beat", stage))
+            send(Beat(stage))
 
     return beat
-
-
-def train(session: Any, task: Task, order: Order, send: Callable[[Message], None]) -> None:
-    """Train a unit's subjects, fewer together where memory ran out before; tell of each as it ends."""
-    from dbtrain.data.index import Index
-    from dbtrain.train import train_subjects
-
-    subjects = [to_subject(spec) for spec in order.specs]
-    session.identifiers = {spec["id"]: spec["identifier"] for spec in order.specs}
-    session.index = Index(order.rows, ())
-    places = {subject.id: place for subject, place in zip(subjects, order.unit.positions)}
-    charges = Charges(list(places), order.unit.pack)
-
-    def finished(subject: Subject, outcome: dict[str, Any] | DbtrainError) -> None:
-        charges.slots = min(order.unit.pack, session.pack_size or order.unit.pack)
-        seconds = charges.end(subject.id) * session.world.size
-        if not session.world.first:
-            return
-        if isinstance(outcome, Exception):
-            cause, reason = explain(outcome)
-            send(("failed", order.number, places[subject.id], cause, reason, seconds))
-        else:
-            send(("finished", order.number, places[subject.id], subject.id, seconds))
-
-    engine = session.config.engine
-    if order.unit.pack < task.slots:
-        smaller = engine.packed.model_copy(update={"size": order.unit.pack})
-        session.config = session.config.model_copy(update={"engine": engine.model_copy(update={"packed": smaller})})
-    try:
-        with telling_size(session, order, send):
-            train_subjects(session, subjects, finished)
-    finally:
-        session.config = session.config.model_copy(update={"engine": engine})
-
-
-@contextlib.contextmanager
-def telling_size(session: Any, order: Order, send: Callable[[Message], None]) -> Iterator[None]:
-    """Tells at the first beat after it is known what `engine.packed.size: auto` came to: so many subjects train. Where
-    few subjects kept it small, such as one that was tried alone, it is measured anew for more."""
-    if session.pack_size and 2 * session.pack_size > session.pack_probed < len(order.specs):
-        session.pack_size = None
-    beat, told, before = session.beat, None, session.pack_size
-
-    def beat_and_tell(stage: str) -> None:
-        nonlocal told
-        if session.pack_size != told:
-            told = session.pack_size
-            send(("packed", order.number, told))
-        beat(stage)
-
-    auto = session.config.engine.kind == "packed" and session.config.engine.packed.size == "auto"
-    session.beat = beat_and_tell if auto else beat
-    try:
-        yield
-    finally:
-        session.beat = beat
-        if session.pack_size != before:
-            session.pack_probed = len(order.specs)
-
-
-def to_subject(spec: dict[str, Any]) -> Subject:
-    """A subject as training needs it: its photos are in the shards."""
-    return Subject(images=(), **{key: value for key, value in spec.items() if key != "identifier"})
-
-
-def draw_priors(session: Any, task: Task, order: Order, send: Callable[[Message], None]) -> None:
-    """Draw this unit's part of a class's priors; a gang's members share it among themselves."""
-    from dbtrain.engines.world import World
-    from dbtrain.models.sampling import sampling_mode
-    from dbtrain.priors.draw import make_priors
-    from dbtrain.priors.store import prior_key
-
-    config, unit, world = session.config, order.unit, session.world
-    store = Path(config.prior.store) if config.prior.store else session.out / "priors"
-    if world.size == 1:
-        world = World(unit.part, unit.parts, world.device)
-    key = prior_key(config, session.models, unit.class_noun)
-
-    def stop() -> bool:
-        session.beat("prior")  # also while another run draws the same images
-        return session.stop
-
-    with sampling_mode(session.models), beating(session.beat, "prior"):
-        images, batch = config.prior.images, config.prior.batch
-        make_priors(store, key, images, session.family, session.models, world, batch, stop=stop)
-    if session.stop:
-        raise StopRequested("stopped on request while priors were drawn")
-
-
-def draw_and_score(session: Any, task: Task, order: Order, send: Callable[[Message], None]) -> None:
-    """Generate and evaluate for finished subjects; what fails by itself is told and holds nobody up. Of a gang, the
-    first member works and the others have nothing to do."""
-    from dbtrain.fleet.afterwards import AFTER
-
-    work = zip(order.specs, order.unit.positions, order.after) if session.world.first else ()
-    for spec, position, names in work:
-        for name in names:
-            if session.stop:
-                raise StopRequested("stopped on request between subjects")
-            outcome = "done"
-            try:
-                with beating(session.beat, name):
-                    AFTER[name](session, session.out / "subjects" / spec["id"], task)
-            except Exception as error:
-                cause, outcome = explain(error)
-                if not BLAMED[cause] or cause == "file":
-                    raise  # of a file the worker finds out whether the disk is at fault
-                traceback.print_exc()
-            send(("after", order.number, position, name, outcome))
-
-
-@contextlib.contextmanager
-def beating(beat: Callable[[str], None], stage: str) -> Iterator[None]:
-    """Every forward pass of a module tells that this process lives, and at what: a picture may take long, and what
-    draws or scores it knows nothing of a fleet."""
-    from torch.nn.modules.module import register_module_forward_pre_hook
-
-    hook = register_module_forward_pre_hook(lambda *_: beat(stage))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-WORK = {"train": train, "prior": draw_priors, "after": draw_and_score}
-"""What a trainer does for each kind of unit."""

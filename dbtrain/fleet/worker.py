@@ -1,6 +1,6 @@
-"""A worker: a light process that keeps a trainer going, tells what becomes of its units, and finds it dead or hung.
+"""A worker: a light process that keeps a trainer going, sends on its messages, and finds it dead or hung.
 
-The driver runs it as a Ray actor, one for each GPU or CPU slot. It knows nothing of Ray, so tests run it as it is.
+The driver runs it as a Ray actor, one for each GPU or CPU slot. This module imports no Ray, so tests run it as it is.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from dbtrain.errors import DataError
-from dbtrain.fleet.folder import refusal, trouble_of
+from dbtrain.fleet.causes import BLAMED, End, refusal
+from dbtrain.fleet.messages import Beat, Died, Failed, Finished, Leaving, Message, Published, Ready, Task, UnitDone
 from dbtrain.fleet.processes import kill
-from dbtrain.fleet.schedule import BLAMED
-from dbtrain.fleet.trainer import STOPPED, Message, Task
-from dbtrain.fleet.zygote import Zygote
+from dbtrain.fleet.run_folder import trouble_of
+from dbtrain.fleet.trainer import STOPPED
+from dbtrain.fleet.warm_parent import WarmParent
 from dbtrain.machine import oom_kills
 from dbtrain.results.record import drop_record, finished_record
 
@@ -31,18 +33,19 @@ START_SHARE = 10
 class Worker:
     """Keeps one trainer. `poll` is called by one thread at a time; the other methods may be called beside it.
 
-    Calls may run in another order than they were sent in, as an actor's do on several threads. So `start`,
-    `halt` and `give` name a generation, and none disturbs what a later one did.
+    Calls may run in another order than they were sent in, as an actor's do on several threads. So `start`, `halt` and
+    `give` name a generation, and a call of an old generation changes nothing of a newer one.
     """
 
     def __init__(self, name: str, out: str, hang_s: float):
         self.name, self.out, self.hang_s = name, Path(out), hang_s
-        self.zygote: Zygote | None = None
+        self.parent: WarmParent | None = None
         self.link: Connection | None = None
         self.trainer = self.generation = self.least = self.killed_before = 0
         self.limit_s: float | None = None
         self.heard, self.stage = time.monotonic(), "start"
-        self.word: tuple[str, str] | None = None
+        self.end: End | None = None
+        """Why the trainer ends, where that is known before it is dead."""
         self.token = ""
         self.lock = threading.Lock()
 
@@ -57,22 +60,22 @@ class Worker:
             return probe.getsockname()[1]
 
     def start(self, task: Task, generation: int) -> int:
-        """The pid of a fresh trainer that begins to load the base; a former one is killed. Its events bear the
+        """The pid of a fresh trainer that begins to load the base; a former one is killed. Its messages bear the
         generation's number. A generation that is over or there already changes nothing."""
         with self.lock:
             if generation < self.least or generation <= self.generation:
                 return self.trainer
             self._halt()
             self.token = task.token
-            self.generation, self.word, self.trainer, self.killed_before = generation, self._warm(), 0, oom_kills()
+            self.generation, self.end, self.trainer, self.killed_before = generation, self._warm(), 0, oom_kills()
             self.heard, self.limit_s, self.stage = time.monotonic(), START_SHARE * self.hang_s, "start"
             # Last, because `poll` takes the generation of the link that it sees.
             self.link, theirs = Pipe()
-            # Where nothing can start or the warm parent was killed, the pipe's end tells `poll`, as with any dead
+            # Where nothing can start or the warm parent was killed, `poll` sees the pipe's end, as with any dead
             # trainer.
             try:
-                if self.zygote is not None and self.word is None:
-                    self.trainer = self.zygote.fork(theirs.fileno())
+                if self.parent is not None and self.end is None:
+                    self.trainer = self.parent.fork(theirs.fileno())
                     self.link.send(task)
             except OSError:
                 self._cool()
@@ -80,25 +83,25 @@ class Worker:
                 theirs.close()
             return self.trainer
 
-    def _warm(self) -> tuple[str, str] | None:
-        """(cause, reason) of no trainer, if none can start here; None if there is a warm parent now."""
+    def _warm(self) -> End | None:
+        """Why no trainer can start here; None if there is a warm parent now."""
         if trouble := trouble_of(self.out, self.token):
-            return "disk", trouble
+            return End("disk", trouble)
         try:
-            self.zygote = self.zygote or Zygote(self.out / "logs" / f"{self.name}.log")
+            self.parent = self.parent or WarmParent(self.out / "logs" / f"{self.name}.log")
         except Exception as error:
-            return refusal(error) or ("error", f"{type(error).__name__}: {error}")
+            return refusal(error) or End("error", f"{type(error).__name__}: {error}")
         return None
 
     def _cool(self) -> None:
-        """Let go of the warm parent, which is dead or of no use."""
-        if self.zygote is not None:
-            self.zygote.close()
-        self.zygote = None
+        """Let go of a warm parent that is dead or of no use."""
+        if self.parent is not None:
+            self.parent.close()
+        self.parent = None
 
     def give(self, order: bytes, generation: int) -> None:
-        """Hand the trainer of a generation an order, pickled: unpacking it here would load what its parts come from.
-        A dead trainer shows in `poll`; one that followed it never sees the order."""
+        """Send the trainer of a generation an order, pickled: unpacking it here would import what it is made of. The
+        death of that trainer shows in `poll`, and the next trainer never gets this order."""
         with self.lock:
             if generation != self.generation:
                 return
@@ -110,68 +113,68 @@ class Worker:
                 pass
 
     def poll(self, wait_s: float) -> tuple[int, list[Message]]:
-        """(generation, what happened since the last call), after at most `wait_s` seconds.
-
-        Messages as in `trainer.Message`, without `beat`; `finished` ends in the published result instead of seconds;
-        ("died", cause, reason) is the last one of a generation.
-        """
+        """(generation, the messages since the last call), after at most `wait_s` seconds."""
         deadline = time.monotonic() + wait_s
-        events: list[Message] = []
+        messages: list[Message] = []
         generation = self.generation
-        while not events and time.monotonic() < deadline:
+        while not messages and time.monotonic() < deadline:
             link, generation = self.link, self.generation
-            # Both are of one trainer only if that is still there: `start` changes the second while there is none.
+            # Link and generation are of the same trainer only if the link is still there: `start` changes the
+            # generation while there is no link.
             if link is None or link is not self.link:
                 time.sleep(min(0.05, wait_s))
                 continue
             try:
-                while link.poll(0 if events else max(0.0, min(0.5, deadline - time.monotonic()))):
-                    events += self._hear(link.recv())
-                events += self._check_limit()
+                while link.poll(0 if messages else max(0.0, min(0.5, deadline - time.monotonic()))):
+                    messages += self._hear(link.recv())
+                self._check_limit()
             except (EOFError, OSError):
-                events += self._bury(link)
-        return generation, events
+                messages += self._bury(link)
+        return generation, messages
 
-    def _hear(self, message: Message) -> list[Message]:
+    def _hear(self, message: Message | Beat | Leaving | Published) -> list[Message]:
+        """What the driver gets of a trainer's message: verified, and with its end weighed."""
         self.heard = time.monotonic()
-        kind = message[0]
-        if kind == "beat":
-            self.stage = message[1]
-            return []
-        if kind == "gone":
-            self.word = message[1], message[2]
-            return []
-        if kind in ("ready", "done"):
-            self.limit_s = None
-        told = self._checked(*message[1:]) if kind == "finished" else message
-        return [(*told[:3], *self._weighed(*told[3:5]), *told[5:]) if told[0] == "failed" else told]
+        match message:
+            case Beat(stage):
+                self.stage = stage
+                return []
+            case Leaving(end):
+                self.end = end
+                return []
+            case Ready() | UnitDone():
+                self.limit_s = None
+            case Published():
+                message = self._checked(message)
+        return [replace(message, end=self._weighed(message.end)) if isinstance(message, Failed) else message]
 
-    def _checked(self, number: int, position: int, subject: str, seconds: float) -> Message:
-        """What a trainer published, if it is on the disk as its record says."""
+    def _checked(self, published: Published) -> Finished | Failed:
+        """`Finished` if what a trainer published is on the disk as its record says, else `Failed`."""
+        number, position, seconds = published.number, published.position, published.seconds
         try:
-            return ("finished", number, position, {**read_result(self.out, subject), "gpu_seconds": seconds})
+            return Finished(number, position, {**read_result(self.out, published.subject), "gpu_seconds": seconds})
         except (OSError, DataError, KeyError) as error:
-            end = refusal(error) or ("error", f"published files do not verify: {error}")
-            return ("failed", number, position, *end, seconds)
+            end = refusal(error) or End("error", f"published files do not verify: {error}")
+            return Failed(number, position, end, seconds)
 
-    def _weighed(self, cause: str, reason: str) -> tuple[str, str]:
-        """(cause, reason) of an end after a look at the run's folder: where that is not there, or takes no file though
-        one was refused, nobody is to blame."""
-        trouble = trouble_of(self.out, self.token, write=cause == "file") if BLAMED[cause] else None
-        if trouble is None:
-            return cause, f"{reason}; {self.out} itself works" if cause == "file" else reason
-        return "disk", trouble
+    def _weighed(self, end: End) -> End:
+        """The end after a look at the run's folder. Where the folder is missing, or takes no file though one was
+        refused, the cause is the disk and nobody is to blame."""
+        trouble = trouble_of(self.out, self.token, write=end.cause == "file") if BLAMED[end.cause] else None
+        if trouble is not None:
+            return End("disk", trouble)
+        return replace(end, reason=f"{end.reason}; {self.out} itself works") if end.cause == "file" else end
 
-    def _check_limit(self) -> list[Message]:
+    def _check_limit(self) -> None:
+        """Kill a trainer that was silent for too long."""
         silent = time.monotonic() - self.heard
         if self.limit_s is None or silent < self.limit_s:
-            return []
-        self.word = "hang", f"no step for {silent:.1f} s in stage {self.stage}"
+            return
+        self.end = End("hang", f"no step for {silent:.1f} s in stage {self.stage}")
         if self.trainer:
             kill(self.trainer)
-        elif self.zygote is not None:
-            self.zygote.kill()
-        return []
+        elif self.parent is not None:
+            self.parent.kill()
 
     def _bury(self, link: Connection) -> list[Message]:
         with self.lock:
@@ -179,29 +182,30 @@ class Worker:
                 return []
             self.link = None
             self.limit_s = None
-            end = self._cause()
-        return [("died", *self._weighed(*end))]
+            end = self._reap()
+        return [Died(self._weighed(end))]
 
-    def _cause(self) -> tuple[str, str]:
+    def _reap(self) -> End:
+        """The end of a trainer that is dead or dying, by what it said or by its wait status."""
         try:
-            if self.zygote is None or not self.trainer:
+            if self.parent is None or not self.trainer:
                 raise ConnectionResetError
-            status = self.zygote.wait()
+            status = self.parent.wait()
         except OSError:
             self._cool()
-            return self.word or ("killed", "its warm parent was killed")
-        if self.word is not None:
-            return self.word
+            return self.end or End("killed", "its warm parent was killed")
+        if self.end is not None:
+            return self.end
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             if number == signal.SIGKILL and oom_kills() > self.killed_before:
-                return "oom", "the kernel killed it for memory"
-            return ("killed" if number == signal.SIGKILL else "crash"), f"died of {signal.Signals(number).name}"
+                return End("oom", "the kernel killed it for memory")
+            return End("killed" if number == signal.SIGKILL else "crash", f"died of {signal.Signals(number).name}")
         code = os.WEXITSTATUS(status)
-        return ("stopped" if code == STOPPED else "crash"), f"left with exit code {code}"
+        return End("stopped" if code == STOPPED else "crash", f"left with exit code {code}")
 
     def halt(self, generation: int) -> None:
-        """Kill a trainer older than this generation, and let none begin; `poll` has no more of it to tell."""
+        """Kill a trainer older than this generation, and let none begin; `poll` gives no more messages of it."""
         with self.lock:
             self.least = max(self.least, generation)
             if self.generation < generation:
@@ -214,7 +218,7 @@ class Worker:
             kill(self.trainer)
         # Not closed here: `poll` may be waiting on it.
         self.link = self.limit_s = None
-        self._cause()
+        self._reap()
         self.trainer = 0
 
     def ask_stop(self) -> None:

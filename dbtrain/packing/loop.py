@@ -52,6 +52,11 @@ def train_packed(session: Session, subjects: Sequence[Subject], finished: Finish
         PackedRun(session, subjects, finished).run()
 
 
+def measured_size(session: Session, subject: Subject, most: int) -> int:
+    """Subjects that a pack holds under `engine.packed.size: auto`, if all of them, at most so many, are like this one."""
+    return PackedRun(session, [subject], lambda *_: None).measured_size(most)
+
+
 @dataclass
 class Seat:
     """A subject in its row. shares: seconds by stage that were spent on it. step: steps asked of the device."""
@@ -164,16 +169,18 @@ class PackedRun:
             return (encode_images(session.models.vae, pixels) if cached else pixels).shape[1:]
 
     def _size(self) -> int:
-        """Rows of the pack: as told, or as measured with the first subject in every row."""
-        session, settings = self.session, self.session.config.engine.packed
+        """Rows of the pack: as the settings say, or as measured."""
+        settings = self.session.config.engine.packed
         if settings.size != "auto":
             return settings.size
-        if session.pack_size is None:
-            device = session.world.device
-            size, why = choose_size(self._probe, settings, free_bytes(device), len(self.subjects))
-            session.pack_size = size
-            session.say(f"engine.packed.size: auto: {why}")
-        return session.pack_size
+        return self.measured_size(len(self.subjects))
+
+    def measured_size(self, most: int) -> int:
+        """Rows of a pack that fit and are fastest on this machine, for at most so many subjects."""
+        session, device = self.session, self.session.world.device
+        size, why = choose_size(self._probe, session.config.engine.packed, free_bytes(device), most)
+        session.say(f"engine.packed.size: auto: {why}")
+        return size
 
     def _probe(self, size: int) -> Probe | None:
         """Memory and time of a pack's step, on random samples of the shapes of training; None where memory ran out."""

@@ -182,9 +182,9 @@ def is_worked_on(run: Path) -> bool:
 
 def read_ledger(run: Path) -> LedgerRows | None:
     """The rows and retries in the fleet's ledger of a run; None for a run without a ledger."""
-    from dbtrain.fleet.ledger import NAME, find_ledger
+    from dbtrain.fleet.lease import has_ledger
 
-    if not (find_ledger(run) / NAME).exists():
+    if not has_ledger(run):
         return None
     from dbtrain.fleet.status import read_rows, summarize_run
 

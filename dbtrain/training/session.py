@@ -58,10 +58,6 @@ class Session:
     classes_kept: int = 1
     priors_drawn: bool = False
     """Whether every class's priors are complete, so that a thread beside training need not look (or draw)."""
-    pack_size: int | None = None
-    """What `engine.packed.size: auto` came to on this machine."""
-    pack_probed: int = 0
-    """How many subjects it was measured for, which bounds it."""
     index: Index = field(default_factory=lambda: Index((), ()))
     """Where the photos lie: of all subjects, or of those at hand."""
     taken_wait_s: float = 30.0

@@ -88,7 +88,8 @@ def run_verb(
         planned = plan_run(manifest, config, out, measured, skip_bad)
         print_json(planned) if as_json else typer.echo(describe(planned))
         return
-    from dbtrain.fleet.run import Options, run_batch
+    from dbtrain.fleet.options import Options
+    from dbtrain.fleet.run import run_batch
     from dbtrain.fleet.status import line, summarize_run
 
     after = tuple(name for name, wanted in (("generate", generate), ("evaluate", evaluate)) if wanted)
@@ -158,7 +159,7 @@ def cancel_verb(out: Out, ids: Ids = None) -> None:
 
 def _request(out: Path, verb: str, ids: list[str] | None) -> None:
     from dbtrain.fleet.inbox import request
-    from dbtrain.fleet.ledger import find_ledger
+    from dbtrain.fleet.lease import find_ledger
 
     changed = request(find_ledger(out), verb, ids or None)
     typer.echo("the driver at work, or the next one, will do it" if changed is None else f"{changed} subjects changed")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from dbtrain.fleet.ledger import NAME, find_ledger
+from dbtrain.fleet.lease import NAME, find_ledger
 from tests.kit.main_job import write_job
 from tests.kit.two_hosts import missing, missing_job_api, ray_on, two_hosts, write_token
 

@@ -4,7 +4,7 @@ import sqlite3
 
 import pytest
 
-from dbtrain.fleet.ledger import Lease
+from dbtrain.fleet.lease import Lease
 from tests.kit.fleet_run import ask, batch, finish, start, states, wait_for, write_small
 
 

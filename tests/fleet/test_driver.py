@@ -7,8 +7,10 @@ import pytest
 from dbtrain.data.index import Index
 from dbtrain.errors import FleetError
 from dbtrain.fleet.books import Flight
+from dbtrain.fleet.causes import End
 from dbtrain.fleet.driver import Driver
-from dbtrain.fleet.run import Options
+from dbtrain.fleet.messages import Died, Failed, Finished, Measure, Ready, Task
+from dbtrain.fleet.options import Options
 from dbtrain.fleet.schedule import WorkUnit
 from tests.kit.fleet_run import run_of_dogs
 from tests.kit.main_job import small_config
@@ -32,28 +34,28 @@ def fly(driver, *positions, kind="train", pack=1):
         driver.books.view.alone.remove(entry)
         driver.books.view.waiting["dog"].appendleft(entry[1])
     driver.books.view.begin(unit)
-    driver.flights[driver.units] = Flight(unit, CREW, opened, pack)
+    driver.flights[driver.units] = Flight(unit, CREW, opened)
     return driver.units
 
 
 @pytest.mark.parametrize("cause", ["error", "lost", "device", "hang"])
 def test_a_worker_that_cannot_start_ends_the_run_whatever_keeps_it(driver, cause):
     for _ in range(2):
-        driver.on_died(CREW, ("died", cause, "CUDA error: no device"))
+        driver.enter(CREW, Died(End(cause, "CUDA error: no device")))
     with pytest.raises(FleetError, match="worker-001: its trainer cannot start: CUDA error: no device"):
-        driver.on_died(CREW, ("died", cause, "CUDA error: no device"))
+        driver.enter(CREW, Died(End(cause, "CUDA error: no device")))
 
 
 def test_kills_from_outside_are_no_failed_starts(driver):
     for _ in range(9):
-        driver.on_died(CREW, ("died", "killed", "died of SIGKILL"))
+        driver.enter(CREW, Died(End("killed", "died of SIGKILL")))
     assert driver.bad_starts == {} and driver.disk is None
 
 
 def test_a_subject_that_kills_every_gpu_is_alone_soon_and_given_up_in_the_end(driver):
     for number in range(driver.options.losses):
         fly(driver, 0)
-        driver.on_died(CREW, ("died", "device", "CUDA error: an illegal memory access was encountered"))
+        driver.enter(CREW, Died(End("device", "CUDA error: an illegal memory access was encountered")))
         row = driver.ledger.row(0)
         assert (row["failures"], row["losses"]) == (0, number + 1)
         assert bool(driver.books.view.alone) == (2 <= number < driver.options.losses - 1)
@@ -64,7 +66,7 @@ REASON = "photos/a.png: Input/output error; the disk or network share failed; ch
 
 
 def fail(driver, position, cause="file"):
-    driver.on_failed(CREW, ("failed", fly(driver, position), position, cause, REASON, 1.0))
+    driver.enter(CREW, Failed(fly(driver, position), position, End(cause, REASON), 1.0))
     return driver.ledger.row(position)
 
 
@@ -74,7 +76,7 @@ def test_a_subject_whose_own_file_is_refused_is_given_up_and_the_run_goes_on(dri
         assert (row["failures"], row["losses"], row["cause"], row["reason"]) == (failures, 0, "file", REASON)
     assert row["state"] == "quarantined" and driver.disk is None
     fly(driver, 1)
-    driver.on_died(CREW, ("died", "file", REASON))
+    driver.enter(CREW, Died(End("file", REASON)))
     assert driver.ledger.row(1)["failures"] == 1 and driver.disk is None and driver.bad_starts == {}
 
 
@@ -87,7 +89,7 @@ def test_files_of_many_subjects_in_a_row_are_the_disk(driver):
     for position in range(4):
         fail(driver, position)
     result = {"run": "r", "files": {}, "gpu_seconds": 1.0, "stages_s": {"train": 1.0}}
-    driver.on_finished(CREW, ("finished", fly(driver, 8), 8, result))
+    driver.enter(CREW, Finished(fly(driver, 8), 8, result))
     for position in (4, 5, 6, 7, 7):
         fail(driver, position)
     assert driver.disk is None, "one was finished in between"
@@ -100,5 +102,35 @@ def test_a_refused_file_that_is_no_subjects_own_ends_the_run(driver, kind):
     """Of the base, or of the priors that a class shares."""
     if kind:
         fly(driver, kind=kind)
-    driver.on_died(CREW, ("died", "file", REASON))
+    driver.enter(CREW, Died(End("file", REASON)))
     assert driver.disk == REASON and driver.bad_starts == {} and driver.ledger.counts()["waiting"] == 9
+
+
+def test_packs_of_auto_have_one_size_which_is_measured_once(tmp_path):
+    """No subject is given out before, later trainers are not asked again, nor is the next driver's."""
+    config, options = small_config("engine.kind=packed", "prior.weight=0"), Options(quiet=True, unit=3)
+    with run_of_dogs(tmp_path, 9) as ledger:
+        driver = Driver(ledger, Index((), ()), config, tmp_path, options)
+        crew = SimpleNamespace(
+            name="worker-001", task=Task({}, ".", measure=Measure(None, 9)), state="idle", last_class=None, orders=[]
+        )
+        crew.give = crew.orders.append
+        driver.crews[crew.name] = crew
+        driver.assign()
+        assert driver.pack is None and not crew.orders
+        driver.enter(crew, Ready("base", 4))
+        assert (driver.books.limits.pack, driver.books.limits.unit, crew.task.measure) == (4, 12, None)
+        driver.enter(crew, Ready("base"))
+        for _ in range(2):
+            driver.assign()
+        assert [(order.unit.kind, order.unit.pack) for order in crew.orders][-1] == ("train", 4)
+        assert Driver(ledger, Index((), ()), config, tmp_path, options).pack == 4
+
+
+@pytest.mark.parametrize("overrides, gang, pack", [
+    ((), 1, 1), (("engine.kind=packed", "engine.packed.size=6"), 1, 6), (("engine.kind=packed",), 2, 1),
+])  # fmt: skip
+def test_packs_that_need_no_measuring(tmp_path, overrides, gang, pack):
+    with run_of_dogs(tmp_path, 1) as ledger:
+        driver = Driver(ledger, Index((), ()), small_config(*overrides), tmp_path, Options(quiet=True, gang=gang))
+        assert (driver.pack, driver.books.limits.pack) == (pack, pack)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from dbtrain.fleet.causes import End
+from dbtrain.fleet.messages import Died, Ready, Task
 from dbtrain.fleet.processes import born
-from dbtrain.fleet.schedule import WorkUnit
-from dbtrain.fleet.trainer import Order, Task, telling_size
 from dbtrain.fleet.worker import Worker
 from tests.kit.fleet_run import SMALL
 from tests.kit.main_job import small_config
@@ -18,8 +18,8 @@ from tests.kit.main_job import small_config
 def worker(tmp_path):
     one = Worker("worker", str(tmp_path), 20)
     yield one
-    if one.zygote is not None:
-        one.zygote.close()
+    if one.parent is not None:
+        one.parent.close()
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_a_late_halt_spares_a_newer_trainer(worker, tmp_path):
     task = Task(small_config(*SMALL).model_dump(mode="json"), str(tmp_path))
     second = worker.start(task, 2)
     worker.halt(2)
-    assert heard(worker) == (2, "ready")
+    assert heard(worker) == (2, Ready)
     assert worker.start(task, 1) == second, "a start that was given up does nothing"
     start = born(second)
     assert start and worker.generation == 2
@@ -39,7 +39,7 @@ def test_a_late_halt_spares_a_newer_trainer(worker, tmp_path):
     assert worker.start(task, 2) == 0, "a trainer that was halted before it began"
     assert worker.poll(0.1) == (2, [])
     worker.start(task, 3)
-    assert heard(worker) == (3, "ready")
+    assert heard(worker) == (3, Ready)
     worker.give(b"no order that a trainer could read", 2)
     assert worker.poll(1.0) == (3, []), "an order to a trainer that is dead is not the next one's"
 
@@ -63,9 +63,9 @@ def test_a_warm_parent_that_cannot_start_is_told_and_tried_again(worker, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(place, broken)
         assert worker.start(Task({}, str(worker.out)), 1) == 0
-    generation, [(kind, cause, reason)] = worker.poll(1.0)
-    assert (generation, kind, cause) == (1, "died", end[0]) and reason.startswith(end[1])
-    assert worker._warm() is None and worker.zygote.process.poll() is None
+    generation, [died] = worker.poll(1.0)
+    assert isinstance(died, Died) and (generation, died.end.cause) == (1, end[0]) and died.end.reason.startswith(end[1])
+    assert worker._warm() is None and worker.parent.process.poll() is None
 
 
 def test_a_kill_for_memory_counts_while_an_order_is_at_work(tmp_path, monkeypatch):
@@ -73,41 +73,19 @@ def test_a_kill_for_memory_counts_while_an_order_is_at_work(tmp_path, monkeypatc
     kills = [4]
     monkeypatch.setattr("dbtrain.fleet.worker.oom_kills", lambda: kills[0])
     one = Worker("worker", str(tmp_path), 20)
-    one.trainer, one.zygote = 1, SimpleNamespace(wait=lambda: signal.SIGKILL, close=lambda: None)
+    one.trainer, one.parent = 1, SimpleNamespace(wait=lambda: signal.SIGKILL, close=lambda: None)
     kills[0] = 5
     one.give(b"order", 0)
-    assert one._cause() == ("killed", "died of SIGKILL")
+    assert one._reap() == End("killed", "died of SIGKILL")
     kills[0] = 6
-    assert one._cause() == ("oom", "the kernel killed it for memory")
+    assert one._reap() == End("oom", "the kernel killed it for memory")
 
 
 def heard(worker):
-    """Generation and kind of the first message."""
+    """Generation and class of the first message."""
     end = time.monotonic() + 120
     while time.monotonic() < end:
-        generation, events = worker.poll(1.0)
-        if events:
-            return generation, events[0][0]
+        generation, messages = worker.poll(1.0)
+        if messages:
+            return generation, type(messages[0])
     raise AssertionError("the trainer said nothing")
-
-
-def test_a_measured_pack_is_told_and_measured_anew_for_more_subjects():
-    """`auto` measured by a unit of one is no size for a unit of nine; nor need it be measured twice for as many."""
-    sent, beats = [], []
-    session = SimpleNamespace(
-        beat=beats.append, pack_size=None, pack_probed=0, config=small_config("engine.kind=packed")
-    )
-
-    def unit(subjects, measured=None):
-        order = Order(len(sent), WorkUnit("train", "dog", tuple(range(subjects))), specs=({},) * subjects)
-        with telling_size(session, order, sent.append):
-            session.beat("prior")
-            asked = session.pack_size is None
-            session.pack_size = session.pack_size or measured
-            session.beat("train"), session.beat("train")
-        return asked
-
-    assert unit(1, 1) and sent == [("packed", 0, 1)]
-    assert unit(9, 4) and sent[1:] == [("packed", 1, 4)]
-    assert not unit(9) and sent[2:] == [("packed", 2, 4)]
-    assert not unit(2) and session.beat == beats.append and len(beats) == 12

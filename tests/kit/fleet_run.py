@@ -6,16 +6,22 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from dbtrain.fleet.ledger import Ledger
-from dbtrain.fleet.processes import born, descendants
+from dbtrain.fleet.processes import born
+from dbtrain.values import Subject
 from tests.kit.main_job import ROOT, environment, write_job
 
 SMALL = ["data.resolution=16", "train.steps=2", "train.batch=1", "lora.rank=1", "prior.images=2", "prior.steps=1",
          "sample.images=0"]  # fmt: skip
 LORA = "pytorch_lora_weights.safetensors"
+RESULT = {"run": "r", "files": {"a": "d"}, "seconds": 2.0, "gpu_seconds": 3.0, "stages_s": {"train": 2.0}}
+WAITS = {"state": "waiting", "failures": 1, "losses": 0, "pack": None, "cause": "crash", "reason": "died of SIGABRT"}
+"""A result and an end of an attempt, as a ledger takes them."""
 
 
 def write_small(folder: Path, subjects: str, *overrides: str) -> list[str]:
@@ -78,16 +84,26 @@ def wait_for(condition, driver: subprocess.Popen, out: Path, seconds: float = 12
     raise AssertionError(f"never came: {said(out)[-2000:]}")
 
 
+def descendants(pid: int) -> dict[int, int]:
+    """The living processes below another, each with its parent."""
+    parents = {}
+    with suppress(psutil.NoSuchProcess):
+        for below in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if below.status() != psutil.STATUS_ZOMBIE:
+                    parents[below.pid] = below.ppid()
+    return parents
+
+
 def processes(driver: int) -> dict[str, list[int]]:
-    """Zygotes, trainers and actors below a driver."""
+    """Warm parents, trainers and actors below a driver."""
     below = descendants(driver)
     names = {pid: command(pid) for pid in below}
-    zygotes = [
-        pid for pid, name in names.items() if b"fleet.zygote" in name and b"fleet.zygote" not in command(below[pid])
-    ]
+    warm = {pid for pid, name in names.items() if b"fleet.warm_parent" in name}
+    parents = [pid for pid in warm if below[pid] not in warm]
     return {
-        "zygote": zygotes,
-        "trainer": [pid for pid, parent in below.items() if parent in zygotes],
+        "warm parent": parents,
+        "trainer": [pid for pid, parent in below.items() if parent in parents],
         "actor": [pid for pid, name in names.items() if name.startswith(b"ray::Actor")],
         "all": list(below),
     }
@@ -118,11 +134,11 @@ def digests(out: Path) -> dict[str, str]:
 
 
 @contextmanager
-def run_of_dogs(folder, subjects):
+def run_of_dogs(folder, subjects, skipped=None):
     """The ledger of a new run of so many dogs, s0 and on, which all wait."""
     ledger = Ledger(folder, create=True)
     with ledger.commit():
         about = dict.fromkeys(("config", "config_digest", "manifest", "manifest_digest"), "")
-        ledger.create_run(about, [{"id": f"s{number}", "class_noun": "dog"} for number in range(subjects)])
+        ledger.create_run(about, [Subject(f"s{number}", "dog", ()) for number in range(subjects)], skipped)
     yield ledger
     ledger.close()

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dbtrain.fleet.schedule import Idle, Settings, View, WorkUnit, judge, schedule
+from dbtrain.fleet.causes import stands_alone, verdict_on
+from dbtrain.fleet.schedule import Idle, Limits, View, WorkUnit, schedule
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Cluster:
 
     classes: list[str]
     workers: int
-    settings: Settings
+    limits: Limits
     cost: Callable[[int], float] = lambda position: 1.0
     speed: Callable[[int], float] = lambda worker: 1.0
     prior_s: float = 20.0
@@ -75,7 +76,7 @@ class Cluster:
         idle = [Idle(name, self.last.get(name)) for name in self.alive if name not in self.at]
         if not idle:
             return
-        for name, unit in schedule(self.view, idle, len(self.alive), self.settings):
+        for name, unit in schedule(self.view, idle, len(self.alive), self.limits):
             self.view.begin(unit)
             self.out.units += 1
             self.last[name] = unit.class_noun
@@ -110,10 +111,10 @@ class Cluster:
         self.view.end(unit)
 
     def _failed(self, unit: WorkUnit, position: int, cause: str) -> None:
-        verdict = judge(cause, self.failures[position], self.losses[position], None, 1, self.settings)
+        verdict = verdict_on(cause, self.failures[position], self.losses[position], None, 1, self.limits)
         self.failures[position], self.losses[position] = verdict.failures, verdict.losses
         if verdict.state == "waiting":
-            self.view.add(unit.class_noun, position, verdict.alone)
+            self.view.add(unit.class_noun, position, stands_alone(verdict.failures, verdict.losses))
         else:
             self.out.quarantined.add(position)
 

@@ -14,6 +14,7 @@ from dbtrain.errors import DataError
 from dbtrain.report import build, rebuild
 from dbtrain.report.building import LedgerRows
 from dbtrain.storage.atomic import LOCK, held
+from dbtrain.values import Subject
 from tests.kit.made_up_run import make_run
 from tests.kit.main_job import dbtrain, start
 from tests.report.conftest import page, tree
@@ -198,8 +199,7 @@ def test_a_real_ledger_is_read(tmp_path):
     ledger = ledgers.Ledger(run, create=True)
     with ledger.commit():
         about = dict.fromkeys(("config", "config_digest", "manifest", "manifest_digest"), "x")
-        specs = [{"id": name, "class_noun": "dog", "class": "dog"} for name in ("dog-00000", "late")]
-        ledger.create_run(about, specs)
+        ledger.create_run(about, [Subject(name, "dog", ()) for name in ("dog-00000", "late")])
     ledger.close()
     built = rebuild(run)
     assert built.subjects == 3 and "2 waiting" in built.index.read_text()

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from dbtrain.errors import DataError
+from dbtrain.fleet.messages import Published
 from dbtrain.fleet.worker import Worker
 from dbtrain.results.record import RECORD, file_problem, finished_record, read_record, refuse_changed, write_record
 
@@ -78,9 +79,10 @@ def test_no_name_in_a_record_leads_out_of_the_folder(folder):
 def test_a_fleet_lets_go_of_a_record_that_does_not_verify(folder):
     """Else the next attempt would take the subject for finished, and no retry could mend it."""
     worker = Worker("worker", str(folder.parents[1]), 20)
-    assert worker._checked(1, 0, "rex", 2.0)[3]["gpu_seconds"] == 2.0
+    published = Published(1, 0, "rex", 2.0)
+    assert worker._checked(published).result["gpu_seconds"] == 2.0
     DAMAGES["a flipped bit"][0](folder / "adapter")
-    kind, *_, cause, reason, _ = worker._checked(1, 0, "rex", 2.0)
-    assert (kind, cause) == ("failed", "error") and "adapter: has the sha256" in reason
+    end = worker._checked(published).end
+    assert end.cause == "error" and "adapter: has the sha256" in end.reason
     assert not (folder / RECORD).exists()
-    assert "holds no finished subject" in worker._checked(1, 0, "rex", 2.0)[4]
+    assert "holds no finished subject" in worker._checked(published).end.reason

@@ -62,10 +62,10 @@ def poison_after(work):
     return poisoned
 
 
-if "dbtrain.fleet.zygote" in sys.orig_argv:
-    import dbtrain.fleet.afterwards as afterwards
+if "dbtrain.fleet.warm_parent" in sys.orig_argv:
+    import dbtrain.fleet.work as work
     import dbtrain.packing.loop as pack
     import dbtrain.train as solo
 
     solo.open_job = pack.open_job = poison(solo.open_job)
-    afterwards.AFTER["evaluate"] = poison_after(afterwards.AFTER["evaluate"])
+    work.AFTER["evaluate"] = poison_after(work.AFTER["evaluate"])

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from dbtrain.fleet import folder
-from dbtrain.fleet.folder import NAME, mark, trouble_of
-from dbtrain.fleet.trainer import Task
+from dbtrain.fleet import run_folder
+from dbtrain.fleet.causes import End
+from dbtrain.fleet.messages import Died, Failed, Published, Task
+from dbtrain.fleet.run_folder import NAME, mark, trouble_of
 from dbtrain.fleet.worker import Worker
 from dbtrain.results.record import NEEDED
 
-FAILED = ("failed", 1, 0)
 BAD_SECTOR = "photos/a.png: Input/output error; the disk or network share failed; check it"
 
 
@@ -31,11 +31,15 @@ def worker(out):
     return one
 
 
+def failed(cause, reason):
+    return Failed(1, 0, End(cause, reason), 1.5)
+
+
 def refuse(monkeypatch, number):
     def write_file(path, content):
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(folder, "write_file", write_file)
+    monkeypatch.setattr(run_folder, "write_file", write_file)
 
 
 def test_a_folder_has_one_token_for_good_and_takes_a_file(out, tmp_path):
@@ -54,7 +58,7 @@ def test_a_folder_that_takes_no_file_says_why(out, monkeypatch, number, told):
 
 
 def test_a_disk_that_gives_back_something_else_does_not_work(out, monkeypatch):
-    monkeypatch.setattr(folder, "write_file", lambda path, content: path.write_bytes(bytes(len(content))))
+    monkeypatch.setattr(run_folder, "write_file", lambda path, content: path.write_bytes(bytes(len(content))))
     assert "Input/output error" in trouble_of(out, "", write=True)
     assert list(out.iterdir()) == []
 
@@ -73,43 +77,42 @@ def test_a_worker_without_the_mount_starts_nothing_and_leaves_nothing(worker, ou
     token = worker.token
     (out / NAME).unlink()
     assert worker.start(Task({}, str(out), token=token), 1) == 0
-    generation, [(kind, cause, reason)] = worker.poll(1.0)
-    assert (generation, kind, cause) == (1, "died", "disk") and reason.endswith("; mount it")
-    assert worker.zygote is None and list(out.iterdir()) == []
+    generation, [died] = worker.poll(1.0)
+    assert (generation, type(died), died.end.cause) == (1, Died, "disk") and died.end.reason.endswith("; mount it")
+    assert worker.parent is None and list(out.iterdir()) == []
 
 
 def test_a_warm_parent_forks_nothing_once_the_mount_is_lost(worker, out):
     closed = []
-    worker.zygote = SimpleNamespace(fork=pytest.fail, wait=pytest.fail, close=lambda: closed.append(True))
+    worker.parent = SimpleNamespace(fork=pytest.fail, wait=pytest.fail, close=lambda: closed.append(True))
     assert worker.start(Task({}, str(out), token="another"), 1) == 0
-    assert worker.poll(1.0)[1][0][:2] == ("died", "disk") and closed == [True] and worker.zygote is None
+    assert worker.poll(1.0)[1][0].end.cause == "disk" and closed == [True] and worker.parent is None
 
 
 @pytest.mark.parametrize("cause", ["file", "error", "crash", "oom", "hang"])
 def test_a_mount_that_is_lost_midway_blames_nobody(worker, out, cause):
-    assert worker._hear((*FAILED, "error", "torn", 1.5)) == [(*FAILED, "error", "torn", 1.5)]
+    assert worker._hear(failed("error", "torn")) == [failed("error", "torn")]
     (out / NAME).unlink()
-    [(kind, _, _, found, reason, seconds)] = worker._hear((*FAILED, cause, "torn", 1.5))
-    assert (kind, found, seconds) == ("failed", "disk", 1.5) and reason.endswith("; mount it")
-    assert worker._weighed("killed", "died of SIGKILL") == ("killed", "died of SIGKILL")
+    [message] = worker._hear(failed(cause, "torn"))
+    assert message == failed("disk", message.end.reason) and message.end.reason.endswith("; mount it")
+    assert worker._weighed(End("killed", "died of SIGKILL")) == End("killed", "died of SIGKILL")
 
 
 def test_a_trainers_end_is_weighed_too(worker, out, monkeypatch):
     """A reason that was told before the end, of a trainer whose pipe has closed."""
     worker.start(Task({}, str(out), token="another"), 1)
-    worker.token, worker.word = mark(out), ("file", BAD_SECTOR)
+    worker.token, worker.end = mark(out), End("file", BAD_SECTOR)
     refuse(monkeypatch, errno.EIO)
-    assert worker.poll(1.0)[1][0][:2] == ("died", "disk")
+    assert worker.poll(1.0)[1][0].end.cause == "disk"
 
 
 def test_a_file_is_its_subjects_where_the_folder_takes_others(worker, out, monkeypatch):
-    [told] = worker._hear((*FAILED, "file", BAD_SECTOR, 1.5))
-    assert told == (*FAILED, "file", f"{BAD_SECTOR}; {out} itself works", 1.5)
+    assert worker._hear(failed("file", BAD_SECTOR)) == [failed("file", f"{BAD_SECTOR}; {out} itself works")]
     refuse(monkeypatch, errno.EIO)
-    [told] = worker._hear((*FAILED, "file", BAD_SECTOR, 1.5))
-    assert told[:4] == (*FAILED, "disk") and "the disk or network share failed" in told[4]
-    assert worker._hear((*FAILED, "disk", "full", 1.5)) == [(*FAILED, "disk", "full", 1.5)]
-    assert worker._hear((*FAILED, "error", "torn", 1.5)) == [(*FAILED, "error", "torn", 1.5)], "no file was refused"
+    [message] = worker._hear(failed("file", BAD_SECTOR))
+    assert message.end.cause == "disk" and "the disk or network share failed" in message.end.reason
+    assert worker._hear(failed("disk", "full")) == [failed("disk", "full")]
+    assert worker._hear(failed("error", "torn")) == [failed("error", "torn")], "no file was refused"
 
 
 def test_files_that_the_disk_does_not_give_back_are_weighed(worker, out):
@@ -117,5 +120,9 @@ def test_files_that_the_disk_does_not_give_back_are_weighed(worker, out):
     (out / "subjects" / "a").mkdir(parents=True)
     (out / "subjects" / "a" / "w").symlink_to("/proc/self/mem")
     (out / "subjects" / "a" / "record.json").write_text(json.dumps({**dict.fromkeys(NEEDED, "a"), "files": {"w": "0"}}))
-    [told] = worker._hear(("finished", 1, 0, "a", 1.0))
-    assert told[:4] == (*FAILED, "file") and told[4].endswith("itself works")
+    [message] = worker._hear(Published(1, 0, "a", 1.5))
+    assert "the disk or network share failed" in message.end.reason and message.end.reason.endswith("itself works")
+    assert message == failed("file", message.end.reason)
+    (out / "subjects" / "a" / "w").unlink()
+    [message] = worker._hear(Published(1, 0, "a", 1.5))
+    assert message.end.cause == "error" and message.end.reason.startswith("published files do not verify: ")

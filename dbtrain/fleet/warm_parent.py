@@ -1,9 +1,9 @@
 """The warm parent of trainers: a process that has imported everything, and forks a trainer whenever one is wanted.
 
-Importing torch, diffusers and deepspeed takes seconds; forking takes milliseconds, so a killed trainer costs the
-loading of the base and no more. It has no threads and has not touched a GPU, which makes the fork safe. It dies with
-its worker and takes its trainers along. Conversation over the control socket: `f` with a descriptor gives the pid of a
-new trainer that speaks through it; `w` waits for the last trainer and gives its wait status.
+Importing torch, diffusers and deepspeed takes seconds, forking takes milliseconds. So a killed trainer costs no more
+than the time to load the base. The warm parent has no threads and has not touched a GPU, which makes the fork safe. It
+dies with its worker, and its trainers with it. Requests over the control socket: `f` with a descriptor answers the pid
+of a new trainer, whose pipe that descriptor is; `w` waits for the last trainer and answers its wait status.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 from dbtrain.fleet.processes import die_with_parent
@@ -22,39 +23,37 @@ from dbtrain.fleet.processes import die_with_parent
 NUMBER = struct.Struct("q")
 
 
-class Zygote:
-    """The worker's end: starts the warm parent and asks it for trainers. What keeps it from starting is raised."""
+class WarmParent:
+    """The worker's end: starts the warm parent and asks it for trainers. Raises whatever keeps it from starting."""
 
     def __init__(self, log: Path):
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.process: subprocess.Popen | None = None
-        self.failure: Exception | None = None
-        started = threading.Event()
-        with theirs:
-            # The kernel watches the starting thread, not the process: this one lives as long as the child.
-            threading.Thread(target=self._run, args=(log, theirs, started), daemon=True).start()
-            started.wait()
-        if self.failure is not None:
-            self.control.close()
-            raise self.failure
-
-    def _run(self, log: Path, theirs: socket.socket, started: threading.Event) -> None:
+        started: Future[subprocess.Popen] = Future()
         try:
-            self.process = self._start(log, theirs)
+            with theirs:
+                # PR_SET_PDEATHSIG watches the starting thread, not the process: this thread lasts as long as the child.
+                threading.Thread(target=self._keep, args=(log, theirs, started), daemon=True).start()
+                self.process = started.result()
+        except BaseException:
+            self.control.close()
+            raise
+
+    def _keep(self, log: Path, theirs: socket.socket, started: Future[subprocess.Popen]) -> None:
+        try:
+            process = self._start(log, theirs)
         except Exception as error:
-            self.failure = error
-        finally:
-            started.set()
-        if self.process is not None:
-            self.process.wait()
+            started.set_exception(error)
+        else:
+            started.set_result(process)
+            process.wait()
 
     def _start(self, log: Path, theirs: socket.socket) -> subprocess.Popen:
         log.parent.mkdir(parents=True, exist_ok=True)
-        # NVML tells of GPUs without starting CUDA, which would not survive a fork.
+        # torch then counts GPUs by NVML and does not start CUDA, which would not survive a fork.
         environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         paths = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-        command = [sys.executable, "-m", "dbtrain.fleet.zygote", str(theirs.fileno()), str(os.getpid())]
+        command = [sys.executable, "-m", "dbtrain.fleet.warm_parent", str(theirs.fileno()), str(os.getpid())]
         with log.open("ab") as file:
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
@@ -78,21 +77,19 @@ class Zygote:
         return NUMBER.unpack(answer)[0]
 
     def kill(self) -> None:
-        """Kill it, and its trainers with it."""
-        if self.process is not None:
-            self.process.kill()
+        """Kill the warm parent, and its trainers with it."""
+        self.process.kill()
 
     def close(self) -> None:
-        """Kill it and let go of it."""
+        """Kill the warm parent and let go of it."""
         self.control.close()
         self.kill()
-        if self.process is not None:
-            self.process.wait()
+        self.process.wait()
 
 
 def warm_up() -> None:
     """Import everything that training needs."""
-    import dbtrain.train  # noqa: F401
+    import dbtrain.fleet.work  # noqa: F401
     from dbtrain.engines.zero import zero_keys
     from dbtrain.families import FAMILIES
     from dbtrain.models.architectures import class_of
@@ -105,7 +102,7 @@ def warm_up() -> None:
 
 
 def serve(control: socket.socket) -> None:
-    """Fork trainers until the worker is gone."""
+    """Fork a trainer for each `f` and reap it for `w`, until the worker is gone."""
     from multiprocessing.connection import Connection
 
     from dbtrain.fleet.trainer import run

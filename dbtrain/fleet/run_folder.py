@@ -1,7 +1,7 @@
-"""Whose fault a refused file is: a run's folder proves that it is the run's own on a machine, and that its disk works.
+"""A run's folder on a machine: whether it is the run's own there, and whether its disk works.
 
-The driver leaves a random token there. A machine that lacks the mount has another folder under the same path, or none,
-and everything that goes wrong there would look like its subjects' doing.
+The driver writes a random token into the folder. A machine that lacks the mount has another folder under the same path,
+or none, and every error there would be blamed on its subjects.
 """
 
 from __future__ import annotations
@@ -13,30 +13,23 @@ import socket
 from pathlib import Path
 
 from dbtrain.storage.atomic import TEMPORARY, write_file
-from dbtrain.storage.trouble import disk_trouble, is_of_one_file
+from dbtrain.storage.trouble import disk_trouble
 
 NAME = "fleet.token"
 
 
 def mark(out: Path) -> str:
-    """The token of a run's folder, which gets one if it has none."""
+    """The token of a run's folder; written if there is none."""
     path = out / NAME
     if not path.exists():
         write_file(path, secrets.token_hex(8).encode())
     return path.read_text(errors="replace")
 
 
-def refusal(error: BaseException) -> tuple[str, str] | None:
-    """(cause, reason) of an error that comes from what the file system refused; else None. `file` is what may be the
-    trouble of one file, `disk` what is that of a whole disk, share or machine."""
-    trouble = disk_trouble(error, paths=False)
-    return ("file" if is_of_one_file(error) else "disk", trouble) if trouble else None
-
-
 def trouble_of(out: Path, token: str, write: bool = False) -> str | None:
-    """What is wrong on this machine with the folder of the run that has a token, in one line; None if nothing is.
+    """What is wrong on this machine with the folder of a run, in one line; None if nothing is.
 
-    write: whether a small file must also be written, synced, read back and removed. An empty token is not asked for.
+    token: what `mark` gave; empty: not compared. write: whether to write, sync, read and remove a small file too.
     """
     try:
         if token and (out / NAME).read_text(errors="replace") != token:

@@ -2,8 +2,8 @@
 
 import json
 
+from dbtrain.fleet.entry import enter_run
 from dbtrain.fleet.ledger import Ledger
-from dbtrain.fleet.prepare import enter_run
 from dbtrain.subjects.sharding import shard_manifest
 from tests.kit.main_job import small_config, write_job
 

@@ -1,17 +1,42 @@
-"""What a fleet does with finished subjects: drawing and scoring, under the same kills and mistakes as training."""
+"""What a trainer does with units: what subjects are charged, packs, finished subjects under kills and mistakes."""
 
 import json
 import os
 import shutil
 import signal
+import sqlite3
+import time
 
 import pytest
 import torch
 
 from dbtrain.fleet.status import read_rows, summarize_run
-from dbtrain.fleet.trainer import beating
+from dbtrain.fleet.work import Charges, beating
 from dbtrain.tiny import IDENTITY
-from tests.kit.fleet_run import batch, finish, processes, said, start, states, wait_for, write_small
+from tests.kit.fleet_run import ask, finish, processes, said, start, states, wait_for, write_small
+
+
+def test_charges_sum_to_the_time_that_passed():
+    for slots in (1, 2, 3):
+        begin = time.monotonic()
+        charges = Charges(["a", "b", "c"], slots)
+        costs = []
+        for name in ("b", "a", "c"):
+            time.sleep(0.02)
+            costs.append(charges.end(name))
+        assert sum(costs) == pytest.approx(time.monotonic() - begin, abs=0.005)
+        assert slots > 1 or costs[0] == 0.0
+
+
+def test_whatever_computes_beats():
+    beats = []
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    with beating(beats.append, "evaluate"):
+        layer(torch.zeros(1, 2))
+    assert beats and set(beats) == {"evaluate"}
+    told = len(beats)
+    layer(torch.zeros(1, 2))
+    assert len(beats) == told
 
 
 def outcomes(out):
@@ -54,26 +79,23 @@ def test_drawing_and_scoring_outlive_a_kill_and_a_subject_that_cannot_be_scored(
     assert set(states(out).values()) == {"finished"}
 
 
-@pytest.mark.parametrize("asked, overrides, told", [
-    (["--evaluate", "--protocol", "thorough"], [], "--protocol: got 'thorough', want dreambooth or quick"),
-    (["--evaluate", "--identity", "no/where"], [], "no/where"),
-    (["--evaluate"], ["sample.prompts=[]"], "the quick protocol has no prompts of its own"),
-    (["--generate"], ["sample.images=0"], "--generate: there is nothing to draw"),
-    (["--clip", "no/where"], [], "give --evaluate too"),
-])  # fmt: skip
-def test_what_cannot_be_done_is_refused_before_any_work(tmp_path, asked, overrides, told):
-    words = write_small(tmp_path, "a:dog", "sample.images=1", *overrides)
-    done = batch("run", *words, "--out", tmp_path / "out", *asked)
-    assert (done.returncode, told in done.stderr) == (2, True), done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_whatever_computes_beats():
-    beats = []
-    layer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
-    with beating(beats.append, "evaluate"):
-        layer(torch.zeros(1, 2))
-    assert beats and set(beats) == {"evaluate"}
-    told = len(beats)
-    layer(torch.zeros(1, 2))
-    assert len(beats) == told
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_packs_of_auto_have_one_size_for_all_workers_and_drivers(tmp_path):
+    """One trainer measures before any subject is given out. A run whose ledger holds the size measures nothing."""
+    packed = ("engine.kind=packed", "engine.packed.size=auto", "train.method=lora", "prior.weight=0")
+    words = write_small(tmp_path, " ".join(f"s{number}:dog" for number in range(6)), *packed)
+    out = tmp_path / "out"
+    finish(start(words, out), out)
+    assert set(states(out).values()) == {"finished"}
+    ((size,),) = ask(out, "SELECT pack FROM run")
+    assert size in (1, 2), "three subjects a worker, and sizes are doubled"
+    records = [json.loads(path.read_text()) for path in out.glob("subjects/*/record.json")]
+    assert [record["pack_size"] for record in records] == [size] * 6
+    shutil.rmtree(out / "subjects")
+    with sqlite3.connect(out / "ledger.sqlite") as db:
+        db.execute("UPDATE subjects SET state='waiting'")
+        db.execute("UPDATE run SET pack=3")
+    finish(start(words, out), out)
+    records = [json.loads(path.read_text()) for path in out.glob("subjects/*/record.json")]
+    assert [record["pack_size"] for record in records] == [3] * 6

@@ -1,4 +1,4 @@
-"""Before any worker starts: the run enters the ledger, its photos go into shards, its subjects get their names."""
+"""A run's entry, before any worker starts: its photos go into shards, its subjects get identifiers and a ledger."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from dbtrain.subjects.manifest import read_manifest, scan_manifest
 from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
 from dbtrain.subjects.sharding import shard_manifest
 from dbtrain.training.identity import IRRELEVANT
-from dbtrain.values import Subject
 
 
 def tell(line: str) -> None:
-    """One line for the person who watches."""
+    """Print a line for the person who watches."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -37,11 +36,11 @@ def enter_run(
     say: Callable[[str], None] = tell,
     skip_bad: bool = False,
 ) -> Index:
-    """The index of the run's shards; afterwards the ledger holds the run. skip_bad: enter subjects with findings as
-    skipped, with the findings as reasons.
+    """The index of the run's shards, once the ledger holds the run. skip_bad: enter subjects with findings as skipped,
+    with the findings as reasons.
 
-    A run that is there already must have the same settings and manifest, else ConfigError or DataError; then neither
-    the manifest nor a photo is read again.
+    A run that is there already must have the same settings (ConfigError) and manifest (DataError). Then neither the
+    manifest nor a photo is read again.
     """
     config_digest, manifest_digest = settings_digest(config), file_digest(manifest)
     run = ledger.run()
@@ -67,22 +66,16 @@ def enter_run(
             "manifest": str(manifest.resolve()),
             "manifest_digest": manifest_digest,
         }
-        specs = (spec_of(subject, names[subject.id]) for subject in sound)
+        named = (replace(subject, identifier=names[subject.id]) for subject in sound)
         with ledger.commit():
-            ledger.create_run(about, specs, left_out(out / "shards" / SKIPPED))
+            ledger.create_run(about, named, left_out(out / "shards" / SKIPPED))
     return index
 
 
 def left_out(path: Path) -> dict[str, str]:
     """Reasons of the subjects that sharding left out, by id; of a row without one, by its place in the manifest."""
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return {name: "; ".join(reasons) for name, reasons in found.items()}
-
-
-def spec_of(subject: Subject, identifier: str) -> dict[str, Any]:
-    """What training needs of a subject besides its photos."""
-    own = {one.name: getattr(subject, one.name) for one in fields(subject) if one.name != "images"}
-    return {**own, "identifier": identifier}
+    findings = json.loads(path.read_text()) if path.exists() else {}
+    return {name: "; ".join(reasons) for name, reasons in findings.items()}
 
 
 def settings_digest(config: RunConfig) -> str:
