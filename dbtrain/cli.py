@@ -133,12 +133,12 @@ def config_check(recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...
     Example:
       dbtrain config check configs/recipes/*.yaml
     """
-    from dbtrain.settings import recipes
+    from dbtrain.settings.recipes import load
 
     findings: list[str] = []
     for recipe in recipes:
         try:
-            recipes.load(recipe)
+            load(recipe)
         except ConfigError as error:
             findings += error.findings
         else:

@@ -1,6 +1,9 @@
 """What is wrong with some input, in a form for a table, for JSON and for one line of text."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+
+from dbtrain.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -19,3 +22,9 @@ class Finding:
     def row(self) -> dict[str, str]:
         """The finding as a plain mapping, for `--json`."""
         return asdict(self)
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """Raise one DataError that names all findings, a line each; do nothing where there are none."""
+    if findings:
+        raise DataError("\n".join(finding.line() for finding in findings))

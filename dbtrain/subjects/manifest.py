@@ -15,7 +15,7 @@ from typing import Any
 
 from dbtrain.data.images import SUFFIXES
 from dbtrain.errors import DataError, shown
-from dbtrain.subjects.finding import Finding
+from dbtrain.subjects.finding import Finding, refuse
 from dbtrain.subjects.rows import Row, read_rows
 from dbtrain.values import SUBJECT_ID, Subject
 
@@ -39,8 +39,7 @@ class _CellError(Exception):
 def read_manifest(path: Path, photos: bool = True) -> list[Subject]:
     """The subjects of a manifest, in its order; a DataError lists all defects, one a line."""
     subjects, findings = scan_manifest(path, photos)
-    if findings:
-        raise DataError("\n".join(finding.line() for finding in findings))
+    refuse(findings)
     return subjects
 
 

@@ -1,6 +1,6 @@
 """Everything that can be known to be wrong with subjects and photos before any other work. Reads only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from dbtrain.errors import DataError, named
 from dbtrain.settings.config import RunConfig
 from dbtrain.subjects.finding import Finding
 from dbtrain.subjects.identifiers import meanings
-from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.prompts import fill
 from dbtrain.subjects.registry import read_registry, taken_identifiers, vocabulary_digest
 from dbtrain.values import Subject
@@ -20,7 +19,7 @@ MARKS = 2
 
 
 def preflight(
-    subjects: list[Subject],
+    subjects: Sequence[Subject],
     config: RunConfig,
     tokenizer: Any = None,
     registry: Path | None = None,
@@ -39,17 +38,25 @@ def preflight(
 
 
 def sift(
-    manifest: Path, config: RunConfig, tokenizer: Any = None, registry: Path | None = None, photos: bool = True
+    subjects: Sequence[Subject],
+    findings: Sequence[Finding],
+    config: RunConfig,
+    tokenizer: Any = None,
+    registry: Path | None = None,
+    photos: bool = True,
 ) -> tuple[list[Subject], list[Finding]]:
-    """(subjects of a manifest without a finding, all findings): what `--skip-bad` goes on with, and why."""
-    subjects, findings = scan_manifest(manifest, config.data.shards is None)
-    findings += preflight(subjects, config, tokenizer, registry, photos)
-    # A row whose id is none cannot be told apart from others by it, but it is no subject either.
+    """(subjects without a finding, all findings) of a manifest that `scan_manifest` has read.
+
+    The findings are those of the reading, then those of `preflight`, whose arguments the others are. `--skip-bad` goes
+    on with these subjects.
+    """
+    findings = [*findings, *preflight(subjects, config, tokenizer, registry, photos)]
+    # A finding on a row without an id has the subject "", which is no subject's id.
     bad = {finding.subject for finding in findings}
     return [subject for subject in subjects if subject.id not in bad], findings
 
 
-def _overrides(subjects: list[Subject], config: RunConfig) -> Iterator[Finding]:
+def _overrides(subjects: Sequence[Subject], config: RunConfig) -> Iterator[Finding]:
     """What subjects ask for that the settings cannot give them."""
     warmup, prior = config.train.warmup_steps, config.prior
     for subject in subjects:
@@ -83,7 +90,7 @@ def _overrides(subjects: list[Subject], config: RunConfig) -> Iterator[Finding]:
         yield from (Finding(subject.id, name, what, remedy) for name, wrong, what, remedy in rules if wrong)
 
 
-def _captions(subjects: list[Subject], config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
+def _captions(subjects: Sequence[Subject], config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
     """Captions of subjects and classes that are longer than the text encoder reads."""
     limit = tokenizer.model_max_length - MARKS
     for subject in subjects:
@@ -101,7 +108,7 @@ def _captions(subjects: list[Subject], config: RunConfig, tokenizer: Any) -> Ite
 
 
 def _identifiers(
-    subjects: list[Subject], config: RunConfig, tokenizer: Any, registry: Path | None
+    subjects: Sequence[Subject], config: RunConfig, tokenizer: Any, registry: Path | None
 ) -> Iterator[Finding]:
     """Identifiers that have a meaning of their own, or that were given to somebody else."""
     meant = meanings(tokenizer, (subject.identifier for subject in subjects if subject.identifier))
@@ -114,7 +121,7 @@ def _identifiers(
         yield from taken_identifiers(registry, subjects, read_registry(registry, vocabulary_digest(tokenizer)))
 
 
-def _photos(subjects: list[Subject]) -> Iterator[Finding]:
+def _photos(subjects: Sequence[Subject]) -> Iterator[Finding]:
     pairs = ((subject, path) for subject in subjects for path in subject.images)
     return (finding for finding in ahead(_photo, pairs) if finding is not None)
 

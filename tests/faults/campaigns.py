@@ -25,7 +25,8 @@ from dbtrain.results.checkpoint import (
     verify_checkpoint,
 )
 from dbtrain.storage.atomic import TEMPORARY, file_digest
-from dbtrain.subjects.sharding import shard_manifest
+from dbtrain.subjects.manifest import scan_manifest
+from dbtrain.subjects.sharding import shard_subjects
 from tests.faults.damage import DAMAGES
 from tests.faults.kit import Fault, forked, trace
 from tests.kit.main_job import photo, small_config, write_job
@@ -128,7 +129,7 @@ class Works:
 
     def shards(self, root: Path) -> Callable[[], object]:
         config = small_config()
-        return lambda: shard_manifest(self.manifest, root / "shards", config, str)
+        return lambda: shard_subjects(*scan_manifest(self.manifest), root / "shards", config, str)
 
     def checkpoints(self, root: Path) -> Callable[[], object]:
         """Four steps with a checkpoint each, two kept; begun again from the newest good one."""

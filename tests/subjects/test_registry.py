@@ -5,13 +5,13 @@ import multiprocessing
 import time
 
 import pytest
-from tests.subjects.test_identifiers import clip_tokenizer
 
 from dbtrain.errors import ConfigError, DataError
 from dbtrain.models.load import load_tokenizer
 from dbtrain.subjects.identifiers import allocate
 from dbtrain.subjects.registry import read_registry, recorded_identifiers, vocabulary_digest
 from dbtrain.values import Subject
+from tests.subjects.test_identifiers import clip_tokenizer
 
 
 @pytest.fixture(scope="module")
