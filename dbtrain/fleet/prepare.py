@@ -16,12 +16,12 @@ from dbtrain.errors import ConfigError, DataError
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.models.load import load_tokenizer
 from dbtrain.settings.config import RunConfig
+from dbtrain.settings.marks import deciding
 from dbtrain.storage.atomic import file_digest
 from dbtrain.subjects.finding import refuse
 from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
 from dbtrain.subjects.sharding import shard_subjects
-from dbtrain.training.identity import IRRELEVANT
 from dbtrain.values import Subject
 
 
@@ -90,11 +90,6 @@ def spec_of(subject: Subject, identifier: str) -> dict[str, Any]:
 def settings_digest(config: RunConfig) -> str:
     """One sha256 of the settings that decide results."""
     return hashlib.sha256(json.dumps(deciding(config), sort_keys=True).encode()).hexdigest()
-
-
-def deciding(config: RunConfig) -> dict[str, Any]:
-    """The settings that decide results."""
-    return config.model_dump(mode="json", exclude=IRRELEVANT)
 
 
 def _difference(run: dict[str, Any], config: RunConfig) -> str:
