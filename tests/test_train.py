@@ -213,7 +213,7 @@ def opened(job, out, *words):
 def test_bad_data_of_one_subject_leaves_the_others_alone(job, tmp_path, engine):
     """A torn sample and a foreign checkpoint: each ends its own subject, with the code of bad data."""
     session, subjects = opened(job, tmp_path, *engine)
-    row = session.index.rows_of("rex")[0]
+    row = session.index.entries_of("rex")[0]
     shard = tmp_path / "shards" / row.shard
     with shard.open("r+b") as file:
         file.seek(row.offset + 700)

@@ -4,7 +4,7 @@
 Rules that join several fields stand in `cross_field_findings`, nowhere else.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -21,6 +21,12 @@ class Section(BaseModel):
     """A frozen group of settings; unknown keys are errors, and field docstrings become the schema's descriptions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def replaced(self, key: str, value: Any) -> Self:
+        """The same settings with another value, already checked, for a dotted key."""
+        name, _, rest = key.partition(".")
+        part = getattr(self, name).replaced(rest, value) if rest else value
+        return self.model_copy(update={name: part})
 
 
 class ModelConfig(Section):

@@ -8,6 +8,7 @@ from dbtrain.data.images import open_photo
 from dbtrain.data.prefetch import ahead
 from dbtrain.errors import DataError, named
 from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.columns import COLUMNS
 from dbtrain.subjects.finding import Finding
 from dbtrain.subjects.identifiers import meanings
 from dbtrain.subjects.prompts import fill
@@ -31,7 +32,7 @@ def preflight(
     base model's; None leaves captions and identifiers unjudged. `registry` holds the identifiers that were given out;
     None is the one in the settings, if any.
     """
-    found = [*_overrides(subjects, config)]
+    found = [*_conflicts(subjects, config)]
     if tokenizer is not None:
         found += [*_captions(subjects, config, tokenizer), *_identifiers(subjects, config, tokenizer, registry)]
     return [*found, *_photos(subjects)] if photos else found
@@ -56,38 +57,13 @@ def sift(
     return [subject for subject in subjects if subject.id not in bad], findings
 
 
-def _overrides(subjects: Sequence[Subject], config: RunConfig) -> Iterator[Finding]:
-    """What subjects ask for that the settings cannot give them."""
-    warmup, prior = config.train.warmup_steps, config.prior
+def _conflicts(subjects: Sequence[Subject], config: RunConfig) -> Iterator[Finding]:
+    """Values of subjects that the run's settings cannot give them."""
     for subject in subjects:
-        steps, weight = subject.steps, subject.prior_weight
-        rules = (
-            (
-                "steps",
-                steps is not None and steps <= warmup,
-                f"is {steps}, but train.warmup_steps is {warmup}",
-                "raise it, or shorten the warm-up",
-            ),
-            (
-                "rank",
-                subject.rank is not None and config.train.method != "lora",
-                f"is {subject.rank}, but train.method is {config.train.method}, so it would have no effect",
-                "leave it empty, or set train.method=lora",
-            ),
-            (
-                "prior_weight",
-                weight is not None and prior.weight == 0 and config.engine.kind == "packed",
-                f"is {weight} while prior.weight is 0, and the subjects of a pack have priors all or none",
-                "set prior.weight, or leave it empty",
-            ),
-            (
-                "prior_weight",
-                weight is not None and prior.images == 0,
-                f"is {weight}, but prior.images is 0",
-                "raise prior.images, or leave it empty",
-            ),
-        )
-        yield from (Finding(subject.id, name, what, remedy) for name, wrong, what, remedy in rules if wrong)
+        for column in COLUMNS.values():
+            if (value := getattr(subject, column.field)) is not None:
+                for what, remedy in column.conflicts(value, config):
+                    yield Finding(subject.id, column.name, what, remedy)
 
 
 def _captions(subjects: Sequence[Subject], config: RunConfig, tokenizer: Any) -> Iterator[Finding]:

@@ -52,12 +52,12 @@ def shard_subjects(
         damage = _repair_reason(made, source, out)
         if not damage:
             _name_left_out(out, left_out)
-            say(f"{out}: is up to date, {len(made.rows)} samples of {len(made.subjects)} subjects; nothing to do")
+            say(f"{out}: is up to date, {len(made.entries)} samples of {len(made.subjects)} subjects; nothing to do")
             return made
         say("\n".join([*damage, f"{out}: is damaged; remaking it"]))
     index = write_shards(_photo_samples(subjects, resolution), out, source=source, remake=made is not None)
     _name_left_out(out, left_out)
-    say(f"{out}: {len(index.rows)} samples of {len(subjects)} subjects in {len(index.shards)} shards")
+    say(f"{out}: {len(index.entries)} samples of {len(subjects)} subjects in {len(index.shards)} shards")
     return index
 
 
@@ -73,16 +73,16 @@ def _ready_made(
     place = str(data.shards)
     index = Index.load(place, data.schemes)
     remedy = "shard its photos too, or take its row out"
-    absent = [subject for subject in subjects if not index.rows_of(subject.id)]
+    absent = [subject for subject in subjects if not index.entries_of(subject.id)]
     findings = findings + [Finding(subject.id, place, "holds no photo of it", remedy) for subject in absent]
     sound = {subject.id for subject in subjects} - {subject.id for subject in absent}
     left_out = _left_out(findings, skip_bad and bool(sound), say)
     if left_out:
         out.mkdir(parents=True, exist_ok=True)
         _name_left_out(out, left_out)
-    rows = tuple(row for row in index.rows if row.subject in sound and row.role == Role.INSTANCE)
-    say(f"{place}: {len(rows)} samples of {len(sound)} subjects")
-    return Index(rows, index.shards, index.source)
+    entries = tuple(entry for entry in index.entries if entry.subject in sound and entry.role == Role.INSTANCE)
+    say(f"{place}: {len(entries)} samples of {len(sound)} subjects")
+    return Index(entries, index.shards, index.source)
 
 
 def _left_out(findings: list[Finding], skip: bool, say: Callable[[str], None]) -> dict[str, list[str]]:

@@ -10,25 +10,18 @@ from dbtrain.models.load import base_digest
 from dbtrain.priors.store import IMPORTED, images_digest, prior_key
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.marks import deciding
+from dbtrain.subjects.columns import COLUMNS
 from dbtrain.training.session import Session
 from dbtrain.values import Sample, Subject
-
-OVERRIDES = {
-    "steps": ("train", "steps"),
-    "lr": ("train", "lr"),
-    "rank": ("lora", "rank"),
-    "prior_weight": ("prior", "weight"),
-}
-"""Section and key of what a subject can have of its own, besides its seed, by the manifest's column."""
 
 
 def subject_config(config: RunConfig, subject: Subject) -> RunConfig:
     """The run's configuration with a subject's overrides."""
-    for name, (section, key) in OVERRIDES.items():
-        if (value := getattr(subject, name)) is not None:
-            part = getattr(config, section).model_copy(update={key: value})
-            config = config.model_copy(update={section: part})
-    return config if subject.seed is None else config.model_copy(update={"seed": subject.seed})
+    for column in COLUMNS.values():
+        value = getattr(subject, column.field)
+        if column.setting is not None and value is not None:
+            config = config.replaced(column.setting, value)
+    return config
 
 
 def run_digest(config: RunConfig, subject: Subject, session: Session, instances: Sequence[Sample]) -> str:

@@ -1,6 +1,7 @@
 """The verbs that work on subjects: preflight, shard, prior, train, generate, export, demo."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -40,7 +41,7 @@ def preflight_verb(
         typer.echo(f"captions and identifiers are not checked: {error}", err=True)
     subjects, findings = sift(*scan_manifest(manifest, config.data.shards is None), config, tokenizer)
     if as_json:
-        print_json([finding.row() for finding in findings])
+        print_json([asdict(finding) for finding in findings])
     if not (skip_bad and subjects):
         refuse(findings)
     for finding in findings:

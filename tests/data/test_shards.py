@@ -38,7 +38,7 @@ def test_equal_input_gives_equal_bytes(shard_folder, tmp_path):
 def test_shards_keep_their_size_and_may_split_a_subject(shard_folder):
     index = Index.load(shard_folder)
     assert all(shard.size <= 10_000 for shard in index.shards)
-    assert sum(shard.count for shard in index.shards) == len(index.rows) == 12
+    assert sum(shard.count for shard in index.shards) == len(index.entries) == 12
     assert all((shard_folder / shard.name).stat().st_size == shard.size for shard in index.shards)
 
 
@@ -64,7 +64,7 @@ def test_photo_samples_carry_pixels_and_provenance(manifest):
 def test_sharding_again_changes_nothing_and_says_so(manifest, tmp_path):
     out, said = tmp_path / "out", []
     index = shard_subjects(*scan_manifest(manifest), out, CONFIG, said.append)
-    assert [sample.subject for sample in read_samples(out, index.rows)] == ["cat"] * 3 + ["tiger"]
+    assert [sample.subject for sample in read_samples(out, index.entries)] == ["cat"] * 3 + ["tiger"]
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert shard_subjects(*scan_manifest(manifest), out, CONFIG, said.append) == index
     assert "nothing to do" in said[-1]

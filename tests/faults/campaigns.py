@@ -252,7 +252,7 @@ def mixups(root: Path, folder: Path) -> dict[str, tuple[int, Callable[[], object
 def damage_shards(folder: Path, times: int, seed: int = 0, kinds: Iterable[str] = DAMAGES) -> Tally:
     """Damage to a sound shard folder: `verify` must say so, and reading must raise or give the very samples."""
     tally, chance = Tally("shard damage"), random.Random(seed)
-    wanted = list(read_samples(folder, Index.load(folder).rows))
+    wanted = list(read_samples(folder, Index.load(folder).entries))
     files = sorted(folder.iterdir())
     for name in kinds:
         for case in range(times):
@@ -260,7 +260,7 @@ def damage_shards(folder: Path, times: int, seed: int = 0, kinds: Iterable[str] 
             sound = path.read_bytes()
             what = DAMAGES[name](path, chance)
             try:
-                same = list(read_samples(folder, Index.load(folder).rows)) == wanted
+                same = list(read_samples(folder, Index.load(folder).entries)) == wanted
             except DataError:
                 same = True
             tally.count(same and verify(folder) != [], f"{path.name} {what}: read {same}, verify {verify(folder)}")

@@ -43,6 +43,6 @@ def test_a_run_on_ready_made_shards_needs_no_photos(tmp_path):
     manifest.write_text("subject,class\nrex,dog\neve,cat\n")
     config = small_config(f"data.shards=file://{tmp_path}/made", "data.schemes=[file]")
     index, rows = entered(tmp_path / "out", manifest, config)
-    assert index.rows == made.rows_of("rex")
+    assert index.entries == made.entries_of("rex")
     assert [row[:2] for row in rows] == [("eve", "skipped"), ("rex", "waiting")]
     assert list(json.loads((tmp_path / "out" / "shards" / "skipped.json").read_text())) == ["eve"]
