@@ -3,8 +3,9 @@
     python benchmarks/report.py                       # 500 subjects, half a minute
     python benchmarks/report.py --subjects 10000      # what the results folder holds
 
-The run is made up (tests/kit/made_up_run.py): for each subject 4 photos in shards, 6 samples, a log of 40 lines, scores,
-4 evaluation pictures; all pictures 64 x 64, as the embedded base draws. --side 512 costs what a large model's would.
+The run is made up (tests/kit/made_up_run.py): for each subject 4 photos in shards, 6 samples, a log of 40 lines,
+scores, 4 evaluation pictures; all pictures 64 x 64, as the embedded base draws. --side 512 costs what a large model's
+would.
 Chromium is measured from a fresh start, on the file itself, with the machine's own software rendering.
 """
 

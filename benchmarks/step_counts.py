@@ -31,7 +31,6 @@ from dbtrain.engines.engine import ParamGroup  # noqa: E402
 from dbtrain.families import FAMILIES  # noqa: E402
 from dbtrain.models import adapters  # noqa: E402
 from dbtrain.models.adapters import attach  # noqa: E402
-from dbtrain.models.architectures import ARCHITECTURES, blank_denoiser  # noqa: E402
 from dbtrain.models.family import Models  # noqa: E402
 from dbtrain.objective.noise import Schedule, discrete_schedule  # noqa: E402
 from dbtrain.settings.config import RunConfig, TrainConfig  # noqa: E402
@@ -40,6 +39,8 @@ from dbtrain.values import Batch, Conditioning  # noqa: E402
 from dbtrain_kernels import reference  # noqa: E402
 
 RANK, STEPS = 16, 1000
+SHAPES = {name: shape for family in FAMILIES.values() for name, shape in family.shapes.items()}
+FAMILY_OF = {name: family for family in FAMILIES.values() for name in family.shapes}
 TARGETS = ("attn*.to_q", "attn*.to_k", "attn*.to_v", "attn*.to_out.0")
 ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, STEPS, dtype=torch.float64) ** 2).cumprod(0)
 VAE = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.18215, shift_factor=None))
@@ -47,7 +48,7 @@ VAE = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.18215, shift_facto
 
 def told(name: str, rows: int, dtype: torch.dtype) -> Conditioning:
     """Captions of an architecture, as shapes."""
-    architecture = ARCHITECTURES[name]
+    architecture = SHAPES[name]
     states = torch.empty(rows, architecture.tokens, architecture.width, device="meta", dtype=dtype)
     pooled = architecture.pooled and torch.empty(rows, architecture.pooled, device="meta", dtype=dtype)
     return Conditioning(states, pooled)
@@ -55,7 +56,7 @@ def told(name: str, rows: int, dtype: torch.dtype) -> Conditioning:
 
 def batch_of(name: str, subjects: int) -> Batch:
     """One photo and one prior of each subject, as cached moments."""
-    count, side = 2 * subjects, ARCHITECTURES[name].latent_side
+    count, side = 2 * subjects, SHAPES[name].latent_side
     whole = torch.empty(count, dtype=torch.long, device="meta")
     moments, sizes = torch.empty(count, 8, side, side, device="meta"), torch.empty(count, 6, device="meta")
     return Batch(moments, whole, whole, whole, sizes, whole)
@@ -78,13 +79,13 @@ def operations(fused: bool) -> Iterator[None]:
 
 def our_step(name: str, subjects: int) -> Callable[[], None]:
     """One step of a pack of so many subjects: what `packing.pack.Pack.advance` does but for its statistics."""
-    denoiser = blank_denoiser(name, "meta")
+    denoiser = SHAPES[name].blank("meta")
     attach(denoiser, TARGETS, subjects, RANK, RANK)
     config = RunConfig(train=TrainConfig(precision="bf16"))
     trained = {key: param for key, param in denoiser.named_parameters() if param.requires_grad}
     engine = packed.PackedEngine([ParamGroup(trained, 1e-4)], config.train, STEPS, torch.bfloat16)
     schedule = discrete_schedule(ALPHA_BAR, "epsilon")
-    family = FAMILIES[ARCHITECTURES[name].family]
+    family = FAMILY_OF[name]
     models = Models(denoiser, {}, {}, VAE, None, schedule, name)
     key_N2 = torch.empty(subjects, 2, dtype=torch.long, device="meta")
     prior_N = torch.empty(subjects, device="meta")
@@ -107,13 +108,13 @@ def peft_step(name: str) -> Callable[[], None]:
     """One step as diffusers' train_dreambooth_lora.py writes it, its latents and captions cached too."""
     from peft import LoraConfig
 
-    unet = blank_denoiser(name, "meta")
+    unet = SHAPES[name].blank("meta")
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
     trained = [param for param in unet.parameters() if param.requires_grad]
     for param in trained:  # what the script's cast_training_params does
         param.data = param.data.float()
     optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
-    alpha_bar_S, side = ALPHA_BAR.float().to("meta"), ARCHITECTURES[name].latent_side
+    alpha_bar_S, side = ALPHA_BAR.float().to("meta"), SHAPES[name].latent_side
     moments = torch.empty(2, 8, side, side, device="meta", dtype=torch.bfloat16)
     captions = told(name, 2, torch.bfloat16)
     added = {"text_embeds": captions.pooled_BD, "time_ids": torch.empty(2, 6, device="meta", dtype=torch.bfloat16)}
@@ -166,7 +167,7 @@ def counted(run: Callable[[], None]) -> dict[str, Any]:
 
 def rows_of(name: str) -> Iterator[dict[str, Any]]:
     """A row of counts for each way to make a step, and for the packs."""
-    about = {"model": name, "layers": len(adapters.matching_layers(blank_denoiser(name, "meta"), TARGETS))}
+    about = {"model": name, "layers": len(adapters.matching_layers(SHAPES[name].blank("meta"), TARGETS))}
     yield {**about, "form": "peft", "subjects": 1, **counted(peft_step(name))}
     for form, subjects in (("plain", 1), ("fused", 1), ("fused", 8)):
         with operations(form == "fused"):
@@ -191,7 +192,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
-    parser.add_argument("--models", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     arguments = parser.parse_args()
     from dbtrain.bench.ops import counts, counts_table
 

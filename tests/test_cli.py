@@ -9,12 +9,13 @@ import time
 
 import pytest
 import typer
-from tests.subjects.test_identifiers import clip_tokenizer
 from typer.testing import CliRunner
 
-from dbtrain import __version__, cli, errors, families
+from dbtrain import __version__, cli, errors
+from dbtrain.models import load
 from dbtrain.settings import recipes
 from dbtrain.subjects import identifiers
+from tests.subjects.test_identifiers import clip_tokenizer
 
 run = CliRunner().invoke
 
@@ -153,7 +154,7 @@ def test_config_check_reports_every_file(tmp_path):
 @pytest.fixture
 def tokenizer(monkeypatch):
     made = clip_tokenizer()
-    monkeypatch.setattr(families, "load_tokenizer", lambda path: made, raising=False)
+    monkeypatch.setattr(load, "load_tokenizer", lambda path: made, raising=False)
     return made
 
 

@@ -34,7 +34,6 @@ from dbtrain.engines.world import World, start_world
 from dbtrain.engines.zero import ZeroEngine
 from dbtrain.families import FAMILIES
 from dbtrain.models.adapters import detach
-from dbtrain.models.architectures import ARCHITECTURES, blank_denoiser
 from dbtrain.models.family import Models
 from dbtrain.objective.noise import discrete_schedule
 from dbtrain.packing.pack import Pack, tensors_of
@@ -83,8 +82,8 @@ def load(config: RunConfig, random_weights: bool) -> Base:
             pixels = torch.zeros(1, 3, config.data.resolution, config.data.resolution, device=world.device)
             mean = models.vae.encode(pixels).latent_dist.mean
         return Base(models, captions, (2 * mean.shape[1], *mean.shape[2:]), world)
-    name, shape = next((name, one) for name, one in ARCHITECTURES.items() if one.family == config.model.family)
-    unet = blank_denoiser(name, world.device, DTYPES[config.train.precision])
+    name, shape = next(iter(FAMILIES[config.model.family].shapes.items()))
+    unet = shape.blank(world.device, DTYPES[config.train.precision])
     if config.engine.channels_last:
         unet.to(memory_format=torch.channels_last)
     vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.18215, shift_factor=None))

@@ -1,11 +1,27 @@
-"""Model families. The only door to diffusers and transformers; `FAMILIES` has a row for each architecture."""
+"""Model families: one file an architecture, with everything that dbtrain knows of it, and a name in this table."""
 
-from dbtrain.families.sd import SD
-from dbtrain.families.sdxl import SDXL
-from dbtrain.models.family import Family, Models, encode_images, sample_latents
-from dbtrain.models.load import load_models, load_tokenizer
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD, SDXL)}
-"""Every architecture by the name used in `model.family`."""
 
-__all__ = ["FAMILIES", "Family", "Models", "encode_images", "load_models", "load_tokenizer", "sample_latents"]
+class Rows(Mapping[str, Any]):
+    """The rows of a table by name. A row is given as `module:name` of this package and loaded when it is looked up, so
+    that the names alone can be read without loading torch or diffusers."""
+
+    def __init__(self, places: Mapping[str, str]):
+        self.places = dict(places)
+
+    def __getitem__(self, name: str) -> Any:
+        module, _, row = self.places[name].partition(":")
+        return getattr(import_module(f"{__name__}.{module}"), row)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+FAMILIES = Rows({"sd": "sd:SD", "sdxl": "sdxl:SDXL"})
+"""A `models.family.Family` for each architecture, by the name used in `model.family`."""

@@ -1,9 +1,15 @@
 """Stable Diffusion XL (arXiv 2307.01952): two text encoders, pooled text and size conditioning."""
 
+import re
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from dbtrain.models.architectures import Architecture
 from dbtrain.models.family import Family, Tokens
+from dbtrain.models.schedules import diffusion
+from dbtrain.models.unet import CODEC, REGIONS, SAMPLERS, UNET, text_path
 from dbtrain.values import Batch, Conditioning
 
 
@@ -15,9 +21,83 @@ def encode_tokens(text_encoders: dict[str, nn.Module], tokens: Tokens) -> Condit
 
 
 def denoise(unet: nn.Module, x_t_BCHW: Tensor, time_B: Tensor, conditioning: Conditioning, batch: Batch) -> Tensor:
-    """The U-Net's prediction [B, C, h, w], told each sample's original size, crop and target size."""
+    """The U-Net's prediction [B, C, h, w], given each sample's original size, crop and target size."""
     added = {"text_embeds": conditioning.pooled_BD, "time_ids": batch.size_B6}
     return unet(x_t_BCHW, time_B, conditioning.states_BTD, added_cond_kwargs=added, return_dict=False)[0]
 
 
-SDXL = Family("sdxl", "StableDiffusionXLPipeline", "unet", ("text_encoder", "text_encoder_2"), encode_tokens, denoise)
+KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+BLOCKS: list[tuple[str, Callable[[int, int], str]]] = [
+    (r"down_blocks\.(\d)\.resnets\.(\d)", lambda i, j: f"input_blocks.{3 * i + j + 1}.0"),
+    (r"down_blocks\.(\d)\.attentions\.(\d)", lambda i, j: f"input_blocks.{3 * i + j + 1}.1"),
+    (r"mid_block\.(resnets)\.(\d)", lambda _, j: f"middle_block.{2 * j}"),
+    (r"mid_block\.(attentions)\.(\d)", lambda _, j: "middle_block.1"),
+    (r"up_blocks\.(\d)\.resnets\.(\d)", lambda i, j: f"output_blocks.{3 * i + j}.0"),
+    (r"up_blocks\.(\d)\.attentions\.(\d)", lambda i, j: f"output_blocks.{3 * i + j}.1"),
+]
+"""Stability's names of the blocks (two layers a block), which kohya's sd-scripts use, by diffusers' names."""
+LAYERS = {"conv_shortcut": "skip_connection", "time_emb_proj": "emb_layers.1"}
+
+
+def kohya(component: str, path: str) -> str:
+    """kohya's name of a layer: Stability's block names with underscores, behind `lora_unet`, `lora_te1`, `lora_te2`."""
+    name = f"{KOHYA[component]}.{_stability_path(path) if component == 'unet' else text_path(path)}"
+    return name.replace(".", "_")
+
+
+def _stability_path(path: str) -> str:
+    for pattern, rename in BLOCKS:
+        match = re.match(pattern, path)
+        if match:
+            block, layer = (int(part) if part.isdigit() else 0 for part in match.groups())
+            path = rename(block, layer) + path[match.end() :]
+    head, _, tail = path.rpartition(".")
+    return f"{head}.{LAYERS.get(tail, tail)}" if head else path
+
+
+XL = Architecture(
+    UNET,
+    {
+        "sample_size": 128,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2, 10),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    latent_side=128,
+    channels=4,
+    tokens=77,
+    width=2048,
+    pooled=1280,
+)
+"""Stable Diffusion XL at 1024 px, from the `unet/config.json` of its published repository."""
+
+SDXL = Family(
+    name="sdxl",
+    pipeline="StableDiffusionXLPipeline",
+    denoiser="unet",
+    text_encoders=("text_encoder", "text_encoder_2"),
+    components={
+        "unet": (UNET,),
+        "vae": ("diffusers:AutoencoderKL",),
+        "text_encoder": ("transformers:CLIPTextModel",),
+        "text_encoder_2": ("transformers:CLIPTextModelWithProjection",),
+    },
+    schedule=diffusion,
+    codec=CODEC,
+    encode_tokens=encode_tokens,
+    denoise=denoise,
+    samplers=SAMPLERS,
+    kohya=kohya,
+    regions=REGIONS,
+    shapes={"sdxl": XL},
+)

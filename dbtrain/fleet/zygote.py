@@ -94,12 +94,14 @@ def warm_up() -> None:
     """Import everything that training needs."""
     import dbtrain.train  # noqa: F401
     from dbtrain.engines.zero import zero_keys
-    from dbtrain.models.load import CLASSES, quiet_libraries
+    from dbtrain.families import FAMILIES
+    from dbtrain.models.architectures import class_of
+    from dbtrain.models.load import quiet_libraries
 
     zero_keys()
     quiet_libraries()
-    for library, name in CLASSES.values():
-        getattr(__import__(library), name)
+    for name in {name for family in FAMILIES.values() for names in family.components.values() for name in names}:
+        class_of(name)
 
 
 def serve(control: socket.socket) -> None:

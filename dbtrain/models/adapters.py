@@ -213,7 +213,7 @@ def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) 
 @contextmanager
 def adapter(family: Family, models: Models, weights: LoraWeights) -> Iterator[None]:
     """The base with an adapter on it; afterwards the base as it was."""
-    components = models.components(family.denoiser_name)
+    components = models.components(family.denoiser)
     refuse_misfit(components, weights)
     for name, matrices in weights.matrices.items():
         attach(components[name], matrices, 1, weights.rank, weights.alpha)

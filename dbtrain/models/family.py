@@ -1,8 +1,12 @@
-"""The contract of a model family: what every architecture must be able to do, as a row of plain functions."""
+"""The contract of a model family: every fact about an architecture, as one row of plain functions and names.
+
+A row is a `Family`. Its file stands in `dbtrain/families/`, its name in the table there. Nothing else in dbtrain asks
+of which family a model is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbtrain.models.architectures import Architecture
 from dbtrain.models.attention import Attention
 from dbtrain.objective.noise import Schedule
+from dbtrain.settings.config import ModelConfig
 from dbtrain.values import Batch, Conditioning
 
 Tokens = tuple[Tensor, ...]
@@ -35,11 +41,11 @@ class Models:
     source: str
     digests: dict[str, str] = field(default_factory=dict)
     attention: Attention | None = None
-    """What computes the denoiser's attention, once that is engaged."""
+    """What computes the denoiser's attention; None until that is chosen."""
 
-    def components(self, denoiser_name: str = "unet") -> dict[str, nn.Module]:
-        """The trainable components by their names on disk."""
-        return {denoiser_name: self.denoiser, **self.text_encoders}
+    def components(self, denoiser: str) -> dict[str, nn.Module]:
+        """The trainable components by their names on disk; denoiser: the name of that component."""
+        return {denoiser: self.denoiser, **self.text_encoders}
 
     def to(self, device: torch.device) -> Models:
         """The same models, moved."""
@@ -50,49 +56,79 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Family:
-    """One architecture: its diffusers pipeline, and the four functions that training needs.
+class Codec:
+    """How pixels become what a denoiser is trained on.
 
+    encode(vae, pixels [B, 3, H, W] in [-1, 1]) -> moments [B, 2C, h, w], float32: mean and log-variance of a Gaussian,
+    stacked along channels. scale(vae) -> (scale, shift): the denoiser's latents are (sample - shift) * scale.
+    cell: pixels of a side for one cell of the denoiser's grid. channels: C.
+    """
+
+    channels: int
+    cell: int
+    encode: Callable[[nn.Module, Tensor], Tensor]
+    scale: Callable[[nn.Module], tuple[float, float]]
+
+    def is_encoded(self, images_BCHW: Tensor) -> bool:
+        """Whether images are moments, and not pixels that are still to be encoded."""
+        return images_BCHW.shape[1] == 2 * self.channels
+
+
+def pad_to_length(models: Models, captions: Sequence[str]) -> Tokens:
+    """Token ids of the captions, padded and cut to each text encoder's own length."""
+    return tuple(
+        tokenizer(
+            list(captions),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        for tokenizer in models.tokenizers.values()
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    pipeline: diffusers' pipeline class. denoiser, text_encoders: names of components on disk. components: the classes
+    that a component may have, as `library:Class`, by its name on disk. absent: parts of the pipeline that are left out.
+
+    schedule(scheduler, settings) -> the training schedule, and the sampling scheduler that agrees with it.
     tokenize(models, captions) -> Tokens; encode_tokens(text_encoders, tokens) -> Conditioning;
     denoise(denoiser, x_t_BCHW, time_B, conditioning, batch) -> prediction_BCHW.
+    samplers: diffusers' scheduler classes for drawing priors, by the name in `prior.sampler`.
+
+    kohya(component, path) -> the name of a layer in kohya's files. regions: class names of the blocks that repeat in
+    the denoiser, which are compiled one by one. shapes: published sizes, to count and to time without weights.
     """
 
     name: str
     pipeline: str
-    denoiser_name: str
-    text_components: tuple[str, ...]
+    denoiser: str
+    text_encoders: tuple[str, ...]
+    components: Mapping[str, tuple[str, ...]]
+    schedule: Callable[[Any, ModelConfig], tuple[Schedule, Any]]
+    codec: Codec
     encode_tokens: Callable[[dict[str, nn.Module], Tokens], Conditioning]
     denoise: Callable[[nn.Module, Tensor, Tensor, Conditioning, Batch], Tensor]
-
-    def tokenize(self, models: Models, captions: Sequence[str]) -> Tokens:
-        """Token ids of the captions, padded and cut to each text encoder's length."""
-        return tuple(
-            tokenizer(
-                list(captions),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            for tokenizer in models.tokenizers.values()
-        )
+    samplers: Mapping[str, str]
+    kohya: Callable[[str, str], str]
+    regions: tuple[str, ...]
+    shapes: Mapping[str, Architecture]
+    tokenize: Callable[[Models, Sequence[str]], Tokens] = pad_to_length
+    absent: Mapping[str, Any] = field(default_factory=dict)
 
 
 def encode_images(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:
-    """VAE moments [B, 2C, h, w] of pixels in [-1, 1]: mean and clamped log-variance stacked along channels."""
+    """Moments [B, 2C, h, w] of a KL autoencoder: mean and clamped log-variance."""
     posterior = vae.encode(pixels_BCHW.to(next(vae.parameters()).dtype)).latent_dist
     return torch.cat([posterior.mean, posterior.logvar], 1).float()
 
 
-def sample_latents(vae: nn.Module, moments_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
-    """Latents [B, C, h, w] in the denoiser's scale, drawn from moments with the given standard normal noise."""
-    mean, logvar = moments_BCHW.chunk(2, 1)
-    scale, shift = latent_scale(vae)
-    return (mean + torch.exp(0.5 * logvar) * noise_BCHW - shift) * scale
-
-
 def latent_scale(vae: nn.Module) -> tuple[float, float]:
-    """(scale, shift) of the denoiser's latents: (VAE latent - shift) * scale."""
+    """(scale, shift) in a KL autoencoder's own configuration."""
     return vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
 
 

@@ -1,7 +1,6 @@
 """Base models from diffusers folders, hub ids and single files, and their digests."""
 
 import hashlib
-import inspect
 import json
 from functools import cache
 from pathlib import Path
@@ -10,19 +9,12 @@ from typing import Any
 import torch
 
 from dbtrain.errors import ConfigError, DataError, first_line
+from dbtrain.models.architectures import class_of
 from dbtrain.models.family import Family, Models, is_local
-from dbtrain.objective.noise import Schedule, discrete_schedule
 from dbtrain.settings.config import ModelConfig
 from dbtrain.storage.atomic import file_digest
 from dbtrain.tiny import BASE, EMBEDDED
 
-CLASSES = {
-    "CLIPTextModel": ("transformers", "CLIPTextModel"),
-    "CLIPTextModelWithProjection": ("transformers", "CLIPTextModelWithProjection"),
-    "UNet2DConditionModel": ("diffusers", "UNet2DConditionModel"),
-    "AutoencoderKL": ("diffusers", "AutoencoderKL"),
-}
-"""Component classes that may be loaded; a model index that names another one is refused."""
 A_HUB_ID = "a hub id (fetched once; without network it must be in the hub's cache)"
 
 
@@ -44,12 +36,12 @@ def load_models(family: Family, config: ModelConfig) -> Models:
     try:
         index = _component_index(source, config)
         parts = {
-            name: _load_component(source, name, index, config)
-            for name in (family.denoiser_name, "vae", *family.text_components)
+            name: _load_component(family, source, name, index, config)
+            for name in (family.denoiser, "vae", *family.text_encoders)
         }
         tokenizers = {
             name: _load_part_tokenizer(source, name.replace("text_encoder", "tokenizer"), config)
-            for name in family.text_components
+            for name in family.text_encoders
         }
         scheduler = _load_scheduler(source, index, config)
     except (OSError, KeyError, ValueError) as error:
@@ -65,13 +57,13 @@ def _assemble(
 ) -> Models:
     for module in parts.values():
         module.requires_grad_(False).eval()
-    schedule = schedule_of(scheduler, config)
+    schedule, scheduler = family.schedule(scheduler, config)
     return Models(
-        denoiser=parts[family.denoiser_name],
+        denoiser=parts[family.denoiser],
         vae=parts["vae"],
-        text_encoders={name: parts[name] for name in family.text_components},
+        text_encoders={name: parts[name] for name in family.text_encoders},
         tokenizers=tokenizers,
-        scheduler=scheduler_as_trained(scheduler, schedule, config),
+        scheduler=scheduler,
         schedule=schedule,
         source=config.path,
         digests=digests_of(source) if is_local(source) else commit_of(source, config),
@@ -90,12 +82,12 @@ def _component_index(source: str, config: ModelConfig) -> dict[str, list[str]]:
     return {name: entry for name, entry in index.items() if isinstance(entry, list)}
 
 
-def _load_component(source: str, name: str, index: dict, config: ModelConfig) -> torch.nn.Module:
+def _load_component(family: Family, source: str, name: str, index: dict, config: ModelConfig) -> torch.nn.Module:
+    known = {entry.partition(":")[2]: entry for entry in family.components[name]}
     class_name = index[name][1]
-    if class_name not in CLASSES:
-        raise ValueError(f"component {name} is a {class_name}, want one of {', '.join(CLASSES)}")
-    library, attribute = CLASSES[class_name]
-    loader = getattr(__import__(library), attribute)
+    if class_name not in known:
+        raise ValueError(f"component {name} is a {class_name}, want one of {', '.join(known)}")
+    loader = class_of(known[class_name])
     variant = {"variant": config.variant} if config.variant else {}
     return loader.from_pretrained(
         source, subfolder=name, revision=config.revision, use_safetensors=True, torch_dtype=torch.float32, **variant
@@ -138,8 +130,8 @@ def _load_single_file(family: Family, config: ModelConfig, source: str) -> Model
             f"model.path: cannot read {config.path!r} as {family.name}: {first_line(error)}; "
             "offline, set model.single_file_layout to a diffusers folder of the same architecture"
         ) from error
-    parts = {name: getattr(pipeline, name) for name in (family.denoiser_name, "vae", *family.text_components)}
-    tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_components}
+    parts = {name: getattr(pipeline, name) for name in (family.denoiser, "vae", *family.text_encoders)}
+    tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_encoders}
     return _assemble(family, config, source, parts, tokenizers, pipeline.scheduler)
 
 
@@ -159,47 +151,6 @@ def _ask_the_hub() -> None:
         get_session().head(constants.ENDPOINT, timeout=5)
     except Exception:  # whatever the HTTP library of the day raises; with HF_HUB_OFFLINE=1 the hub's own refusal
         constants.HF_HUB_OFFLINE = True
-
-
-def schedule_of(scheduler: Any, config: ModelConfig) -> Schedule:
-    """The training schedule in a diffusers scheduler's configuration."""
-    from diffusers import DDPMScheduler
-
-    kept = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-    kept["rescale_betas_zero_snr"] = False
-    parameterization = (
-        kept.get("prediction_type", "epsilon") if config.parameterization == "auto" else config.parameterization
-    )
-    rescale = scheduler.config.get("rescale_betas_zero_snr", False)
-    if config.zero_terminal_snr != "auto":
-        rescale = config.zero_terminal_snr
-    if rescale and parameterization == "epsilon":
-        raise ConfigError(
-            "model.zero_terminal_snr: an epsilon model learns nothing at zero SNR; "
-            "set model.parameterization=v_prediction or model.zero_terminal_snr=false"
-        )
-    return discrete_schedule(DDPMScheduler.from_config(kept).alphas_cumprod, parameterization, bool(rescale))
-
-
-def scheduler_as_trained(scheduler: Any, schedule: Schedule, config: ModelConfig) -> Any:
-    """The sampling scheduler that agrees with the training schedule: the model's own, unless settings override it.
-
-    Zero terminal SNR is sampled with trailing steps, from pure noise on (arXiv 2305.08891, section 3.3).
-    """
-    told: dict[str, Any] = {}
-    if config.parameterization != "auto":
-        told["prediction_type"] = schedule.parameterization
-    if config.zero_terminal_snr != "auto":
-        told["rescale_betas_zero_snr"] = config.zero_terminal_snr
-    if config.zero_terminal_snr is True:
-        told["timestep_spacing"] = "trailing"
-    if not told:
-        return scheduler
-    from diffusers import DDIMScheduler
-
-    knows_zero_snr = "rescale_betas_zero_snr" in inspect.signature(type(scheduler)).parameters
-    kind = type(scheduler) if knows_zero_snr or config.zero_terminal_snr is not True else DDIMScheduler
-    return kind.from_config({**scheduler.config, **told})
 
 
 def quiet_libraries() -> None:

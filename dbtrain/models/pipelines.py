@@ -12,10 +12,9 @@ def assemble(family: Family, models: Models, scheduler: str | None = None) -> An
     chosen = models.scheduler
     if scheduler is not None:
         chosen = getattr(diffusers, scheduler).from_config(models.scheduler.config)
-    parts = {family.denoiser_name: models.denoiser, "vae": models.vae, "scheduler": chosen, **models.text_encoders}
+    parts = {family.denoiser: models.denoiser, "vae": models.vae, "scheduler": chosen, **models.text_encoders}
+    parts |= family.absent
     parts |= {name.replace("text_encoder", "tokenizer"): tokenizer for name, tokenizer in models.tokenizers.items()}
-    if family.name == "sd":
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline = getattr(diffusers, family.pipeline)(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -15,12 +15,10 @@ from dbtrain.models.family import Family, Models
 from dbtrain.models.pipelines import assemble
 from dbtrain.settings.config import SampleConfig
 
-SAMPLERS = {"ddpm": "DDPMScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler", "ddim": "DDIMScheduler"}
-
 
 def make_pipeline(family: Family, models: Models, sampler: str | None = None) -> Any:
     """A diffusers pipeline around the loaded models, sharing their weights; sampler None keeps the model's own."""
-    return assemble(family, models, SAMPLERS[sampler] if sampler else None)
+    return assemble(family, models, family.samplers[sampler] if sampler else None)
 
 
 def image_seed(*names: object) -> int:

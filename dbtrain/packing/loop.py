@@ -316,7 +316,7 @@ class PackedRun:
 
     def _sample(self, seat: Seat, name: str) -> Path | None:
         """The sheet of a subject's validation prompts, drawn by the base with its row alone."""
-        with only_row(self.session.models.components(self.session.family.denoiser_name).values(), seat.row):
+        with only_row(self.session.models.components(self.session.family.denoiser).values(), seat.row):
             sheet = seat.job.sample(name)
         self.clock.lap("sample", [seat.shares])
         return sheet

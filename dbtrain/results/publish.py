@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from dbtrain.errors import DataError
-from dbtrain.models.adapter_names import to_diffusers, to_kohya
+from dbtrain.families import FAMILIES
+from dbtrain.models.adapter_names import from_diffusers, to_diffusers, to_kohya
 from dbtrain.models.adapters import LoraWeights
 from dbtrain.results.record import refuse_changed
 from dbtrain.storage.atomic import write_file
@@ -56,7 +57,7 @@ def export_kohya(path: Path, weights: LoraWeights, provenance: dict[str, str]) -
         "ss_network_alpha": str(weights.alpha),
         **provenance,
     }
-    save_safetensors(path, to_kohya(weights, provenance.get("family", "sd")), metadata)
+    save_safetensors(path, to_kohya(weights, FAMILIES[provenance.get("family", "sd")].kohya), metadata)
     return path
 
 
@@ -66,8 +67,6 @@ def read_lora(path: Path) -> tuple[LoraWeights, dict[str, str]]:
     Raises DataError for a file that is none, and for one that is not what the record beside it says.
     """
     from safetensors import safe_open
-
-    from dbtrain.models.adapter_names import from_diffusers
 
     file = path / LORA_FILE if path.is_dir() else path
     refuse_changed(file)

@@ -166,7 +166,7 @@ def load_base(config: RunConfig, world: World) -> Models:
 def restore_base(session: Session) -> None:
     """Make the loaded base what it was before the subject."""
     if session.config.train.method == "lora" and session.config.engine.zero.stage < 3:
-        for module in session.models.components(session.family.denoiser_name).values():
+        for module in session.models.components(session.family.denoiser).values():
             detach(module)
             release(module)
         return

@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def trained_components(family: Family, models: Models, config: RunConfig) -> dict[str, nn.Module]:
     """The components that train, by their names on disk."""
-    return {family.denoiser_name: models.denoiser, **(models.text_encoders if config.train.text_encoder else {})}
+    return {family.denoiser: models.denoiser, **(models.text_encoders if config.train.text_encoder else {})}
 
 
 def make_trainable(family: Family, models: Models, config: RunConfig, subject: str) -> list[ParamGroup]:
@@ -45,7 +45,7 @@ def make_stack(family: Family, models: Models, config: RunConfig, subjects: int)
     train, groups = config.train, []
     for component, module in trained_components(family, models, config).items():
         if train.method == "lora":
-            is_denoiser = component == family.denoiser_name
+            is_denoiser = component == family.denoiser
             targets = config.lora.targets if is_denoiser else config.lora.text_targets
             attach(module, targets, subjects, config.lora.rank, lora_alpha(config))
         else:
@@ -61,7 +61,7 @@ def make_stack(family: Family, models: Models, config: RunConfig, subjects: int)
 def peak_lr(family: Family, config: RunConfig, component: str) -> float:
     """The peak learning rate of a component."""
     train = config.train
-    return train.lr if component == family.denoiser_name else train.text_encoder_lr or train.lr
+    return train.lr if component == family.denoiser else train.text_encoder_lr or train.lr
 
 
 def fresh_adapter(family: Family, models: Models, config: RunConfig, subject: str) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ def final_state(state: EngineState) -> dict[str, Tensor]:
 def final_weights(family: Family, models: Models, state: EngineState, device: str) -> None:
     """Put the trained weights (their EMA, where one was kept) into the models; nothing on ranks without the state."""
     final = final_state(state)
-    for component, module in models.components(family.denoiser_name).items():
+    for component, module in models.components(family.denoiser).items():
         for name, param in module.named_parameters():
             if f"{component}.{name}" in final:
                 param.data = final[f"{component}.{name}"].to(device=device, dtype=param.dtype)
@@ -95,7 +95,7 @@ def publish_weights(
     folder: Path, family: Family, models: Models, config: RunConfig, record: dict[str, Any], state: EngineState
 ) -> list[Path]:
     """The weight files written for a finished subject: the adapter in a state, or the models as a diffusers folder."""
-    components = models.components(family.denoiser_name)
+    components = models.components(family.denoiser)
     if config.train.method == "lora":
         provenance = {
             key: str(record[key])

@@ -179,13 +179,14 @@ def export_verb(
     typer.echo(f"{to}: {write_rows(out, to)} rows")
 
 
-VERBS: dict[str, Callable[..., Any]] = {
+BATCH_VERBS: dict[str, Callable[..., Any]] = {
     "run": run_verb,
     "status": status_verb,
     "retry": retry_verb,
     "cancel": cancel_verb,
     "export": export_verb,
 }
-for name, verb in VERBS.items():
+for name, verb in BATCH_VERBS.items():
     batch_app.command(name)(verb)
 APPS = {"batch": batch_app}
+"""Every group of this file by its name on the command line."""

@@ -113,8 +113,10 @@ def choices(text: str, option: str, kind: Any) -> list[str]:
     return words
 
 
-VERBS: dict[str, Callable[..., None]] = {"pack": pack_verb, "ops": ops_verb, "step": step_verb}
+BENCH_VERBS: dict[str, Callable[..., None]] = {"pack": pack_verb, "ops": ops_verb, "step": step_verb}
 """Every verb of this file by its name after `bench`."""
 
-for name, verb in VERBS.items():
+for name, verb in BENCH_VERBS.items():
     app.command(name)(verb)
+APPS = {"bench": app}
+"""Every group of this file by its name on the command line."""

@@ -67,3 +67,5 @@ def verb(launcher: Launcher) -> Any:
 
 for launcher_name, row in LAUNCHERS.items():
     app.command(launcher_name, context_settings={"allow_interspersed_args": False})(verb(row))
+APPS = {"launch": app}
+"""Every group of this file by its name on the command line."""

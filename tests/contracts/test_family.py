@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
-from dbtrain.models.family import encode_images, sample_latents
 from dbtrain.models.load import base_digest, digests_of, load_models
-from dbtrain.models.sampling import SAMPLERS, make_pipeline
+from dbtrain.models.sampling import make_pipeline
 from dbtrain.priors.store import prior_key
 from dbtrain.settings.config import ModelConfig, RunConfig
 from dbtrain.values import Batch, Conditioning, Role
+from tests.kit.latents import sample_latents
 
 CAPTIONS = ["a photo of a dog", "a much longer caption " + "very " * 100]
 
@@ -44,8 +44,8 @@ def batch_of(count, size=128.0):
 
 def test_everything_is_loaded_frozen_in_fp32_and_evaluation_mode(loaded):
     family, models, _ = loaded
-    components = models.components(family.denoiser_name)
-    assert set(components) == {family.denoiser_name, *family.text_components}
+    components = models.components(family.denoiser)
+    assert set(components) == {family.denoiser, *family.text_encoders}
     for module in (*components.values(), models.vae):
         assert not module.training
         for param in module.parameters():
@@ -61,7 +61,7 @@ def test_schedule_is_the_schedulers(loaded):
 def test_tokens_fill_the_encoders_length(loaded):
     family, models, _ = loaded
     tokens = family.tokenize(models, CAPTIONS)
-    assert len(tokens) == len(family.text_components)
+    assert len(tokens) == len(family.text_encoders)
     for ids, tokenizer in zip(tokens, models.tokenizers.values()):
         assert ids.shape == (2, tokenizer.model_max_length)
         assert ids[1, -1] == tokenizer.eos_token_id  # cut, but ended
@@ -94,12 +94,13 @@ def test_conditioning_does_not_depend_on_its_batch(loaded):
 
 
 def test_moments_are_the_vaes_and_latents_its_samples(loaded):
-    _, models, _ = loaded
+    family, models, _ = loaded
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        moments, posterior = encode_images(models.vae, pixels), models.vae.encode(pixels).latent_dist
-    assert moments.shape == (2, 8, 16, 16)
+        moments, posterior = family.codec.encode(models.vae, pixels), models.vae.encode(pixels).latent_dist
+    assert moments.shape == (2, 2 * family.codec.channels, 16, 16)
+    assert family.codec.is_encoded(moments) and not family.codec.is_encoded(pixels)
     ours = sample_latents(models.vae, moments, noise)
     theirs = (posterior.mean + posterior.std * noise) * models.vae.config.scaling_factor
     assert torch.allclose(ours, theirs, rtol=4 * 2.0**-23, atol=1e-7)
@@ -163,7 +164,7 @@ def test_what_is_trained_as_told_is_sampled_and_published_so(model_folders, tmp_
     assert make_pipeline(family, plain).scheduler.config.prediction_type == "epsilon"
     make_pipeline(family, models).save_pretrained(tmp_path)
     published = load_models(family, ModelConfig(path=str(tmp_path)))
-    for scheduler in (*(make_pipeline(family, models, sampler).scheduler for sampler in (None, *SAMPLERS)),
+    for scheduler in (*(make_pipeline(family, models, sampler).scheduler for sampler in (None, *family.samplers)),
                       published.scheduler):  # fmt: skip
         assert scheduler.config.prediction_type == "v_prediction"
         assert scheduler.config.rescale_betas_zero_snr is True and scheduler.config.timestep_spacing == "trailing"
@@ -286,9 +287,9 @@ def test_a_single_file_gives_the_same_model_as_its_folder(model_folders, tmp_pat
     path = single_file(folder, models, tmp_path / "model.safetensors")
     settings = ModelConfig(path=str(path), single_file_layout=str(folder))
     again = load_models(family, settings)
-    for name, module in {**models.components(), "vae": models.vae}.items():
+    for name, module in {**models.components(family.denoiser), "vae": models.vae}.items():
         want = module.state_dict()
-        got = again.vae.state_dict() if name == "vae" else again.components()[name].state_dict()
+        got = again.vae.state_dict() if name == "vae" else again.components(family.denoiser)[name].state_dict()
         assert got.keys() == want.keys()
         assert all(torch.equal(got[key], want[key]) for key in want), name
     for module in (again.denoiser, again.vae, *again.text_encoders.values()):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from dbtrain.models.family import sample_latents
 from dbtrain.objective.timesteps import Draw, first_words, timestep_index
 from dbtrain.randomness import Purpose, normals, stream_key, uniforms
 from dbtrain.settings.config import ObjectiveConfig
@@ -11,6 +10,7 @@ from dbtrain_kernels.cases import on
 from dbtrain_kernels.dispatch import interpreting
 from dbtrain_kernels.noising import noising
 from dbtrain_kernels.philox import philox, uniform
+from tests.kit.latents import sample_latents
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NORMAL_BOUND = 13 * 2.0**-24

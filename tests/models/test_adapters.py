@@ -222,10 +222,10 @@ def doubled(values):
 
 def random_weights(family, models, patterns=WITH_CONV, alpha=2.0, rank=4):
     """An adapter of random numbers on the denoiser and the text encoders; the models stay as they are."""
-    components = models.components(family.denoiser_name)
+    components = models.components(family.denoiser)
     generator = torch.Generator().manual_seed(0)
     for name, module in components.items():
-        attach(module, patterns if name == family.denoiser_name else Settings().text_targets, 1, rank, alpha)
+        attach(module, patterns if name == family.denoiser else Settings().text_targets, 1, rank, alpha)
         for _, layer in layers(module):
             layer.down_NRD.data.normal_(0, 0.3, generator=generator)
             layer.up_NDR.data.normal_(0, 0.3, generator=generator)
@@ -238,7 +238,7 @@ def random_weights(family, models, patterns=WITH_CONV, alpha=2.0, rank=4):
 @pytest.mark.parametrize("models", FAMILIES, indirect=True)
 def test_kohya_keys_are_the_golden_list(models):
     family, models = models
-    state = to_kohya(random_weights(family, models), family.name)
+    state = to_kohya(random_weights(family, models), family.kohya)
     got = [f"{name} {'x'.join(map(str, tensor.shape)) or 'scalar'}" for name, tensor in sorted(state.items())]
     assert got == (GOLDEN / f"kohya_{family.name}.txt").read_text().splitlines()
     assert all(float(state[name]) == 2.0 for name in state if name.endswith(".alpha"))

@@ -39,10 +39,10 @@ def bases(model_folders):
 def random_adapter(family, models, alpha, text, rank=4):
     """Random numbers in every attention layer, in proj_in and, if `text`, in the text encoders."""
     settings = LoraConfig()
-    chosen = models.components(family.denoiser_name) if text else {family.denoiser_name: models.denoiser}
+    chosen = models.components(family.denoiser) if text else {family.denoiser: models.denoiser}
     generator = torch.Generator().manual_seed(0)
     for name, module in chosen.items():
-        is_denoiser = name == family.denoiser_name
+        is_denoiser = name == family.denoiser
         attach(module, (*settings.targets, "proj_in") if is_denoiser else settings.text_targets, 1, rank, alpha)
         for _, layer in layers(module):
             layer.down_NRD.data.normal_(0, 0.3, generator=generator)

@@ -1,0 +1,13 @@
+"""Latents drawn from moments in one plain line: an oracle that knows nothing of the fused operation."""
+
+import torch
+from torch import Tensor
+
+from dbtrain.models.family import latent_scale
+
+
+def sample_latents(vae, moments_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
+    """Latents [B, C, h, w] in the denoiser's scale, drawn from moments with the given standard normal noise."""
+    mean, logvar = moments_BCHW.chunk(2, 1)
+    scale, shift = latent_scale(vae)
+    return (mean + torch.exp(0.5 * logvar) * noise_BCHW - shift) * scale
