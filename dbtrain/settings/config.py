@@ -8,12 +8,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from dbtrain.settings.marks import Mark
+from dbtrain.families import FAMILIES
+from dbtrain.objective import DISTRIBUTIONS, PARAMETERIZATIONS, WEIGHTINGS
+from dbtrain.settings.marks import Mark, OneOf
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Scheme = Literal["file", "memory", "s3", "gs", "az", "abfs"]
+# Flow matching is no choice for a model with another schedule; `auto` takes it from the scheduler.
+PREDICTIONS = ("auto", *(name for name in PARAMETERIZATIONS if name != "flow"))
 Template = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
@@ -32,7 +36,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model, which is never changed on disk."""
 
-    family: Literal["sd", "sdxl"] = "sd"
+    family: Annotated[str, OneOf(FAMILIES)] = "sd"
     """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL."""
     path: Annotated[str, Field(min_length=1), Mark.NO_RESULT, Mark.PATH_OR_NAME] = "embedded"
     """Diffusers folder, hub id, single-file .safetensors, or `embedded` for the small base that ships with dbtrain."""
@@ -43,7 +47,7 @@ class ModelConfig(Section):
     single_file_layout: Annotated[str | None, Mark.NO_RESULT, Mark.PATH_OR_NAME] = None
     """For a single .safetensors file: a diffusers folder or hub id of the same architecture that has the configuration
     and tokenizers; None lets diffusers ask the hub."""
-    parameterization: Literal["auto", "epsilon", "v_prediction", "sample"] = "auto"
+    parameterization: Annotated[str, OneOf(PREDICTIONS)] = "auto"
     """What the denoiser predicts; `auto` takes it from the model's scheduler."""
     zero_terminal_snr: bool | Literal["auto"] = "auto"
     """Rescale the noise schedule to zero SNR at the last timestep (arXiv 2305.08891); `auto` follows the scheduler."""
@@ -143,11 +147,11 @@ class LoraConfig(Section):
 class ObjectiveConfig(Section):
     """Timestep sampling and loss weighting."""
 
-    weighting: Literal["none", "min_snr", "soft_min_snr", "debiased"] = "none"
+    weighting: Annotated[str, OneOf(WEIGHTINGS)] = "none"
     """Loss weight as a function of SNR."""
     snr_gamma: Annotated[float, Field(gt=0)] = 5.0
     """Gamma of Min-SNR (arXiv 2303.09556) and its soft form."""
-    timesteps: Literal["uniform", "logit_normal", "stratified"] = "uniform"
+    timesteps: Annotated[str, OneOf(DISTRIBUTIONS)] = "uniform"
     """Distribution of t; `stratified` spreads one step's samples evenly over the schedule."""
     logit_mean: float = 0.0
     """Location of the logit-normal distribution (arXiv 2403.03206, eq. 19)."""

@@ -1,11 +1,12 @@
-"""What a setting is besides its value: marks on the fields of `config.py`, and the two questions that read them."""
+"""What the annotations of settings say: which decide no result, which name a place, which name a row of a table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
+from pydantic_core import CoreSchema, core_schema
 
 from dbtrain.tiny import EMBEDDED
 
@@ -18,6 +19,16 @@ class Mark(Enum):
     NO_RESULT = "does not decide what is learnt, or a digest of its content stands for it"
     PATH = "names a place: a path, or an address with ://"
     PATH_OR_NAME = "names a place where a file or folder of this name exists; else it is a hub id or `embedded`"
+
+
+class OneOf:
+    """The annotation of a text that is one of these names: what `Literal` says of names known beforehand."""
+
+    def __init__(self, names: Iterable[str]):
+        self.names = list(names)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.literal_schema(self.names)
 
 
 def deciding(config: BaseModel) -> dict[str, Any]:

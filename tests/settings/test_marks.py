@@ -1,13 +1,18 @@
-"""Marks on settings: which decide nothing that is learnt, and which name places."""
+"""Annotations of settings: which decide nothing that is learnt, which name places, which name rows of tables."""
 
 import hashlib
 import json
+from typing import Annotated
 
 import pytest
+from pydantic import ValidationError
 
-from dbtrain.settings.config import RunConfig
-from dbtrain.settings.marks import absolute, absolute_name, anchored, deciding, without_result
-from dbtrain.settings.recipes import load, loads
+from dbtrain.errors import ConfigError
+from dbtrain.families import FAMILIES
+from dbtrain.objective import DISTRIBUTIONS, WEIGHTINGS
+from dbtrain.settings.config import RunConfig, Section
+from dbtrain.settings.marks import OneOf, absolute, absolute_name, anchored, deciding, without_result
+from dbtrain.settings.recipes import known_keys, load, loads
 
 # Of runs made before the marks were there: such a run goes on only under the same digest.
 DIGESTS = {
@@ -53,3 +58,25 @@ def test_addresses_hub_ids_and_absent_values_stay(tmp_path, monkeypatch):
     assert [absolute_name(name) for name in names] == names
     (tmp_path / "someone" / "a-model").mkdir(parents=True)
     assert absolute_name("someone/a-model") == str(tmp_path / "someone" / "a-model")
+
+
+@pytest.mark.parametrize(
+    "key, table",
+    [("model.family", FAMILIES), ("objective.weighting", WEIGHTINGS), ("objective.timesteps", DISTRIBUTIONS)],
+)
+def test_names_of_tables_are_the_choices(key, table):
+    assert known_keys()[key]["enum"] == list(table)
+    for name in table:
+        assert load(overrides=[f"{key}={name}"])
+    section, name = key.split(".")
+    with pytest.raises(ConfigError, match=f"{key}: got 'nobody', want one of {', '.join(table)}$"):
+        loads(f"{section}: {{{name}: nobody}}")
+
+
+def test_a_new_row_of_a_table_is_a_new_choice():
+    class Small(Section):
+        color: Annotated[str, OneOf({"red": "paint:red", "blue": "paint:blue"})] = "red"
+
+    assert Small(color="blue").color == "blue"
+    with pytest.raises(ValidationError, match="Input should be 'red' or 'blue'"):
+        Small(color="green")
