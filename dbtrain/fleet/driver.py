@@ -167,7 +167,7 @@ class Driver:
                 attempts = self.ledger.start(number, unit.positions, name) if unit.kind == "train" else {}
                 self.flights[number] = Flight(unit, crew, attempts or dict.fromkeys(unit.positions, 0))
                 subjects = self.ledger.subjects(unit.positions)
-                rows = tuple(row for subject in subjects for row in self.index.rows_of(subject.id))
+                rows = tuple(row for subject in subjects for row in self.index.entries_of(subject.id))
                 after = tuple(tuple(self.books.todo.get(position, ())) for position in unit.positions)
                 orders.append((crew, Order(number, unit, subjects, rows, after)))
                 view.begin(unit)

@@ -10,8 +10,9 @@ from dbtrain.errors import ConfigError, DataError, FleetError
 from dbtrain.fleet.inbox import take_requests
 from dbtrain.fleet.lease import WHERE, Lease, ledger_folder
 from dbtrain.fleet.ledger import Ledger
-from dbtrain.fleet.options import Options, anchored, anchored_options, check_after
+from dbtrain.fleet.options import Options, anchored_options, check_after
 from dbtrain.settings.config import RunConfig
+from dbtrain.settings.marks import anchored
 from dbtrain.storage.atomic import LOCK, held, write_file
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dbtrain.data.index import Index, Row
+from dbtrain.data.index import Entry, Index
 from dbtrain.data.stream import read_samples
 from dbtrain.errors import DataError
 from dbtrain.report.facts import Facts
@@ -36,7 +36,7 @@ def load_index(shards: Path, notes: list[str]) -> Index | None:
         return None
 
 
-def photos(shards: Path, rows: Sequence[Row], thumbnails: Thumbnails, notes: list[str]) -> list[Picture]:
+def photos(shards: Path, rows: Sequence[Entry], thumbnails: Thumbnails, notes: list[str]) -> list[Picture]:
     """The subject's photos as stored for training; each is compared with its digest in the index before it is shown."""
     pictures: list[Picture] = []
     for row in rows[:PHOTOS]:
@@ -52,7 +52,7 @@ def photos(shards: Path, rows: Sequence[Row], thumbnails: Thumbnails, notes: lis
     return pictures
 
 
-def _stored_photo(shards: Path, row: Row) -> bytes:
+def _stored_photo(shards: Path, row: Entry) -> bytes:
     (sample,) = read_samples(shards, [row])
     return sample.image
 

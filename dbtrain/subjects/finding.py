@@ -1,11 +1,17 @@
-"""What is wrong with some input, in a form for a table, for JSON and for one line of text."""
+"""Defects of a manifest and its photos, in a form for a table, for JSON and for a line of text."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dbtrain.errors import DataError
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One defect of the input: whose, where (a photo, or `manifest:row`), what is wrong, what to do about it."""
+    """One defect: the subject's id, the photo or `manifest:line` it is in, what is wrong, and what to do about it.
+
+    subject: empty where the row has no sound id.
+    """
 
     subject: str
     file: str
@@ -16,6 +22,12 @@ class Finding:
         """The finding as one line of text."""
         return f"{self.file}: {f'subject {self.subject}: ' if self.subject else ''}{self.what}; {self.remedy}"
 
-    def row(self) -> dict[str, str]:
-        """The finding as a plain mapping, for `--json`."""
-        return asdict(self)
+
+class CellError(Exception):
+    """A defect of one cell of a manifest: (what, want, remedy)."""
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """Raise one DataError that names all findings, a line each; do nothing where there are none."""
+    if findings:
+        raise DataError("\n".join(finding.line() for finding in findings))
