@@ -165,7 +165,7 @@ class PackedEngine:
             self.rates_GNS[group, row, : len(rates)] = torch.tensor(rates, dtype=torch.float64)
         self.failed_N[row], self.live_N[row] = False, step < settings.steps
 
-    def state(self, row: int) -> EngineState:
+    def state(self, row: int = 0) -> EngineState:
         """Everything to resume a subject from, at its own rank, copied to the CPU."""
         return {
             kind: {

@@ -105,8 +105,8 @@ class ZeroEngine:
         self._update_ema()
         return 0.0 if norm is None else float(norm)
 
-    def state(self) -> EngineState:
-        """Masters, moments and EMA, whole, in fp32 on the CPU of the first rank."""
+    def state(self, row: int = 0) -> EngineState:
+        """Masters, moments and EMA, whole, in fp32 on the CPU of the first rank. There is one subject, in row 0."""
         kinds = ["master", "exp_avg", "exp_avg_sq", *(["ema"] if self.config.train.ema else [])]
         gathered: EngineState = {kind: {} for kind in kinds}
         for name, param in self.names.items():

@@ -20,7 +20,8 @@ from dbtrain.models.family import Family, Models, Tokens
 from dbtrain.randomness import stream_key
 from dbtrain.results.checkpoint import Checkpoint
 from dbtrain.settings.config import RunConfig
-from dbtrain.training.bank import Bank, join_batches
+from dbtrain.training.bank import Bank, captions_of, join_batches
+from dbtrain.training.session import Base
 from dbtrain.training.step import TrainingStep
 from dbtrain.training.trainables import DTYPES, lora_alpha, make_stack, peak_lr, trained_components
 from dbtrain.values import Batch, Conditioning
@@ -175,6 +176,16 @@ class Pack:
     def forget(self, rows: Sequence[int]) -> None:
         """Start new means of the measured values of rows."""
         self.sums_NV[list(rows)] = 0
+
+
+def make_pack(base: Base, configs: Sequence[RunConfig], size: int) -> Pack:
+    """An empty pack that the subjects with these settings fit in.
+
+    It is as wide as the widest of them, whichever sit in it, so that the same subjects give the same bits.
+    """
+    rank, steps = (max(values) for values in zip(*((c.lora.rank, c.train.steps) for c in configs)))
+    captions = captions_of(base.family, base.models, base.settings, [""], base.world.device)
+    return Pack(base.family, base.models, base.settings, size, rank, steps, captions)
 
 
 def _observed(row: list[float]) -> Observed:

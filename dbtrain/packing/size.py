@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from dbtrain.errors import EngineError
-from dbtrain.settings.config import PackedConfig
+from dbtrain.models.family import encode_images
+from dbtrain.packing.pack import make_pack
+from dbtrain.settings.config import PackedConfig, RunConfig
+from dbtrain.training.session import Base, Watch
 
 GAIN = 0.97
 """A pack of twice the size is worth it if a subject's step takes less than this share of the time."""
@@ -75,6 +78,46 @@ def choose_size(probe: Callable[[int], Probe | None], settings: PackedConfig, fr
     best = min(probes, key=lambda one: one.seconds_a_subject)
     steps = ", ".join(f"{one.size}: {1e3 * one.seconds_a_subject:.1f} ms" for one in probes)
     return best.size, f"{best.size} subjects a pack ({why}; step of a subject at {steps})"
+
+
+def measured_size(base: Base, watch: Watch, configs: Sequence[RunConfig], most: int) -> int:
+    """Rows of the fastest pack that fits this machine. configs: of subjects that it must hold, such as the largest one.
+    most: subjects that there are. The base must carry no adapters, and carries none afterwards.
+    """
+    device = base.world.device
+
+    def probe(size: int) -> Probe | None:
+        return measure(base, configs, size)
+
+    size, why = choose_size(probe, base.settings.engine.packed, free_bytes(device), most)
+    watch.say(f"engine.packed.size: auto: {why}")
+    return size
+
+
+def measure(base: Base, configs: Sequence[RunConfig], size: int) -> Probe | None:
+    """Memory and time of a pack's step, on random samples of the shapes of training; None where memory ran out."""
+    device = base.world.device
+    try:
+        with used_bytes(device) as used:
+            pack = make_pack(base, configs, size)
+            batch = pack.rehearsal(sample_shape(base))
+            for _ in range(pack.warm_steps):
+                pack.step(batch)
+        return Probe(size, used[0], timed(lambda: pack.step(batch), device))
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        # A pack is in no circle of references, so nothing of it is left when the next one is measured.
+        base.restore()
+
+
+@torch.no_grad()
+def sample_shape(base: Base) -> torch.Size:
+    """Shape of a sample as the banks give it: VAE moments, or pixels where they are encoded anew each step."""
+    data = base.settings.data
+    pixels = torch.zeros(1, 3, data.resolution, data.resolution, device=base.world.device)
+    cached = data.cache_latents and data.crop == "center"
+    return (encode_images(base.models.vae, pixels) if cached else pixels).shape[1:]
 
 
 @contextmanager

@@ -80,10 +80,12 @@ class TrainingStep(nn.Module):
         return {param.dtype for param in self.parameters()} == {torch.bfloat16}
 
     def autocast(self, device_type: str) -> torch.autocast:
-        """The compute precision of weights that are not all in it."""
-        gathered = self.config.engine.zero.stage == 3  # such a weight must not be cached
+        """The compute precision of weights that are not all in it.
+
+        No cast is kept: each weight is used once in a forward pass, and one that ZeRO gathers for a layer goes again.
+        """
         enabled = self.config.train.precision == "bf16"
-        return torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=not gathered)
+        return torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def noised(self, batch: Batch, step: int | Tensor) -> Noised:
         """Clean latents (drawn anew each step from moments), noise, x_t and t, all named by (key, step, slot)."""

@@ -19,7 +19,7 @@ from dbtrain.settings.recipes import load
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.train import train_manifest, train_subjects
 from dbtrain.training.bank import Bank
-from dbtrain.training.session import open_session
+from dbtrain.training.session import Watch, join_run, open_work
 from tests.kit.main_job import small_config, write_job
 
 SINGLE = 2e-5
@@ -216,14 +216,14 @@ def test_a_stop_request_checkpoints_every_row_and_the_rest_ends_in_the_same_byte
 def test_a_solo_checkpoint_goes_on_in_a_pack(job, solo):
     """The checkpoint of record knows no engine: three steps alone, the rest in a pack."""
     config = small_config(*words(job, "train.schedule=cosine", "checkpoint.every_steps=3"))
-    import dbtrain.train as module
+    import dbtrain.training.job as module
 
     with pytest.MonkeyPatch.context() as patch:
-        step = module.train_step
+        made = module.train_step
 
-        def stopping(*arguments):
-            values = step(*arguments)
-            arguments[4].stop = arguments[3] >= 3
+        def stopping(engine, runner, bank, plan, step, scale, stop):
+            values = made(engine, runner, bank, plan, step, scale, stop)
+            stop.asked = step >= 3
             return values
 
         patch.setattr(module, "train_step", stopping)
@@ -285,18 +285,19 @@ def test_finished_is_told_as_soon_as_a_subject_is_on_disk(job):
     begun = time.perf_counter()
     config = small_config(*words(job, *PACKED, "sample.images=0", f"prior.store={job / 'told-priors'}"))
     subjects = read_manifest(job / "photos.csv")
-    session = open_session(config, subjects, (), job / "told", quiet=True)
-    told = []
+    watch = Watch(quiet=True)
+    base = join_run(config, watch)
+    work, told = open_work(base, watch, subjects, (), job / "told", [subject.id for subject in subjects]), []
 
     def finished(subject, outcome):
         assert not isinstance(outcome, EngineError)
-        assert read_record(session.out / "subjects" / subject.id)["run"] == outcome["run"]
-        done = {path.parent.name for path in (session.out / "subjects").glob("*/record.json")}
+        assert read_record(work.out / "subjects" / subject.id)["run"] == outcome["run"]
+        done = {path.parent.name for path in (work.out / "subjects").glob("*/record.json")}
         told.append((subject.id, done))
 
-    train_subjects(session, subjects, finished)
+    train_subjects(base, work, watch, finished)
     assert {name for name, _ in told} == {"rex", "tom", "ben", "ada"}
     assert told[0][1] != {"rex", "tom", "ben", "ada"}
-    spent = sum(sum(read_record(session.out / "subjects" / name)["stages_s"].values()) for name, _ in told)
+    spent = sum(sum(read_record(work.out / "subjects" / name)["stages_s"].values()) for name, _ in told)
     wall = time.perf_counter() - begun
     assert 0.8 * wall < spent < wall + 0.01
