@@ -98,7 +98,7 @@ class ZeroEngine:
         """
         for settings, group in zip(self.deepspeed.optimizer.param_groups, self.groups):
             settings["lr"] = group.lr * scale
-        # DeepSpeed tells no norm at stage 0, and frees the gradients in its step.
+        # DeepSpeed gives no norm at stage 0, and frees the gradients in its step.
         norm = nn.utils.get_total_norm([param.grad for param in self.names.values()]) if self._stage == 0 else None
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm

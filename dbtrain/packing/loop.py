@@ -124,15 +124,15 @@ class PackedRun:
             if isinstance(job, dict):
                 return subject, job
             captions = captions_of(base.family, base.models, job.config, job.bank.texts, base.world.device)
-            found = job.checkpoint()
-            if found is None:
+            checkpoint = job.checkpoint()
+            if checkpoint is None:
                 adapter = fresh_adapter(base.family, base.models, job.config, subject.id)
-                found = Checkpoint(0, job.run, {"master": adapter})
+                checkpoint = Checkpoint(0, job.run, {"master": adapter})
         except DbtrainError as error:
             return subject, bare(error)
         except torch.OutOfMemoryError as error:
             return subject, EngineError(f"memory ran out while its photos were encoded: {first_line(error)}")
-        return subject, (job, Start(subject.id, job.config, captions, found))
+        return subject, (job, Start(subject.id, job.config, captions, checkpoint))
 
     def _train(self, prepared: Iterator) -> None:
         seating, stop = self.seating, self.watch.stop

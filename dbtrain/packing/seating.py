@@ -57,7 +57,7 @@ class Seating:
         """Let a subject train in a row that is free."""
         self.pack.seat(row, start)
         sinks = open_sinks(job.config, job.folder, job.subject.id)
-        self.seats[row] = Seat(row, job, shares, sinks, start.found.step, start.found.step)
+        self.seats[row] = Seat(row, job, shares, sinks, start.checkpoint.step, start.checkpoint.step)
 
     def step(self) -> None:
         """Make one step of every subject."""
@@ -88,7 +88,7 @@ class Seating:
             sink.close()
 
     def close(self) -> None:
-        """Give up the subjects that sit, so that others may train them. The device, which may be broken, stays unused."""
+        """Give up the subjects that sit, so that others can train them. The device may be broken, and is not used."""
         for seat in self:
             for sink in seat.sinks:
                 sink.close()

@@ -41,7 +41,7 @@ def fit(probes: Sequence[Probe]) -> tuple[float, float]:
 
 
 def expected_bytes(probes: Sequence[Probe], size: int) -> float:
-    """What a pack of a size will take: by the line through the probes; after a single one, that many times as much."""
+    """Bytes that a pack of a size will take: by the line through the probes, or in proportion if there is one probe."""
     if len(probes) == 1:
         return probes[0].bytes * size / probes[0].size
     start, slope = fit(probes)
@@ -67,16 +67,16 @@ def choose_size(probe: Callable[[int], Probe | None], settings: PackedConfig, fr
         if (wanted := expected_bytes(probes, size)) > budget:
             why = f"{size} would need {wanted / 2**30:.2f} of {budget / 2**30:.2f} GiB"
             break
-        found = probe(size)
-        if found is None:
+        measured = probe(size)
+        if measured is None:
             why = f"memory ran out at {size}"
             break
-        probes.append(found)
+        probes.append(measured)
         if probes[-1].seconds_a_subject > GAIN * probes[-2].seconds_a_subject:
             why = f"{size} was no faster"
             break
-    best = min(probes, key=lambda one: one.seconds_a_subject)
-    steps = ", ".join(f"{one.size}: {1e3 * one.seconds_a_subject:.1f} ms" for one in probes)
+    best = min(probes, key=lambda each: each.seconds_a_subject)
+    steps = ", ".join(f"{each.size}: {1e3 * each.seconds_a_subject:.1f} ms" for each in probes)
     return best.size, f"{best.size} subjects a pack ({why}; step of a subject at {steps})"
 
 
@@ -122,8 +122,8 @@ def sample_shape(base: Base) -> torch.Size:
 
 @contextmanager
 def used_bytes(device: str) -> Iterator[list[int]]:
-    """A list that afterwards holds the bytes that the block took at its peak: on a GPU what the allocator counted, on a
-    CPU what autograd kept for backward, of which the rest is a small part."""
+    """A list that holds, after the block, the bytes that the block took at its peak. On a GPU these are what the
+    allocator counted; on a CPU they are what autograd kept for backward, which is nearly all."""
     used: list[int] = []
     if device.startswith("cuda"):
         torch.cuda.synchronize()

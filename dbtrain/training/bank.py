@@ -1,7 +1,8 @@
 """Where data meets the model: a subject's images as cached VAE moments or stored bytes, and its captions.
 
-A bank holds one subject's instance and prior samples. `Bank.batch` is a pure function of (step, slots): which sample,
-mirrored or not, cropped where, comes from counter-based randomness, so it is the same at any number of ranks.
+A bank holds one subject's instance and prior samples. `Bank.batch` is a pure function of (step, slots). Which sample is
+drawn, whether it is mirrored and where it is cropped come from counter-based randomness, so all of that is the same at
+any number of ranks.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Bank:
         return self.draw(step, instance_slots).to(device, non_blocking=True)
 
     def draw(self, step: int, instance_slots: Sequence[int]) -> Batch:
-        """The same where its parts lie: cached moments on their device, everything else on the CPU."""
+        """The same micro-batch without a move: cached moments on their device, everything else on the CPU."""
         parts = [
             self._draw(role, step, torch.tensor([slot + int(role) * self.batch_size for slot in instance_slots]))
             for role in self.items
@@ -95,7 +96,7 @@ class Bank:
     def _images(self, role: Role, step: int, slot_B: Tensor, pick_B: Tensor, flip_B: Tensor) -> tuple[Tensor, Tensor]:
         if role in self.moments:
             moments = self.moments[role]
-            # A copy that the host waited for would also wait for the step before it to end.
+            # If the host waited for this copy, it would also wait until the step before has ended.
             place = (pick_B.to(moments.device, non_blocking=True), flip_B.long().to(moments.device, non_blocking=True))
             return moments[place], self.sizes[role][pick_B]
         crops = [(0.5, 0.5)] * len(slot_B)
@@ -116,7 +117,7 @@ class Bank:
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
-    """One batch of the samples of several, in order; those of a pack keep no subject rows."""
+    """One batch of the samples of several, in order, without `subject_B`."""
     names = [name for name in Batch.__dataclass_fields__ if name != "subject_B"]
     return Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
@@ -149,7 +150,7 @@ def encode_captions(
 def captions_of(
     family: Family, models: Models, config: RunConfig, texts: Sequence[str], device: str
 ) -> Conditioning | Tokens:
-    """The captions as a run's settings want them: encoded once, or as tokens for a text encoder that trains."""
+    """The captions as a run's settings want them; see `encode_captions`."""
     return encode_captions(family, models, texts, device, config.data.cache_text and not config.train.text_encoder)
 
 
@@ -192,7 +193,7 @@ def fill_bank(
 def encode_priors(
     base: Base, work: Work, watch: Watch, config: RunConfig, key: PriorKey, samples: Sequence[Sample]
 ) -> Tensor:
-    """The encoded priors, from the store or into it, so that no other process or subject encodes them again."""
+    """The encoded priors: read from the store, or encoded and kept there for other processes and later subjects."""
     vae, device = base.models.vae, base.world.device
 
     def encode(group: Sequence[Sample]) -> Tensor:

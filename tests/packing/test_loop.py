@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -15,12 +17,12 @@ from dbtrain.packing.pack import Pack
 from dbtrain.priors.own_images import import_images
 from dbtrain.results.publish import LORA_FILE
 from dbtrain.results.record import read_record
-from dbtrain.settings.recipes import load
+from dbtrain.settings.recipes import load, render
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.train import train_manifest, train_subjects
 from dbtrain.training.bank import Bank
 from dbtrain.training.session import Watch, join_run, open_work
-from tests.kit.main_job import small_config, write_job
+from tests.kit.main_job import environment, small_config, write_job
 
 SINGLE = 2e-5
 """float32, products summed in another order; relative to how far the weights moved where that is the smaller."""
@@ -243,6 +245,26 @@ def test_a_writer_that_fails_is_heard(job, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         train(job, "full", *PACKED, "sample.images=0", names=["ben"])
     assert read_record(job / "full" / "subjects" / "ben") is None
+
+
+WITHOUT_DEEPSPEED = """
+import sys
+from pathlib import Path
+import dbtrain.bench.pack, dbtrain.evaluate.protocol
+from dbtrain.settings import recipes
+from dbtrain.train import train_manifest
+config = recipes.load(Path(sys.argv[1]))
+records, failed = train_manifest(Path(sys.argv[2]), config, Path(sys.argv[3]), ["rex", "tom"], quiet=True)
+print(len(records), failed, "deepspeed" in sys.modules)
+"""
+
+
+def test_a_pack_with_priors_needs_no_deepspeed(job, tmp_path):
+    """It is half of what a process loads, and packs, class images, scores and benchmarks of packs use none of it."""
+    (tmp_path / "packed.yaml").write_text(render(small_config(*PACKED, "train.steps=1", "sample.images=1")))
+    command = [sys.executable, "-c", WITHOUT_DEEPSPEED, tmp_path / "packed.yaml", job / "photos.csv", tmp_path / "out"]
+    done = subprocess.run([str(word) for word in command], env=environment(), capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["2 {} False"], done.stderr
 
 
 def test_auto_measures_and_says_why(job, capsys):

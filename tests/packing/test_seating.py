@@ -48,7 +48,7 @@ def job(tmp_path, name, *words):
 
 
 def start(step=0):
-    return SimpleNamespace(found=SimpleNamespace(step=step))
+    return SimpleNamespace(checkpoint=SimpleNamespace(step=step))
 
 
 @pytest.fixture
