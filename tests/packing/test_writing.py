@@ -50,9 +50,10 @@ def test_the_queue_waits_for_its_oldest_entry(writer, told):
 
 
 def test_what_comes_afterwards_comes_after_all_before(writer):
-    order = []
-    writer.write(None, order.append, "checkpoint")
+    order, gate = [], threading.Event()
+    writer.write(None, lambda: gate.wait(60) and order.append("checkpoint"))
     writer.afterwards(lambda: order.append("unlocked"))
+    gate.set()
     writer.close()
     assert order == ["checkpoint", "unlocked"]
 
