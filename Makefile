@@ -1,12 +1,14 @@
-# `make help` lists the targets. demo and test need nothing but python3 >= 3.11 and pip's package index: they make their
-# own virtual environment. VENV=folder uses another one, PYTHON=python3.12 another interpreter, TESTS=tests/x.py a part.
+# `make help` lists the targets. They make their own virtual environment; all they need is python3 >= 3.11 and pip's
+# package index. VENV=folder is another environment, PYTHON=python3.12 another interpreter, TESTS=tests/x.py some tests.
 VENV ?= .venv
 PYTHON ?= python3
 TESTS ?= tests
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -q --progress-bar off -c constraints.txt
+# On a machine with a GPU and no CUDA toolkit, DeepSpeed's setup.py stops unless DS_IGNORE_CUDA_DETECTION is set. We use
+# none of its CUDA operators.
+PIP := env DS_IGNORE_CUDA_DETECTION=1 $(BIN)/python -m pip --disable-pip-version-check --no-input install -q --progress-bar off -c constraints.txt
 RUN := env HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
-# One process a core (at most 8, a GiB each) with one thread: tests run small models, whose threads would only wait.
+# One process a core, at most 8 because each takes a GiB. Each has one thread: more threads make small models slower.
 CORES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST = $(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -q -n $(CORES) --dist worksteal -m "not gpu"
 BENCH ?= benchmarks/tiny_quality.py benchmarks/paper_shape.py
@@ -20,7 +22,8 @@ help:  ## this list
 demo: $(VENV)/.installed  ## personalize the embedded base for a few subjects, into ./demo
 	$(RUN) $(BIN)/dbtrain demo --out demo
 
-# tests/faults fork their own process, which must not have trained before: a fork has none of its parent's threads.
+# tests/faults fork their own process. A fork has none of its parent's threads, so a process that has trained before
+# may hang: these tests get processes of their own.
 test: $(VENV)/.installed  ## every test that needs no GPU
 	$(PYTEST) $(if $(filter tests,$(TESTS)),--ignore tests/faults) $(TESTS)
 	$(if $(filter tests,$(TESTS)),$(PYTEST) tests/faults)
@@ -36,7 +39,7 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/mypy --cache-dir=$(VENV)/.mypy_cache
 
-gpu: $(VENV)/.installed  ## what needs a CUDA device: tests, then times, in ten minutes, into ./gpu-results
+gpu: $(VENV)/.installed  ## the tests and benchmarks that need a CUDA device, in ten minutes, into ./gpu-results
 	PYTHON=$(BIN)/python sh benchmarks/gpu.sh gpu-results
 
 bench: $(VENV)/.installed  ## the benchmarks that need no peer, or BENCH="a.py b.py"
@@ -47,7 +50,7 @@ install: $(VENV)/.installed  ## only the virtual environment, with dbtrain edita
 clean:  ## remove the virtual environment and build output
 	rm -rf $(VENV) build dist *.egg-info
 
-# torch goes first: a second resolution with everything else then keeps the build (CPU or CUDA) that is there.
+# torch is installed first. The second command then keeps the build of torch (CPU or CUDA) that is there.
 $(VENV)/.installed: setup.py constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dbtrain needs Python 3.11 or newer; set PYTHON=")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

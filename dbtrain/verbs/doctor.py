@@ -19,8 +19,8 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from dbtrain.heads import is_loopback, token_file_finding, token_path
 from dbtrain.tiny import BASE, EMBEDDED
+from dbtrain_launchers.ray_head import is_loopback, token_file_finding, token_path
 
 MIN_DISK_GIB = 10.0
 """Free space below which a run of a few full models fills the disk."""

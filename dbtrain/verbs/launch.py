@@ -1,32 +1,33 @@
 """`dbtrain launch NAME [options] -- train|batch run ...`: a verb for each row of `LAUNCHERS`."""
 
 import inspect
+import os
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from dbtrain.verbs.options import print_json
 from dbtrain_launchers import LAUNCHERS
-from dbtrain_launchers.plan import Launcher, make_plan
+from dbtrain_launchers.plan import VISIBLE, Launcher, make_plan
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Start a run on machines: DeepSpeed, Ray, SLURM, Kubernetes.\n\n"
+    help=f"Start a run on machines: {', '.join(LAUNCHERS)}.\n\n"
     "\b\nExample:\n  dbtrain launch slurm --nodes 2 --dry-run -- batch run all.csv --config sdxl_lora --out runs",
 )
 
 
 MACHINES = ("nodes", "gpus", "cpus", "name")
-"""Options of which a launcher has those that it passes on."""
+"""Options of the plan; a launcher has those that its row names."""
 
 
 def launch(
     launcher: Launcher, words: list[str], env: list[str] | None, dry_run: bool, as_json: bool, options: dict[str, Any],
     **machines: Any,
 ) -> None:  # fmt: skip
-    """Renders a plan, and prints or starts it; ends with the run's exit code."""
-    plan = make_plan(words, env or (), **machines)
+    """Render a plan, then print it, or start it and exit with its code."""
+    plan = make_plan(words, env or (), visible=os.environ.get(VISIBLE), **machines)
     rendered = launcher.render(plan, **options)
     if as_json:
         print_json({"command": list(rendered.command), "stdin": rendered.stdin})
@@ -37,7 +38,7 @@ def launch(
 
 
 def verb(launcher: Launcher) -> Any:
-    """A function whose signature is the plan's options that a launcher passes on, its own and the words, for typer."""
+    """A command for typer, with the words, the plan's options that the row names, and the options of `render`."""
 
     def shared(
         words: Annotated[list[str], typer.Argument(metavar="-- WORDS...", help="What to run.")],
@@ -51,7 +52,7 @@ def verb(launcher: Launcher) -> Any:
     ) -> None: ...
 
     common, own = inspect.signature(shared).parameters, inspect.signature(launcher.render).parameters
-    kept = [one for name, one in common.items() if name not in MACHINES or name in launcher.machines]
+    kept = [option for name, option in common.items() if name not in MACHINES or name in launcher.machines]
     parameters = [*kept, *list(own.values())[1:]]
 
     def run(**given: Any) -> None:
@@ -59,9 +60,12 @@ def verb(launcher: Launcher) -> Any:
 
     run.__doc__ = launcher.render.__doc__
     hints = get_type_hints(shared, include_extras=True) | get_type_hints(launcher.render, include_extras=True)
-    keywords = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[one.name]) for one in parameters]
+    keywords = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
+        for parameter in parameters
+    ]
     run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in keywords}
+    run.__annotations__ = {keyword.name: keyword.annotation for keyword in keywords}
     return run
 
 

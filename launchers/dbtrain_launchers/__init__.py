@@ -1,4 +1,5 @@
-"""Ways to start `dbtrain` on one or many machines. A launcher is one file that turns a plan into text, and one row."""
+"""Programs that start `dbtrain` on one or many machines. A launcher is one file, which turns a plan into text, and one
+row."""
 
 from dbtrain_launchers import on_deepspeed, on_kubernetes, on_ray, on_slurm
 from dbtrain_launchers.plan import Launcher
@@ -9,4 +10,4 @@ LAUNCHERS: dict[str, Launcher] = {
     "slurm": on_slurm.LAUNCHER,
     "kubernetes": on_kubernetes.LAUNCHER,
 }
-"""Every launcher by its name: `dbtrain launch NAME`."""
+"""All launchers by their name in `dbtrain launch NAME`."""

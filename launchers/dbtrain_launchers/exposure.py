@@ -1,4 +1,4 @@
-"""What looks like a secret, and so may not travel in texts that launchers store: job records, scripts, manifests."""
+"""Find what looks like a secret: launchers store their texts (job records, scripts, manifests) in the clear."""
 
 import re
 from collections.abc import Sequence
@@ -20,22 +20,22 @@ _VALUES = re.compile(
     re.X,
 )
 _OPAQUE = re.compile(r"(?=.*[A-Za-z])(?=.*[0-9])[A-Za-z0-9_+/=-]{32,}")
-"""Long and without structure. Used for variables only: in a command line, commits and digests look like this too."""
+"""A long value of letters and digits. Used for variables only: in command lines, commits and digests look the same."""
 
 
 def looks_secret(value: str) -> bool:
-    """Whether a text holds something in the form of a known kind of token, key or password."""
+    """Whether a text contains a token, key or password of a known form."""
     return _VALUES.search(value) is not None
 
 
 def secret_words(words: Sequence[str], names: bool = False) -> list[str]:
-    """The words that look like secrets, cut to their beginning so that an error may show them.
+    """The names of words that look like secrets, or the first letters of words without a name, for error texts.
 
-    `names`: words are NAME=VALUE, and a telling name or an opaque value counts as well.
+    `names`: words are NAME=VALUE. A name such as API_KEY, or a long value of letters and digits, counts as well.
     """
-    found = []
+    suspects = []
     for word in words:
         name, _, value = word.partition("=")
         if looks_secret(word) or (names and (_NAMES.search(name) or _OPAQUE.fullmatch(value))):
-            found.append(name if "=" in word and len(name) < 40 else word[:6] + "...")
-    return found
+            suspects.append(name if "=" in word and len(name) < 40 else word[:6] + "...")
+    return suspects

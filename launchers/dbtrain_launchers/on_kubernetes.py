@@ -1,8 +1,8 @@
 """A run as a KubeRay RayJob with a network policy: token authentication, no root, limits, no secret in the text.
 
-Written against KubeRay 1.7: its submitter splices the entrypoint into a bash line and quotes a runtime_env only for Go,
-so words are quoted for a shell here and variables go to the pods. It also puts a dashboard on every interface unless
-told otherwise.
+Written for KubeRay 1.7. Its submitter puts the entrypoint into a bash line, so words are quoted for a shell here. It
+quotes a runtime_env for Go and not for the shell, so variables are set in the pods instead. Without `dashboard-host` it
+opens the dashboard on every interface.
 """
 
 import json
@@ -18,6 +18,7 @@ from dbtrain_launchers.plan import (
     Launcher,
     LaunchPlan,
     Rendered,
+    assigned_gpu_findings,
     check_program,
     plain_findings,
     refuse,
@@ -29,11 +30,11 @@ _CLAIM = re.compile(r"([a-z0-9][a-z0-9.-]*):(/[A-Za-z0-9_./-]+)")
 _SECRET = re.compile(r"([A-Za-z_]\w*)=([a-z0-9][a-z0-9.-]*)/([A-Za-z0-9._-]+)")
 _LABEL = "app.kubernetes.io/instance"
 _USER = 1000
-"""The user and group of Ray's own images."""
+"""User and group of the images that Ray publishes."""
 
 
 def installed_ray() -> str:
-    """The version of Ray here, which a cluster's must equal; "" when it is not installed."""
+    """The version of Ray on this machine; "" if it is not installed. The image must have the same one."""
     try:
         return version("ray")
     except PackageNotFoundError:
@@ -44,18 +45,16 @@ def render(
     plan: LaunchPlan,
     *,
     image: Annotated[str, typer.Option(help="Image with dbtrain and Ray.")],
-    namespace: Annotated[str | None, typer.Option(help="Namespace; by default kubectl's.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Namespace; by default that of kubectl.")] = None,
     memory: Annotated[str, typer.Option(help="Memory of each pod.")] = "32Gi",
-    claim: Annotated[list[str] | None, typer.Option(help="Volume claim as NAME:/MOUNT; repeat for more.")] = None,
+    claim: Annotated[list[str] | None, typer.Option(help="Volume claim as NAME:/MOUNT; repeats.")] = None,
     head_claim: Annotated[
-        list[str] | None, typer.Option(help="Volume claim of the head alone, such as a disk for --ledger; repeats.")
+        list[str] | None, typer.Option(help="Volume claim of the head only, such as a disk for --ledger; repeats.")
     ] = None,
-    secret: Annotated[
-        list[str] | None, typer.Option(help="VARIABLE=SECRET/KEY from the secret store; repeats.")
-    ] = None,
-    operator_namespace: Annotated[str, typer.Option(help="Where KubeRay's operator runs.")] = "kuberay-operator",
-    retries: Annotated[int, typer.Option(min=0, help="New clusters after a failed one.")] = 3,
-    ray_version: Annotated[str, typer.Option(help="Ray of the image, 2.52 or newer.")] = installed_ray(),
+    secret: Annotated[list[str] | None, typer.Option(help="VARIABLE=SECRET/KEY of the secret store; repeats.")] = None,
+    operator_namespace: Annotated[str, typer.Option(help="Namespace of KubeRay's operator.")] = "kuberay-operator",
+    retries: Annotated[int, typer.Option(min=0, help="How many new clusters may be tried after failures.")] = 3,
+    ray_version: Annotated[str, typer.Option(help="Version of Ray in the image, 2.52 or newer.")] = installed_ray(),
 ) -> Rendered:
     """Run on Kubernetes as a RayJob with token authentication: one Ray node a pod, one pod a node.
 
@@ -69,6 +68,7 @@ def render(
     refuse(
         [
             *plain_findings(image=image),
+            *(assigned_gpu_findings(plan, "Kubernetes") if plan.gpus else []),
             *(
                 []
                 if re.fullmatch(r"\d+\.\d+\.\d+", ray_version)
@@ -81,11 +81,15 @@ def render(
             ],
             *([] if _QUANTITY.fullmatch(memory) else [f"--memory: got {memory!r}, want a quantity such as 64Gi"]),
             *[
-                f"--claim: got {one!r}, want NAME:/MOUNT"
-                for one in [*(claim or ()), *(head_claim or ())]
-                if not _CLAIM.fullmatch(one)
+                f"--claim: got {entry!r}, want NAME:/MOUNT"
+                for entry in [*(claim or ()), *(head_claim or ())]
+                if not _CLAIM.fullmatch(entry)
             ],
-            *[f"--secret: got {one!r}, want VARIABLE=SECRET/KEY" for one in secret or () if not _SECRET.fullmatch(one)],
+            *[
+                f"--secret: got {entry!r}, want VARIABLE=SECRET/KEY"
+                for entry in secret or ()
+                if not _SECRET.fullmatch(entry)
+            ],
         ]
     )
     head = _pod(plan, image, memory, [*(claim or ()), *(head_claim or ())], secret or ())
@@ -104,13 +108,13 @@ def render(
             "rayClusterSpec": _cluster(plan, head, worker, ray_version),
         },
     }
-    # Through JSON, as YAML would write what two pods share as an anchor.
+    # YAML writes a list that two pods share once, and a reference to it. JSON makes copies of it first.
     documents = json.loads(json.dumps([job, _policy(plan, metadata, operator_namespace)]))
     return Rendered(("kubectl", "apply", "-f", "-"), yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True))
 
 
 def _cluster(plan: LaunchPlan, head_pod: dict[str, Any], pod: dict[str, Any], ray_version: str) -> dict[str, Any]:
-    """A head that is also a worker, and the other nodes."""
+    """The cluster: a head that also works, and `nodes - 1` workers."""
     head = {"rayStartParams": {"dashboard-host": "$POD_IP"}, "template": _template(plan, "ray-head", head_pod)}
     worker = {
         "groupName": "workers",
@@ -129,19 +133,19 @@ def _cluster(plan: LaunchPlan, head_pod: dict[str, Any], pod: dict[str, Any], ra
 
 
 def _pod(plan: LaunchPlan, image: str, memory: str, claims: Any, secrets: Any) -> dict[str, Any]:
-    """The container of a Ray node without its name, and its volumes."""
+    """The container of a Ray node, without a name, and its volumes."""
     resources = {
         **({"cpu": str(plan.cpus)} if plan.cpus else {"cpu": "1"}),
         "memory": memory,
         **({"nvidia.com/gpu": str(plan.gpus)} if plan.gpus else {}),
     }
-    mounts = [_CLAIM.fullmatch(one).groups() for one in claims]  # type: ignore[union-attr]
-    given = [_SECRET.fullmatch(one).groups() for one in secrets]  # type: ignore[union-attr]
+    mounts = [_CLAIM.fullmatch(entry).groups() for entry in claims]  # type: ignore[union-attr]
+    given = [_SECRET.fullmatch(entry).groups() for entry in secrets]  # type: ignore[union-attr]
     return {
         "image": image,
         "env": [
             {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
-            # Kubernetes expands $(NAME) in values; a doubled $ keeps it as it is.
+            # Kubernetes replaces $(NAME) in values. It reads $$ as one $, without replacing.
             *({"name": name, "value": value.replace("$(", "$$(")} for name, value in plan.env.items()),
             *(
                 {"name": name, "valueFrom": {"secretKeyRef": {"name": holder, "key": key}}}
@@ -158,7 +162,7 @@ def _pod(plan: LaunchPlan, image: str, memory: str, claims: Any, secrets: Any) -
 
 
 def _template(plan: LaunchPlan, name: str, pod: dict[str, Any]) -> dict[str, Any]:
-    """A pod template that runs without root and without the API server's token."""
+    """The template of a pod without root rights and without a token of the API server."""
     container = {"name": name, **{key: value for key, value in pod.items() if key != "volumes" and value}}
     container["securityContext"] = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     return {
@@ -179,7 +183,7 @@ def _template(plan: LaunchPlan, name: str, pod: dict[str, Any]) -> dict[str, Any
 
 
 def _submitter(plan: LaunchPlan, image: str) -> dict[str, Any]:
-    """The pod that hands the entrypoint to the head and shows its log."""
+    """The template of the pod that sends the entrypoint to the head and shows the log."""
     resources = {"cpu": "1", "memory": "1Gi"}
     pod = {"image": image, "resources": {"requests": resources, "limits": dict(resources)}}
     template = _template(plan, "ray-job-submitter", pod)
@@ -188,7 +192,7 @@ def _submitter(plan: LaunchPlan, image: str) -> dict[str, Any]:
 
 
 def _policy(plan: LaunchPlan, metadata: dict[str, str], operator_namespace: str) -> dict[str, Any]:
-    """Nobody but the run's own pods and the operator may open a connection to its pods."""
+    """A network policy: only the run's pods and KubeRay's operator may open connections to the run's pods."""
     selector = {"matchLabels": {_LABEL: plan.name}}
     operator = {"matchLabels": {"kubernetes.io/metadata.name": operator_namespace}}
     return {
@@ -204,8 +208,8 @@ def _policy(plan: LaunchPlan, metadata: dict[str, str], operator_namespace: str)
 
 
 def start(rendered: Rendered) -> int:
-    """kubectl's exit code; `kubectl get rayjob NAME` tells how the run goes."""
-    check_program("kubectl", "install it and point it to the cluster")
+    """The exit code of kubectl. The run goes on afterwards; `kubectl get rayjob NAME` shows its state."""
+    check_program("kubectl", "install it and connect it to the cluster")
     return start_program(rendered)
 
 

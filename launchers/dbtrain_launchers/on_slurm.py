@@ -1,7 +1,7 @@
 """A run as a SLURM batch script: ranks over nodes, an array of runs, or a Ray cluster inside the allocation.
 
-A run that exits with 75 has written its checkpoint and is requeued; the same command then continues. USR1 comes before
-the time limit, TERM with preemption; the batch shell passes either on to the run's own step.
+A run that exits with 75 has written a checkpoint. The script requeues the job, and the same command continues the run.
+SLURM sends USR1 before the time limit and TERM on preemption. The script passes both to the run's step as USR1.
 """
 
 import re
@@ -10,7 +10,16 @@ from typing import Annotated
 
 import typer
 
-from dbtrain_launchers.plan import Launcher, LaunchPlan, Rendered, check_program, plain_findings, refuse, start_program
+from dbtrain_launchers.plan import (
+    Launcher,
+    LaunchPlan,
+    Rendered,
+    assigned_gpu_findings,
+    check_program,
+    plain_findings,
+    refuse,
+    start_program,
+)
 
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 _TIME = re.compile(r"\d+(-\d+)?(:\d+){0,2}")
@@ -26,13 +35,13 @@ def render(
     time: Annotated[str | None, typer.Option(help="Time limit, such as 12:00:00.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory of each node, such as 64G.")] = None,
     log: Annotated[str, typer.Option(help="Log file; %x is the name, %j the job.")] = "%x-%j.log",
-    grace_s: Annotated[int, typer.Option(min=10, help="Seconds before the limit to stop and checkpoint.")] = 120,
+    grace_s: Annotated[int, typer.Option(min=10, help="Seconds before the limit to stop, with a checkpoint.")] = 120,
     array: Annotated[
-        str | None, typer.Option(help="Tasks such as 0-9; `{task}` in words is the task's number.")
+        str | None, typer.Option(help="Tasks such as 0-9; `{task}` in WORDS is the task's number.")
     ] = None,
     python: Annotated[str, typer.Option(help="Python on the nodes.")] = "python",
 ) -> Rendered:
-    """Run under SLURM: `train` as one rank a GPU over all nodes, `batch run` over a Ray cluster of the allocation.
+    """Run under SLURM: `train` as one rank a GPU on all nodes, `batch run` on a Ray cluster inside the allocation.
 
     \b
     Example:
@@ -43,6 +52,7 @@ def render(
     refuse(
         [
             *plain_findings(partition=partition, account=account, qos=qos, memory=memory, log=log, python=python),
+            *(assigned_gpu_findings(plan, "SLURM") if plan.gpus else []),
             *(
                 [f"--time: got {time!r}, want minutes or [days-]hours:minutes:seconds"]
                 if time is not None and not _TIME.fullmatch(time)
@@ -92,22 +102,22 @@ def render(
 
 
 def quoted(word: str, in_array: bool = False) -> str:
-    """A word as bash reads it back; in an array job, `{task}` becomes the task's number."""
+    """A word in quotes for bash. In an array job, `{task}` is replaced by the task's number."""
     if not in_array or _TASK not in word:
         return shlex.quote(word)
     return '"$SLURM_ARRAY_TASK_ID"'.join(shlex.quote(part) if part else "" for part in word.split(_TASK))
 
 
 def _body(plan: LaunchPlan, in_array: bool) -> str:
-    """The part of the script that starts the run's step; what users gave is put in last, and never read again."""
+    """The part of the script that starts the run's step. The user's words go in last: nothing is replaced in them."""
     given = {"--num-cpus": plan.cpus, "--num-gpus": plan.gpus}
     options = " ".join(["--disable-usage-stats", *(f"{name}={value}" for name, value in given.items() if value)])
     words = " ".join(quoted(word, in_array) for word in plan.cluster_words)
     return (_CLUSTER if plan.is_batch else _RANKS).replace("@OPTIONS@", options).replace("@WORDS@", words)
 
 
-# The trap stands before the step, so that no signal finds the shell without it; asked before it began, a step never
-# begins.
+# The trap is set before the step starts, so that no signal is lost. After a signal that came before the step, the step
+# is not started.
 _TRAP = """
 step= asked=
 leave() { [ "$1" -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"; exit "$1"; }
@@ -118,8 +128,8 @@ head=${hosts%%$'\\n'*}
 port=$((20000 + SLURM_JOB_ID % 20000))
 """
 
-# Ranks that stop on request leave within moments of each other: the first one's 75 must not get the others killed.
-# A rank that crashes ends the others after a minute.
+# Ranks that stop on request end at slightly different times. So the first exit code of 75 must not kill the others
+# (--kill-on-bad-exit=0). After a crash, the other ranks are killed after 60 seconds (--wait).
 _RANKS = """
 address=$(scontrol show node "$head" | grep -o 'NodeAddr=[^ ]*')
 export MASTER_ADDR="${address#NodeAddr=}" MASTER_PORT="$port"
@@ -127,7 +137,7 @@ export MASTER_ADDR="${address#NodeAddr=}" MASTER_PORT="$port"
 srun --kill-on-bad-exit=0 --wait=60 "$python" -m dbtrain_launchers @WORDS@ &
 """
 
-# The token file keeps other users of the nodes out; without a dashboard there is no job API to guard.
+# The token keeps other users of the nodes out of the cluster. Without a dashboard there is no job API to protect.
 _CLUSTER = """
 token="$SLURM_SUBMIT_DIR/.ray-token-$SLURM_JOB_ID"
 trap 'rm -f "$token"' EXIT
@@ -151,8 +161,8 @@ fi
 "${on_head[@]}" "$python" -m dbtrain @WORDS@ &
 """
 
-# A trapped signal ends `wait` before the step is gone; the next `wait` gives the step's own code. A signal between the
-# step's start and its name is passed on late.
+# A trapped signal ends `wait` while the step still runs; another `wait` then returns the step's exit code. A signal
+# between the step's start and `step=$!` is passed on here.
 _WAIT = """
 step=$!
 [ -z "$asked" ] || { asked=; kill -s USR1 "$step"; }
@@ -163,7 +173,7 @@ leave "$code"
 
 
 def start(rendered: Rendered) -> int:
-    """sbatch's exit code; it prints the job's number."""
+    """The exit code of sbatch, which prints the job's number. The run starts later."""
     check_program("sbatch", "submit from a login node of the cluster")
     return start_program(rendered)
 

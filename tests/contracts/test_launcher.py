@@ -9,15 +9,18 @@ import os
 import shlex
 import stat
 from pathlib import Path
+from typing import Annotated, get_args, get_type_hints
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from dbtrain.cli import app
 from dbtrain.errors import ConfigError
+from dbtrain.verbs.launch import verb
 from dbtrain_launchers import LAUNCHERS
-from dbtrain_launchers.plan import LaunchPlan, make_plan
-from tests.kit.injections import CANARY, ODD, TEXTS
+from dbtrain_launchers.plan import VISIBLE, Launcher, LaunchPlan, Rendered, make_plan
+from tests.kit.injections import CANARY, TEXTS
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -60,6 +63,12 @@ COMPANIONS = {"exclude": {"working_dir": Path(".")}}
 REQUIRED = {"kubernetes": {"image": "registry.example/dbtrain:1"}}
 
 
+@pytest.fixture(autouse=True)
+def every_gpu_is_visible(monkeypatch):
+    """Golden texts and documented lines are those of a shell that names no GPUs."""
+    monkeypatch.delenv(VISIBLE, raising=False)
+
+
 def run(*words: str):
     return CliRunner().invoke(app, ["launch", *words])
 
@@ -71,6 +80,17 @@ def rendered(name: str, plan: LaunchPlan, **options):
 def own_defaults(name: str) -> dict:
     parameters = list(inspect.signature(LAUNCHERS[name].render).parameters.values())[1:]
     return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+
+
+def text_options(name: str) -> dict:
+    """A launcher's own options that take text, each with the function that makes its value of a text."""
+    hints = get_type_hints(LAUNCHERS[name].render)
+    values = {str: str, Path: Path, list[str]: lambda text: [text]}
+    options = {}
+    for option in list(inspect.signature(LAUNCHERS[name].render).parameters)[1:]:
+        kinds = [hints[option]] if hints[option] in values else get_args(hints[option])
+        options.update((option, values[kind]) for kind in kinds if kind in values)
+    return options
 
 
 def shipped(case: str) -> Path:
@@ -88,6 +108,24 @@ def test_the_text_is_the_golden_one(case):
     result = run(case.split("_")[0], *options, "--dry-run", "--", *words)
     assert result.exit_code == 0, result.output
     assert result.output == shipped(case).read_text("utf-8")
+
+
+def test_a_row_is_all_that_a_new_launcher_needs():
+    """Its verb has the plan's options that the row names, and the options of its own `render`."""
+
+    def render(plan: LaunchPlan, *, queue: Annotated[str, typer.Option(help="Queue.")] = "short") -> Rendered:
+        """Run in a queue."""
+        return Rendered(("submit", queue, str(plan.gpus), *plan.words))
+
+    started = []
+    own = typer.Typer()
+    own.command(context_settings={"allow_interspersed_args": False})(
+        verb(Launcher(render, ("gpus",), lambda rendered: started.append(rendered) or 7))
+    )
+    text = CliRunner().invoke(own, ["--help"]).output
+    assert "Run in a queue." in text and "--queue" in text and "--nodes" not in text
+    result = CliRunner().invoke(own, ["--gpus", "3", "--queue", "long", "--", *TRAIN])
+    assert (result.exit_code, started) == (7, [Rendered(("submit", "long", "3", *TRAIN))])
 
 
 def documented() -> list[str]:
@@ -151,19 +189,11 @@ def test_secrets_are_refused_before_anything_is_rendered(name):
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_no_text_option_says_more_than_a_value(name):
     """Each text option takes each evil text: it is refused, or the text stays inside one value of the document."""
-    texts = [
-        key
-        for key, value in {**own_defaults(name), **REQUIRED.get(name, {})}.items()
-        if not isinstance(value, (bool, int))
-    ]
-    assert texts
-    for option in texts:
+    options = text_options(name)
+    assert options
+    for option, as_value in options.items():
         for evil in [*TEXTS, "-x", "a\nb"]:
-            value = [evil] if option in ("claim", "head_claim", "secret", "exclude") else evil
-            if option in ("hostfile", "working_dir", "wheel"):
-                value = Path(evil)
-            if option in ("master_port", "ssh_port", "node_rank"):
-                continue
+            value = as_value(evil)
             try:
                 made = rendered(name, make_plan(TRAIN), **{**COMPANIONS.get(option, {}), option: value})
             except ConfigError:
@@ -189,19 +219,3 @@ def strings(value):
             yield from strings(one)
     elif isinstance(value, str):
         yield value
-
-
-@pytest.mark.parametrize("name", ["", "A", "a b", "-a", "a-", "x" * 64, *TEXTS])
-def test_names_of_jobs_are_plain(name):
-    with pytest.raises(ConfigError, match="--name"):
-        make_plan(TRAIN, name=name)
-
-
-def test_every_finding_is_told_at_once():
-    with pytest.raises(ConfigError) as error:
-        make_plan(["generate"], ["A", "API_KEY=x", "B\n=x"], nodes=0, gpus=-1, name="A")
-    assert len(error.value.findings) == 7
-
-
-def test_odd_words_are_words():
-    assert make_plan([*TRAIN, *ODD]).words == (*TRAIN, *ODD)

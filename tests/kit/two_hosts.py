@@ -145,7 +145,10 @@ def ray_on(hosts: tuple[Host, Host], folder: Path, token: Path | None, cpus: int
                         "--object-store-memory=100000000")  # fmt: skip
     assert joined.returncode == 0, joined.stdout
     address = f"http://{first.address}:8265"
-    ask = "import sys, time, dbtrain.heads as h\nwhile h.head_state(sys.argv[1]) == 'absent': time.sleep(0.2)"
+    ask = (
+        "import sys, time; from dbtrain_launchers.ray_head import head_state\n"
+        "while head_state(sys.argv[1]) == 'absent': time.sleep(0.2)"
+    )
     assert first.run(sys.executable, "-c", ask, address, timeout_s=60).returncode == 0
     try:
         yield address

@@ -1,7 +1,7 @@
-"""Every rendered text is really run by the shell that would run it, over a corpus of disguised commands: none obeyed.
+"""Run each rendered text in the shell that would run it, with words that are disguised commands: none may be obeyed.
 
-The programs at the end (python, srun, scontrol, ray, pdsh) are stand-ins that write down the words they were given;
-bash, sh, YAML and DeepSpeed's own runner are real. Real SLURM, Ray and ssh stand in tests/e2e/test_multinode.py.
+The programs that the text starts (python, srun, scontrol, ray, pdsh) are stand-ins, which write down their words. The
+shells, YAML and DeepSpeed's runner are real. tests/e2e has real SLURM (test_slurm.py), Ray and ssh (test_multinode.py).
 """
 
 import json

@@ -11,9 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dbtrain import heads
 from dbtrain.errors import ConfigError, FleetError
-from dbtrain_launchers import LAUNCHERS, on_deepspeed, on_ray
+from dbtrain_launchers import LAUNCHERS, on_deepspeed, on_ray, ray_head
 from dbtrain_launchers.plan import Rendered, make_plan
 from tests.contracts.test_launcher import rendered
 from tests.kit.main_job import environment
@@ -54,7 +53,7 @@ def test_deepspeeds_code_comes_back(monkeypatch, tmp_path):
 
 
 LAUNCHER = """#!/bin/sh
-# As over ssh: the rank stands under another process than this launcher.
+# As over ssh: the rank is no child of this launcher.
 setsid "{python}" -c "{rank}" dbtrain_launchers --local_rank=0 train photos.csv --out x &
 echo $! > {folder}/rank
 wait $!
@@ -87,14 +86,14 @@ def ask_to_stop(folder: Path, launcher: str) -> tuple[int, str]:
     return (started.wait(30), started.stdout.read())
 
 
-def test_a_rank_that_stands_under_another_process_is_asked_to_stop(tmp_path):
+def test_a_rank_of_another_parent_process_is_asked_to_stop(tmp_path):
     assert ask_to_stop(tmp_path, LAUNCHER) == (75, "")
     assert not Path(f"/proc/{(tmp_path / 'rank').read_text().strip()}").exists()
 
 
 def test_a_request_that_reaches_no_rank_ends_the_launcher_and_says_so(tmp_path):
-    code, told = ask_to_stop(tmp_path, AWAY)
-    assert code == 5 and "no rank of this run is on this machine" in told
+    code, output = ask_to_stop(tmp_path, AWAY)
+    assert code == 5 and "no rank of this run is on this machine" in output
 
 
 @pytest.mark.parametrize("line", ["-oProxyCommand=x slots=1", "$(x) slots=1", "host", "host slots=1; x", "a b slots=1"])
@@ -119,8 +118,8 @@ def test_working_folders_that_a_remote_shell_would_read_are_refused(folder, fine
 
 def test_no_job_is_sent_to_an_open_head(monkeypatch):
     """Ray's client is never even asked for."""
-    monkeypatch.setattr(heads, "head_state", lambda address: "open")
-    monkeypatch.setattr(heads, "is_loopback", lambda host: False)
+    monkeypatch.setattr(ray_head, "head_state", lambda address: "open")
+    monkeypatch.setattr(ray_head, "is_loopback", lambda host: False)
     request = Rendered(("POST", "http://head:8265/api/jobs/"), "{}")
     with pytest.raises(FleetError, match="CVE-2023-48022"):
         LAUNCHERS["ray"].start(request)
@@ -162,12 +161,6 @@ def test_several_nodes_need_a_hostfile():
         rendered("deepspeed", make_plan(["train", "x"], nodes=2))
 
 
-def test_a_fleet_uses_the_launchers_cluster_unless_told_otherwise():
-    assert make_plan(["batch", "run", "m.csv"]).cluster_words == ("batch", "run", "--address", "auto", "m.csv")
-    given = ("batch", "run", "m.csv", "--address=ray://other")
-    assert make_plan(given).cluster_words == given
-
-
 class Broken:
     """Ray's client for a job, with a log that breaks off before the job's end."""
 
@@ -189,8 +182,8 @@ def test_a_log_that_breaks_off_is_not_the_end_of_the_job(capsys):
     from ray.job_submission import JobStatus
 
     assert on_ray.follow(Broken(JobStatus.RUNNING, JobStatus.RUNNING, JobStatus.FAILED), "job", 0.0) == 75
-    told = capsys.readouterr()
-    assert told.out == "first line\n" and "its log breaks off (closed)" in told.err
+    written = capsys.readouterr()
+    assert written.out == "first line\n" and "its log breaks off (closed)" in written.err
     with pytest.raises(FleetError, match="its head answers no more"):
         on_ray.follow(Broken(JobStatus.RUNNING, None), "job", 0.0)
 

@@ -1,12 +1,12 @@
-"""Open, guarded and absent heads, asked over real sockets; real Ray heads are in tests/security/test_cluster.py."""
+"""Open, guarded and absent heads behind real sockets. Real Ray heads are in tests/security/test_cluster.py."""
 
 import http.server
 import threading
 
 import pytest
 
-from dbtrain import heads
 from dbtrain.errors import FleetError
+from dbtrain_launchers import ray_head
 
 
 @pytest.fixture
@@ -39,21 +39,21 @@ def answering():
     [(200, "open"), (204, "open"), (302, "open"), (404, "open"), (500, "open"), (401, "guarded"), (403, "guarded")],
 )
 def test_only_a_refusal_counts_as_guarded(answering, status, state):
-    assert heads.head_state(answering(status)) == state
+    assert ray_head.head_state(answering(status)) == state
 
 
 @pytest.mark.parametrize("status", [401, None])
 def test_a_redirection_is_an_answer_and_is_not_followed(answering, status):
     """Not to a guarded head, which would speak for the open one, nor to one that is not there."""
     elsewhere = answering(status) if status else "http://127.0.0.1:1"
-    assert heads.head_state(answering(302, elsewhere)) == "open"
+    assert ray_head.head_state(answering(302, elsewhere)) == "open"
 
 
 @pytest.mark.parametrize(
     "address", ["http://127.0.0.1:1", "http://no-such-host.invalid:8265", "http://[", "http://x:port"]
 )
 def test_no_answer_is_absent(address):
-    assert heads.head_state(address) == "absent"
+    assert ray_head.head_state(address) == "absent"
 
 
 @pytest.mark.parametrize(
@@ -62,20 +62,20 @@ def test_no_answer_is_absent(address):
      ("10.0.0.1", False), ("0.0.0.0", False), ("8.8.8.8", False), ("no-such-host.invalid", False), ("", False)],
 )  # fmt: skip
 def test_loopback(host, expected):
-    assert heads.is_loopback(host) is expected
+    assert ray_head.is_loopback(host) is expected
 
 
 def test_an_open_head_is_refused_unless_it_is_this_machines_own(answering, monkeypatch):
     address = answering(200)
-    heads.guarded_head(address)
-    monkeypatch.setattr(heads, "is_loopback", lambda host: False)
+    ray_head.guarded_head(address)
+    monkeypatch.setattr(ray_head, "is_loopback", lambda host: False)
     with pytest.raises(FleetError, match="CVE-2023-48022"):
-        heads.guarded_head(address)
+        ray_head.guarded_head(address)
 
 
 def test_no_head_is_an_error():
     with pytest.raises(FleetError, match="no Ray head answers"):
-        heads.guarded_head("http://127.0.0.1:1")
+        ray_head.guarded_head("http://127.0.0.1:1")
 
 
 @pytest.mark.parametrize(("mode", "refused"), [(0o600, False), (0o400, False), (0o644, True), (0o640, True)])
@@ -86,11 +86,11 @@ def test_a_token_that_others_may_read_is_refused(answering, monkeypatch, tmp_pat
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
     if refused:
         with pytest.raises(FleetError, match="chmod 600"):
-            heads.guarded_head(answering(401))
+            ray_head.guarded_head(answering(401))
     else:
-        heads.guarded_head(answering(401))
+        ray_head.guarded_head(answering(401))
 
 
 def test_no_token_file_is_no_finding(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
-    assert heads.token_file_finding() == ""
+    assert ray_head.token_file_finding() == ""

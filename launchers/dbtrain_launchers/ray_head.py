@@ -1,4 +1,4 @@
-"""Whether a Ray head runs the code of anyone who can reach it: asked over HTTP as a stranger would, without a token."""
+"""Check whether a Ray head runs the code of anyone who can reach it, by an HTTP request without a token."""
 
 import http.client
 import ipaddress
@@ -16,25 +16,25 @@ from dbtrain.errors import FleetError
 ANSWER_S = 5.0
 """Seconds to wait for a head's answer."""
 QUESTION = "/api/version"
-"""A cheap question under the same guard as the job API, which runs a command for whoever may post to it."""
+"""A cheap request. Ray protects it like the job API, which runs commands."""
 
 HeadState = Literal["open", "guarded", "absent"]
 
 
 class Stay(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection, which then is an error with the answer's code."""
+    """Follow no redirection: urllib then raises an HTTPError with the status of the redirection."""
 
     def redirect_request(self, *_: object) -> None:
         return None
 
 
 def head_state(address: str) -> HeadState:
-    """What the dashboard at http(s)://host:port tells somebody without a token.
+    """How the dashboard at http(s)://host:port answers a request without a token.
 
-    `guarded` is 401 or 403 and nothing else: whatever else answers is counted as open. `absent` does not answer.
+    `guarded`: by 401 or 403. `open`: by anything else. `absent`: not at all.
     """
     try:
-        # Nothing is sent but the question, and a redirection is an answer.
+        # A redirection is not followed: the answer of another server would say nothing about this head.
         with urllib.request.build_opener(Stay).open(address.rstrip("/") + QUESTION, timeout=ANSWER_S):
             return "open"
     except urllib.error.HTTPError as error:
@@ -46,18 +46,21 @@ def head_state(address: str) -> HeadState:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether every address of a host can be reached from this machine only; False for an unknown host."""
+    """Whether only this machine can reach a host, at every address of it; False for an unknown host."""
     try:
-        found = socket.getaddrinfo(host.strip("[]"), None)
+        addresses = socket.getaddrinfo(host.strip("[]"), None)
     except (OSError, UnicodeError):
         return False
-    return all(ipaddress.ip_address(entry[4][0].split("%")[0]).is_loopback for entry in found)  # type: ignore[union-attr]
+    # The zone of an IPv6 address, as in fe80::1%eth0, is no part of the number.
+    numbers = [entry[4][0].split("%")[0] for entry in addresses]  # type: ignore[union-attr]
+    return all(ipaddress.ip_address(number).is_loopback for number in numbers)
 
 
 def guarded_head(address: str) -> None:
-    """Nothing; raises FleetError when no head answers at http(s)://host:port, or one that runs anybody's code does.
+    """Raise FleetError unless the head at http(s)://host:port answers and is safe to send a job to.
 
-    An open head on the loopback address is left to the person who owns the machine.
+    Safe is a head that asks for a token, if no others may read the token file; and any head on the loopback address,
+    whose safety is up to the owner of this machine.
     """
     state, host = head_state(address), urlsplit(address).hostname or ""
     if state == "absent":
@@ -67,18 +70,18 @@ def guarded_head(address: str) -> None:
             f"{address}: this head runs the code of anyone who can reach it (CVE-2023-48022); "
             "restart it with RAY_AUTH_MODE=token and a token file, see docs/operations.md"
         )
-    found = token_file_finding()
-    if state == "guarded" and found:
-        raise FleetError(found)
+    finding = token_file_finding()
+    if state == "guarded" and finding:
+        raise FleetError(finding)
 
 
 def token_path() -> Path:
-    """The file that Ray's token comes from when no variable holds it."""
+    """The file that Ray reads its token from if no variable holds the token."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def token_file_finding() -> str:
-    """What is wrong with Ray's token file, such as others' right to read it; "" for nothing or for no file."""
+    """A finding if other users may read Ray's token file; "" if they may not, or if there is no file."""
     path = token_path()
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
