@@ -24,7 +24,8 @@ def same(x: Tensor, height: int, width: int) -> Tensor:
 class Facts:
     """text(pipeline, captions) -> token states and pooled text of the pipeline's own `encode_prompt`.
 
-    native(latents [B, C, h, w]) -> latents as the pipeline and its denoiser have them; ours(native, h, w) is the inverse.
+    native(latents [B, C, h, w]) -> latents as the pipeline and its denoiser have them.
+    ours(native, h, w) is its inverse.
     sample: the name of the denoiser's argument that has them. side: pixels of a cell of the random model's latents.
     idle: denoiser layers whose outputs nothing of a prediction depends on, so that an adapter there has no gradient.
     """
