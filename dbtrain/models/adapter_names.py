@@ -43,7 +43,8 @@ def to_kohya(weights: LoraWeights, layer_of: Callable[[str, str], KohyaLayer]) -
     layer_of: the family's own place of a layer, from its component and path. k layers that stand in one there become
     one adapter of k times the rank and alpha.
     """
-    state, fused = {}, {}
+    state: dict[str, Tensor] = {}
+    fused: dict[tuple[str, tuple[int, ...]], dict[int, tuple[Tensor, Tensor]]] = {}
     for component, matrices in weights.matrices.items():
         for path, (down, up) in matrices.items():
             layer = layer_of(component, path)

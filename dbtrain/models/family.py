@@ -180,10 +180,16 @@ def refuse_impossible(family: Family, config: RunConfig) -> None:
 
 
 def noise_shift(family: Family, models: Models, config: RunConfig) -> float:
-    """The factor s by which training moves noise levels; ConfigError where the distribution of t cannot be moved."""
+    """The factor s by which training moves noise levels; ConfigError where the distribution of t cannot be moved.
+
+    `auto` is 1 for models without a scheduler, which only measurements have.
+    """
     tokens = (config.data.resolution // family.codec.multiple) ** 2
-    told = config.objective.shift
-    shift = family.shift(models.scheduler, tokens) if told == "auto" else float(told)
+    shift = 1.0
+    if config.objective.shift != "auto":
+        shift = float(config.objective.shift)
+    elif models.scheduler is not None:
+        shift = family.shift(models.scheduler, tokens)
     if shift != 1 and config.objective.timesteps == "stratified":
         raise ConfigError(
             f"objective.timesteps: stratified cannot be moved by the shift {shift:.3g}; use logit_normal or uniform, "

@@ -124,3 +124,9 @@ def test_digest_names_the_weights(loaded, tmp_path):
     models.digests = {**models.digests, "unet/x.safetensors": "0"}
     assert base_digest(models) != before
     models.digests = digests_of(str(folder))
+
+
+def test_regions_are_blocks_of_the_denoiser(loaded):
+    family, models, _ = loaded
+    kinds = [type(module).__name__ for module in models.denoiser.modules()]
+    assert family.regions and all(kinds.count(region) > 1 for region in family.regions)
