@@ -154,7 +154,7 @@ class Family:
 
 def refuse_impossible(family: Family, config: RunConfig) -> None:
     """Raise ConfigError for settings that a family cannot have."""
-    prior, side, multiple = config.prior, config.data.resolution, family.codec.multiple
+    prior, train, side, multiple = config.prior, config.train, config.data.resolution, family.codec.multiple
     samplers = ("auto", "imported", *family.samplers)
     rules = [
         (
@@ -166,12 +166,22 @@ def refuse_impossible(family: Family, config: RunConfig) -> None:
             f"publish.kohya: {family.name} has no names in kohya's files that diffusers reads; set it to false",
         ),
         (
-            config.train.text_encoder and not family.trains_text,
+            train.text_encoder and not family.trains_text,
             f"train.text_encoder: diffusers loads no adapter of {family.name}'s T5; set it to false",
         ),
         (
             side % multiple != 0,
             f"data.resolution: is {side}, and {family.name} takes multiples of {multiple}",
+        ),
+    ]
+    rules += [
+        (
+            config.model.dtype == "bf16" and (train.method == "full" or train.text_encoder),
+            "model.dtype: is bf16, but weights that train are kept in fp32; set it to fp32",
+        ),
+        (
+            config.model.dtype == "bf16" and train.precision == "fp32",
+            "model.dtype: is bf16, but train.precision is fp32; set both alike",
         ),
     ]
     for wrong, message in rules:

@@ -365,16 +365,6 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             "is empty; a LoRA needs at least one layer pattern",
         ),
         (
-            "model.dtype",
-            config.model.dtype != "fp32" and (train.method == "full" or train.text_encoder),
-            f"is {config.model.dtype}, but weights that train are kept in fp32; set it to fp32",
-        ),
-        (
-            "model.dtype",
-            config.model.dtype == "bf16" and train.precision == "fp32",
-            "is bf16, but train.precision is fp32; set both alike",
-        ),
-        (
             "train.stop_loss",
             train.stop_loss is not None and config.engine.kind != "packed",
             "is set, but only engine.kind=packed looks at it",

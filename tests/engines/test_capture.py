@@ -175,7 +175,7 @@ class ResnetBlock2D(torch.nn.Module):
 
 def test_compiling_begins_after_the_first_step_and_pauses_for_pictures():
     blocks = torch.nn.ModuleList([ResnetBlock2D(2)])
-    runner, seen = Compiled(Capture("compile", ""), blocks), []
+    runner, seen = Compiled(Capture("compile", ""), blocks, ["ResnetBlock2D"]), []
     for _ in range(3):
         runner(lambda _: seen.append(blocks[0]._compiled_call_impl is not None), batch())
     assert seen == [False, True, True]

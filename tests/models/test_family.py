@@ -19,6 +19,8 @@ OWN = "prior.sampler=auto"
     [
         ([], "prior.sampler: flux has no euler_ancestral; use one of auto, imported"),
         ([OWN, "train.text_encoder=true"], "train.text_encoder"),
+        ([OWN, "model.dtype=bf16"], "model.dtype: is bf16, but train.precision is fp32"),
+        ([OWN, "model.dtype=bf16", "train.precision=bf16", "train.method=full"], "model.dtype: .* weights that train"),
         ([OWN, "data.resolution=520"], "data.resolution: is 520, and flux takes multiples of 16"),
     ],
 )

@@ -37,7 +37,7 @@ def test_the_settings_without_a_result_are_these():
         "identifier": ("registry",),
     }
     at_default = {"model": ("dtype",), "objective": ("shift",)}
-    told = loads("", "x", ["model.dtype=bf16", "train.precision=bf16", "objective.shift=3"])
+    told = loads("", "x", ["model.dtype=bf16", "objective.shift=3"])
     assert without_result(told) == {**sections, **{name: dict.fromkeys(own, True) for name, own in keys.items()}}
     both = {name: (*keys.get(name, ()), *at_default.get(name, ())) for name in {**keys, **at_default}}
     plain = {**sections, **{name: dict.fromkeys(own, True) for name, own in both.items()}}
