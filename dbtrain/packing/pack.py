@@ -84,7 +84,7 @@ class Pack:
         self.sums_NV = torch.zeros(size, len(MEASURED) + 1, dtype=torch.float64, device=device)
         self.average_N = torch.zeros(size, dtype=torch.float64, device=device)
         self.parts: list[Batch | None] = [None] * size
-        self.runner = make_runner(choose_capture(config.engine, device.type), models.denoiser)
+        self.runner = make_runner(choose_capture(config.engine, device.type), models.denoiser, family.regions)
 
     @torch.no_grad()
     def seat(self, row: int, start: Start) -> None:

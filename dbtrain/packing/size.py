@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from dbtrain.errors import EngineError
-from dbtrain.models.family import encode_images
 from dbtrain.packing.pack import make_pack
 from dbtrain.settings.config import PackedConfig, RunConfig
 from dbtrain.training.session import Base, Watch
@@ -117,7 +116,7 @@ def sample_shape(base: Base) -> torch.Size:
     data = base.settings.data
     pixels = torch.zeros(1, 3, data.resolution, data.resolution, device=base.world.device)
     cached = data.cache_latents and data.crop == "center"
-    return (encode_images(base.models.vae, pixels) if cached else pixels).shape[1:]
+    return (base.family.codec.encode(base.models.vae, pixels) if cached else pixels).shape[1:]
 
 
 @contextmanager

@@ -15,8 +15,7 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Scheme = Literal["file", "memory", "s3", "gs", "az", "abfs"]
-# Flow matching is no choice for a model with another schedule; `auto` takes it from the scheduler.
-PREDICTIONS = ("auto", *(name for name in PARAMETERIZATIONS if name != "flow"))
+PREDICTIONS = ("auto", *PARAMETERIZATIONS)
 Template = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
@@ -36,7 +35,8 @@ class ModelConfig(Section):
     """The base model. Its files are only read."""
 
     family: Annotated[str, OneOf(FAMILIES)] = "sd"
-    """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL."""
+    """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL, `sd3` is
+    Stable Diffusion 3 and 3.5, `flux` is FLUX.1."""
     path: Annotated[str, Field(min_length=1), Mark.NO_RESULT, Mark.PATH_OR_NAME] = "embedded"
     """Diffusers folder, hub id, single-file .safetensors, or `embedded` for the small base that ships with dbtrain."""
     revision: Annotated[str | None, Mark.NO_RESULT] = None
@@ -50,6 +50,8 @@ class ModelConfig(Section):
     """What the denoiser predicts; `auto` takes it from the model's scheduler."""
     zero_terminal_snr: bool | Literal["auto"] = "auto"
     """Rescale the noise schedule to zero SNR at the last timestep (arXiv 2305.08891); `auto` follows the scheduler."""
+    dtype: Annotated[Literal["fp32", "bf16"], Mark.LATER] = "fp32"
+    """Number format in which denoiser and text encoders are loaded, for adapters alone; the VAE is always fp32."""
     attention: Annotated[Literal["auto", "sdpa", "xformers", "flash", "math"], Mark.NO_RESULT] = "auto"
     """Attention implementation: `sdpa` is the one that PyTorch picks, `flash` only its FlashAttention, `auto` the
     fastest for each shape by a short measurement on a GPU, `sdpa` on a CPU. A choice that cannot run is an error."""
@@ -156,6 +158,9 @@ class ObjectiveConfig(Section):
     """Location of the logit-normal distribution (arXiv 2403.03206, eq. 19)."""
     logit_std: Annotated[float, Field(gt=0)] = 1.0
     """Scale of the logit-normal distribution."""
+    shift: Annotated[Annotated[float, Field(gt=0)] | Literal["auto"], Mark.LATER] = "auto"
+    """Factor s that moves noise levels towards noise, s l / (1 + (s - 1) l); `auto` is the one that the model's
+    scheduler has for images of this size (SD3: 3; FLUX.1: 3.16 at 1024 px), and 1 where it is no flow model's."""
     noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Standard deviation of an extra per-channel constant in the noise; 0 is none."""
 
@@ -167,8 +172,9 @@ class PriorConfig(Section):
     """Weight of the prior term, lambda in the paper; 0 trains without priors."""
     images: Count = 200
     """Images of each class. The frozen base draws them once, and all subjects of the class share them."""
-    sampler: Literal["ddpm", "euler_ancestral", "imported"] = "euler_ancestral"
-    """Sampler of the class images; `imported` draws none and takes those that `dbtrain prior import` brought in."""
+    sampler: Literal["auto", "ddpm", "euler_ancestral", "imported"] = "euler_ancestral"
+    """Sampler of the class images; `auto` is the model's own, which alone fits a flow model; `imported` draws none and
+    takes those that `dbtrain prior import` brought in."""
     steps: Positive = 50
     """Sampling steps."""
     guidance: Annotated[float, Field(ge=0)] = 7.5

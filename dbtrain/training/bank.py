@@ -18,7 +18,7 @@ from dbtrain.data.images import flip, open_photo, square, to_pixels
 from dbtrain.data.index import order
 from dbtrain.engines.world import together
 from dbtrain.errors import StopRequested
-from dbtrain.models.family import Family, Models, Tokens, encode_images
+from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.models.load import base_digest
 from dbtrain.models.sampling import sampling_mode
 from dbtrain.priors.draw import make_priors
@@ -59,11 +59,11 @@ class Bank:
         }
         self.readers = ThreadPoolExecutor(2)
 
-    def cache(self, role: Role, vae: nn.Module, device: str) -> Tensor:
+    def cache(self, role: Role, codec: Codec, vae: nn.Module, device: str) -> Tensor:
         """The moments of a role's images (and of their mirror images if samples are flipped), encoded once."""
         arrays = [square(open_photo(item.sample.image), self.data.resolution) for item in self.items[role]]
         variants = [arrays, [flip(array) for array in arrays]] if self.data.flip else [arrays]
-        encoded = [encode_all(vae, [to_pixels(array) for array in variant], device) for variant in variants]
+        encoded = [encode_all(codec, vae, [to_pixels(array) for array in variant], device) for variant in variants]
         self.moments[role] = torch.stack(encoded, 1)
         return self.moments[role]
 
@@ -132,10 +132,10 @@ def _size_ids(sample: Sample, resolution: int, crop: tuple[float, float] = (0.5,
 
 
 @torch.no_grad()
-def encode_all(vae: nn.Module, images: Sequence[Tensor], device: str, batch: int = 8) -> Tensor:
+def encode_all(codec: Codec, vae: nn.Module, images: Sequence[Tensor], device: str, batch: int = 8) -> Tensor:
     """VAE moments [n, 2C, h, w] of n images [3, H, W], encoded `batch` at a time."""
     chunks = [torch.stack(images[start : start + batch]) for start in range(0, len(images), batch)]
-    return torch.cat([encode_images(vae, chunk.to(device)) for chunk in chunks])
+    return torch.cat([codec.encode(vae, chunk.to(device)) for chunk in chunks])
 
 
 @torch.no_grad()
@@ -180,7 +180,7 @@ def fill_bank(
     bank = Bank(items, data, config.seed, subject.id, config.train.batch)
     if data.cache_latents and data.crop == "center":
         with watch.clock.stage("encode"):
-            bank.cache(Role.INSTANCE, base.models.vae, base.world.device)
+            bank.cache(Role.INSTANCE, base.family.codec, base.models.vae, base.world.device)
             if Role.PRIOR in items and priors.moments is None:
                 priors = replace(priors, moments=encode_priors(base, work, watch, config, key, priors.samples))
     if Role.PRIOR in items:
@@ -199,7 +199,7 @@ def encode_priors(
     def encode(group: Sequence[Sample]) -> Tensor:
         watch.beat("encode")
         part = Bank({Role.PRIOR: [Item(sample, key.prompt) for sample in group]}, config.data, 0, "", 1)
-        return part.cache(Role.PRIOR, vae, device)
+        return part.cache(Role.PRIOR, base.family.codec, vae, device)
 
     about = {
         "base": base_digest(base.models),

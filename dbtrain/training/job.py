@@ -67,8 +67,8 @@ def open_job(
 
 def _instances(base: Base, work: Work, subject: Subject, config: RunConfig) -> tuple[list[Sample], str]:
     """A subject's stored photos, and the digest of all that decides its result."""
-    rows, data = work.index.entries_of(subject.id), config.data
-    instances = list(read_samples(work.shards, rows, data.schemes))
+    entries, data = work.index.entries_of(subject.id), config.data
+    instances = list(read_samples(work.shards, entries, data.schemes))
     refuse_small(instances, data.resolution, work.shards)
     return instances, run_digest(config, subject, base, work, instances)
 
@@ -109,7 +109,7 @@ class Job:
         config, base = self.config, self.base
         plan = plan_batches(config.train.batch, config.train.micro_batch, base.world.size)
         choice = choose_capture(config.engine, torch.device(base.world.device).type)
-        runner = make_runner(choice, base.models.denoiser)
+        runner = make_runner(choice, base.models.denoiser, base.family.regions)
         with self.watch.clock.stage("build"):
             engine = self.build(plan)
         try:

@@ -18,8 +18,7 @@ from dbtrain.engines.world import World, from_first, start_world, together
 from dbtrain.errors import StopRequested
 from dbtrain.families import FAMILIES
 from dbtrain.models.adapters import detach
-from dbtrain.models.attention import engage_attention
-from dbtrain.models.family import Family, Models
+from dbtrain.models.family import Family, Models, refuse_impossible
 from dbtrain.models.load import load_models
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key
@@ -95,14 +94,16 @@ class Base:
 def _load_models(settings: RunConfig, world: World) -> Models:
     """The models on a rank's device; where only adapters train, the denoiser in the compute precision."""
     device = torch.device(world.device)
+    family = FAMILIES[settings.model.family]
     choose_capture(settings.engine, device.type)  # refuses before anything is loaded
-    models = load_models(FAMILIES[settings.model.family], settings.model).to(device)
+    refuse_impossible(family, settings)
+    models = load_models(family, settings.model).to(device)
     if device.type == "cuda" and settings.train.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # else convolutions round what they multiply to 10 bits
     if settings.engine.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
     attention, precision = settings.model.attention, settings.train.precision
-    models.attention = engage_attention(models.denoiser, attention, device.type, precision)
+    models.attention = family.attend(models.denoiser, attention, device.type, precision)
     if settings.train.method == "lora" and precision == "bf16":
         models.denoiser.to(torch.bfloat16)
     return models

@@ -160,7 +160,7 @@ def rig(config: RunConfig):
     family, models = base.family, base.models
     bank = make_bank(config)
     for role in bank.items:
-        bank.cache(role, models.vae, world.device)
+        bank.cache(role, family.codec, models.vae, world.device)
     captions = encode_captions(family, models, bank.texts, world.device, not config.train.text_encoder)
     groups = make_trainable(family, models, config, "rex")
     module = TrainingStep(family, models, config, stream_key(config.seed, "rex"), captions)
