@@ -1,0 +1,132 @@
+"""What the documents say: links lead somewhere, commands are understood, the first run runs, figures are the results'."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from PIL import Image
+
+from dbtrain import cli
+from dbtrain.settings import recipes
+from dbtrain.tiny import DEMO
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PLACEHOLDERS = {"DIR": "runs/all", "OUT": "runs/all", "STORE": "priors", "RECIPE": "tiny", "MANIFEST": "photos.csv"}
+
+
+def named(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(text, language):
+    """The fenced blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def anchor(heading):
+    """GitHub's name of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.M | re.S)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, part = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if re.match(r"\w+:", link):
+            continue
+        if not target.exists():
+            broken.append(link)
+        elif part and part not in map(anchor, re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.M)):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_files_that_are_named_exist(page):
+    """Paths in code marks that begin with a folder of the sources."""
+    text = page.read_text("utf-8")
+    folders = r"(?:dbtrain|kernels|launchers|tests|benchmarks|configs|docs|embedded)"
+    paths = re.findall(rf"`({folders}/[\w/.-]+)`", text)
+    if page.name == "CHANGELOG.md":
+        return  # it also names files of the past
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def commands():
+    """(page, line) of every command of ours in a block of code; continued lines are joined."""
+    for page in PAGES:
+        text = page.read_text("utf-8").replace("\\\n", " ")
+        fenced = "\n".join(blocks(text, r"\w*"))
+        for line in re.findall(r"^(dbtrain .*)$", fenced, re.M) + re.findall(r"^ {4}(dbtrain .*)$", text, re.M):
+            words = re.sub(r"\s#.*|\s<.*|\[--.*", "", line).strip()
+            if "..." not in words:
+                yield pytest.param(words, id=f"{named(page)}: {words[:60]}")
+
+
+def parse(words):
+    """The context that the command line makes of the words, without a run."""
+    command, context = typer.main.get_command(cli.app), None
+    while True:
+        name = words[0] if words else command.name
+        if not hasattr(command, "commands"):
+            return command.make_context(name, list(words), parent=context)
+        context = command.make_context(command.name or "dbtrain", list(words), parent=context, resilient_parsing=True)
+        command, words = command.get_command(context, words[0]), words[1:]
+        assert command is not None, name
+
+
+@pytest.mark.parametrize("line", list(commands()))
+def test_commands_are_understood(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line)[1:]]
+    context = parse(words)
+    if "--" in words:
+        context = parse(words[words.index("--") + 1 :])
+    given = context.params
+    recipe = given.get("config") or given.get("recipe")
+    if recipe in recipes.recipe_names():
+        recipes.load(recipe, given.get("overrides") or ())
+
+
+def test_wrong_commands_are_seen():
+    with pytest.raises(Exception, match="No such option"):
+        parse(shlex.split("train photos.csv --subject rex --konfig tiny --out runs"))
+    with pytest.raises(AssertionError, match="trian"):
+        parse(["trian"])
+
+
+@pytest.mark.slow
+def test_the_first_run_of_the_readme_runs(tmp_path):
+    """Its manifest and commands to the letter, but on the small model and for a few steps."""
+    text = README.read_text("utf-8")
+    (manifest,), lines = blocks(text, "csv"), [line for block in blocks(text, "sh")[:2] for line in block.splitlines()]
+    (tmp_path / "photos.csv").write_text(manifest)
+    (tmp_path / "photos").mkdir()
+    for subject, demo in (("rex", "dog-tan"), ("vase", "teapot-red")):
+        (tmp_path / "photos" / subject).mkdir()
+        for photo in (DEMO.parent / demo).iterdir():
+            Image.open(photo).convert("RGB").save(tmp_path / "photos" / subject / f"{photo.stem}.jpg")
+    quick = ["train.steps=2", "prior.images=4", "prior.steps=2", "sample.steps=2"]
+    for line in lines:
+        words = shlex.split(line.replace("sd15_lora", "tiny"))
+        words += quick if words[1] == "train" else []
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+    rex = tmp_path / "runs/mine/subjects/rex"
+    assert (rex / "pytorch_lora_weights.safetensors").exists() and (rex / "evaluation.json").exists()
+    assert (tmp_path / "runs/mine/report/index.html").exists()
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text("utf-8").splitlines()) < 110
