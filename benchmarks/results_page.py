@@ -197,8 +197,8 @@ INTRODUCTION = """\
 # Results
 
 Everything that was measured, with the machine, the commit and the command. **Nothing has been timed on a GPU yet**, and
-what is not measured is not claimed. `python benchmarks/results_page.py` makes this page and the figures of the README
-from the files in `benchmarks/results/`. No number is copied by hand.
+what is not measured is not claimed. `make results` makes this page and the figures of the README from the files in
+`benchmarks/results/`. No number is copied by hand.
 
 Numbers that tests hold are not here. They are: LoRA against PEFT and torch's AdamW ([tests/parity](../tests/parity)), a
 pack against each of its subjects alone ([tests/packing](../tests/packing)), ZeRO 0-3 at several rank counts
