@@ -1,5 +1,6 @@
 """The documents: links lead somewhere, commands are understood, and the README's first run runs."""
 
+import ast
 import json
 import re
 import shlex
@@ -63,6 +64,25 @@ def test_files_that_are_named_exist(page):
     if page.name == "CHANGELOG.md":
         return  # it also names files of the past
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def names_in(path):
+    """Functions, classes, their methods and top-level variables of a source file, dotted."""
+    found = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        found |= {getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)}
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_names_in_files_exist(page):
+    """`file::name` in code marks."""
+    places = re.findall(r"`([\w/.]+\.py)::([\w.]+)`", page.read_text("utf-8"))
+    files = {path: names_in(ROOT / path) if (ROOT / path).exists() else set() for path, _ in places}
+    assert [f"{path}::{name}" for path, name in places if name not in files[path]] == []
 
 
 def commands():
