@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import platform
+import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -35,11 +36,14 @@ from dbtrain.settings.recipes import load
 from dbtrain.subjects.identifiers import allocate
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.tiny import DEMO
-from dbtrain.tiny.scenery import SCENES
-from dbtrain.tiny.sprites import CLASSES
-from dbtrain.tiny.world import PLACES, article
 from dbtrain.train import train_manifest
 from dbtrain.values import Subject
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "embedded"))
+
+from dbtrain_embedded.scenery import SCENES
+from dbtrain_embedded.sprites import CLASSES
+from dbtrain_embedded.world import PLACES, article
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).resolve().parents[1]

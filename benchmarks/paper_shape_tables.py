@@ -9,7 +9,6 @@ from PIL import Image
 from dbtrain.evaluate.intervals import Interval, closed_share, mean_interval
 from dbtrain.evaluate.judge import read_images
 from dbtrain.results.sheets import grid
-from dbtrain.tiny.world import PLACES
 from dbtrain.values import Subject
 
 BASE = "base model"
@@ -90,9 +89,9 @@ COLUMNS = {
 DETAILS = (("with prior", "pres"), ("without prior", "pres"), ("with prior", "scene accuracy"))
 """Further columns of the table by subject: variant, score."""
 
-NOTES = f"""\
+NOTES = """\
 Means over subjects of each subject's mean (macro). Identity and CLIP-I: `a photo of [V] <class>` against all of the
-subject's photos. Placed: {len(PLACES)} scenes, two pictures each. The base row draws `a photo of a <class>`; its PRES
+subject's photos. Placed: two pictures in each place of the world. The base row draws `a photo of a <class>`; its PRES
 equals its identity. `no class noun` has `a photo of [V]` as caption and prompt (its priors are those of the right
 class); `wrong class noun` has another demo class in caption, prompt and priors. The right noun is the row `with prior`
 or `without prior`: with priors, the right noun alone shares its words with the prior caption and so bears its whole

@@ -9,6 +9,7 @@ import argparse
 import json
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,9 +18,13 @@ import torch
 from PIL import Image
 
 from dbtrain.evaluate.features import Encoder, choose, load_identity, load_pair, zero_shot
-from dbtrain.tiny import ASSETS, BASE, pool, sprites, world
-from dbtrain.tiny.scenery import SCENES
-from dbtrain.tiny.world import Facts
+from dbtrain.tiny import ASSETS, BASE
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "embedded"))
+
+from dbtrain_embedded import pool, sprites, world
+from dbtrain_embedded.scenery import SCENES
+from dbtrain_embedded.world import Facts
 
 RESULTS = Path(__file__).parent / "results"
 GOALS = {"class accuracy, generated": 0.80, "scene accuracy, generated": 0.90, "VAE MAE": 0.04}
@@ -183,7 +188,7 @@ def generated_quality(pipe, pair: Encoder, each: int, steps: int) -> dict:
 
 def vae_quality(pipe, count: int = 512) -> dict:
     """Reconstruction MAE in [-1, 1] from the posterior mean, training art and held-out art."""
-    from dbtrain.tiny.autoencoder import mae_of
+    from dbtrain_embedded.autoencoder import mae_of
 
     found = {}
     for split in ("train", "heldout"):

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = {"dbtrain": ROOT, "dbtrain_kernels": ROOT / "kernels", "dbtrain_launchers": ROOT / "launchers"}
+SOURCES = {
+    "dbtrain": ROOT,
+    "dbtrain_kernels": ROOT / "kernels",
+    "dbtrain_launchers": ROOT / "launchers",
+    "dbtrain_embedded": ROOT / "embedded",
+}
 
 # From the top: a folder imports from the rows below its own, and from no other folder of its row.
 ORDER = (
@@ -31,8 +36,8 @@ ORDER = (
     ("dbtrain", "dbtrain.errors", "dbtrain.tiny", "dbtrain_kernels"),
 )
 DOORS = {
-    "diffusers": ["dbtrain.families", "dbtrain.models", "dbtrain.tiny", "dbtrain_embedded"],
-    "transformers": ["dbtrain.families", "dbtrain.models", "dbtrain.tiny", "dbtrain_embedded", "dbtrain.evaluate"],
+    "diffusers": ["dbtrain.families", "dbtrain.models", "dbtrain_embedded"],
+    "transformers": ["dbtrain.families", "dbtrain.models", "dbtrain_embedded", "dbtrain.evaluate"],
     "deepspeed": ["dbtrain.engines.zero"],
     "webdataset": ["dbtrain.data"],
     "triton": ["dbtrain_kernels"],
@@ -115,6 +120,17 @@ def wrong_imports(files: dict[str, Path]) -> list[str]:
     return wrong
 
 
+def foreign_imports(files: dict[str, Path]) -> list[str]:
+    """A line for every import in `dbtrain_embedded` from our other packages that is not of `dbtrain.tiny`."""
+    return [
+        f"{module}:{line} imports {name}"
+        for module, line, name in imports_of(files)
+        if is_within(module, "dbtrain_embedded")
+        and not is_within(name, "dbtrain_embedded")
+        and not is_within(name, "dbtrain.tiny")
+    ]
+
+
 def circle(files: dict[str, Path]) -> list[str]:
     """Modules of which each imports the next and the last one the first; empty where there are none."""
     arrows: dict[str, set[str]] = {module: set() for module in files}
@@ -148,6 +164,17 @@ def test_every_module_has_a_place():
 
 def test_imports_point_down():
     assert wrong_imports(source_files()) == []
+
+
+def test_the_making_of_the_embedded_base_imports_only_its_paths():
+    assert foreign_imports(source_files()) == []
+
+
+@pytest.mark.parametrize("text", ["from dbtrain import values", "import dbtrain.errors", "import dbtrain_kernels"])
+def test_foreign_imports_are_seen(tmp_path, text):
+    path = tmp_path / "one.py"
+    path.write_text(f"from dbtrain.tiny import BASE\n{text}\n")
+    assert len(foreign_imports({"dbtrain_embedded.world": path, "dbtrain.train": path})) == 1
 
 
 def test_no_modules_import_each_other():

@@ -20,7 +20,9 @@ ROOTS = {
 }
 
 
-NEEDED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "dbtrain", "kernels", "launchers", "configs")
+FOLDERS = ("dbtrain", "kernels", "launchers", "embedded", "configs")
+"""What a wheel is built beside: `embedded` is no part of it."""
+NEEDED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", *FOLDERS)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,14 @@ def test_the_wheel_holds_every_module_and_nothing_else_on_top(copy, wheel):
     modules = {f"{name}/{file}" for name, root in ROOTS.items() for file in names(copy / root, "*.py")}
     assert modules - set(wheel) == set()
     assert {top for name in wheel if not (top := name.split("/")[0]).endswith(".dist-info")} == set(ROOTS)
+
+
+def test_the_wheel_leaves_out_how_the_embedded_base_is_made(copy, wheel):
+    assert names(copy / "embedded", "*.py")
+    assert [name for name in wheel if "dbtrain_embedded" in name] == []
+    assert {name for name in wheel if name.startswith("dbtrain/tiny/") and name.endswith(".py")} == {
+        "dbtrain/tiny/__init__.py"
+    }
 
 
 def test_the_wheel_holds_the_configuration_files(copy, wheel):

@@ -1,12 +1,5 @@
-"""One torch thread for these tests: two threads on busy cores wait for each other, 260 s instead of 40."""
+"""One torch thread for the tests of the shipped models, as for those of their making."""
 
-import pytest
-import torch
+from tests.embedded.conftest import one_thread
 
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]

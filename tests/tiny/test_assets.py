@@ -48,7 +48,7 @@ def test_stock_pipeline_generates(pipeline):
 def test_latents_have_unit_variance_and_no_shift(pipeline):
     import torch
 
-    from dbtrain.tiny import pool
+    from dbtrain_embedded import pool
 
     config = pipeline.vae.config
     assert config.scaling_factor == 1.0 and config.shift_factor is None
@@ -67,7 +67,7 @@ def test_scheduler_ends_in_pure_noise(pipeline):
 
 
 def test_tokenizer_round_trip_and_captions_are_whole_words(pipeline):
-    from dbtrain.tiny import world
+    from dbtrain_embedded import world
 
     tokenizer = pipeline.tokenizer
     for seed in range(100):

@@ -1,8 +1,8 @@
 """The picture world: `scene(seed)` is a 64 x 64 picture of emoji art with its caption and its facts.
 
-The world has ground truth for everything DreamBooth is asked for: place (recontextualization), colour
-(property modification), accessory, style (art rendition) and view. It is a pure function of the seed
-(numpy Philox), so a pool can be redrawn anywhere and held-out seeds are held out for good.
+The facts are the ground truth for everything that DreamBooth is asked to do: place (recontextualization), colour
+(property modification), accessory, style (art rendition) and view. A scene is a function of its seed alone (numpy
+Philox), so a pool can be drawn again anywhere, and held-out seeds stay held out.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -11,9 +11,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from dbtrain.tiny import sprites
-from dbtrain.tiny.scenery import SCENES, paint
-from dbtrain.tiny.sprites import ACCESSORIES, CLASSES, LIVE
+from dbtrain_embedded import sprites
+from dbtrain_embedded.scenery import SCENES, paint
+from dbtrain_embedded.sprites import ACCESSORIES, CLASSES, LIVE
 
 SIDE = 64
 PLACES = tuple(name for name in SCENES if name != "plain")
@@ -27,28 +27,28 @@ COLOURS = {
     "purple": (136, 66, 204),
     "pink": (248, 120, 184),
 }
-"""Colour word -> RGB of its midtone."""
+"""Colour word -> RGB of its middle tone."""
 
 STYLES = {
     "sketch": ("a pencil sketch of",),
     "pixel": ("pixel art of", "a pixel art picture of"),
     "watercolour": ("a watercolour painting of",),
 }
-"""Style -> the caption's opening."""
+"""Style -> possible openings of the caption."""
 
 VIEWS = {
     "far": ("a photo of", "seen from far away"),
     "close": ("a close-up photo of", ""),
     "upside-down": ("a photo of", "seen upside down"),
 }
-"""View -> (the caption's opening, words after the class)."""
+"""View -> (opening of the caption, words after the class noun)."""
 
 OPENINGS = ("a photo of", "a photo of", "a photo of", "", "", "a picture of")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a scene shows. `None` means: natural colour, no accessory, photo style, usual view."""
+    """What a scene shows. None means: natural colour, no accessory, photo style, usual view."""
 
     noun: str
     sprite: int
@@ -60,12 +60,12 @@ class Facts:
 
 
 def stream(seed: int, purpose: int = 0) -> np.random.Generator:
-    """The random stream of one seed and purpose (Philox, counter-based)."""
+    """The random generator of one seed and purpose (Philox, counter-based)."""
     return np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), purpose]))
 
 
 def _pick(rng, values):
-    """One of `values`, uniformly."""
+    """One of `values`, all equally likely."""
     return values[int(rng.integers(len(values)))]
 
 
@@ -75,7 +75,10 @@ def article(words: str) -> str:
 
 
 def draw_facts(rng, split: str = "train") -> Facts:
-    """The facts of one scene: 32% plain, 14% coloured, 12% accessorized (live classes 24%), 10% styled, 6% viewed."""
+    """Random facts of one scene.
+
+    32% have no place, 14% a colour, 10% a style and 6% a view; 24% of the live classes wear an accessory.
+    """
     noun = _pick(rng, tuple(CLASSES))
     place = "plain" if rng.random() < 0.32 else _pick(rng, PLACES)
     facts = Facts(noun, _pick(rng, sprites.of_noun(noun, split)), place)
@@ -89,26 +92,24 @@ def draw_facts(rng, split: str = "train") -> Facts:
     return replace(facts, view=_pick(rng, tuple(VIEWS))) if special < 0.16 else facts
 
 
-def tell(facts: Facts, rng, identifier: str = "") -> str:
-    """A caption of the facts; `identifier` goes before the class noun."""
-    noun = " ".join(word for word in (facts.colour, identifier, facts.noun) if word)
+def caption_of(facts: Facts, rng) -> str:
+    """A caption of the facts; `rng` chooses its opening, its phrase for the place, and the order."""
+    noun = " ".join(word for word in (facts.colour, facts.noun) if word)
     view = VIEWS[facts.view][1] if facts.view else ""
     if facts.style:
         opening = _pick(rng, STYLES[facts.style])
     else:
         opening = VIEWS[facts.view][0] if facts.view else _pick(rng, OPENINGS)
-    worn = (
-        f"wearing {article(facts.accessory) if facts.accessory != 'sunglasses' else 'sunglasses'}"
-        if facts.accessory
-        else ""
-    )
+    worn = ""
+    if facts.accessory:
+        worn = f"wearing {facts.accessory if facts.accessory == 'sunglasses' else article(facts.accessory)}"
     place = _pick(rng, SCENES[facts.place][1])
     tail = (place, worn) if rng.random() < 0.5 else (worn, place)
     return " ".join(word for word in (opening, article(noun), view, *tail) if word)
 
 
 def tint(image: Image.Image, colour: str) -> Image.Image:
-    """The sprite in one colour: its lightness kept, stretched, and mapped black -> colour -> white."""
+    """The sprite in one colour. Its lightness is stretched and mapped to black -> colour -> white; alpha is kept."""
     alpha = image.getchannel("A")
     grey = ImageOps.autocontrast(image.convert("L"), cutoff=1, mask=alpha.point(lambda a: 255 if a > 128 else 0))
     toned = ImageOps.colorize(
@@ -120,29 +121,33 @@ def tint(image: Image.Image, colour: str) -> Image.Image:
 
 @lru_cache(maxsize=4096)
 def _figure(index: int, split: str, colour: str | None) -> Image.Image:
-    """The sprite's picture in the asked colour, natural for None."""
+    """The picture of a sprite in one colour; None is its natural colour."""
     picture = sprites.load(split)[1][index]
     return tint(picture, colour) if colour else picture
 
 
-def _wear(figure: Image.Image, index: int, split: str, noun: str, worn: int, worn_split: str) -> Image.Image:
-    """The figure with an accessory on its head (sunglasses: on its eyes); the canvas grows upwards for hats."""
-    x, _, width = sprites.head(index, split)
-    item = sprites.load(worn_split)[1][worn]
-    span = max(26, round(figure.width * min(width * 1.15, 0.8)))
-    item = item.resize((span, max(1, round(item.height * span / item.width))), Image.BICUBIC)
-    left = round(x * figure.width - span / 2)
-    sunk = {"sunglasses": -0.26, "bow": 0.55}.get(noun, 0.72)
-    top = round(-sunk * item.height) if sunk > 0 else round(-sunk * min(figure.height, figure.width * width * 1.4))
-    grow, pad = max(0, -top), max(0, -left, left + span - figure.width)
-    canvas = Image.new("RGBA", (figure.width + 2 * pad, figure.height + grow), (0, 0, 0, 0))
-    canvas.paste(figure, (pad, grow))
-    canvas.alpha_composite(item, (left + pad, top + grow))
+def _dressed(figure: Image.Image, facts: Facts, worn: int, split: str) -> Image.Image:
+    """The figure with sprite `worn` on its head (sunglasses: on its eyes), on a canvas with room for both."""
+    centre, width = sprites.head(facts.sprite, split)
+    item = sprites.load(split)[1][worn]
+    item_width = max(26, round(figure.width * min(width * 1.15, 0.8)))
+    item = item.resize((item_width, max(1, round(item.height * item_width / item.width))), Image.BICUBIC)
+    left = round(centre * figure.width - item_width / 2)
+    if facts.accessory == "sunglasses":
+        # The eyes are about a quarter of a head below its top, and a head is about 1.4 times as high as it is wide.
+        top = round(0.26 * min(figure.height, figure.width * width * 1.4))
+    else:
+        # This share of the item stands above the figure; the rest covers the top of its head.
+        top = round(-(0.55 if facts.accessory == "bow" else 0.72) * item.height)
+    above, aside = max(0, -top), max(0, -left, left + item_width - figure.width)
+    canvas = Image.new("RGBA", (figure.width + 2 * aside, figure.height + above), (0, 0, 0, 0))
+    canvas.paste(figure, (aside, above))
+    canvas.alpha_composite(item, (left + aside, top + above))
     return canvas
 
 
 def _place(canvas: Image.Image, figure: Image.Image, facts: Facts, rng) -> None:
-    """Paste the figure onto the canvas: scale, side and spot drawn from `rng`."""
+    """Paste the figure onto the canvas; `rng` decides its size, direction and position."""
     side = canvas.width
     low, high = {"far": (0.30, 0.38), "close": (1.15, 1.35)}.get(facts.view or "", (0.62, 0.84))
     size = rng.uniform(low, high) * side
@@ -159,7 +164,7 @@ def _place(canvas: Image.Image, figure: Image.Image, facts: Facts, rng) -> None:
 
 
 def _stylize(image: Image.Image, style: str) -> Image.Image:
-    """The picture as a pencil sketch, pixel art or watercolour."""
+    """The picture as a pencil sketch, as pixel art or as a watercolour."""
     if style == "pixel":
         small = image.resize((16, 16), Image.BOX).quantize(12, Image.Quantize.MEDIANCUT).convert("RGB")
         return small.resize(image.size, Image.NEAREST)
@@ -174,20 +179,20 @@ def _stylize(image: Image.Image, style: str) -> Image.Image:
 
 
 def render(facts: Facts, rng, split: str = "train", side: int = SIDE) -> Image.Image:
-    """The side x side RGB picture of the facts; jitter from `rng`, sprite art from atlas `split`."""
+    """A `side` x `side` RGB picture of the facts, with art of atlas `split`; `rng` decides the rest."""
     canvas = paint(facts.place, rng, side)
     figure = _figure(facts.sprite, split, facts.colour)
     if facts.accessory:
         worn = _pick(rng, sprites.of_noun(facts.accessory, split))
-        figure = _wear(figure, facts.sprite, split, facts.accessory, worn, split)
+        figure = _dressed(figure, facts, worn, split)
     _place(canvas, figure, facts, rng)
     return _stylize(canvas, facts.style) if facts.style else canvas
 
 
 def scene(seed: int, split: str = "train") -> tuple:
-    """(RGB image 64 x 64, caption, facts as a dict) of one seed: the world's only entry for training data."""
+    """(RGB picture 64 x 64, caption, facts as a dict) of one seed; all training data are made by this function."""
     rng = stream(seed)
     facts = draw_facts(rng, split)
-    caption = tell(facts, rng)
+    caption = caption_of(facts, rng)
     sprite = sprites.load(split)[0][facts.sprite]
     return render(facts, rng, split), caption, {**asdict(facts), "vendor": sprite.vendor, "name": sprite.name}

@@ -1,10 +1,10 @@
-"""`python -m dbtrain.tiny.recipe STAGE --work DIR [--minutes M]`: builds the embedded base from the packages.
+"""`PYTHONPATH=embedded python -m dbtrain_embedded.recipe STAGE --work DIR [--minutes M]` makes the embedded base.
 
-Stages, in order: atlas, demo (both need the downloaded sources), pool, tokenizer, clip, vae, identity, latents,
-unet, decoder, vision, export; decoder and vision may run beside unet. The training stages resume from their
-checkpoint in DIR: run the same command again; a finished stage goes on when it is granted more minutes.
-`restore`, after pool, takes the place of clip to latents: what follows then trains on from the shipped weights.
-On an accelerator the same commands run there.
+Stages, in order: atlas, demo (both read downloaded sources), pool, tokenizer, clip, vae, identity, latents, unet,
+decoder, vision, export. decoder and vision can run at the same time as unet. The same command again resumes a training
+stage from its checkpoint in DIR; more minutes continue a finished stage. `restore`, run after pool, replaces the stages
+from clip to latents: the later stages then train on from the shipped weights. Training uses an accelerator where there
+is one.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from pathlib import Path
 from dbtrain.tiny import ASSETS, BASE
 
 MINUTES = {"clip": 8.0, "vae": 25.0, "identity": 6.0, "vision": 12.0, "unet": 60.0, "decoder": 20.0}
-"""Default minutes of the training stages on two free CPU cores."""
+"""Default minutes of the training stages; enough on two CPU cores that nothing else uses."""
 
 
 def _atlas(options) -> None:
-    from dbtrain.tiny import sprites
+    from dbtrain_embedded import sprites
 
     training = tuple(vendor for vendor in sprites.VENDORS if vendor not in sprites.HELD_OUT)
     print("training sprites:", sprites.build(options.packages, training, ASSETS / "atlas" / "train"))
@@ -27,7 +27,7 @@ def _atlas(options) -> None:
 
 
 def _demo(options) -> None:
-    from dbtrain.tiny import demo
+    from dbtrain_embedded import demo
 
     demo.build_drawn()
     if options.dataset:
@@ -35,13 +35,13 @@ def _demo(options) -> None:
 
 
 def _pool(options) -> None:
-    from dbtrain.tiny import pool
+    from dbtrain_embedded import pool
 
     pool.draw(options.work, options.scenes, workers=options.crew)
 
 
 def _tokenizer(options) -> None:
-    from dbtrain.tiny import vocabulary
+    from dbtrain_embedded import vocabulary
 
     target = BASE / "tokenizer"
     if target.exists():
@@ -53,8 +53,8 @@ def _tokenizer(options) -> None:
 
 
 def _train(options) -> None:
-    from dbtrain.tiny import autoencoder, denoiser, encoders
-    from dbtrain.tiny.loops import with_crew
+    from dbtrain_embedded import autoencoder, denoiser, encoders
+    from dbtrain_embedded.loops import with_crew
 
     minutes, tokenizer = options.minutes or MINUTES[options.stage], str(BASE / "tokenizer")
     stages: dict[str, tuple[Callable[..., object], list]] = {
@@ -72,19 +72,19 @@ def _train(options) -> None:
 
 
 def _latents(options) -> None:
-    from dbtrain.tiny import denoiser
+    from dbtrain_embedded import denoiser
 
     denoiser.write_latents(options.work)
 
 
 def _restore(options) -> None:
-    from dbtrain.tiny import export
+    from dbtrain_embedded import export
 
     export.restore(options.work)
 
 
 def _export(options) -> None:
-    from dbtrain.tiny import export
+    from dbtrain_embedded import export
 
     export.export(options.work)
 
@@ -107,14 +107,14 @@ STAGES = {
 
 
 def main(arguments: list | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m dbtrain.tiny.recipe", description=__doc__)
+    """Run the stage that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m dbtrain_embedded.recipe", description=__doc__)
     parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("--work", type=Path, default=Path("tinybuild"), help="folder of pools, checkpoints and the log")
     parser.add_argument(
-        "--minutes", type=float, help=f"wall-clock minutes of a training stage in all, resumed time included {MINUTES}"
+        "--minutes", type=float, help=f"minutes of a training stage in all, earlier runs of it included {MINUTES}"
     )
-    parser.add_argument("--lr", type=float, help="peak learning rate of a training stage; its own default else")
+    parser.add_argument("--lr", type=float, help="highest learning rate of a training stage, instead of its default")
     parser.add_argument(
         "--crew", type=int, default=2, help="single-threaded processes that share a stage's batch on a CPU"
     )

@@ -1,8 +1,8 @@
-"""The tokenizer of the embedded base: a CLIP-style byte-level BPE of about 2,500 tokens.
+"""The tokenizer of the embedded base: a CLIP-style byte-level BPE of 2,919 tokens.
 
-It is trained on the world's captions, on the words of the paper's prompts, on the commonest words of Python's
-own documentation, and on consonant triples as seldom as acronyms are on the web. Merge rank therefore orders
-tokens by frequency, as in CLIP: the highest ids are rare tokens that are no words, where identifiers are found.
+Its training text has four parts, from the most to the least frequent: captions of the picture world, words of the
+paper's prompts, the most common words of Python's documentation, and triples of consonants. Ids therefore follow
+frequency, as in CLIP: the highest ids are rare tokens that are no words. Identifiers are chosen among these tokens.
 """
 
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dbtrain.tiny import world
-from dbtrain.tiny.pool import HELD_OUT_SEED
+from dbtrain_embedded import world
+from dbtrain_embedded.pool import HELD_OUT_SEED
 
 MAX_LENGTH = 32
 RARE_COUNT = 420
@@ -31,22 +31,22 @@ kitten person man woman boat train bird horse cow panda tiger monkey view seen t
 
 
 def _doc_words(count: int) -> list:
-    """The commonest alphabetic words of Python's documentation topics, each with its number of uses."""
+    """The `count` most common words of Python's documentation topics, each with its number of uses."""
     from pydoc_data.topics import topics
 
-    words = Counter(re.findall(r"[a-z]{2,12}", " ".join(topics[k] for k in sorted(topics)).lower()))
+    words = Counter(re.findall(r"[a-z]{2,12}", " ".join(topics[topic] for topic in sorted(topics)).lower()))
     return sorted(words.items(), key=lambda item: (-item[1], item[0]))[:count]
 
 
 def rare_words(count: int = RARE_COUNT) -> list:
-    """Consonant triples in a seeded order: as pronounceable as "sks", words of no language."""
-    triples = ["".join(t) for t in product(CONSONANTS, repeat=3) if len(set(t)) > 1]
+    """`count` triples of consonants, "sks" first, the others in a fixed random order; none is a word."""
+    triples = ["".join(letters) for letters in product(CONSONANTS, repeat=3) if len(set(letters)) > 1]
     order = np.random.default_rng(3).permutation(len(triples))
     return list(dict.fromkeys(["sks", *(triples[i] for i in order)]))[:count]
 
 
 def corpus():
-    """The training text, commonest part first."""
+    """The lines of the training text, its most frequent part first."""
     for seed in range(6000):
         yield world.scene(HELD_OUT_SEED - 1 - seed)[1].lower()
     for word in PROMPT_WORDS:
@@ -58,7 +58,7 @@ def corpus():
 
 
 def _merges() -> list:
-    """The BPE's merges, commonest first."""
+    """The merges of the BPE, most frequent first."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     raw = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -71,25 +71,25 @@ def _merges() -> list:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     raw.train_from_iterator(corpus(), trainer)
-    return [tuple(m) for m in json.loads(raw.to_str())["model"]["merges"]]
+    return [tuple(merge) for merge in json.loads(raw.to_str())["model"]["merges"]]
 
 
 def _byte_characters() -> list:
-    """The 256 printable stand-ins of byte-level BPE, in GPT-2's order."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(b) for b in shown] + [chr(256 + n) for n in range(256 - len(shown))]
+    """The 256 printable characters that stand for the bytes in a byte-level BPE, in GPT-2's order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(code) for code in printable] + [chr(256 + index) for index in range(256 - len(printable))]
 
 
 def build(target: Path):
-    """Train the BPE and save it as a `CLIPTokenizer` folder; the tokenizer."""
+    """Train the BPE, save it as a `CLIPTokenizer` in folder `target`, and return the tokenizer."""
     from transformers import CLIPTokenizer
 
     merges = _merges()
     symbols = _byte_characters()
     tokens = [
         *symbols,
-        *(s + "</w>" for s in symbols),
-        *("".join(m) for m in merges),
+        *(symbol + "</w>" for symbol in symbols),
+        *("".join(merge) for merge in merges),
         "<|startoftext|>",
         "<|endoftext|>",
     ]
@@ -97,24 +97,25 @@ def build(target: Path):
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
     tokenizer.save_pretrained(target)
     (target / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (target / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return tokenizer
 
 
 def rare_ids(tokenizer) -> list:
-    """Ids of the whole-word tokens of at most three letters that no caption uses: the identifiers' stock."""
-    known = {
-        token for seed in range(3000) for token in tokenizer(world.scene(HELD_OUT_SEED - 1 - seed)[1])["input_ids"]
-    }
+    """Ids of the whole-word tokens of two or three letters that 3,000 captions do not use: identifiers are of these."""
+    captions = [world.scene(HELD_OUT_SEED - 1 - seed)[1] for seed in range(3000)]
+    used = {token_id for caption in captions for token_id in tokenizer(caption)["input_ids"]}
     short = re.compile(r"[a-z]{2,3}</w>")
-    return sorted(i for token, i in tokenizer.get_vocab().items() if short.fullmatch(token) and i not in known)
+    vocabulary = tokenizer.get_vocab().items()
+    return sorted(token_id for token, token_id in vocabulary if short.fullmatch(token) and token_id not in used)
 
 
 class Captions:
-    """Token rows of a pool's captions, with identifiers put before the class noun now and then.
+    """The captions of a pool as token ids; a `share` of them gets an identifier before the class noun.
 
-    An identifier (one or two of the rare tokens) has no visual meaning here: trained this way, a new one is neutral.
+    An identifier is one or two rare tokens, drawn at random, so training gives it no visual meaning. A new identifier
+    is then neutral.
     """
 
     def __init__(self, tokenizer, captions: list, nouns: list, share: float = 0.06):
@@ -124,10 +125,11 @@ class Captions:
         self.empty = np.asarray(tokenizer("", padding="max_length")["input_ids"], np.int64)
 
     def take(self, indices, rng) -> np.ndarray:
-        """Rows (len(indices), MAX_LENGTH) of token ids."""
+        """Token ids (len(indices), MAX_LENGTH) of the captions at `indices`; `rng` draws the identifiers."""
         rows = self.rows[indices].copy()
-        for spot in np.flatnonzero(rng.random(len(rows)) < self.share):
-            extra = rng.choice(self.rare, size=1 + int(rng.random() < 0.3))
-            row, at = rows[spot], int(np.flatnonzero(rows[spot] == self.nouns[indices[spot]])[0])
-            rows[spot] = np.concatenate([row[:at], extra, row[at:]])[:MAX_LENGTH]
+        for number in np.flatnonzero(rng.random(len(rows)) < self.share):
+            identifier = rng.choice(self.rare, size=1 + int(rng.random() < 0.3))
+            row, noun = rows[number], self.nouns[indices[number]]
+            place = int(np.flatnonzero(row == noun)[0])
+            rows[number] = np.concatenate([row[:place], identifier, row[place:]])[:MAX_LENGTH]
         return rows

@@ -1,8 +1,8 @@
-"""The sprite atlas: which emoji drawings the picture world is made of, and how they are read.
+"""The sprite atlases: the emoji drawings that the picture world is made of, written and read.
 
-A sprite is one drawing (72 x 72 RGBA, straight alpha) of one class by one vendor.
-Two atlases exist, each a PNG sheet and a JSON list: `train` (four vendors) and `heldout` (two vendors that no
-model of `dbtrain.tiny` is ever trained on; they give the demo's subjects and the held-out measurements).
+A sprite is one drawing (72 x 72 RGBA, straight alpha) of one class by one vendor. An atlas is a PNG sheet and a JSON
+list. There are two: `train` (four vendors) and `heldout` (two vendors). No model of `dbtrain.tiny` is trained on
+`heldout`; the demo's subjects and the held-out measurements come from this atlas.
 """
 
 import io
@@ -30,7 +30,7 @@ VENDORS = {
 """Art set (npm package `@iconify-json/<name>`) -> (SPDX licence, credit)."""
 
 HELD_OUT = ("fluent-emoji", "fluent-emoji-flat")
-"""Art sets that no model here is trained on."""
+"""Art sets that no model of `dbtrain.tiny` is trained on."""
 
 CLASSES = {
     "dog": ("dog", "dog-face", "poodle", "guide-dog", "service-dog"),
@@ -77,7 +77,7 @@ ACCESSORIES = {
 
 @dataclass(frozen=True)
 class Sprite:
-    """One drawing: its class (or accessory) noun, art set, emoji name and licence (SPDX)."""
+    """One drawing: its class noun or accessory noun, art set, emoji name and licence (SPDX)."""
 
     noun: str
     vendor: str
@@ -86,7 +86,7 @@ class Sprite:
 
 
 def _wanted(vendors: tuple) -> list:
-    """(noun, vendor, emoji name) of every drawing asked for, classes first."""
+    """(noun, vendor, emoji name) of every drawing that an atlas of `vendors` should hold, classes first."""
     return [
         (noun, vendor, name)
         for noun, names in {**CLASSES, **ACCESSORIES}.items()
@@ -96,7 +96,7 @@ def _wanted(vendors: tuple) -> list:
 
 
 def _render(body: str, width: int, height: int) -> Image.Image:
-    """One SVG body as a CELL x CELL RGBA picture, trimmed to its ink and centred."""
+    """One SVG body as a CELL x CELL RGBA picture: cut to what is not transparent, and centred."""
     import resvg_py
 
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
@@ -111,11 +111,12 @@ def _render(body: str, width: int, height: int) -> Image.Image:
 
 
 def build(packages: Path, vendors: tuple, target: Path) -> int:
-    """Draw the atlas of `vendors` from unpacked npm packages into `target`.png and .json; the number of sprites.
+    """Write the atlas of `vendors` to `target`.png and `target`.json, and return the number of its sprites.
 
-    Values are rounded to steps of 4: nobody sees it, and the sheets are a quarter smaller.
+    packages: the folder of the unpacked `@iconify-json/*` packages. A vendor's missing emoji are left out.
+    Colour values are rounded to steps of 4: the eye sees no difference, and the sheets are a quarter smaller.
     """
-    sets = {v: json.loads((packages / v / "icons.json").read_text(encoding="utf-8")) for v in vendors}
+    sets = {vendor: json.loads((packages / vendor / "icons.json").read_text(encoding="utf-8")) for vendor in vendors}
     rows, cells = [], []
     for noun, vendor, name in _wanted(vendors):
         icon = sets[vendor]["icons"].get(name)
@@ -138,7 +139,7 @@ def build(packages: Path, vendors: tuple, target: Path) -> int:
 
 @lru_cache(maxsize=4)
 def load(split: str = "train") -> tuple:
-    """(sprites, pictures) of one atlas: a list of `Sprite` and its RGBA pictures, trimmed to their ink."""
+    """(sprites, pictures) of one atlas: a list of `Sprite`, and their RGBA pictures without transparent margins."""
     path = ASSETS / "atlas" / split
     rows = [Sprite(**row) for row in json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))]
     sheet = Image.open(path.with_suffix(".png")).convert("RGBA")
@@ -158,10 +159,10 @@ def of_noun(noun: str, split: str = "train") -> tuple:
 
 @lru_cache(maxsize=1024)
 def head(index: int, split: str = "train") -> tuple:
-    """(x, y, width) of a sprite's head in fractions of its own box: where the ink of the top fifth lies."""
+    """(centre x, width) of a sprite's head as shares of the sprite's width: what is drawn in its top fifth."""
     alpha = np.asarray(load(split)[1][index].getchannel("A")) > 100
     top = alpha[: max(3, round(alpha.shape[0] * 0.2))]
     columns = np.flatnonzero(top.any(axis=0))
     centre = float(np.average(np.arange(alpha.shape[1]), weights=top.sum(axis=0) + 1e-6)) / alpha.shape[1]
     width = float(columns[-1] - columns[0] + 1) / alpha.shape[1]
-    return centre, 0.0, max(width, 0.35)
+    return centre, max(width, 0.35)

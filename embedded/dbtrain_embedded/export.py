@@ -1,16 +1,17 @@
-"""From checkpoints to package data (the pipeline folder and the two encoders, fp16 safetensors), and back."""
+"""From checkpoints to the shipped assets (pipeline folder and two encoders, fp16 safetensors), and back."""
 
 import json
 from pathlib import Path
 
 import torch
 
-from dbtrain.tiny import BASE, CLIP, IDENTITY, autoencoder, denoiser, encoders
-from dbtrain.tiny.loops import device, weights
+from dbtrain.tiny import BASE, CLIP, IDENTITY
+from dbtrain_embedded import autoencoder, denoiser, encoders
+from dbtrain_embedded.loops import device, weights
 
 
 def _load(model, work: Path, *stages: str):
-    """`model` with the averaged weights of the first stage that has some, or as it is (fresh) when none has run."""
+    """`model` in fp16, with the averaged weights of the first of the stages that has some; untrained where none has."""
     state = weights(work, *stages)
     if state is not None:
         model.load_state_dict(state)
@@ -30,7 +31,10 @@ def _processor(kind: str):
 
 
 def _load_as_fp32(folder: Path) -> None:
-    """Have transformers widen the stored fp16 weights on loading, as diffusers does with its own."""
+    """Write fp32 as dtype into a model's config.json, so that transformers loads the stored fp16 weights as fp32.
+
+    diffusers does so without being asked.
+    """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -48,8 +52,8 @@ def export_encoders(work: Path, tokenizer) -> None:
         _load_as_fp32(folder)
 
 
-def pipeline(work: Path, tokenizer, unet_stage: str = "unet"):
-    """The `StableDiffusionPipeline` of the checkpoints in `work`, fp16 weights (text tower of the CLIP pair)."""
+def pipeline(work: Path, tokenizer):
+    """The `StableDiffusionPipeline` of the checkpoints in `work`, in fp16, with the CLIP pair's text tower."""
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextModel
 
@@ -60,7 +64,7 @@ def pipeline(work: Path, tokenizer, unet_stage: str = "unet"):
         vae=_load(autoencoder.build(), work, "decoder", "vae-folded"),
         text_encoder=text.eval().half(),
         tokenizer=tokenizer,
-        unet=_load(denoiser.build(), work, unet_stage),
+        unet=_load(denoiser.build(), work, "unet"),
         scheduler=denoiser.build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -69,7 +73,7 @@ def pipeline(work: Path, tokenizer, unet_stage: str = "unet"):
 
 
 def export(work: Path) -> None:
-    """Write everything under assets/ that is trained; stages that have not run are exported untrained."""
+    """Write all trained models under assets/; the model of a stage that has not run is written untrained."""
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
@@ -82,9 +86,10 @@ def export(work: Path) -> None:
 
 
 def restore(work: Path) -> None:
-    """Write to `work` what the stages after `vae` start from, taken from the shipped weights, and the pool's latents.
+    """Write the shipped weights to `work` as starting points of the later stages, and the pool's latents beside them.
 
-    They then train on without a checkpoint of the run that made those weights, with fresh optimizers.
+    These stages then train on from the shipped weights, without the checkpoints of the run that made these weights.
+    Their optimizers start anew.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPModel, ViTModel

@@ -1,7 +1,7 @@
-"""The training loop of the recipe's stages: wall-clock schedule, EMA, resumable checkpoints, a jsonl log.
+"""The training loop of the recipe's stages: schedule by wall-clock time, EMA, checkpoints to resume from, a jsonl log.
 
-The schedule is a function of time spent over time granted, so a stage always ends fully decayed; granting more
-minutes to a finished stage continues it from its checkpoint.
+The learning rate depends on the share of the minutes that is spent, so it is zero at the end on any machine. A finished
+stage that is given more minutes continues from its checkpoint.
 """
 
 import json
@@ -15,6 +15,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+WARMUP_STEPS = 100
+GRADIENT_NORM = 1.0
+"""Gradients of a larger norm are scaled down to it."""
+
 
 def device() -> torch.device:
     """The accelerator when there is one, else the CPU."""
@@ -22,7 +26,7 @@ def device() -> torch.device:
 
 
 def autocast():
-    """bf16 autocast on accelerators; fp32 on CPUs, where these narrow layers are faster in it (measured 1.6-2x)."""
+    """A context: bf16 autocast on an accelerator; fp32 on a CPU, where bf16 is 1.6-2x slower for such narrow layers."""
     return torch.autocast(device().type, dtype=torch.bfloat16, enabled=device().type != "cpu")
 
 
@@ -32,12 +36,12 @@ def crew_size() -> int:
 
 
 def crew_rank() -> int:
-    """This process's place among them, from 0."""
+    """The rank of this process in the crew, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def total(tensors: list) -> None:
-    """Sum each tensor over the crew, in place, in one message."""
+def sum_over_crew(tensors: list) -> None:
+    """Sum each tensor over the crew, in place; one message carries them all."""
     if crew_size() == 1:
         return
     flat = torch.cat([t.reshape(-1) for t in tensors])
@@ -48,7 +52,7 @@ def total(tensors: list) -> None:
 
 
 def _enlist(rank: int, size: int, stage, work: Path, arguments: tuple) -> None:
-    """One crew member: a single thread, joined by a file in `work`."""
+    """Run `stage(work, *arguments)` as member `rank` of a crew, in one thread; members find each other by a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{work}/crew-{os.getppid()}", rank=rank, world_size=size)
     stage(work, *arguments)
@@ -56,10 +60,10 @@ def _enlist(rank: int, size: int, stage, work: Path, arguments: tuple) -> None:
 
 
 def with_crew(stage, work: Path, *arguments, size: int = 2) -> None:
-    """Run `stage(work, *arguments)` in `size` single-threaded processes, or once on an accelerator.
+    """Run `stage(work, *arguments)` in `size` processes of one thread each, or in this process on an accelerator.
 
-    One process a core outruns one process of two threads (72 and 60 VAE pictures/s), and a busy neighbour
-    slows it in proportion instead of tenfold.
+    One process a core is faster than one process of two threads: 72 and 60 VAE pictures/s. On a core that is also used
+    by another program, threads wait for each other and are ten times slower; processes only lose that core's share.
     """
     if size == 1 or device().type != "cpu":
         stage(work, *arguments)
@@ -68,7 +72,9 @@ def with_crew(stage, work: Path, *arguments, size: int = 2) -> None:
 
 
 def orthogonalize(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix of `update` (rows x columns), by quintic Newton-Schulz (Muon, Jordan 2024)."""
+    """Nearly the closest semi-orthogonal matrix to `update` (rows x columns), by Newton-Schulz (Muon, Jordan 2024)."""
+    # X <- aX + b(XX^T)X + c(XX^T)^2 X changes only the singular values: s <- as + bs^3 + cs^5. Jordan's coefficients
+    # bring every s in (0, 1] into about [0.7, 1.2] within five steps. The norm bounds the largest s by 1 first.
     matrix = update.float() if update.device.type == "cpu" else update.bfloat16()
     wide = matrix.shape[0] <= matrix.shape[1]
     matrix = matrix if wide else matrix.T
@@ -80,13 +86,13 @@ def orthogonalize(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with AdamW's update size (arXiv 2502.16982: 0.2 sqrt(max side)) for matrices and convolutions."""
+    """Muon for matrices and convolutions, scaled by 0.2 sqrt(longer side) to AdamW's update size (arXiv 2502.16982)."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def _updates(self, group: dict) -> list:
-        """The orthogonal update of each parameter; a crew shares the work and adds up."""
+        """The orthogonal update of each parameter; each crew member computes some and the sum hands all to all."""
         updates = []
         for index, param in enumerate(group["params"]):
             velocity = self.state[param].setdefault("velocity", torch.zeros_like(param))
@@ -96,12 +102,12 @@ class Muon(torch.optim.Optimizer):
                 matrix = param.grad.lerp(velocity, group["momentum"]).reshape(len(param), -1)
                 update.copy_(orthogonalize(matrix).mul_(0.2 * math.sqrt(max(matrix.shape))).reshape(param.shape))
             updates.append(update)
-        total(updates)
+        sum_over_crew(updates)
         return updates
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update from the gradients; nothing is returned."""
+        """Update the parameters from their gradients."""
         for group in self.param_groups:
             updates = self._updates(group)
             torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
@@ -109,39 +115,39 @@ class Muon(torch.optim.Optimizer):
 
 
 def _is_matrix(name: str, param: torch.Tensor) -> bool:
-    """Whether Muon drives this parameter: hidden matrices and convolutions, no embeddings."""
+    """Whether Muon updates this parameter: yes for hidden matrices and convolutions, no for embeddings."""
     return (
         param.ndim >= 2 and "embedding" not in name and "embeddings" not in name and min(param.flatten(1).shape) >= 16
     )
 
 
 def optimizers(model: torch.nn.Module, lr: float, muon: bool) -> list:
-    """AdamW over everything, or Muon over the matrices and AdamW over the rest."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if muon and _is_matrix(n, p)]
-    rest = [p for n, p in named if not (muon and _is_matrix(n, p))]
-    found = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)]
-    return found + ([Muon(matrices, lr=lr)] if matrices else [])
+    """AdamW for all trainable parameters, or, with `muon`, Muon for the matrices and AdamW for the others."""
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    matrices = [param for name, param in named if muon and _is_matrix(name, param)]
+    others = [param for name, param in named if not (muon and _is_matrix(name, param))]
+    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    return [adamw, Muon(matrices, lr=lr)] if matrices else [adamw]
 
 
-def pace(spent_share: float, step: int, warmup_steps: int) -> float:
-    """The learning-rate factor: linear warmup, then cosine to zero at the end of the granted time."""
+def pace(spent_share: float, step: int, warmup_steps: int = WARMUP_STEPS) -> float:
+    """The factor of the learning rate: a linear warmup in steps times a cosine in the spent share of the minutes."""
     return min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * min(1.0, spent_share)))
 
 
 def stream_of(purpose: int, step: int) -> np.random.Generator:
-    """The random stream of one purpose and step, different for each crew member."""
+    """The random generator of one purpose and step; each crew member has its own."""
     return np.random.default_rng((purpose, step, crew_rank()))
 
 
 class Log:
-    """A jsonl file of one record per line, stamped with the stage's name."""
+    """A jsonl file; each line is one record and names the stage."""
 
     def __init__(self, path: Path, stage: str):
         self.path, self.stage = path, stage
 
     def write(self, **record) -> None:
-        """Append one record and echo it."""
+        """Append one record and print it."""
         line = json.dumps(
             {"stage": self.stage, **{k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}}
         )
@@ -151,7 +157,10 @@ class Log:
 
 
 def weights(work: Path, *stages: str) -> dict | None:
-    """The averaged weights of the first of the stages that has some: its checkpoint's, else the ones it starts from."""
+    """The averaged weights of the first of the stages that has some; None where no stage has.
+
+    A stage's weights are those of its checkpoint, else those of its starting point `work`/<stage>-start.pt.
+    """
     for path in (work / f"{stage}{end}.pt" for stage in stages for end in ("", "-start")):
         if path.exists():
             saved = torch.load(path, map_location=device(), weights_only=True)
@@ -160,9 +169,11 @@ def weights(work: Path, *stages: str) -> dict | None:
 
 
 class Trainer:
-    """One stage's training: `run(loss_of_step)` until the granted minutes are spent, from the last checkpoint on.
+    """The training of one stage, resumed from its checkpoint `work`/`stage`.pt where there is one.
 
-    Without a checkpoint it starts from `work`/`stage`-start.pt, where there is one (stage `restore` writes them).
+    Without a checkpoint the model starts from `work`/`stage`-start.pt, which stage `restore` writes, or as it is.
+    minutes: wall-clock time in all, time before the checkpoint included. lr: the highest learning rate.
+    ema: decay of the averaged weights.
     """
 
     def __init__(
@@ -174,11 +185,8 @@ class Trainer:
         lr: float,
         muon: bool = False,
         ema: float = 0.999,
-        warmup_steps: int = 100,
-        clip: float = 1.0,
     ):
-        self.stage, self.model, self.minutes, self.lr = stage, model, minutes, lr
-        self.decay, self.warmup_steps, self.clip = ema, warmup_steps, clip
+        self.model, self.minutes, self.lr, self.decay = model, minutes, lr, ema
         self.path, self.log = work / f"{stage}.pt", Log(work / "log.jsonl", stage)
         start = None if self.path.exists() else weights(work, stage)
         if start is not None:
@@ -198,7 +206,7 @@ class Trainer:
         self.step, self.spent_s = saved["step"], saved["spent_s"]
 
     def save(self) -> None:
-        """Write the checkpoint (model, average, optimizers, step, seconds spent) by atomic rename."""
+        """Write the checkpoint (model, average, optimizers, step, seconds spent), whole or not at all."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -211,7 +219,8 @@ class Trainer:
         os.replace(part, self.path)
 
     @torch.no_grad()
-    def _follow(self) -> None:
+    def _update_average(self) -> None:
+        # A short memory at first, so that the average soon forgets the untrained weights.
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         averages = list(self.average.parameters())
         torch._foreach_lerp_(averages, [p.detach() for p in self.model.parameters()], 1 - decay)
@@ -219,29 +228,30 @@ class Trainer:
     def _update(self, loss: torch.Tensor) -> None:
         loss.backward()
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        total(grads)
+        sum_over_crew(grads)
         torch._foreach_div_(grads, crew_size())
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        rate = self.lr * pace(self.spent_s / (60 * self.minutes), self.step, self.warmup_steps)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+        rate = self.lr * pace(self.spent_s / (60 * self.minutes), self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self._follow()
+        self._update_average()
 
-    def _agree(self, spent_s: float) -> float:
-        """The first member's clock, so that the crew stops together."""
+    def _agreed_time(self, spent_s: float) -> float:
+        """The `spent_s` of the crew's first member, so that all members stop at the same step."""
         clock = torch.tensor([spent_s if crew_rank() == 0 else 0.0], dtype=torch.float64)
-        total([clock])
+        sum_over_crew([clock])
         return float(clock)
 
-    def run(self, loss_of_step, every: int = 200, save_s: float = 60.0, watch=None):
-        """The EMA model after training on `loss_of_step(step) -> (loss, {name: tensor})`, from the last checkpoint on.
+    def run(self, loss_of_step, every: int = 200, save_s: float = 60.0, watch=None) -> None:
+        """Train on `loss_of_step(step) -> (loss, {name: tensor})` until the minutes are spent; then save.
 
-        watch: `watch(average, step) -> {name: float}`, called at each log line, every `every` steps.
+        every: steps between log lines. save_s: seconds between checkpoints.
+        watch: `watch(average, step) -> {name: float}` measures the averaged model for each log line; None: nothing.
         """
-        last, kept, count = time.monotonic(), time.monotonic(), 0
+        last, saved, count = time.monotonic(), time.monotonic(), 0
         sums: dict[str, float] = {}
         while self.spent_s < 60 * self.minutes:
             loss, parts = loss_of_step(self.step)
@@ -250,17 +260,17 @@ class Trainer:
             for name, value in {"loss": loss, **parts}.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
             now = time.monotonic()
-            self.spent_s, last = self._agree(self.spent_s + now - last), now
+            self.spent_s, last = self._agreed_time(self.spent_s + now - last), now
             if crew_rank() > 0:
                 continue
             if self.step % every == 0:
-                seen = watch(self.average, self.step) if watch else {}
-                self.log.write(step=self.step, spent_s=self.spent_s, **{k: v / count for k, v in sums.items()}, **seen)
+                measured = watch(self.average, self.step) if watch else {}
+                means = {name: value / count for name, value in sums.items()}
+                self.log.write(step=self.step, spent_s=self.spent_s, **means, **measured)
                 sums, count = {}, 0
-            if now - kept > save_s:
+            if now - saved > save_s:
                 self.save()
-                kept = time.monotonic()
+                saved = time.monotonic()
         if crew_rank() == 0:
             self.save()
             self.log.write(step=self.step, spent_s=self.spent_s, finished=True)
-        return self.average

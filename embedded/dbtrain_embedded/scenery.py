@@ -1,11 +1,9 @@
 """Backgrounds of the picture world: flat illustrations with few edges.
 
-A painter takes (canvas, random stream) and draws a 128 x 128 scene, halved afterwards for smooth edges.
-They are clean on purpose: an 8x VAE and a small UNet on two cores learn big shapes, and fine texture
-costs them sharpness where it matters, in the subject.
+A painter draws a 128 x 128 scene with a `Brush`. The scene is then halved, which makes its edges smooth.
+Scenes have no fine texture on purpose. An 8x VAE and a small UNet, trained on two cores, learn big shapes; they would
+spend on texture what they need for a sharp subject.
 """
-
-from functools import lru_cache
 
 from PIL import Image, ImageDraw
 
@@ -13,7 +11,7 @@ SIDE = 128
 
 
 class Brush:
-    """A canvas with jittered placement: coordinates in 0..1, colours as RGB shifted a little by scene."""
+    """A canvas. Coordinates are in 0..1, colours are RGB in 0..255; `rng` moves both a little, so scenes differ."""
 
     def __init__(self, rng):
         self.image = Image.new("RGB", (SIDE, SIDE))
@@ -22,23 +20,23 @@ class Brush:
         self.rng = rng
 
     def tone(self, colour: tuple) -> tuple:
-        """The colour at this scene's brightness."""
+        """The colour, made lighter or darker by what this scene is."""
         return tuple(min(255, max(0, value + self.shift)) for value in colour)
 
     def near(self, value: float, spread: float = 0.04) -> float:
-        """A coordinate near `value`."""
+        """A random coordinate within `spread` of `value`."""
         return float(value + self.rng.uniform(-spread, spread))
 
     def box(self, x0, y0, x1, y1, colour) -> None:
-        """A filled rectangle."""
+        """Draw a filled rectangle."""
         self.pen.rectangle([x0 * SIDE, y0 * SIDE, x1 * SIDE, y1 * SIDE], fill=self.tone(colour))
 
     def disc(self, x, y, rx, ry, colour) -> None:
-        """A filled ellipse around (x, y)."""
+        """Draw a filled ellipse around (x, y)."""
         self.pen.ellipse([(x - rx) * SIDE, (y - ry) * SIDE, (x + rx) * SIDE, (y + ry) * SIDE], fill=self.tone(colour))
 
     def shape(self, points, colour) -> None:
-        """A filled polygon."""
+        """Draw a filled polygon."""
         self.pen.polygon([(x * SIDE, y * SIDE) for x, y in points], fill=self.tone(colour))
 
 
@@ -220,17 +218,11 @@ SCENES = {
     "night": (_night, ("at night",)),
     "sunset": (_sunset, ("at sunset", "with a sunset in the background")),
 }
-"""Scene -> (painter, phrases that tell it in a caption)."""
+"""Scene -> (painter, phrases that name the scene in a caption)."""
 
 
 def paint(scene: str, rng, side: int = 64) -> Image.Image:
-    """A side x side RGB background of `scene`, its jitter drawn from `rng`."""
+    """A `side` x `side` RGB background of `scene`; `rng` decides what differs between two of them."""
     brush = Brush(rng)
     SCENES[scene][0](brush)
     return brush.image.reduce(SIDE // side) if side <= SIDE // 2 else brush.image.resize((side, side), Image.BICUBIC)
-
-
-@lru_cache(maxsize=1)
-def phrases() -> tuple:
-    """Every scene phrase, for tokenizers and scene classification."""
-    return tuple(phrase for _, told in SCENES.values() for phrase in told if phrase)

@@ -1,11 +1,12 @@
-"""The demo's subjects: individuals of the held-out art sets in five scenes each, and two real subjects, reduced."""
+"""The demo's subjects: ten drawings of the held-out art sets in five scenes each, and two photographed subjects."""
 
 from pathlib import Path
 
 from PIL import Image
 
-from dbtrain.tiny import ASSETS, sprites, world
-from dbtrain.tiny.world import Facts
+from dbtrain.tiny import ASSETS
+from dbtrain_embedded import sprites, world
+from dbtrain_embedded.world import Facts
 
 SUBJECTS = {
     "dog-tan": ("dog", "fluent-emoji-flat", "dog"),
@@ -22,20 +23,20 @@ SUBJECTS = {
 """Subject id -> (class noun, art set, emoji name)."""
 
 SCENES = ("plain", "grass", "wooden floor", "beach", "purple rug")
-"""The scenes that a subject is photographed in; the others are left for recontextualization."""
+"""The scenes of a subject's pictures. No other scene is in its training pictures, so prompts can ask for those."""
 
 REAL = {"real-dog": ("dog", "dog6", 5), "real-teapot": ("teapot", "teapot", 5)}
-"""Subject id -> (class noun, folder of the google/dreambooth data set, pictures)."""
+"""Subject id -> (class noun, folder of the google/dreambooth data set, number of pictures taken)."""
 
 
 def find(noun: str, vendor: str, name: str, split: str = "heldout") -> int:
-    """The index of one sprite in its atlas."""
+    """The index of one sprite in atlas `split`; StopIteration where the atlas has no such sprite."""
     rows = sprites.load(split)[0]
     return next(i for i, row in enumerate(rows) if (row.noun, row.vendor, row.name) == (noun, vendor, name))
 
 
 def pictures(subject: str, places: tuple = SCENES) -> list:
-    """One 64 x 64 picture of a drawn subject in each place; size, side and spot vary with the place."""
+    """One 64 x 64 picture of a drawn subject in each place; size, direction and position differ from place to place."""
     noun, vendor, name = SUBJECTS[subject]
     sprite, seed = find(noun, vendor, name), 50_000 + 100 * list(SUBJECTS).index(subject)
     return [
@@ -56,7 +57,10 @@ def build_drawn() -> None:
 
 
 def build_real(dataset: Path, side: int = 160) -> None:
-    """Write the real subjects from the unpacked data set, centre-cropped and reduced to side x side JPEG."""
+    """Write the photographed subjects, cut to their central square and reduced to `side` x `side` pixels, as JPEG.
+
+    dataset: the unpacked google/dreambooth data set, one folder a subject.
+    """
     lines = ["subject,class,images"]
     for subject, (noun, source, count) in REAL.items():
         folder = ASSETS / "demo" / subject

@@ -5,16 +5,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dbtrain.tiny import autoencoder, pool
-from dbtrain.tiny.loops import Trainer, autocast, crew_rank, device, stream_of, weights
-from dbtrain.tiny.vocabulary import Captions
+from dbtrain_embedded import autoencoder, pool
+from dbtrain_embedded.encoders import build_clip
+from dbtrain_embedded.loops import Trainer, autocast, crew_rank, device, stream_of, weights
+from dbtrain_embedded.vocabulary import Captions
 
 WIDTHS = (96, 144)
 HEADS = (4, 6)
 
 
 def build(context_width: int = 128):
-    """A fresh UNet2DConditionModel with cross-attention on both levels."""
+    """An untrained `UNet2DConditionModel` with cross-attention on both levels."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -32,7 +33,7 @@ def build(context_width: int = 128):
 
 
 def build_scheduler():
-    """DDIM with Stable Diffusion's betas rescaled to zero terminal SNR (arXiv 2305.08891), v-prediction."""
+    """A DDIM scheduler: Stable Diffusion's betas rescaled to zero terminal SNR (arXiv 2305.08891), v-prediction."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -50,16 +51,14 @@ def build_scheduler():
 
 
 def load_clip(work: Path, tokenizer):
-    """The trained CLIP pair (EMA) from its checkpoint, frozen."""
-    from dbtrain.tiny.encoders import build_clip
-
+    """The trained CLIP pair (EMA) of stage `clip`, frozen."""
     model = build_clip(tokenizer).eval().requires_grad_(False).to(device())
     model.load_state_dict(weights(work, "clip"))
     return model
 
 
 def load_vae(work: Path):
-    """The trained VAE (EMA) with its latent normalization folded in, frozen; normalization from 2,048 pool scenes."""
+    """The trained VAE (EMA) of stage `vae`, frozen, its latents normalized over the pool's first 2,048 scenes."""
     vae = autoencoder.build().eval().requires_grad_(False).to(device())
     vae.load_state_dict(weights(work, "vae"))
     autoencoder.fold_normalization(vae, autoencoder.encode(vae, pool.pictures(work)[:2048]))
@@ -67,9 +66,9 @@ def load_vae(work: Path):
 
 
 def write_latents(work: Path, vae=None) -> None:
-    """Encode the pool's pictures: `work`/latents.npy, and the folded VAE as `work`/vae-folded.pt.
+    """Write the latents of the pool's pictures to `work`/latents.npy, and the folded VAE to `work`/vae-folded.pt.
 
-    vae: a folded VAE to take instead of the one of stage `vae`.
+    vae: the folded VAE; None takes the one of stage `vae`.
     """
     vae, images = vae or load_vae(work), pool.pictures(work)
     latents = np.lib.format.open_memmap(work / "latents.part.npy", "w+", np.float16, (len(images), 16, 8, 8))
@@ -81,22 +80,17 @@ def write_latents(work: Path, vae=None) -> None:
 
 
 def timesteps(count: int, rng) -> np.ndarray:
-    """`count` training timesteps 0..999, one in each of `count` equal strata, in random order."""
+    """`count` training timesteps in 0..999, in random order, one in each of `count` equal parts of that range.
+
+    Every batch then has low and high noise alike, so its loss varies less than with independent timesteps.
+    """
     return rng.permutation(((np.arange(count) + rng.random(count)) * 1000 / count).astype(np.int64))
 
 
-def train(
-    work: Path,
-    minutes: float,
-    tokenizer_path: str,
-    batch: int = 32,
-    lr: float = 1.2e-3,
-    muon: bool = True,
-    stage: str = "unet",
-) -> None:
-    """Train on the pool's latents with mean |v - v_theta|^2, 10% empty captions; checkpoint `work`/`stage`.pt.
+def train(work: Path, minutes: float, tokenizer_path: str, batch: int = 32, lr: float = 1.2e-3) -> None:
+    """Train on the pool's latents with mean |v - v_theta|^2, 10% empty captions; checkpoint `work`/unet.pt.
 
-    batch: samples of one crew member; lr: peak, decayed to zero at the end of the minutes.
+    batch: samples of one crew member. lr: the highest rate; it is zero at the end of the minutes.
     """
     from transformers import CLIPTokenizer
 
@@ -105,11 +99,11 @@ def train(
     latents, facts = np.load(work / "latents.npy", mmap_mode="r"), pool.facts(work)
     captions = Captions(tokenizer, [f["caption"] for f in facts], [f["noun"] for f in facts])
     scheduler = build_scheduler()
-    alpha = scheduler.alphas_cumprod.sqrt().to(device())
-    sigma = (1 - scheduler.alphas_cumprod).sqrt().to(device())
+    alphas = scheduler.alphas_cumprod.sqrt().to(device())
+    sigmas = (1 - scheduler.alphas_cumprod).sqrt().to(device())
     torch.manual_seed(2)
     model = build().to(device(), memory_format=torch.channels_last)
-    trainer = Trainer(stage, model, work, minutes, lr, muon=muon, ema=0.999)
+    trainer = Trainer("unet", model, work, minutes, lr, muon=True, ema=0.999)
     torch.manual_seed(1000 * trainer.step + crew_rank())
 
     def loss_of_step(step):
@@ -119,12 +113,13 @@ def train(
         tokens[rng.random(batch) < 0.1] = captions.empty
         clean = torch.from_numpy(latents[rows]).to(device()).float().contiguous(memory_format=torch.channels_last)
         noise, t = torch.randn_like(clean), torch.from_numpy(timesteps(batch, rng)).to(device())
-        a, s = alpha[t, None, None, None], sigma[t, None, None, None]
+        alpha, sigma = alphas[t, None, None, None], sigmas[t, None, None, None]
         with torch.no_grad():
             context = text(torch.from_numpy(tokens).to(device())).last_hidden_state
         with autocast():
-            found = trainer.model(a * clean + s * noise, t, context).sample
-        error = (found.float() - (a * noise - s * clean)).square().mean(dim=(1, 2, 3))
+            prediction = trainer.model(alpha * clean + sigma * noise, t, context).sample
+        # x_t = alpha x_0 + sigma noise, and v = alpha noise - sigma x_0 (arXiv 2202.00512).
+        error = (prediction.float() - (alpha * noise - sigma * clean)).square().mean(dim=(1, 2, 3))
         return error.mean(), {"noisy_half": error[t >= 500].mean()}
 
     trainer.run(loss_of_step, every=100)
