@@ -36,9 +36,16 @@ def sdxl_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def model_folders(sd_folder, sdxl_folder):
-    """The random models by family name."""
-    return {"sd": sd_folder, "sdxl": sdxl_folder}
+def model_folders(tmp_path_factory, sd_folder, sdxl_folder):
+    """The random models by family name: what `make_<family>` in tests/kit/random_models.py makes."""
+    from dbtrain.families import FAMILIES
+    from tests.kit import random_models
+
+    made = {"sd": sd_folder, "sdxl": sdxl_folder}
+    for name in FAMILIES:
+        if name not in made:
+            made[name] = getattr(random_models, f"make_{name}")(tmp_path_factory.mktemp("models") / name)
+    return made
 
 
 @pytest.fixture(scope="session")
