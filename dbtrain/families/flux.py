@@ -1,12 +1,15 @@
 """FLUX.1 dev, schnell and Krea-dev: CLIP's pooled text and T5's states, a transformer over 2x2 cells of latents."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dbtrain.families import flow
+from dbtrain.families.flux_names import kohya
 from dbtrain.models.architectures import Architecture
+from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.values import Batch, Conditioning
 
@@ -16,11 +19,15 @@ GUIDANCE = 1.0
 """The embedded guidance of a training step. Sampling has 3.5; the model then extrapolates what it learnt at 1."""
 
 
+def t5_length(models: Models) -> int:
+    """Tokens of T5 for a model; schnell is known by its scheduler, which shifts nothing."""
+    return T5_LENGTH if models.scheduler.config.use_dynamic_shifting else SCHNELL_T5_LENGTH
+
+
 def tokenize(models: Models, captions: Sequence[str]) -> Tokens:
-    """Ids for CLIP (77 tokens) and for T5 (512; 256 for schnell, whose scheduler shifts nothing)."""
-    clip, t5 = models.tokenizers["text_encoder"], models.tokenizers["text_encoder_2"]
-    length = T5_LENGTH if models.scheduler.config.use_dynamic_shifting else SCHNELL_T5_LENGTH
-    pairs = ((clip, clip.model_max_length), (t5, length))
+    """Ids for CLIP (77 tokens) and for T5 (512; 256 for schnell)."""
+    clip, t5 = models.tokenizers.values()
+    pairs = ((clip, clip.model_max_length), (t5, t5_length(models)))
     return tuple(flow.padded(tokenizer, list(captions), size).input_ids for tokenizer, size in pairs)
 
 
@@ -48,6 +55,11 @@ def denoise(
         return_dict=False,
     )[0]
     return flow.from_tokens(prediction, height, width)
+
+
+def call(models: Models, guidance: float) -> dict[str, Any]:
+    """Arguments of the pipeline's call: the embedded guidance (there is no second pass), T5's length of training."""
+    return {"guidance_scale": guidance, "max_sequence_length": t5_length(models)}
 
 
 DEV = Architecture(
@@ -81,14 +93,19 @@ FLUX = Family(
         "vae": ("diffusers:AutoencoderKL",),
         "text_encoder": ("transformers:CLIPTextModel",),
         "text_encoder_2": ("transformers:T5EncoderModel",),
+        "tokenizer_2": ("transformers:T5TokenizerFast",),
     },
     schedule=flow.schedule,
-    codec=Codec(channels=16, cell=8, encode=flow.kl_moments, scale=flow.unscaled),
+    codec=Codec(channels=16, cell=8, encode=flow.kl_moments, scale=flow.unscaled, multiple=16),
     tokenize=tokenize,
     encode_tokens=encode_tokens,
     denoise=denoise,
     samplers={},
-    kohya=None,
+    kohya=kohya,
     regions=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+    shift=flow.shift_of,
+    call=call,
+    attend=keep_attention,
+    trains_text=False,
     shapes={"flux1": DEV},
 )

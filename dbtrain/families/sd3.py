@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5 (arXiv 2403.03206): two CLIP text encoders and T5, a joint-attention transformer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,25 +9,24 @@ from torch import Tensor, nn
 
 from dbtrain.families import flow
 from dbtrain.models.architectures import Architecture
+from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.values import Batch, Conditioning
 
 T5_LENGTH = 256
-"""Tokens of T5 in diffusers' pipeline. Without a mask their number is a part of the function, so training has it too."""
+"""Tokens of T5 in diffusers' pipeline. Without a mask their number is a part of the function, so training has them."""
 
 
 def tokenize(models: Models, captions: Sequence[str]) -> Tokens:
-    """Ids for CLIP L and G (77 tokens) and for T5 (256 tokens), where it is there."""
-    clip = [models.tokenizers[name] for name in ("text_encoder", "text_encoder_2")]
-    lengths = [(tokenizer, clip[0].model_max_length) for tokenizer in clip]
-    if (t5 := models.tokenizers.get("text_encoder_3")) is not None:
-        lengths.append((t5, T5_LENGTH))
-    return tuple(flow.padded(tokenizer, list(captions), length).input_ids for tokenizer, length in lengths)
+    """Ids for CLIP L and G (77 tokens) and for T5 (256 tokens)."""
+    first, second, t5 = models.tokenizers.values()
+    pairs = ((first, first.model_max_length), (second, first.model_max_length), (t5, T5_LENGTH))
+    return tuple(flow.padded(tokenizer, list(captions), length).input_ids for tokenizer, length in pairs)
 
 
 def encode_tokens(text_encoders: dict[str, nn.Module], tokens: Tokens) -> Conditioning:
-    """Penultimate states of CLIP L and G side by side, padded with zeros to T5's width; then T5's last states, or zeros
-    where T5 is left out. Pooled: both projected embeddings."""
+    """Penultimate states of CLIP L and G side by side, padded with zeros to T5's width; then T5's last states. Pooled:
+    both projected embeddings."""
     names = ("text_encoder", "text_encoder_2")
     outputs = [text_encoders[name](ids, output_hidden_states=True) for name, ids in zip(names, tokens)]
     clip = torch.cat([output.hidden_states[-2] for output in outputs], -1)
@@ -46,6 +46,11 @@ def denoise(
         pooled_projections=conditioning.pooled_BD,
         return_dict=False,
     )[0]
+
+
+def call(models: Models, guidance: float) -> dict[str, Any]:
+    """Arguments of the pipeline's call: the guidance scale, and as many tokens as in training."""
+    return {"guidance_scale": guidance, "max_sequence_length": T5_LENGTH}
 
 
 LARGE = Architecture(
@@ -98,14 +103,19 @@ SD3 = Family(
         "text_encoder": ("transformers:CLIPTextModelWithProjection",),
         "text_encoder_2": ("transformers:CLIPTextModelWithProjection",),
         "text_encoder_3": ("transformers:T5EncoderModel",),
+        "tokenizer_3": ("transformers:T5TokenizerFast",),
     },
     schedule=flow.schedule,
-    codec=Codec(channels=16, cell=8, encode=flow.kl_moments, scale=flow.unscaled),
+    codec=Codec(channels=16, cell=8, encode=flow.kl_moments, scale=flow.unscaled, multiple=16),
     tokenize=tokenize,
     encode_tokens=encode_tokens,
     denoise=denoise,
     samplers={},
     kohya=None,
     regions=("JointTransformerBlock",),
+    shift=flow.shift_of,
+    call=call,
+    attend=keep_attention,
+    trains_text=False,
     shapes={"sd35_large": LARGE, "sd35_medium": MEDIUM},
 )

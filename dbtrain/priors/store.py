@@ -68,6 +68,7 @@ def prior_key(config: RunConfig, models: Models, class_noun: str) -> PriorKey:
         return imported_key(config, class_noun)
     model = config.model
     told = [str(one) for one in (model.parameterization, model.zero_terminal_snr) if one != "auto"]
+    told += [] if model.dtype == "fp32" else [model.dtype]
     return PriorKey(
         " ".join([base_digest(models), *told]),
         prompt,

@@ -16,8 +16,7 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Scheme = Literal["file", "memory", "s3", "gs", "az", "abfs"]
-# Flow matching is no choice for a model with another schedule; `auto` takes it from the scheduler.
-PREDICTIONS = ("auto", *(name for name in PARAMETERIZATIONS if name != "flow"))
+PREDICTIONS = ("auto", *PARAMETERIZATIONS)
 Template = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
@@ -37,7 +36,8 @@ class ModelConfig(Section):
     """The base model, which is never changed on disk."""
 
     family: Annotated[str, OneOf(FAMILIES)] = "sd"
-    """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL."""
+    """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL, `sd3` is
+    Stable Diffusion 3 and 3.5, `flux` is FLUX.1."""
     path: Annotated[str, Field(min_length=1), Mark.NO_RESULT, Mark.PATH_OR_NAME] = "embedded"
     """Diffusers folder, hub id, single-file .safetensors, or `embedded` for the small base that ships with dbtrain."""
     revision: Annotated[str | None, Mark.NO_RESULT] = None
@@ -51,6 +51,8 @@ class ModelConfig(Section):
     """What the denoiser predicts; `auto` takes it from the model's scheduler."""
     zero_terminal_snr: bool | Literal["auto"] = "auto"
     """Rescale the noise schedule to zero SNR at the last timestep (arXiv 2305.08891); `auto` follows the scheduler."""
+    dtype: Annotated[Literal["fp32", "bf16"], Mark.LATER] = "fp32"
+    """Number format in which denoiser and text encoders are loaded, for adapters alone; the VAE is always fp32."""
     attention: Annotated[Literal["auto", "sdpa", "xformers", "flash", "math"], Mark.NO_RESULT] = "auto"
     """Attention implementation; an impossible choice is refused with its reasons. `sdpa` is PyTorch's own pick, `flash`
     its FlashAttention alone, `auto` the fastest for each shape by a short measurement on a GPU and `sdpa` on a CPU."""
@@ -157,6 +159,9 @@ class ObjectiveConfig(Section):
     """Location of the logit-normal distribution (arXiv 2403.03206, eq. 19)."""
     logit_std: Annotated[float, Field(gt=0)] = 1.0
     """Scale of the logit-normal distribution."""
+    shift: Annotated[Annotated[float, Field(gt=0)] | Literal["auto"], Mark.LATER] = "auto"
+    """Factor s that moves noise levels towards noise, s l / (1 + (s - 1) l); `auto` is the one that the model's
+    scheduler has for images of this size (SD3: 3; FLUX.1: 3.16 at 1024 px), and 1 where it is no flow model's."""
     noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Standard deviation of an extra per-channel constant in the noise; 0 is none."""
 
@@ -168,8 +173,9 @@ class PriorConfig(Section):
     """Lambda of the prior term; 0 switches it off."""
     images: Count = 200
     """Class images, made once per class by the frozen base and shared by all its subjects."""
-    sampler: Literal["ddpm", "euler_ancestral", "imported"] = "euler_ancestral"
-    """Ancestral sampler that draws them; `imported` uses own images that `dbtrain prior import` put into the store."""
+    sampler: Literal["auto", "ddpm", "euler_ancestral", "imported"] = "euler_ancestral"
+    """Ancestral sampler that draws them; `auto` is the model's own sampler, the only one of a flow model; `imported`
+    uses own images that `dbtrain prior import` put into the store."""
     steps: Positive = 50
     """Sampling steps."""
     guidance: Annotated[float, Field(ge=0)] = 7.5
@@ -358,6 +364,11 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             "lora.targets",
             train.method == "lora" and not config.lora.targets,
             "is empty; a LoRA needs at least one layer pattern",
+        ),
+        (
+            "model.dtype",
+            config.model.dtype != "fp32" and (train.method == "full" or train.text_encoder),
+            f"is {config.model.dtype}, but weights that train are kept in fp32; set it to fp32",
         ),
         (
             "train.stop_loss",

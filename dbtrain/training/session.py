@@ -18,8 +18,7 @@ from dbtrain.engines.world import World, from_first, start_world, together
 from dbtrain.errors import StopRequested
 from dbtrain.families import FAMILIES
 from dbtrain.models.adapters import detach
-from dbtrain.models.attention import engage_attention
-from dbtrain.models.family import Family, Models
+from dbtrain.models.family import Family, Models, refuse_impossible
 from dbtrain.models.load import load_models
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key
@@ -151,13 +150,15 @@ def _stop_now(*_: object) -> None:
 def load_base(config: RunConfig, world: World) -> Models:
     """The base model on this rank's device; where only adapters train, its denoiser in the compute precision."""
     kind = torch.device(world.device).type
+    family = FAMILIES[config.model.family]
     choose_capture(config.engine, kind)  # refuses before anything is loaded
-    models = load_models(FAMILIES[config.model.family], config.model).to(torch.device(world.device))
+    refuse_impossible(family, config)
+    models = load_models(family, config.model).to(torch.device(world.device))
     if kind == "cuda" and config.train.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # else convolutions round what they multiply to 10 bits
     if config.engine.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
-    models.attention = engage_attention(models.denoiser, config.model.attention, kind, config.train.precision)
+    models.attention = family.attend(models.denoiser, config.model.attention, kind, config.train.precision)
     if config.train.method == "lora" and config.train.precision == "bf16":
         models.denoiser.to(torch.bfloat16)
     return models

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dbtrain.models.family import Family, Models, Tokens, encode_images, latent_scale
+from dbtrain.models.family import Family, Models, Tokens, noise_shift
 from dbtrain.objective.timesteps import first_words
 from dbtrain.objective.weighting import weight_table
 from dbtrain.randomness import Purpose
@@ -53,7 +53,7 @@ class TrainingStep(nn.Module):
         self.weight_S = weight_table(config.objective.weighting, self.schedule, config.objective.snr_gamma)
         device = self.weight_S.device
         self.key_N2 = key if isinstance(key, Tensor) else torch.tensor([key], device=device)
-        self.first_S = first_words(config.objective, len(self.weight_S), device)
+        self.first_S = first_words(config.objective, len(self.weight_S), device, noise_shift(family, models, config))
         # The VAE is fixed and never sharded, so it is kept out of the registered modules.
         object.__setattr__(self, "vae", models.vae)
 
@@ -88,14 +88,14 @@ class TrainingStep(nn.Module):
     def noised(self, batch: Batch, step: int | Tensor) -> Noised:
         """Clean latents (drawn anew each step from moments), noise, x_t and t, all named by (key, step, slot)."""
         moments = batch.images_BCHW
-        if moments.shape[1] == 3:
+        if not self.family.codec.is_encoded(moments):
             with torch.no_grad():
-                moments = encode_images(self.vae, moments)
+                moments = self.family.codec.encode(self.vae, moments)
         if batch.subject_B is None:
             key_B2, step_B = self.key_N2.expand(len(batch.slot_B), 2), torch.full_like(batch.slot_B, step)
         else:
             key_B2, step_B = self.key_N2[batch.subject_B], torch.as_tensor(step)[batch.subject_B]
-        scale, shift = latent_scale(self.vae)
+        scale, shift = self.family.codec.scale(self.vae)
         return noising(
             moments,
             key_B2,
