@@ -163,5 +163,10 @@ def test_the_first_run_of_the_readme_runs(tmp_path):
     assert (tmp_path / "runs/mine/report/index.html").exists()
 
 
+def test_every_recipe_is_in_the_table_of_recipes():
+    text = (ROOT / "docs" / "training.md").read_text("utf-8")
+    assert [name for name in recipes.recipe_names() if f"`{name}`" not in text] == []
+
+
 def test_the_readme_is_short():
     assert len(README.read_text("utf-8").splitlines()) < 110
