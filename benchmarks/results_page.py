@@ -60,18 +60,22 @@ def same_files(result: Result) -> str:
     return campaign(result, ("kill",), ("train",))
 
 
-def kills(name: str, result: Result) -> Figures:
-    """What a campaign of SIGKILLs came to; name: what is told apart in front of each line."""
+NAMES = {"zygote": "warm parent"}
+"""What a process is called today, by its name in older results."""
+
+
+def kills(title: str, result: Result) -> Figures:
+    """What a campaign of SIGKILLs came to; title: put before each line."""
     back = result["recovery_s"]
     return [
-        (f"{name}: lost, finished twice, adapters that differ from the undisturbed run", unharmed(result)),
+        (f"{title}: lost, finished twice, adapters that differ from the undisturbed run", unharmed(result)),
         (
-            f"{name}: throughput kept under {result['kills_per_min']:.0f} kills a minute",
+            f"{title}: throughput kept under {result['kills_per_min']:.0f} kills a minute",
             f"{result['throughput_kept']:.0%}",
         ),
         (
-            f"{name}: seconds until a killed process's work goes on, median and 95 %",
-            ", ".join(f"{process} {entry['p50']:.1f} and {entry['p95']:.1f}" for process, entry in back.items()),
+            f"{title}: seconds until a killed process's work goes on, median and 95 %",
+            ", ".join(f"{NAMES.get(name, name)} {one['p50']:.1f} and {one['p95']:.1f}" for name, one in back.items()),
         ),
     ]
 
