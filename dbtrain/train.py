@@ -13,7 +13,8 @@ from dbtrain.errors import DataError, DbtrainError, EngineError, StopRequested
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import LOCK, held
 from dbtrain.storage.trouble import bare
-from dbtrain.subjects.manifest import read_manifest, scan_manifest
+from dbtrain.subjects.finding import Finding, refuse
+from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.training.job import Finished, open_job
 from dbtrain.training.session import Session, open_session, restore_base
 from dbtrain.values import Subject
@@ -34,19 +35,36 @@ def train_manifest(
     `Session.opened` is. Raises DataError for
     unknown ids or while another run works on `out`, and StopRequested when the process was asked to stop.
     """
-    photos = config.data.shards is None
-    subjects = scan_manifest(manifest, photos)[0] if skip_bad else read_manifest(manifest, photos)
-    known = {subject.id: subject for subject in subjects}
+    subjects, findings = scan_manifest(manifest, config.data.shards is None)
+    if not skip_bad:
+        refuse(findings)
+    known = dict.fromkeys(subject.id for subject in subjects)
     unknown = [name for name in chosen or () if name not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, 1)
         raise DataError(f"{manifest}: has no subject {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return train_chosen(subjects, findings, config, out, chosen or [*known], quiet, skip_bad, opened)
+
+
+def train_chosen(
+    subjects: Sequence[Subject],
+    findings: Sequence[Finding],
+    config: RunConfig,
+    out: Path,
+    chosen: Sequence[str],
+    quiet: bool = False,
+    skip_bad: bool = False,
+    opened: Callable[[], object] = lambda: None,
+) -> tuple[list[dict[str, Any]], dict[str, DbtrainError]]:
+    """What `train_manifest` returns, for a manifest that `scan_manifest` has read: the photos of all subjects are
+    sharded, those with the ids `chosen` are trained."""
+    known = {subject.id: subject for subject in subjects}
     with ExitStack() as fence:
         if not from_first(start_world(), lambda: fence.enter_context(held(out / LOCK))):
             raise DataError(f"{out}: another run is working there; wait for it or stop it, or use another --out")
-        session = open_session(config, subjects, manifest, out, quiet, skip_bad)
+        session = open_session(config, subjects, findings, out, quiet, skip_bad)
         session.opened = opened
-        sound = [known[name] for name in chosen or known if name in session.identifiers]
+        sound = [known[name] for name in chosen if name in session.identifiers]
         return _train_all(session, sound)
 
 

@@ -17,7 +17,9 @@ from dbtrain.results.publish import read_lora
 from dbtrain.results.record import read_record
 from dbtrain.settings.recipes import load
 from dbtrain.storage.atomic import LOCK, file_digest, held
+from dbtrain.subjects import manifest
 from dbtrain.subjects.manifest import read_manifest
+from dbtrain.subjects.rows import read_rows
 from dbtrain.train import train_manifest, train_subjects
 from dbtrain.training.bank import Bank
 from dbtrain.training.identity import subject_config
@@ -202,16 +204,16 @@ def outcomes(session, subjects) -> dict:
 
 def opened(job, out, *words):
     """A session on three subjects, with their shards made, and the subjects."""
-    config, manifest = small_config("train.steps=2", "sample.images=0", *words), job / "photos.csv"
-    subjects = read_manifest(manifest)
-    return open_session(config, subjects, manifest, out, quiet=True), subjects
+    config = small_config("train.steps=2", "sample.images=0", *words)
+    subjects = read_manifest(job / "photos.csv")
+    return open_session(config, subjects, (), out, quiet=True), subjects
 
 
 @SOLO_OR_PACKED
 def test_bad_data_of_one_subject_leaves_the_others_alone(job, tmp_path, engine):
     """A torn sample and a foreign checkpoint: each ends its own subject, with the code of bad data."""
     session, subjects = opened(job, tmp_path, *engine)
-    row = session.index.rows_of("rex")[0]
+    row = session.index.entries_of("rex")[0]
     shard = tmp_path / "shards" / row.shard
     with shard.open("r+b") as file:
         file.seek(row.offset + 700)
@@ -267,6 +269,20 @@ def test_an_unknown_subject_gets_a_hint_before_anything_is_loaded(job, tmp_path)
     with pytest.raises(DataError, match="no subject 'rxe'; did you mean 'rex'"):
         train_manifest(job / "photos.csv", small_config(), tmp_path / "out", ["tom", "rxe"])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_manifest_is_read_once(tmp_path, monkeypatch):
+    write_job(tmp_path, subjects="rex:dog tom:cat")
+
+    def read_and_remove(path):
+        rows = read_rows(path)
+        path.unlink()
+        return rows
+
+    monkeypatch.setattr(manifest, "read_rows", read_and_remove)
+    config = small_config("train.steps=1", "sample.images=0")
+    records, failed = train_manifest(tmp_path / "photos.csv", config, tmp_path / "out", ["tom"], quiet=True)
+    assert [record["subject"] for record in records] == ["tom"] and not failed
 
 
 def test_a_subjects_own_settings_hold_for_it_alone(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dbtrain.data import tar
-from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Index, Row, Shard, make_key
+from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Entry, Index, Shard, make_key
 from dbtrain.data.stream import SKIPPED
 from dbtrain.errors import DataError, shown
 from dbtrain.storage.atomic import TEMPORARY, held, sync_folder, write_file
@@ -37,18 +37,18 @@ def write_shards(
     out = Path(out)
     with _claim(out, remake):
         packed = _Peeking((sample, tar.pack(sample)) for sample in _checked(samples))
-        rows: list[Row] = []
+        entries: list[Entry] = []
         shards: list[Shard] = []
         while packed.peek() is not None:
             name = f"train-{len(shards):06d}.tar"
 
             def write(file: BinaryIO, name: str = name) -> None:
-                shards.append(_fill(file, name, packed, max_bytes, rows))
+                shards.append(_fill(file, name, packed, max_bytes, entries))
 
             write_file(out / name, write)
-        if not rows:
+        if not entries:
             raise DataError(f"{out}: no samples to write; check the manifest")
-        index = Index(tuple(rows), tuple(shards), source)
+        index = Index(tuple(entries), tuple(shards), source)
         index.save(out)
     return index
 
@@ -74,12 +74,12 @@ class _Peeking:
         return item
 
 
-def _fill(file: BinaryIO, name: str, packed: _Peeking, max_bytes: int, rows: list[Row]) -> Shard:
-    """The shard written into an open file: samples while they fit, one at least; `rows` grows by them."""
+def _fill(file: BinaryIO, name: str, packed: _Peeking, max_bytes: int, entries: list[Entry]) -> Shard:
+    """The shard written into an open file: samples while they fit, one at least; `entries` grows by them."""
     whole, size, count = hashlib.sha256(), 0, 0
     while (item := packed.peek()) is not None and (count == 0 or size + len(item[1]) + TAR_END <= max_bytes):
         sample, content = packed.take()
-        rows.append(Row(name, sample.key, size, len(content), hashlib.sha256(content).hexdigest(), sample.caption))
+        entries.append(Entry(name, sample.key, size, len(content), hashlib.sha256(content).hexdigest(), sample.caption))
         file.write(content)
         whole.update(content)
         size, count = size + len(content), count + 1

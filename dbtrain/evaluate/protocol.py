@@ -145,7 +145,7 @@ def read_photos(folder: Path, subject: str, config: RunConfig, settings: Setting
     """
     shards, schemes = settings.shards or config.data.shards or folder.parent.parent / "shards", config.data.schemes
     absent = isinstance(shards, Path) and not shards.is_dir()
-    rows = () if absent else _index(shards, tuple(schemes), _stamp(shards)).rows_of(subject)
+    rows = () if absent else _index(shards, tuple(schemes), _stamp(shards)).entries_of(subject)
     if not rows:
         raise DataError(
             f"{shards}: holds no photos of {subject!r}; keep the run folder whole, or name its shards with --shards"

@@ -163,7 +163,7 @@ class Driver:
                 opened = opened or dict.fromkeys(unit.positions, 0)
                 self.flights[number] = Flight(unit, crew, opened, unit.pack)
                 specs = tuple(self.ledger.specs(unit.positions))
-                rows = tuple(row for spec in specs for row in self.index.rows_of(spec["id"]))
+                rows = tuple(row for spec in specs for row in self.index.entries_of(spec["id"]))
                 after = tuple(tuple(self.books.todo.get(position, ())) for position in unit.positions)
                 orders.append((crew, Order(number, unit, specs, rows, after)))
                 view.begin(unit)

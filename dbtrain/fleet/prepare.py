@@ -16,11 +16,12 @@ from dbtrain.errors import ConfigError, DataError
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.models.load import load_tokenizer
 from dbtrain.settings.config import RunConfig
+from dbtrain.settings.marks import deciding
 from dbtrain.storage.atomic import file_digest
-from dbtrain.subjects.manifest import read_manifest, scan_manifest
+from dbtrain.subjects.finding import refuse
+from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
-from dbtrain.subjects.sharding import shard_manifest
-from dbtrain.training.identity import IRRELEVANT
+from dbtrain.subjects.sharding import shard_subjects
 from dbtrain.values import Subject
 
 
@@ -53,10 +54,11 @@ def enter_run(
         if (out / "shards" / INDEX_NAME).exists():
             return Index.load(out / "shards")
     tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
-    photos = config.data.shards is None
-    subjects = scan_manifest(manifest, photos)[0] if skip_bad else read_manifest(manifest, photos)
+    subjects, findings = scan_manifest(manifest, config.data.shards is None)
+    if not skip_bad:
+        refuse(findings)
     registry = Path(config.identifier.registry or out / REGISTRY)
-    index = shard_manifest(manifest, out / "shards", config, say, skip_bad, tokenizer, registry)
+    index = shard_subjects(subjects, findings, out / "shards", config, say, skip_bad, tokenizer, registry)
     if run is None:
         stored = set(index.subjects)
         sound = [subject for subject in subjects if subject.id in stored]
@@ -88,11 +90,6 @@ def spec_of(subject: Subject, identifier: str) -> dict[str, Any]:
 def settings_digest(config: RunConfig) -> str:
     """One sha256 of the settings that decide results."""
     return hashlib.sha256(json.dumps(deciding(config), sort_keys=True).encode()).hexdigest()
-
-
-def deciding(config: RunConfig) -> dict[str, Any]:
-    """The settings that decide results."""
-    return config.model_dump(mode="json", exclude=IRRELEVANT)
 
 
 def _difference(run: dict[str, Any], config: RunConfig) -> str:

@@ -28,7 +28,7 @@ from dbtrain.storage.trouble import out_of_memory
 from dbtrain.values import Subject
 
 if TYPE_CHECKING:
-    from dbtrain.data.index import Row
+    from dbtrain.data.index import Entry
 
 Message = tuple
 """("ready", base digest) | ("beat", stage) | ("finished", number, position, id, seconds) |
@@ -69,7 +69,7 @@ class Order:
     number: int
     unit: WorkUnit
     specs: tuple[dict[str, Any], ...] = ()
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Entry, ...] = ()
     after: tuple[tuple[str, ...], ...] = ()
 
 

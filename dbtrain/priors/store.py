@@ -165,7 +165,7 @@ def read_priors(store: Path, key: PriorKey, images: int) -> list[Sample]:
 def read_block(block: Path, sampler: str) -> Iterator[Sample]:
     """The samples of a block, verified."""
     try:
-        yield from read_samples(block, Index.load(block).rows)
+        yield from read_samples(block, Index.load(block).entries)
     except DataError as error:
         defect = str(error).partition(";")[0]
         raise DataError(f"{block}: {defect}; {remedy(sampler)}") from error
@@ -180,7 +180,7 @@ def remedy(sampler: str) -> str:
 
 def images_digest(store: Path, key: PriorKey, images: int) -> str:
     """SHA-256 of the index entries of the first `images` images: names imported images, which no key can."""
-    rows = [row for block in block_folders(store / key.name, images) for row in Index.load(block).rows]
+    rows = [row for block in block_folders(store / key.name, images) for row in Index.load(block).entries]
     return hashlib.sha256("".join(row.sha256 for row in rows[:images]).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from dbtrain.data.index import Row
+from dbtrain.data.index import Entry
 from dbtrain.errors import DataError, DbtrainError
 from dbtrain.machine import cores
 from dbtrain.report.facts import Facts, read_facts, row
@@ -69,7 +69,7 @@ class Job:
     digest: str
     files: list[Stamp]
     ledger: Mapping[str, Any]
-    photos: tuple[Row, ...]
+    photos: tuple[Entry, ...]
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _jobs(
     base = hashlib.sha256(json.dumps(shared, sort_keys=True).encode())
     for name in known:
         folder = run / SUBJECTS / name
-        files, rows = stamps(folder), index.rows_of(name) if index else ()
+        files, rows = stamps(folder), index.entries_of(name) if index else ()
         own = ledger.get(name, {})
         state = own.get("state") or ("finished" if any(path == RECORD for path, _, _ in files) else "unfinished")
         ongoing = None if state in OVER else view.refresh_s

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dbtrain.data.index import Index, Row
+from dbtrain.data.index import Entry, Index
 from dbtrain.data.stream import read_samples
 from dbtrain.errors import DataError
 from dbtrain.report.facts import Facts
@@ -23,7 +23,7 @@ EVALUATED = 30
 Picture = dict[str, Any]
 
 
-def photos(shards: Path, rows: Sequence[Row], thumbnails: Thumbnails, notes: list[str]) -> list[Picture]:
+def photos(shards: Path, rows: Sequence[Entry], thumbnails: Thumbnails, notes: list[str]) -> list[Picture]:
     """The subject's photos as they were trained on, each proved by its digest in the index."""
     found: list[Picture] = []
     wanted = list(rows)[:PHOTOS]

@@ -4,14 +4,20 @@
 Rules that join several fields stand in `cross_field_findings`, nowhere else.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from dbtrain.families import FAMILIES
+from dbtrain.objective import DISTRIBUTIONS, PARAMETERIZATIONS, WEIGHTINGS
+from dbtrain.settings.marks import Mark, OneOf
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Scheme = Literal["file", "memory", "s3", "gs", "az", "abfs"]
+# Flow matching is no choice for a model with another schedule; `auto` takes it from the scheduler.
+PREDICTIONS = ("auto", *(name for name in PARAMETERIZATIONS if name != "flow"))
 Template = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
@@ -20,26 +26,32 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    def replaced(self, key: str, value: Any) -> Self:
+        """The same settings with another value, already checked, for a dotted key."""
+        name, _, rest = key.partition(".")
+        part = getattr(self, name).replaced(rest, value) if rest else value
+        return self.model_copy(update={name: part})
+
 
 class ModelConfig(Section):
     """The base model, which is never changed on disk."""
 
-    family: Literal["sd", "sdxl"] = "sd"
+    family: Annotated[str, OneOf(FAMILIES)] = "sd"
     """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL."""
-    path: str = Field("embedded", min_length=1)
+    path: Annotated[str, Field(min_length=1), Mark.NO_RESULT, Mark.PATH_OR_NAME] = "embedded"
     """Diffusers folder, hub id, single-file .safetensors, or `embedded` for the small base that ships with dbtrain."""
-    revision: str | None = None
+    revision: Annotated[str | None, Mark.NO_RESULT] = None
     """Hub revision (branch, tag or commit); None is the default branch. Ignored for local paths."""
-    variant: str | None = None
+    variant: Annotated[str | None, Mark.NO_RESULT] = None
     """Weight file variant, such as `fp16`; None is the plain one."""
-    single_file_layout: str | None = None
+    single_file_layout: Annotated[str | None, Mark.NO_RESULT, Mark.PATH_OR_NAME] = None
     """For a single .safetensors file: a diffusers folder or hub id of the same architecture that has the configuration
     and tokenizers; None lets diffusers ask the hub."""
-    parameterization: Literal["auto", "epsilon", "v_prediction", "sample"] = "auto"
+    parameterization: Annotated[str, OneOf(PREDICTIONS)] = "auto"
     """What the denoiser predicts; `auto` takes it from the model's scheduler."""
     zero_terminal_snr: bool | Literal["auto"] = "auto"
     """Rescale the noise schedule to zero SNR at the last timestep (arXiv 2305.08891); `auto` follows the scheduler."""
-    attention: Literal["auto", "sdpa", "xformers", "flash", "math"] = "auto"
+    attention: Annotated[Literal["auto", "sdpa", "xformers", "flash", "math"], Mark.NO_RESULT] = "auto"
     """Attention implementation; an impossible choice is refused with its reasons. `sdpa` is PyTorch's own pick, `flash`
     its FlashAttention alone, `auto` the fastest for each shape by a short measurement on a GPU and `sdpa` on a CPU."""
 
@@ -57,14 +69,14 @@ class DataConfig(Section):
     """Instance caption; `{identifier}` and `{class}` are filled in."""
     class_caption: Template = "a photo of a {class}"
     """Caption of the class priors; `{class}` is filled in."""
-    cache_latents: bool = True
+    cache_latents: Annotated[bool, Mark.NO_RESULT] = True
     """Encode each image once, as VAE moments, and sample the posterior anew each step."""
-    cache_text: bool = True
+    cache_text: Annotated[bool, Mark.NO_RESULT] = True
     """Encode each caption once while the text encoder is frozen."""
-    shards: str | None = None
+    shards: Annotated[str | None, Mark.NO_RESULT, Mark.PATH] = None
     """Ready-made shards to read the photos from, a folder or an address; the manifest then needs no `images`. None
     makes them from the manifest's photos, in the output."""
-    schemes: tuple[Scheme, ...] = ()
+    schemes: Annotated[tuple[Scheme, ...], Mark.NO_RESULT] = ()
     """Schemes of an address that `data.shards` may be; others are refused."""
 
 
@@ -73,7 +85,7 @@ class IdentifierConfig(Section):
 
     tokens: Annotated[int, Field(ge=1, le=3)] = 1
     """Number of vocabulary tokens in an identifier."""
-    registry: str | None = None
+    registry: Annotated[str | None, Mark.NO_RESULT, Mark.PATH] = None
     """File that records who got which identifier, for runs to share; None is `identifiers.jsonl` in the output."""
 
 
@@ -99,7 +111,7 @@ class TrainConfig(Section):
     """Steps of linear warm-up from 0."""
     batch: Positive = 1
     """Instance samples in one optimizer step, over all ranks together; as many prior samples come on top."""
-    micro_batch: Positive | None = None
+    micro_batch: Annotated[Positive | None, Mark.NO_RESULT] = None
     """Instance samples in one forward pass of one rank; None is all that a rank has. Fewer means accumulation."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Global gradient norm above which gradients are scaled down; None never clips."""
@@ -115,7 +127,7 @@ class TrainConfig(Section):
     """Decay of an exponential moving average of the trained weights, which is then published; None keeps none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision. Master weights and optimizer moments are fp32 either way."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, Mark.NO_RESULT] = False
     """Recompute activations in the backward pass: less memory, 1.4-1.8x the time."""
 
 
@@ -135,11 +147,11 @@ class LoraConfig(Section):
 class ObjectiveConfig(Section):
     """Timestep sampling and loss weighting."""
 
-    weighting: Literal["none", "min_snr", "soft_min_snr", "debiased"] = "none"
+    weighting: Annotated[str, OneOf(WEIGHTINGS)] = "none"
     """Loss weight as a function of SNR."""
     snr_gamma: Annotated[float, Field(gt=0)] = 5.0
     """Gamma of Min-SNR (arXiv 2303.09556) and its soft form."""
-    timesteps: Literal["uniform", "logit_normal", "stratified"] = "uniform"
+    timesteps: Annotated[str, OneOf(DISTRIBUTIONS)] = "uniform"
     """Distribution of t; `stratified` spreads one step's samples evenly over the schedule."""
     logit_mean: float = 0.0
     """Location of the logit-normal distribution (arXiv 2403.03206, eq. 19)."""
@@ -162,11 +174,11 @@ class PriorConfig(Section):
     """Sampling steps."""
     guidance: Annotated[float, Field(ge=0)] = 7.5
     """Classifier-free guidance scale; 1 or less is none."""
-    batch: Positive = 4
+    batch: Annotated[Positive, Mark.NO_RESULT] = 4
     """Images drawn at once."""
     seed: Count = 0
     """Seed of the class images, apart from the run's seed so that runs can share them."""
-    store: str | None = None
+    store: Annotated[str | None, Mark.NO_RESULT, Mark.PATH] = None
     """Folder of the shared class priors; None is `priors/` in the output folder."""
 
 
@@ -206,7 +218,7 @@ class EngineConfig(Section):
     repeated blocks, `off` runs it as it is; `auto` is `graph` where that can be."""
     channels_last: bool = False
     """Lay out the denoiser's convolutions by channel, which tensor cores read as they are."""
-    deepspeed: str | None = None
+    deepspeed: Annotated[str | None, Mark.PATH] = None
     """A standard DeepSpeed JSON file to start from; keys that dbtrain decides must be absent, "auto" or agree."""
 
 
@@ -276,11 +288,11 @@ class RunConfig(Section):
     lora: LoraConfig = LoraConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     prior: PriorConfig = PriorConfig()
-    engine: EngineConfig = EngineConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    sample: SampleConfig = SampleConfig()
-    publish: PublishConfig = PublishConfig()
-    track: TrackConfig = TrackConfig()
+    engine: Annotated[EngineConfig, Mark.NO_RESULT] = EngineConfig()
+    checkpoint: Annotated[CheckpointConfig, Mark.NO_RESULT] = CheckpointConfig()
+    sample: Annotated[SampleConfig, Mark.NO_RESULT] = SampleConfig()
+    publish: Annotated[PublishConfig, Mark.NO_RESULT] = PublishConfig()
+    track: Annotated[TrackConfig, Mark.NO_RESULT] = TrackConfig()
 
 
 def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:

@@ -1,6 +1,9 @@
 """What is wrong with some input, in a form for a table, for JSON and for one line of text."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dbtrain.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,12 @@ class Finding:
         """The finding as one line of text."""
         return f"{self.file}: {f'subject {self.subject}: ' if self.subject else ''}{self.what}; {self.remedy}"
 
-    def row(self) -> dict[str, str]:
-        """The finding as a plain mapping, for `--json`."""
-        return asdict(self)
+
+class CellError(Exception):
+    """A defect of one cell of a manifest: (what, want, remedy)."""
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """Raise one DataError that names all findings, a line each; do nothing where there are none."""
+    if findings:
+        raise DataError("\n".join(finding.line() for finding in findings))

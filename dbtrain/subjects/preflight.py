@@ -1,6 +1,6 @@
 """Everything that can be known to be wrong with subjects and photos before any other work. Reads only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,9 @@ from dbtrain.data.images import open_photo
 from dbtrain.data.prefetch import ahead
 from dbtrain.errors import DataError, named
 from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.columns import COLUMNS
 from dbtrain.subjects.finding import Finding
 from dbtrain.subjects.identifiers import meanings
-from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.prompts import fill
 from dbtrain.subjects.registry import read_registry, taken_identifiers, vocabulary_digest
 from dbtrain.values import Subject
@@ -20,7 +20,7 @@ MARKS = 2
 
 
 def preflight(
-    subjects: list[Subject],
+    subjects: Sequence[Subject],
     config: RunConfig,
     tokenizer: Any = None,
     registry: Path | None = None,
@@ -32,58 +32,41 @@ def preflight(
     base model's; None leaves captions and identifiers unjudged. `registry` holds the identifiers that were given out;
     None is the one in the settings, if any.
     """
-    found = [*_overrides(subjects, config)]
+    found = [*_conflicts(subjects, config)]
     if tokenizer is not None:
         found += [*_captions(subjects, config, tokenizer), *_identifiers(subjects, config, tokenizer, registry)]
     return [*found, *_photos(subjects)] if photos else found
 
 
 def sift(
-    manifest: Path, config: RunConfig, tokenizer: Any = None, registry: Path | None = None, photos: bool = True
+    subjects: Sequence[Subject],
+    findings: Sequence[Finding],
+    config: RunConfig,
+    tokenizer: Any = None,
+    registry: Path | None = None,
+    photos: bool = True,
 ) -> tuple[list[Subject], list[Finding]]:
-    """(subjects of a manifest without a finding, all findings): what `--skip-bad` goes on with, and why."""
-    subjects, findings = scan_manifest(manifest, config.data.shards is None)
-    findings += preflight(subjects, config, tokenizer, registry, photos)
-    # A row whose id is none cannot be told apart from others by it, but it is no subject either.
+    """(subjects without a finding, all findings) of a manifest that `scan_manifest` has read.
+
+    The findings are those of the reading, then those of `preflight`, whose arguments the others are. `--skip-bad` goes
+    on with these subjects.
+    """
+    findings = [*findings, *preflight(subjects, config, tokenizer, registry, photos)]
+    # A finding on a row without an id has the subject "", which is no subject's id.
     bad = {finding.subject for finding in findings}
     return [subject for subject in subjects if subject.id not in bad], findings
 
 
-def _overrides(subjects: list[Subject], config: RunConfig) -> Iterator[Finding]:
-    """What subjects ask for that the settings cannot give them."""
-    warmup, prior = config.train.warmup_steps, config.prior
+def _conflicts(subjects: Sequence[Subject], config: RunConfig) -> Iterator[Finding]:
+    """Values of subjects that the run's settings cannot give them."""
     for subject in subjects:
-        steps, weight = subject.steps, subject.prior_weight
-        rules = (
-            (
-                "steps",
-                steps is not None and steps <= warmup,
-                f"is {steps}, but train.warmup_steps is {warmup}",
-                "raise it, or shorten the warm-up",
-            ),
-            (
-                "rank",
-                subject.rank is not None and config.train.method != "lora",
-                f"is {subject.rank}, but train.method is {config.train.method}, so it would have no effect",
-                "leave it empty, or set train.method=lora",
-            ),
-            (
-                "prior_weight",
-                weight is not None and prior.weight == 0 and config.engine.kind == "packed",
-                f"is {weight} while prior.weight is 0, and the subjects of a pack have priors all or none",
-                "set prior.weight, or leave it empty",
-            ),
-            (
-                "prior_weight",
-                weight is not None and prior.images == 0,
-                f"is {weight}, but prior.images is 0",
-                "raise prior.images, or leave it empty",
-            ),
-        )
-        yield from (Finding(subject.id, name, what, remedy) for name, wrong, what, remedy in rules if wrong)
+        for column in COLUMNS.values():
+            if (value := getattr(subject, column.field)) is not None:
+                for what, remedy in column.conflicts(value, config):
+                    yield Finding(subject.id, column.name, what, remedy)
 
 
-def _captions(subjects: list[Subject], config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
+def _captions(subjects: Sequence[Subject], config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
     """Captions of subjects and classes that are longer than the text encoder reads."""
     limit = tokenizer.model_max_length - MARKS
     for subject in subjects:
@@ -101,7 +84,7 @@ def _captions(subjects: list[Subject], config: RunConfig, tokenizer: Any) -> Ite
 
 
 def _identifiers(
-    subjects: list[Subject], config: RunConfig, tokenizer: Any, registry: Path | None
+    subjects: Sequence[Subject], config: RunConfig, tokenizer: Any, registry: Path | None
 ) -> Iterator[Finding]:
     """Identifiers that have a meaning of their own, or that were given to somebody else."""
     meant = meanings(tokenizer, (subject.identifier for subject in subjects if subject.identifier))
@@ -114,7 +97,7 @@ def _identifiers(
         yield from taken_identifiers(registry, subjects, read_registry(registry, vocabulary_digest(tokenizer)))
 
 
-def _photos(subjects: list[Subject]) -> Iterator[Finding]:
+def _photos(subjects: Sequence[Subject]) -> Iterator[Finding]:
     pairs = ((subject, path) for subject in subjects for path in subject.images)
     return (finding for finding in ahead(_photo, pairs) if finding is not None)
 

@@ -21,7 +21,7 @@ PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in PLAIN}
 
 
 @dataclass(frozen=True)
-class Row:
+class ManifestRow:
     """One manifest row: its place (a line; in Parquet a row number; from 1), its cells, defects of its syntax."""
 
     place: int
@@ -29,7 +29,7 @@ class Row:
     problems: tuple[str, ...] = ()
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[ManifestRow]:
     """All rows of a manifest, its format told by the file's ending; DataError if the file as a whole cannot be read."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -39,7 +39,7 @@ def read_rows(path: Path) -> list[Row]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     try:
-        return [Row(row.place, _tidy(row.cells), row.problems) for row in reader(content)]
+        return [ManifestRow(row.place, _tidy(row.cells), row.problems) for row in reader(content)]
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except RecursionError as error:
@@ -70,7 +70,7 @@ def _text(content: bytes) -> str:
         raise DataError(f"{what}; save the manifest as UTF-8") from error
 
 
-def _from_csv(content: bytes) -> Iterator[Row]:
+def _from_csv(content: bytes) -> Iterator[ManifestRow]:
     reader = csv.reader(io.StringIO(_text(content), newline=""), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
@@ -90,7 +90,7 @@ def _from_csv(content: bytes) -> Iterator[Row]:
     for place, values in zip(places, lines):
         over = any(value.strip() for value in values[len(header) :])
         extra = (f"has {len(values)} cells for {len(header)} columns; put quotes around cells with commas",)
-        yield Row(place, {header[i]: values[i] for i in used if i < len(values)}, extra if over else ())
+        yield ManifestRow(place, {header[i]: values[i] for i in used if i < len(values)}, extra if over else ())
 
 
 def _used_columns(header: list[str], lines: list[list[str]]) -> list[int]:
@@ -98,19 +98,19 @@ def _used_columns(header: list[str], lines: list[list[str]]) -> list[int]:
     return [i for i, name in enumerate(header) if name or any(i < len(line) and line[i].strip() for line in lines)]
 
 
-def _from_jsonl(content: bytes) -> Iterator[Row]:
+def _from_jsonl(content: bytes) -> Iterator[ManifestRow]:
     for place, line in enumerate(_text(content).split("\n"), 1):
         if not line.strip():
             continue
         try:
             cells = json.loads(line, object_pairs_hook=_unique)
         except ValueError as error:
-            yield Row(place, {}, (f"is no JSON ({error}); write one object a line",))
+            yield ManifestRow(place, {}, (f"is no JSON ({error}); write one object a line",))
             continue
         if isinstance(cells, dict):
-            yield Row(place, cells)
+            yield ManifestRow(place, cells)
         else:
-            yield Row(place, {}, (f"is {shown(cells)}; write one object a line",))
+            yield ManifestRow(place, {}, (f"is {shown(cells)}; write one object a line",))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return cells
 
 
-def _from_yaml(content: bytes) -> Iterator[Row]:
+def _from_yaml(content: bytes) -> Iterator[ManifestRow]:
     """Rows of a YAML list of mappings. Nothing is constructed: scalars stay text, so that `no` is a name, not False."""
     try:
         text = _text(content)
@@ -138,15 +138,15 @@ def _from_yaml(content: bytes) -> Iterator[Row]:
         yield _yaml_row(node)
 
 
-def _yaml_row(node: yaml.Node) -> Row:
+def _yaml_row(node: yaml.Node) -> ManifestRow:
     place = node.start_mark.line + 1
     try:
         cells = _plain(node)
     except DataError as error:
-        return Row(place, {}, (str(error),))
+        return ManifestRow(place, {}, (str(error),))
     if not isinstance(cells, dict):
-        return Row(place, {}, (f"is {shown(cells)}; write `- subject: ...` with its columns below",))
-    return Row(place, cells)
+        return ManifestRow(place, {}, (f"is {shown(cells)}; write `- subject: ...` with its columns below",))
+    return ManifestRow(place, cells)
 
 
 def _plain(node: yaml.Node) -> Any:
@@ -162,7 +162,7 @@ def _plain(node: yaml.Node) -> Any:
     return dict(pairs)
 
 
-def _from_parquet(content: bytes) -> Iterator[Row]:
+def _from_parquet(content: bytes) -> Iterator[ManifestRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -171,10 +171,10 @@ def _from_parquet(content: bytes) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"is no readable Parquet file ({shown(str(error))}); write it again") from error
     for place, cells in enumerate(table, 1):
-        yield Row(place, cells)
+        yield ManifestRow(place, cells)
 
 
-READERS: dict[str, Callable[[bytes], Iterator[Row]]] = {
+READERS: dict[str, Callable[[bytes], Iterator[ManifestRow]]] = {
     ".csv": _from_csv,
     ".jsonl": _from_jsonl,
     ".yaml": _from_yaml,

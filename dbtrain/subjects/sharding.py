@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from dbtrain.data.stream import SKIPPED, verify
 from dbtrain.errors import DataError
 from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.storage.atomic import write_file
-from dbtrain.subjects.finding import Finding
+from dbtrain.subjects.finding import Finding, refuse
 from dbtrain.subjects.preflight import sift
 from dbtrain.values import Role, Sample, Subject
 
 
-def shard_manifest(
-    manifest: Path,
+def shard_subjects(
+    subjects: Sequence[Subject],
+    findings: Sequence[Finding],
     out: Path,
     config: RunConfig,
     say: Callable[[str], None] = print,
@@ -28,18 +29,21 @@ def shard_manifest(
     tokenizer: Any = None,
     registry: Path | None = None,
 ) -> Index:
-    """The index of the shards that hold a manifest's photos at `data.resolution`.
+    """The index of the shards that hold the subjects' photos at `data.resolution`.
 
-    Run again on the same input it changes nothing, or remakes what is damaged, and says so; a folder made from other
-    input is refused. Bad photos are all named in one DataError before anything is written. With `skip_bad`, subjects
-    with findings are left out: each is told, and named with its reasons in `skipped.json`. `tokenizer` and `registry`:
-    see `preflight`; photos that are in the shards already are not looked at again.
+    `subjects` and `findings` are what `scan_manifest` read. A second call with the same input changes nothing, or
+    remakes what is damaged, and says so. Photos that are in the shards already are not decoded again. `tokenizer` and
+    `registry` are those of `preflight`.
+
+    Raises one DataError with all findings, those of `preflight` included, before anything is written. With `skip_bad`,
+    subjects with findings are left out instead: `say` gets a line for each, and `skipped.json` the reasons. Raises
+    DataError too where `out` was made from other input.
     """
     out, resolution = Path(out), config.data.resolution
     ready = config.data.shards is not None
     made = Index.load(out) if not ready and (out / INDEX_NAME).exists() and not (out / MARK).exists() else None
     photos = not ready and (made is None or skip_bad)
-    subjects, findings = sift(manifest, config, tokenizer, registry, photos)
+    subjects, findings = sift(subjects, findings, config, tokenizer, registry, photos)
     if ready:
         return _ready_made(config.data, subjects, findings, out, skip_bad, say)
     left_out = _left_out(findings, skip_bad and bool(subjects), say)
@@ -48,12 +52,12 @@ def shard_manifest(
         damage = _repair_reason(made, source, out)
         if not damage:
             _name_left_out(out, left_out)
-            say(f"{out}: is up to date, {len(made.rows)} samples of {len(made.subjects)} subjects; nothing to do")
+            say(f"{out}: is up to date, {len(made.entries)} samples of {len(made.subjects)} subjects; nothing to do")
             return made
         say("\n".join([*damage, f"{out}: is damaged; remaking it"]))
     index = write_shards(_photo_samples(subjects, resolution), out, source=source, remake=made is not None)
     _name_left_out(out, left_out)
-    say(f"{out}: {len(index.rows)} samples of {len(subjects)} subjects in {len(index.shards)} shards")
+    say(f"{out}: {len(index.entries)} samples of {len(subjects)} subjects in {len(index.shards)} shards")
     return index
 
 
@@ -69,16 +73,16 @@ def _ready_made(
     place = str(data.shards)
     index = Index.load(place, data.schemes)
     remedy = "shard its photos too, or take its row out"
-    absent = [subject for subject in subjects if not index.rows_of(subject.id)]
+    absent = [subject for subject in subjects if not index.entries_of(subject.id)]
     findings = findings + [Finding(subject.id, place, "holds no photo of it", remedy) for subject in absent]
     sound = {subject.id for subject in subjects} - {subject.id for subject in absent}
     left_out = _left_out(findings, skip_bad and bool(sound), say)
     if left_out:
         out.mkdir(parents=True, exist_ok=True)
         _name_left_out(out, left_out)
-    rows = tuple(row for row in index.rows if row.subject in sound and row.role == Role.INSTANCE)
-    say(f"{place}: {len(rows)} samples of {len(sound)} subjects")
-    return Index(rows, index.shards, index.source)
+    entries = tuple(entry for entry in index.entries if entry.subject in sound and entry.role == Role.INSTANCE)
+    say(f"{place}: {len(entries)} samples of {len(sound)} subjects")
+    return Index(entries, index.shards, index.source)
 
 
 def _left_out(findings: list[Finding], skip: bool, say: Callable[[str], None]) -> dict[str, list[str]]:
@@ -86,8 +90,8 @@ def _left_out(findings: list[Finding], skip: bool, say: Callable[[str], None]) -
 
     A row without an id is named by its place in the manifest, such as photos.csv:4.
     """
-    if findings and not skip:
-        raise DataError("\n".join(finding.line() for finding in findings))
+    if not skip:
+        refuse(findings)
     left_out: dict[str, list[str]] = {}
     for finding in findings:
         left_out.setdefault(finding.subject or Path(finding.file).name, []).append(finding.line())

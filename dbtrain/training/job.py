@@ -67,8 +67,8 @@ def open_job(session: Session, subject: Subject) -> Job | dict[str, Any]:
 
 def _instances(session: Session, subject: Subject, config: RunConfig) -> tuple[list[Sample], str]:
     """A subject's stored photos, and the digest of all that decides its result."""
-    rows, data = session.index.rows_of(subject.id), config.data
-    instances = list(read_samples(session.shards, rows, data.schemes))
+    entries, data = session.index.entries_of(subject.id), config.data
+    instances = list(read_samples(session.shards, entries, data.schemes))
     refuse_small(instances, data.resolution, session.shards)
     return instances, run_digest(config, subject, session, instances)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +24,9 @@ from dbtrain.models.load import load_models
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key
 from dbtrain.settings.config import RunConfig
-from dbtrain.subjects.manifest import read_manifest
+from dbtrain.subjects.finding import Finding
 from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
-from dbtrain.subjects.sharding import shard_manifest
+from dbtrain.subjects.sharding import shard_subjects
 from dbtrain.training.telemetry import Stages
 from dbtrain.values import Sample, Subject
 
@@ -97,18 +97,19 @@ class Session:
 def open_session(
     config: RunConfig,
     subjects: Sequence[Subject],
-    manifest: Path,
+    findings: Sequence[Finding],
     out: Path,
     quiet: bool = False,
     skip_bad: bool = False,
 ) -> Session:
-    """Load the base and shard the photos, once for all subjects; a request to stop is met at once until it returns."""
+    """The session of a run: the base is loaded and the photos are sharded, once for all subjects. `subjects` and
+    `findings` are what `scan_manifest` read. Until this returns, a request to stop ends the process at once."""
     session = join_session(config, out, quiet)
     tokenizer = next(iter(session.models.tokenizers.values()))
-    registry = Path(config.identifier.registry or out / REGISTRY)
+    registry, shards = Path(config.identifier.registry or out / REGISTRY), out / "shards"
 
     def shard() -> set[str]:
-        index = shard_manifest(manifest, out / "shards", config, session.say, skip_bad, tokenizer, registry)
+        index = shard_subjects(subjects, findings, shards, config, session.say, skip_bad, tokenizer, registry)
         return set(index.subjects)
 
     with session.stages("shard"):
@@ -172,15 +173,14 @@ def restore_base(session: Session) -> None:
     session.models = load_base(session.config, session.world)
 
 
-def make_class_priors(manifest: Path, config: RunConfig, store: Path) -> dict[str, int]:
-    """Number of images drawn for each class of a manifest, so that the store holds `prior.images` of it."""
+def make_class_priors(classes: Iterable[str], config: RunConfig, store: Path) -> dict[str, int]:
+    """Number of images drawn for each class noun, so that the store holds `prior.images` of it."""
     world = start_world()
     family = FAMILIES[config.model.family]
     models = load_base(config, world)
-    classes = sorted({subject.class_noun for subject in read_manifest(manifest, config.data.shards is None)})
     return {
         noun: make_priors(
             store, prior_key(config, models, noun), config.prior.images, family, models, world, config.prior.batch
         )
-        for noun in classes
+        for noun in sorted(set(classes))
     }

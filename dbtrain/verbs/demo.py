@@ -17,7 +17,7 @@ from dbtrain.results.sheets import grid
 from dbtrain.settings.recipes import load
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.tiny import DEMO, DEMO_REAL
-from dbtrain.train import train_manifest
+from dbtrain.train import train_chosen
 from dbtrain.training.telemetry import peak_memory_gib
 from dbtrain.values import Subject
 
@@ -46,8 +46,9 @@ def run_demo(out: Path, recipe: str, overrides: Sequence[str], everything: bool 
     config = load(recipe, [f"prior.store={out / 'priors'}", *overrides])
     records, scores, sheets, reports = [], [], [], []
     for manifest, folder in [(DEMO, out), (DEMO_REAL, out / "real")]:
-        subjects = read_manifest(manifest)[: None if everything else COUNTS[manifest]]
-        done, failed = train_manifest(manifest, config, folder, [subject.id for subject in subjects])
+        known = read_manifest(manifest)
+        subjects = known[: None if everything else COUNTS[manifest]]
+        done, failed = train_chosen(known, (), config, folder, [subject.id for subject in subjects])
         records += done + [{"subject": subject, "failed": reason} for subject, reason in failed.items()]
         sheets.append(_sheet(subjects, folder))
         begin = time.perf_counter()

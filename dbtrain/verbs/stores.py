@@ -65,9 +65,12 @@ def shard_make(
     """
     stop_at_once()
     from dbtrain.settings import recipes
-    from dbtrain.subjects.sharding import shard_manifest
+    from dbtrain.subjects.manifest import scan_manifest
+    from dbtrain.subjects.sharding import shard_subjects
 
-    shard_manifest(manifest, out, recipes.load(recipe, overrides or ()), typer.echo, skip_bad)
+    config = recipes.load(recipe, overrides or ())
+    subjects, findings = scan_manifest(manifest, config.data.shards is None)
+    shard_subjects(subjects, findings, out, config, typer.echo, skip_bad)
 
 
 @shard_app.command("verify")
@@ -105,10 +108,12 @@ def prior_make(
     """
     stop_at_once()
     from dbtrain.settings import recipes
+    from dbtrain.subjects.manifest import read_manifest
     from dbtrain.training.session import make_class_priors
 
     config = recipes.load(recipe, overrides or ())
-    for class_noun, count in make_class_priors(manifest, config, out).items():
+    classes = {subject.class_noun for subject in read_manifest(manifest, config.data.shards is None)}
+    for class_noun, count in make_class_priors(classes, config, out).items():
         typer.echo(f"{class_noun}: {count} images drawn, {config.prior.images} in the store")
 
 

@@ -1,6 +1,7 @@
 """The verbs that work on subjects: preflight, shard, prior, train, generate, export, demo."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,8 @@ def preflight_verb(
     """
     from dbtrain.models.load import load_tokenizer
     from dbtrain.settings import recipes
+    from dbtrain.subjects.finding import refuse
+    from dbtrain.subjects.manifest import scan_manifest
     from dbtrain.subjects.preflight import sift
 
     config = recipes.load(recipe, overrides or ())
@@ -36,11 +39,11 @@ def preflight_verb(
         tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
     except DataError as error:  # photos can be looked at where the base is not
         typer.echo(f"captions and identifiers are not checked: {error}", err=True)
-    subjects, findings = sift(manifest, config, tokenizer)
+    subjects, findings = sift(*scan_manifest(manifest, config.data.shards is None), config, tokenizer)
     if as_json:
-        print_json([finding.row() for finding in findings])
-    if findings and not (skip_bad and subjects):
-        raise DataError("\n".join(finding.line() for finding in findings))
+        print_json([asdict(finding) for finding in findings])
+    if not (skip_bad and subjects):
+        refuse(findings)
     for finding in findings:
         typer.echo(f"left out: {finding.line()}", err=True)
     if not as_json:

@@ -10,8 +10,8 @@ from dbtrain.data.shards import MARK, write_shards
 from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DataError
 from dbtrain.settings.config import DataConfig, RunConfig
-from dbtrain.subjects.manifest import read_manifest
-from dbtrain.subjects.sharding import photo_samples, shard_manifest
+from dbtrain.subjects.manifest import read_manifest, scan_manifest
+from dbtrain.subjects.sharding import photo_samples, shard_subjects
 from dbtrain.values import Role, Subject
 from tests.faults.campaigns import disturb
 from tests.kit.made_photos import make_samples
@@ -38,7 +38,7 @@ def test_equal_input_gives_equal_bytes(shard_folder, tmp_path):
 def test_shards_keep_their_size_and_may_split_a_subject(shard_folder):
     index = Index.load(shard_folder)
     assert all(shard.size <= 10_000 for shard in index.shards)
-    assert sum(shard.count for shard in index.shards) == len(index.rows) == 12
+    assert sum(shard.count for shard in index.shards) == len(index.entries) == 12
     assert all((shard_folder / shard.name).stat().st_size == shard.size for shard in index.shards)
 
 
@@ -63,34 +63,34 @@ def test_photo_samples_carry_pixels_and_provenance(manifest):
 
 def test_sharding_again_changes_nothing_and_says_so(manifest, tmp_path):
     out, said = tmp_path / "out", []
-    index = shard_manifest(manifest, out, CONFIG, said.append)
-    assert [sample.subject for sample in read_samples(out, index.rows)] == ["cat"] * 3 + ["tiger"]
+    index = shard_subjects(*scan_manifest(manifest), out, CONFIG, said.append)
+    assert [sample.subject for sample in read_samples(out, index.entries)] == ["cat"] * 3 + ["tiger"]
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert shard_manifest(manifest, out, CONFIG, said.append) == index
+    assert shard_subjects(*scan_manifest(manifest), out, CONFIG, said.append) == index
     assert "nothing to do" in said[-1]
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def test_damage_is_remade(manifest, tmp_path):
     out, said = tmp_path / "out", []
-    shard_manifest(manifest, out, CONFIG, said.append)
+    shard_subjects(*scan_manifest(manifest), out, CONFIG, said.append)
     sound = digests(out)
     (out / "train-000000.tar").write_bytes(b"damaged")
-    shard_manifest(manifest, out, CONFIG, said.append)
+    shard_subjects(*scan_manifest(manifest), out, CONFIG, said.append)
     assert any("remaking" in line for line in said)
     assert digests(out) == sound
 
 
 def test_other_input_is_refused(manifest, tmp_path):
     out = tmp_path / "out"
-    shard_manifest(manifest, out, CONFIG, str)
+    shard_subjects(*scan_manifest(manifest), out, CONFIG, str)
     sound = digests(out)
     with pytest.raises(DataError, match="other photos, captions or another resolution"):
-        shard_manifest(manifest, out, RunConfig(data=DataConfig(resolution=40)), str)
+        shard_subjects(*scan_manifest(manifest), out, RunConfig(data=DataConfig(resolution=40)), str)
     photo = next((manifest.parent / "cat").iterdir())
     photo.write_bytes((manifest.parent / "tiger" / "a.jpg").read_bytes())
     with pytest.raises(DataError, match="other photos"):
-        shard_manifest(manifest, out, CONFIG, str)
+        shard_subjects(*scan_manifest(manifest), out, CONFIG, str)
     assert digests(out) == sound
 
 
@@ -109,7 +109,7 @@ def test_bad_photos_are_all_named_before_anything_is_written(manifest, tmp_path)
     (manifest.parent / "cat" / "p1.png").write_bytes(b"")
     (manifest.parent / "tiger" / "a.jpg").write_bytes(b"BM")
     with pytest.raises(DataError) as caught:
-        shard_manifest(manifest, tmp_path / "out", CONFIG, str)
+        shard_subjects(*scan_manifest(manifest), tmp_path / "out", CONFIG, str)
     first, second = str(caught.value).splitlines()
     assert "p1.png: subject cat: is empty" in first
     assert "a.jpg: subject tiger: is no JPEG" in second

@@ -25,7 +25,8 @@ from dbtrain.results.checkpoint import (
     verify_checkpoint,
 )
 from dbtrain.storage.atomic import TEMPORARY, file_digest
-from dbtrain.subjects.sharding import shard_manifest
+from dbtrain.subjects.manifest import scan_manifest
+from dbtrain.subjects.sharding import shard_subjects
 from tests.faults.damage import DAMAGES
 from tests.faults.kit import Fault, forked, trace
 from tests.kit.main_job import photo, small_config, write_job
@@ -128,7 +129,7 @@ class Works:
 
     def shards(self, root: Path) -> Callable[[], object]:
         config = small_config()
-        return lambda: shard_manifest(self.manifest, root / "shards", config, str)
+        return lambda: shard_subjects(*scan_manifest(self.manifest), root / "shards", config, str)
 
     def checkpoints(self, root: Path) -> Callable[[], object]:
         """Four steps with a checkpoint each, two kept; begun again from the newest good one."""
@@ -251,7 +252,7 @@ def mixups(root: Path, folder: Path) -> dict[str, tuple[int, Callable[[], object
 def damage_shards(folder: Path, times: int, seed: int = 0, kinds: Iterable[str] = DAMAGES) -> Tally:
     """Damage to a sound shard folder: `verify` must say so, and reading must raise or give the very samples."""
     tally, chance = Tally("shard damage"), random.Random(seed)
-    wanted = list(read_samples(folder, Index.load(folder).rows))
+    wanted = list(read_samples(folder, Index.load(folder).entries))
     files = sorted(folder.iterdir())
     for name in kinds:
         for case in range(times):
@@ -259,7 +260,7 @@ def damage_shards(folder: Path, times: int, seed: int = 0, kinds: Iterable[str] 
             sound = path.read_bytes()
             what = DAMAGES[name](path, chance)
             try:
-                same = list(read_samples(folder, Index.load(folder).rows)) == wanted
+                same = list(read_samples(folder, Index.load(folder).entries)) == wanted
             except DataError:
                 same = True
             tally.count(same and verify(folder) != [], f"{path.name} {what}: read {same}, verify {verify(folder)}")

@@ -285,7 +285,7 @@ def test_finished_is_told_as_soon_as_a_subject_is_on_disk(job):
     begun = time.perf_counter()
     config = small_config(*words(job, *PACKED, "sample.images=0", f"prior.store={job / 'told-priors'}"))
     subjects = read_manifest(job / "photos.csv")
-    session = open_session(config, subjects, job / "photos.csv", job / "told", quiet=True)
+    session = open_session(config, subjects, (), job / "told", quiet=True)
     told = []
 
     def finished(subject, outcome):

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 from dbtrain.data.images import open_photo
-from dbtrain.data.index import INDEX_NAME, TAR_END, Index, Row, Shard
+from dbtrain.data.index import INDEX_NAME, TAR_END, Entry, Index, Shard
 from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DbtrainError
 from dbtrain.families import FAMILIES
@@ -136,7 +136,7 @@ def shard_of(members: list[tuple[str, bytes]], key: str = "cat-0-0") -> Path:
         info.size = len(content)
         body += info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
     whole = body + bytes(TAR_END)
-    row = Row("train-000000.tar", key, 0, len(body), hashlib.sha256(body).hexdigest(), "")
+    row = Entry("train-000000.tar", key, 0, len(body), hashlib.sha256(body).hexdigest(), "")
     shard = Shard("train-000000.tar", hashlib.sha256(whole).hexdigest(), len(whole), 1)
     (folder / shard.name).write_bytes(whole)
     Index((row,), (shard,)).save(folder)
@@ -165,13 +165,13 @@ MEMBERS = {
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_hostile_shard_with_right_digests_is_refused(name):
     folder = shard_of(MEMBERS[name])
-    refuses(lambda: list(read_samples(folder, Index.load(folder).rows)))
+    refuses(lambda: list(read_samples(folder, Index.load(folder).entries)))
     assert verify(folder)
 
 
 def test_the_same_shard_with_honest_members_is_read():
     folder = shard_of([("cat-0-0.png", b"abcd"), ("cat-0-0.json", META)])
-    assert [one.image for one in read_samples(folder, Index.load(folder).rows)] == [b"abcd"]
+    assert [one.image for one in read_samples(folder, Index.load(folder).entries)] == [b"abcd"]
 
 
 IDS = ["../x", "a/b", "a\\b", ".", "..", "-x", "_x", "x" * 65, "a b", "a\tb", "é", "a;b", "$(x)", "`x`", "<b>", "a:b",

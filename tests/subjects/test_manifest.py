@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from dbtrain.errors import DataError
-from dbtrain.subjects.manifest import natural_key, read_manifest, scan_manifest, subject_from_folder
+from dbtrain.subjects.manifest import read_manifest, scan_manifest, subject_from_folder
+from dbtrain.subjects.photos import natural_key
 from dbtrain.values import Subject
 
 ROWS = [

@@ -11,8 +11,9 @@ from dbtrain.data.stream import SKIPPED, verify
 from dbtrain.errors import DataError
 from dbtrain.models.load import load_tokenizer
 from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.preflight import sift
-from dbtrain.subjects.sharding import shard_manifest
+from dbtrain.subjects.sharding import shard_subjects
 from tests.kit.made_photos import picture, png
 
 CONFIG = RunConfig.model_validate({"data": {"resolution": 32}})
@@ -39,7 +40,7 @@ def manifest(tmp_path):
 
 
 def test_sound_subjects_go_on_and_every_other_has_its_reasons(manifest):
-    subjects, findings = sift(manifest, CONFIG, load_tokenizer("embedded"))
+    subjects, findings = sift(*scan_manifest(manifest), CONFIG, load_tokenizer("embedded"))
     assert [subject.id for subject in subjects] == ["good", "fine"]
     lines = "\n".join(finding.line() for finding in findings)
     for reason in ("bad id!", "differs only by case", "torn", "tokens, 30 are read", "cut short"):
@@ -50,9 +51,9 @@ def test_shards_hold_the_sound_ones_and_say_who_is_missing(manifest, tmp_path):
     said: list[str] = []
     tokenizer = load_tokenizer("embedded")
     with pytest.raises(DataError, match="cut short"):
-        shard_manifest(manifest, tmp_path / "s", CONFIG, said.append)
+        shard_subjects(*scan_manifest(manifest), tmp_path / "s", CONFIG, said.append)
     assert not (tmp_path / "s").exists()
-    shard_manifest(manifest, tmp_path / "s", CONFIG, said.append, True, tokenizer)
+    shard_subjects(*scan_manifest(manifest), tmp_path / "s", CONFIG, said.append, True, tokenizer)
     assert Index.load(tmp_path / "s").subjects == ("good", "fine")
     skipped = json.loads((tmp_path / "s" / SKIPPED).read_text())
     assert set(skipped) == {"torn", "twice", "TWICE", "wordy", "m.csv:4"} and all(skipped.values())
@@ -61,7 +62,7 @@ def test_shards_hold_the_sound_ones_and_say_who_is_missing(manifest, tmp_path):
     assert sum(line.startswith("left out: ") for line in said) == sum(map(len, skipped.values()))
     assert verify(tmp_path / "s") == []
     (tmp_path / "s" / SKIPPED).unlink()
-    shard_manifest(manifest, tmp_path / "s", CONFIG, said.append, True, tokenizer)
+    shard_subjects(*scan_manifest(manifest), tmp_path / "s", CONFIG, said.append, True, tokenizer)
     assert "nothing to do" in said[-1]
     assert json.loads((tmp_path / "s" / SKIPPED).read_text()) == skipped
 
@@ -69,16 +70,16 @@ def test_shards_hold_the_sound_ones_and_say_who_is_missing(manifest, tmp_path):
 def test_settings_are_judged_though_the_shards_are_there(manifest, tmp_path):
     """They may have been made under others; photos that are in them are not decoded again."""
     manifest.write_text("subject,class,images,prior_weight\ngood,cat,good,0.5\nfine,dog,fine,\n")
-    shard_manifest(manifest, tmp_path / "s", CONFIG, str)
+    shard_subjects(*scan_manifest(manifest), tmp_path / "s", CONFIG, str)
     packed = {"data": {"resolution": 32}, "engine": {"kind": "packed"}, "prior": {"weight": 0}}
     with pytest.raises(DataError, match="subject good: is 0.5 while prior.weight is 0"):
-        shard_manifest(manifest, tmp_path / "s", RunConfig.model_validate(packed), str)
+        shard_subjects(*scan_manifest(manifest), tmp_path / "s", RunConfig.model_validate(packed), str)
 
 
 def test_nothing_sound_is_an_error(manifest, tmp_path):
     manifest.write_text("\n".join([ROWS[0], ROWS[2]]))
     with pytest.raises(DataError, match="cut short"):
-        shard_manifest(manifest, tmp_path / "s", CONFIG, str, True)
+        shard_subjects(*scan_manifest(manifest), tmp_path / "s", CONFIG, str, True)
 
 
 def test_the_verb_lists_everything_and_writes_nothing(manifest):

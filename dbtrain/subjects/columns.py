@@ -1,0 +1,171 @@
+"""The columns of a manifest, a row each: how a cell is checked, and which setting of the run its value replaces.
+
+A new column is a row of `COLUMNS` and a field of `values.Subject`.
+"""
+
+import math
+import re
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dbtrain.errors import shown
+from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.finding import CellError
+from dbtrain.subjects.photos import IMAGES, photos_of
+from dbtrain.values import SUBJECT_ID
+
+MAX_CAPTION = 1000
+"""Longest caption, in characters."""
+MAX_NAME = 100
+"""Longest class noun or identifier, in characters."""
+PLACEHOLDERS = {"identifier", "class"}
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+LONE = re.compile(r"[\ud800-\udfff]")
+"""Half of a pair that stands for one character. JSON can spell it alone, but it is no text, and no encoder takes it."""
+CORRECT = "correct it, or leave it empty"
+ID = ("letters, digits, _ and -, at most 64, the first a letter or digit", "correct the id")
+CLASS = (f"a class noun of at most {MAX_NAME} characters, such as dog", "name the kind of thing the subject is")
+
+Check = Callable[[Any, Path], Any]
+"""The value of (cell, folder of the manifest). Raises CellError."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a manifest."""
+
+    name: str
+    check: Check
+    field: str
+    """Field of `Subject` that holds the value."""
+    setting: str | None = None
+    """Dotted name of the setting that the value replaces; None where it replaces none."""
+    required: tuple[str, str] | None = None
+    """What the cell must hold, and what to do about an empty one; None where a cell may be empty."""
+    conflicts: Callable[[Any, RunConfig], Iterator[tuple[str, str]]] = lambda value, config: iter(())
+    """(what, remedy) of each reason why a run's settings cannot give the subject this value."""
+
+
+def check_class(cell: Any, _: Path) -> str:
+    """A class noun, without spaces around it."""
+    text = _string(cell)
+    if not text.strip() or len(text) > MAX_NAME or CONTROL.search(text) or set("{}") & set(text):
+        raise CellError(f"got {shown(text)}", *CLASS)
+    return text.strip()
+
+
+def _id(cell: Any, _: Path) -> str:
+    text = _string(cell)
+    if not SUBJECT_ID.fullmatch(text):
+        raise CellError(f"got {shown(text)}", *ID)
+    return text
+
+
+def _identifier(cell: Any, _: Path) -> str:
+    text = _string(cell)
+    if len(text) > MAX_NAME or CONTROL.search(text) or set("{} ") & set(text):
+        want = "one rare word without spaces or braces"
+        raise CellError(f"got {shown(text)}", want, "see `dbtrain identifiers`, or leave it empty")
+    return text
+
+
+def _caption(cell: Any, _: Path) -> str:
+    text = _string(cell)
+    if len(text) > MAX_CAPTION:
+        remedy = "shorten it; text encoders read about 77 tokens"
+        raise CellError(f"got {len(text)} characters", f"at most {MAX_CAPTION}", remedy)
+    if CONTROL.search(text):
+        raise CellError(f"got a control character in {shown(text)}", "one line of plain text", "take it out")
+    try:
+        fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
+    except ValueError as error:
+        remedy = "write {{ and }} for braces themselves"
+        raise CellError(f"got {shown(text)} ({error})", "paired braces", remedy) from error
+    unknown = [name for _, name, style, change in fields if name not in PLACEHOLDERS or style or change]
+    if unknown:
+        raise CellError(f"got the placeholder {shown(unknown[0])}", "{identifier} or {class}", "correct its name")
+    return text
+
+
+def _string(cell: Any) -> str:
+    if isinstance(cell, bool) or not isinstance(cell, (str, int)):
+        raise CellError(f"got {shown(cell)}", "text", "put quotes around it, or leave it empty")
+    text = str(cell)
+    if LONE.search(text):
+        raise CellError(f"got {shown(text)}, with half a character", "Unicode text", "write that character again")
+    return text
+
+
+def _whole(low: int, high: int) -> Check:
+    """The check of a whole number from `low` to `high` - 1."""
+
+    def check(cell: Any, _: Path) -> int:
+        try:
+            value = int(cell) if isinstance(cell, str) else cell
+            if isinstance(value, bool) or int(value) != value or not low <= value < high:
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            bound = f"to {high - 1}" if high < 2**62 else "up"
+            raise CellError(f"got {shown(cell)}", f"a whole number from {low} {bound}", CORRECT) from None
+        return int(value)
+
+    return check
+
+
+def _number(high: float, want: str) -> Check:
+    """The check of a number above 0 and below `high`."""
+
+    def check(cell: Any, _: Path) -> float:
+        try:
+            value = cell if isinstance(cell, bool) else float(cell)
+            if isinstance(value, bool) or not 0 < value < high:
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            raise CellError(f"got {shown(cell)}", want, CORRECT) from None
+        return value
+
+    return check
+
+
+def _steps_conflicts(steps: int, config: RunConfig) -> Iterator[tuple[str, str]]:
+    warmup = config.train.warmup_steps
+    if steps <= warmup:
+        yield f"is {steps}, but train.warmup_steps is {warmup}", "raise it, or shorten the warm-up"
+
+
+def _rank_conflicts(rank: int, config: RunConfig) -> Iterator[tuple[str, str]]:
+    method = config.train.method
+    if method != "lora":
+        what = f"is {rank}, but train.method is {method}, so it would have no effect"
+        yield what, "leave it empty, or set train.method=lora"
+
+
+def _prior_conflicts(weight: float, config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.prior.weight == 0 and config.engine.kind == "packed":
+        what = f"is {weight} while prior.weight is 0, and the subjects of a pack have priors all or none"
+        yield what, "set prior.weight, or leave it empty"
+    if config.prior.images == 0:
+        yield f"is {weight}, but prior.images is 0", "raise prior.images, or leave it empty"
+
+
+_RATE = _number(1, "a number between 0 and 1, such as 1e-4")
+_WEIGHT = _number(math.inf, "a number above 0")
+COLUMNS = {
+    column.name: column
+    for column in (
+        Column("subject", _id, "id", required=ID),
+        Column("class", check_class, "class_noun", required=CLASS),
+        Column("images", photos_of, "images", required=IMAGES),
+        Column("caption", _caption, "caption"),
+        Column("identifier", _identifier, "identifier"),
+        Column("seed", _whole(0, 2**63), "seed", "seed"),
+        Column("steps", _whole(1, 10**9), "steps", "train.steps", conflicts=_steps_conflicts),
+        Column("lr", _RATE, "lr", "train.lr"),
+        Column("rank", _whole(1, 1025), "rank", "lora.rank", conflicts=_rank_conflicts),
+        Column("prior_weight", _WEIGHT, "prior_weight", "prior.weight", conflicts=_prior_conflicts),
+    )
+}
+"""Every column by its name, in the order of defects."""
