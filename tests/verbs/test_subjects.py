@@ -136,31 +136,6 @@ def test_preflight_counts_who_is_left_out_and_looks_without_a_base(job, tmp_path
     assert blind.stderr.startswith("captions and identifiers are not checked: nowhere/base: no tokenizer found")
 
 
-def test_shards_are_verified(job):
-    shards = job[0] / "more-shards"
-    assert run("shard", job[1][0], "--out", shards, "--config", job[1][2]).exit_code == 0
-    sound = run("shard", "verify", shards)
-    assert (sound.exit_code, sound.stdout) == (0, f"{shards}: sound\n")
-    tar = shards / "train-000000.tar"
-    bad = bytearray(tar.read_bytes())
-    bad[700] ^= 1
-    tar.write_bytes(bad)
-    damaged = run("shard", "verify", shards)
-    assert damaged.exit_code == 3
-    assert "train-000000.tar" in damaged.stderr
-    assert run("shard", job[1][0]).exit_code == 2
-
-
-def test_priors_are_drawn_once_a_class(job):
-    store = job[0] / "store"
-    words = ("prior", job[1][0], "--out", store, "--config", job[1][2], job[1][3], "prior.images=2")
-    assert run(*words).stdout.splitlines()[-2:] == [
-        "cat: 2 images drawn, 2 in the store",
-        "dog: 2 images drawn, 2 in the store",
-    ]
-    assert run(*words).stdout.splitlines()[-1] == "dog: 0 images drawn, 2 in the store"
-
-
 def test_two_adapters_share_one_warm_base_and_leave_it_as_it_was(job, monkeypatch):
     folders = [job[0] / "out" / "subjects" / name for name in ("rex", "tom")]
     loads, load_models = [], finished.load_models
