@@ -46,7 +46,7 @@ def oom_kills() -> int:
     """Number of processes that the kernel has killed for lack of memory.
 
     Counted are those of this process's cgroup, also where the whole machine lacked memory. If the cgroup has no such
-    counter, all of the machine are counted, whoever started them.
+    counter, those of the whole machine are counted, of all users.
     """
     text = next(cgroup_files("memory.events"), None)
     if text is None:

@@ -62,6 +62,7 @@ def uniforms(key: Key, purpose: Purpose, step: int | Tensor, slots: Tensor) -> T
 def permutation(seed: int, subject: str, role: int, epoch: int, count: int) -> tuple[int, ...]:
     """A keyed shuffle of range(count): the order in which one epoch visits a subject's samples of a role."""
     words = philox(stream_key(seed, subject), (torch.arange(count), role, epoch, int(Purpose.ORDER)))
+    # Two 32-bit words as one 63-bit number, which fits an int64: equal numbers are rare, and a stable sort orders them.
     ranks = (words[0] << 31) | (words[1] >> 1)
     return tuple(torch.argsort(ranks, stable=True).tolist())
 

@@ -1,4 +1,4 @@
-"""Failures of disks and memory, each told in one line with its remedy."""
+"""Failures of disks and memory, each as one line with its remedy."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from dbtrain.errors import DbtrainError
 def bare(error: DbtrainError) -> DbtrainError:
     """The error without its frames, which would keep a model in memory as long as the error is kept.
 
-    A refusal of the file system stays as the cause, so that the error can still be told from bad data.
+    A refusal of the file system stays as the cause, so that the error is not taken for bad data.
     """
     error.__cause__ = refused(error)
     error.__traceback__ = error.__context__ = None

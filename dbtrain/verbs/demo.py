@@ -41,7 +41,7 @@ class Shown:
 
 
 def run_demo(out: Path, recipe: str, overrides: Sequence[str], everything: bool = False) -> Shown:
-    """What the demo left: it trains and scores drawn subjects in `out`, real ones in `out`/real."""
+    """What the demo leaves. Drawn subjects are trained and scored in `out`, real ones in `out`/real."""
     start, evaluation_s = time.perf_counter(), 0.0
     config = load(recipe, [f"prior.store={out / 'priors'}", *overrides])
     records, scores, sheets, reports = [], [], [], []

@@ -96,7 +96,7 @@ _ARTICLE = re.compile(r"(?:an?|the)\s+", re.I)
 
 @dataclass
 class _Command:
-    """A command line taken apart, and what becomes of it."""
+    """A command line in parts, and the settings, notes and dropped flags that follow from it."""
 
     script: str
     flags: dict[str, str]
