@@ -84,7 +84,10 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={**ROOTS, **CONFIGS},
-    package_data={"dbtrain": ["py.typed", "tiny/assets/**", "report/templates/**"], "dbtrain.configs": ["**"]},
+    package_data={
+        "dbtrain": ["py.typed", "tiny/assets/**", "report/templates/**", "subjects/*.txt"],
+        "dbtrain.configs": ["**"],
+    },
     include_package_data=False,
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -27,7 +27,6 @@ class Purpose(IntEnum):
     ADAPTER = 8
     STRATUM = 9
     AUGMENT = 10
-    ROUNDING = 11
 
 
 def stream_key(seed: int, subject: str, *names: object) -> tuple[int, int]:

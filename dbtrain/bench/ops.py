@@ -8,91 +8,22 @@ a matrix product measured in the same run.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from dbtrain.bench import origin
+from dbtrain.bench.flops import count_flops
 from dbtrain.bench.operators import Operators
 from dbtrain_kernels import OPS
+from dbtrain_kernels.cases import Case
 from dbtrain_kernels.dispatch import choose
-
-Inputs = tuple[dict[str, Any], int, int]
-"""Keyword arguments, bytes that must be moved, floating-point operations of matrix products."""
-
-Shapes = dict[str, tuple[int, ...]]
-PACKS: Shapes = {"SD1.5, 1+1": (2, 4, 64, 64), "SD1.5, 16 subjects": (32, 4, 64, 64), "SDXL, 1+1": (2, 4, 128, 128)}
-ROWS: Shapes = {"LoRA r16, 1": (1, 3_190_000), "LoRA r16, 16": (16, 3_190_000), "full SD1.5, bf16": (1, 859_520_964)}
-LAYERS: Shapes = {
-    "SD1.5 4096 tokens, 1": (1, 2 * 4096, 320),
-    "SD1.5 4096 tokens, 8": (8, 2 * 4096, 320),
-    "SDXL 1024 tokens, 1": (1, 2 * 1024, 1280),
-}
-RANK = 16
-
-
-def loss_inputs(shape: tuple[int, ...], device: str) -> Inputs:
-    """A bf16 prediction; bytes of reading f, x, eps, writing the gradient, and scaling it in backward."""
-    samples, elements = shape[0], torch.Size(shape).numel()
-    inputs: dict[str, Any] = {name: torch.randn(shape, device=device) for name in ("prediction", "clean", "noise")}
-    inputs["prediction"] = inputs["prediction"].bfloat16().requires_grad_()
-    inputs |= {name: torch.rand(samples, device=device) for name in ("alpha_B", "sigma_B", "weight_B")}
-    return inputs | {"parameterization": "v_prediction"}, elements * (2 + 4 + 4 + 2 + 2 + 2), 0
-
-
-def noising_inputs(shape: tuple[int, ...], device: str) -> Inputs:
-    """t drawn too; bytes of reading two moments and writing x, eps and x_t in fp32."""
-    samples, channels, *sides = shape
-    inputs = {
-        "moments": torch.randn((samples, 2 * channels, *sides), device=device),
-        "key_B2": torch.randint(0, 2**32, (samples, 2), device=device),
-        "slot_B": torch.arange(samples, device=device),
-        "step_B": torch.arange(samples, device=device),
-        "alpha_S": torch.rand(1000, device=device),
-        "sigma_S": torch.rand(1000, device=device),
-        "purposes": (3, 1, 4, 2, 9),
-        "first_S": torch.arange(1000, device=device) * 2**22,
-    }
-    return inputs, torch.Size(shape).numel() * (2 + 3) * 4, 0
-
-
-def adamw_inputs(shape: tuple[int, ...], device: str) -> Inputs:
-    """Bytes of reading g twice (norm, update), reading and writing p, m, v. One row: bf16 g, and a bf16 copy."""
-    rows, flat = shape[0], shape[1] > 10_000_000
-    inputs = {name: torch.rand(shape, device=device) for name in ("master", "grad", "exp_avg", "exp_avg_sq")}
-    if flat:
-        inputs |= {"grad": inputs["grad"].bfloat16(), "compute": inputs["master"].bfloat16()}
-    inputs["step_N"] = torch.zeros(rows, dtype=torch.long, device=device)
-    inputs |= {name: torch.full((rows,), 1e-3, device=device) for name in ("lr_N", "clip_N", "decay_N")}
-    inputs["active_N"] = torch.ones(rows, dtype=torch.bool, device=device)
-    return inputs, torch.Size(shape).numel() * (2 * (2 if flat else 4) + 2 * 3 * 4 + (2 if flat else 0)), 0
-
-
-def lora_inputs(shape: tuple[int, ...], device: str) -> Inputs:
-    """One attention projection; bytes of x, base and output, then of dy twice, x and dx; both matrices, products."""
-    subjects, tokens, width = shape
-    lead = (subjects, tokens)
-    inputs = {name: torch.randn(*lead, width, device=device).bfloat16().requires_grad_() for name in ("x", "base")}
-    inputs["down_NRD"] = torch.randn(subjects, RANK, width, device=device).requires_grad_()
-    inputs["up_NDR"] = torch.randn(subjects, width, RANK, device=device).requires_grad_()
-    inputs["scale_N"] = torch.ones(subjects, device=device)
-    moved = subjects * (tokens * width * 2 * 7 + 2 * RANK * width * 4 * 3)
-    return inputs, moved, 12 * subjects * tokens * width * RANK
-
-
-WORK: dict[str, tuple[Callable[[tuple[int, ...], str], Inputs], Shapes]] = {
-    "loss": (loss_inputs, PACKS),
-    "noising": (noising_inputs, PACKS),
-    "adamw": (adamw_inputs, ROWS),
-    "lora": (lora_inputs, LAYERS),
-}
-"""How to make an operation's arguments, and the shapes that it meets in training."""
 
 
 def call(name: str, function: Callable, inputs: dict[str, Any]) -> Callable[[], None]:
     """One forward call, and the backward where an argument takes a gradient."""
-    tracked = [inputs[key] for key in OPS[name].differentiable if inputs.get(key) is not None]
+    tracked = [inputs[key].requires_grad_() for key in OPS[name].differentiable]
 
     def run() -> None:
         output = function(**inputs)
@@ -103,20 +34,24 @@ def call(name: str, function: Callable, inputs: dict[str, Any]) -> Callable[[], 
     return run
 
 
+def work() -> Iterator[tuple[str, Case]]:
+    """Every operation that has a benchmark, with each call that it meets in training."""
+    for name, op in OPS.items():
+        if op.work:
+            yield from ((name, case) for case in op.load("work")())
+
+
 def counts() -> list[dict[str, Any]]:
     """A row for each operation and shape: bytes, launches of the kernels, operators of the plain form. Exact."""
     rows = []
-    for name, (make, shapes) in WORK.items():
-        for label, shape in shapes.items():
-            inputs, moved, _ = make(shape, "meta")
-            seen = {}
-            for form in ("fused", "reference"):
-                with Operators("meta") as seen[form]:
-                    call(name, OPS[name].load(form), inputs)()
-            rows.append(
-                {"op": name, "shape": label, "bytes": moved}
-                | {form: operators.launches for form, operators in seen.items()}
-            )
+    for name, case in work():
+        seen = {}
+        for form in ("fused", "reference"):
+            run = call(name, OPS[name].load(form), case.inputs(device="meta"))
+            with Operators("meta") as seen[form]:
+                run()
+        launches = {form: operators.launches for form, operators in seen.items()}
+        rows.append({"op": name, "shape": case.name, "bytes": case.moved} | launches)
     return rows
 
 
@@ -178,25 +113,24 @@ def ceilings() -> dict[str, float]:
 def timings(top: dict[str, float]) -> list[dict[str, Any]]:
     """A row for each operation, shape and form: ms quantiles, shares of the copy and of the product, peak MiB."""
     rows = []
-    for name, (make, shapes) in WORK.items():
-        for label, shape in shapes.items():
-            for form in ("reference", "fused"):
-                inputs, moved, flop = make(shape, "cuda")
-                run = call(name, OPS[name].load(form), inputs)
-                run()
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
-                run()
-                peak_mib = (torch.cuda.max_memory_allocated() - held) / 2**20
-                run, graphed = replayed(run)
-                spread = quantiles_ms(run)
-                rate = 1e3 / spread[1]
-                shares = {"copy_share": moved * rate / top["copy_bytes_per_s"]}
-                shares |= {"gemm_share": flop * rate / top["gemm_flop_per_s"]}
-                found = {"op": name, "shape": label, "form": form, "replayed": graphed, "ms": spread}
-                rows.append({**found, **shares, "peak_mib": peak_mib})
-                del inputs, run
+    for name, case in work():
+        flop = count_flops(call(name, OPS[name].load("fused"), case.inputs(device="meta")))
+        for form in ("reference", "fused"):
+            run = call(name, OPS[name].load(form), case.inputs(device="cuda"))
+            run()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            run()
+            peak_mib = (torch.cuda.max_memory_allocated() - held) / 2**20
+            run, graphed = replayed(run)
+            spread = quantiles_ms(run)
+            rate = 1e3 / spread[1]
+            shares = {"copy_share": case.moved * rate / top["copy_bytes_per_s"]}
+            shares |= {"gemm_share": flop * rate / top["gemm_flop_per_s"]}
+            timing = {"op": name, "shape": case.name, "form": form, "replayed": graphed, "ms": spread}
+            rows.append({**timing, **shares, "peak_mib": peak_mib})
+            del run
     return rows
 
 

@@ -41,7 +41,7 @@ from dbtrain.packing.size import used_bytes
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import write_file
 from dbtrain.tiny import DEMO
-from dbtrain.training.session import load_base
+from dbtrain.training import session
 from dbtrain.training.step import TrainingStep
 from dbtrain.training.trainables import DTYPES, make_trainable
 from dbtrain.values import Batch, Conditioning
@@ -75,7 +75,7 @@ def load(config: RunConfig, random_weights: bool) -> Base:
     world, side = start_world(), config.data.resolution // 8
     draw = torch.Generator().manual_seed(0)
     if not random_weights:
-        models, family = load_base(config, world), FAMILIES[config.model.family]
+        models, family = session.Base.load(config, world).models, FAMILIES[config.model.family]
         with torch.no_grad():
             tokens = tuple(ids.to(world.device) for ids in family.tokenize(models, ["a photo of srx dog", "a photo"]))
             captions = family.encode_tokens(models.text_encoders, tokens)

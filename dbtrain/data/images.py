@@ -1,7 +1,7 @@
 """Photos as pixels: opened safely, turned upright, made RGB, resized and cropped.
 
 Decisions, each of which a test holds:
-- JPEG, PNG and WebP only, told by content and never by name. Animated PNG and WebP are refused, since no frame is
+- JPEG, PNG and WebP only, known by content and never by name. Animated PNG and WebP are refused, since no frame is
   obviously meant; of a multi-picture JPEG (MPO: depth or gain maps from phones) the first, main picture is used.
 - The size in pixels is checked in the header, before anything is decoded.
 - Transparency is laid over white. 16-bit samples keep their upper 8 bits. CMYK is converted by Pillow's plain formula.
@@ -156,7 +156,7 @@ def encode(image: Image.Image) -> tuple[bytes, str]:
 
 
 def _header(content: bytes) -> Image.Image:
-    """The lazily opened image. Pillow's size warning is silenced because `_header_problem` judges size itself."""
+    """The lazily opened image. Pillow's size warning is off because `_header_problem` checks the size."""
     with _header_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(content), formats=FORMATS)
@@ -165,25 +165,16 @@ def _header(content: bytes) -> Image.Image:
 def _header_problem(image: Image.Image, max_pixels: int) -> str | None:
     """What makes a photo unusable though its header is sound; None if nothing does."""
     width, height = image.size
-    rules = (
-        (
-            width * height > max_pixels,
-            f"has {width}x{height} pixels, the cap is {max_pixels / 1e6:g} million; reduce the photo",
-        ),
-        (
-            getattr(image, "is_animated", False) and image.format != "MPO",
-            f"is an animation of {getattr(image, 'n_frames', 1)} frames; save the frame you mean as a still photo",
-        ),
-        (
-            min(width, height) < MIN_SIDE,
-            f"has {width}x{height} pixels, the short side needs {MIN_SIDE}; use a larger photo",
-        ),
-        (
-            max(width, height) > MAX_ASPECT * min(width, height),
-            f"has {width}x{height} pixels, longer than {MAX_ASPECT}:1; crop the photo to the subject",
-        ),
-    )
-    return next((message for wrong, message in rules if wrong), None)
+    size = f"has {width}x{height} pixels"
+    if width * height > max_pixels:
+        return f"{size}, the cap is {max_pixels / 1e6:g} million; reduce the photo"
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        return f"is an animation of {getattr(image, 'n_frames', 1)} frames; save the frame you mean as a still photo"
+    if min(width, height) < MIN_SIDE:
+        return f"{size}, the short side needs {MIN_SIDE}; use a larger photo"
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return f"{size}, longer than {MAX_ASPECT}:1; crop the photo to the subject"
+    return None
 
 
 def _decode_problem(error: Exception, content: bytes, max_pixels: int) -> str:

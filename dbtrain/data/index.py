@@ -87,7 +87,7 @@ class Index:
         return index
 
     def save(self, directory: Path) -> None:
-        """Nothing; afterwards the folder holds this index, whole."""
+        """Write the index into the folder, whole or not at all."""
         write_file(Path(directory) / INDEX_NAME, self.to_bytes())
 
     def to_bytes(self) -> bytes:
@@ -165,7 +165,7 @@ def _parse(content: bytes) -> Index:
 
 
 def _check(entries: tuple[Entry, ...], shards: tuple[Shard, ...]) -> None:
-    """Nothing; ValueError if names are unsafe, keys repeat, or the entries do not fill the shards without gaps."""
+    """Raise ValueError if names are unsafe, keys repeat, or the entries do not fill the shards without gaps."""
     numbers = [number for entry in entries for number in (entry.offset, entry.length)]
     numbers += [number for shard in shards for number in (shard.size, shard.count)]
     if not all(type(number) is int for number in numbers):

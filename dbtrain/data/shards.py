@@ -3,12 +3,11 @@
 A stored sample is the upright RGB photo, its short side reduced to the training resolution, as PNG: cropping it gives
 the very pixels that the photo itself would give. The same input gives the same bytes.
 
-While a folder is being written it holds a locked `.writing`; the index comes last. After a kill, the same command takes
-away what the dead writer left (the mark proves that those files are ours) and starts over.
+While a folder is being written it holds a locked `.writing`, and the index comes last. After a kill, the same command
+removes what the dead writer left and starts over; the mark proves that those files are ours.
 """
 
 import hashlib
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,9 @@ from dbtrain.values import SUBJECT_ID, Sample
 MAX_BYTES = 256 * 2**20
 """Size above which a shard ends, in bytes."""
 MARK = ".writing"
+"""File of a folder that is being written, locked by its writer."""
+Stored = tuple[Sample, bytes]
+"""A sample and its bytes in a tar file."""
 
 
 def write_shards(
@@ -36,14 +38,17 @@ def write_shards(
     """
     out = Path(out)
     with _claim(out, remake):
-        packed = _Peeking((sample, tar.pack(sample)) for sample in _checked(samples))
+        stored = ((sample, tar.to_tar(sample)) for sample in _checked(samples))
         entries: list[Entry] = []
         shards: list[Shard] = []
-        while packed.peek() is not None:
+        waiting = next(stored, None)
+        while waiting is not None:
             name = f"train-{len(shards):06d}.tar"
 
             def write(file: BinaryIO, name: str = name) -> None:
-                shards.append(_fill(file, name, packed, max_bytes, entries))
+                nonlocal waiting
+                shard, waiting = _fill(file, name, waiting, stored, max_bytes, entries)
+                shards.append(shard)
 
             write_file(out / name, write)
         if not entries:
@@ -53,43 +58,25 @@ def write_shards(
     return index
 
 
-class _Peeking:
-    """An iterator that can be looked into one item ahead."""
-
-    def __init__(self, items: Iterable):
-        self._items = iter(items)
-        self._next: deque = deque()
-
-    def peek(self) -> tuple[Sample, bytes] | None:
-        """The next item, which stays; None at the end."""
-        if not self._next:
-            self._next.append(next(self._items, None))
-        return self._next[0]
-
-    def take(self) -> tuple[Sample, bytes]:
-        """The next item, which must be there."""
-        item = self.peek()
-        assert item is not None
-        self._next.popleft()
-        return item
-
-
-def _fill(file: BinaryIO, name: str, packed: _Peeking, max_bytes: int, entries: list[Entry]) -> Shard:
-    """The shard written into an open file: samples while they fit, one at least; `entries` grows by them."""
+def _fill(
+    file: BinaryIO, name: str, item: Stored | None, following: Iterator[Stored], max_bytes: int, entries: list[Entry]
+) -> tuple[Shard, Stored | None]:
+    """(the shard written into an open file, the first item that is not in it; None at the end): `item` and those that
+    follow, while they fit, one at least. `entries` grows by them."""
     whole, size, count = hashlib.sha256(), 0, 0
-    while (item := packed.peek()) is not None and (count == 0 or size + len(item[1]) + TAR_END <= max_bytes):
-        sample, content = packed.take()
+    while item is not None and (count == 0 or size + len(item[1]) + TAR_END <= max_bytes):
+        sample, content = item
         entries.append(Entry(name, sample.key, size, len(content), hashlib.sha256(content).hexdigest(), sample.caption))
         file.write(content)
         whole.update(content)
-        size, count = size + len(content), count + 1
+        size, count, item = size + len(content), count + 1, next(following, None)
     file.write(bytes(TAR_END))
     whole.update(bytes(TAR_END))
-    return Shard(name, whole.hexdigest(), size + TAR_END, count)
+    return Shard(name, whole.hexdigest(), size + TAR_END, count), item
 
 
 def _checked(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """The samples as they come; DataError for unsafe or repeated names, or a subject that comes back after another."""
+    """The samples as they come. DataError for unsafe or repeated names, or a subject that comes back after another."""
     subjects: set[str] = set()
     keys: set[str] = set()
     current = None
@@ -113,7 +100,7 @@ def _checked(samples: Iterable[Sample]) -> Iterator[Sample]:
 
 @contextmanager
 def _claim(out: Path, remake: bool) -> Iterator[None]:
-    """The right to write shards into a folder: it holds nothing of anybody else, and nobody else is writing there."""
+    """Hold the folder for one writer. Raises DataError where it holds other files, or another process writes there."""
     out.mkdir(parents=True, exist_ok=True)
     found = [path.name for path in out.iterdir()]
     taken = [] if MARK in found else [name for name in found if not (remake and _is_ours(name))]
@@ -143,7 +130,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _sweep(out: Path) -> None:
-    """Nothing; afterwards no shard, index or remains of one are in the folder. The index goes first."""
+    """Remove all shards, the index and remains of them from the folder, the index first."""
     (out / INDEX_NAME).unlink(missing_ok=True)
     for path in out.iterdir():
         if _is_ours(path.name):

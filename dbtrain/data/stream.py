@@ -51,7 +51,7 @@ def read_samples(directory: Path | str, entries: Iterable[Entry], schemes: Colle
 
 
 def refuse_small(samples: Iterable[Sample], resolution: int, directory: Path | str) -> None:
-    """Nothing; DataError for a sample that was made smaller than training wants it."""
+    """Raise DataError for a sample that was stored smaller than training wants it."""
     for sample in samples:
         stored = min(picture_size(sample.image))
         had = min(sample.meta.get("width", stored), sample.meta.get("height", stored))
@@ -152,7 +152,7 @@ def _sample(entry: Entry | None, group: dict | None) -> Sample:
         raise DataError(f"shard {entry.shard}: {others}")
     try:
         (extension,) = [name for name in tar.IMAGE_EXTENSIONS if name in group]
-        sample = tar.unpack(group["__key__"], group[extension], extension, group[tar.META])
+        sample = tar.from_tar(group["__key__"], group[extension], extension, group[tar.META])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"shard {entry.shard}, sample {entry.key}: provenance is damaged ({error!r})"
         raise DataError(f"{what}; {REMEDY}") from error

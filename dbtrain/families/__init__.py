@@ -23,5 +23,5 @@ class Rows(Mapping[str, Any]):
         return len(self.places)
 
 
-FAMILIES = Rows({"sd": "sd:SD", "sdxl": "sdxl:SDXL"})
+FAMILIES = Rows({"sd": "sd:SD", "sdxl": "sdxl:SDXL", "sd3": "sd3:SD3", "flux": "flux:FLUX"})
 """A `models.family.Family` for each architecture, by the name used in `model.family`."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.family import Family, Tokens
+from dbtrain.models.family import Family, KohyaLayer, Tokens
 from dbtrain.models.schedules import diffusion
 from dbtrain.models.unet import CODEC, REGIONS, SAMPLERS, UNET, text_path
 from dbtrain.values import Batch, Conditioning
@@ -39,10 +39,10 @@ BLOCKS: list[tuple[str, Callable[[int, int], str]]] = [
 LAYERS = {"conv_shortcut": "skip_connection", "time_emb_proj": "emb_layers.1"}
 
 
-def kohya(component: str, path: str) -> str:
+def kohya(component: str, path: str) -> KohyaLayer:
     """kohya's name of a layer: Stability's block names with underscores, behind `lora_unet`, `lora_te1`, `lora_te2`."""
     name = f"{KOHYA[component]}.{_stability_path(path) if component == 'unet' else text_path(path)}"
-    return name.replace(".", "_")
+    return KohyaLayer(name.replace(".", "_"))
 
 
 def _stability_path(path: str) -> str:

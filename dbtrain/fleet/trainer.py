@@ -29,6 +29,7 @@ from dbtrain.values import Subject
 
 if TYPE_CHECKING:
     from dbtrain.data.index import Entry
+    from dbtrain.training.session import Base, Watch
 
 Message = tuple
 """("ready", base digest) | ("beat", stage) | ("finished", number, position, id, seconds) |
@@ -148,18 +149,19 @@ def _outside(error: BaseException, text: str) -> str | None:
 
 def _serve(link: Connection, task: Task) -> None:
     from dbtrain.models.load import base_digest
-    from dbtrain.training.session import join_session
+    from dbtrain.training.session import Watch, join_run
 
     say = _speech(link)
-    session = join_session(RunConfig.model_validate(task.config), Path(task.out), True, _beat(say))
-    say(("ready", base_digest(session.models)))
+    watch = Watch(quiet=True, beat=_beat(say))
+    base = join_run(RunConfig.model_validate(task.config), watch)
+    say(("ready", base_digest(base.models)))
     while True:
         while not link.poll(0.2):
-            if session.stop:
+            if watch.stop.asked:
                 raise StopRequested("stopped on request between units")
         order: Order = pickle.loads(link.recv_bytes())  # noqa: S301 - from our own driver
         start = time.monotonic()
-        WORK[order.unit.kind](session, task, order, say)
+        WORK[order.unit.kind](base, watch, task, order, say)
         say(("done", order.number, time.monotonic() - start))
 
 
@@ -186,21 +188,22 @@ def _beat(say: Callable[[Message], None]) -> Callable[[str], None]:
     return beat
 
 
-def train(session: Any, task: Task, order: Order, send: Callable[[Message], None]) -> None:
+def train(base: Base, watch: Watch, task: Task, order: Order, send: Callable[[Message], None]) -> None:
     """Train a unit's subjects, fewer together where memory ran out before; tell of each as it ends."""
+    from dataclasses import replace
+
     from dbtrain.data.index import Index
     from dbtrain.train import train_subjects
+    from dbtrain.training.session import Work
 
     subjects = [to_subject(spec) for spec in order.specs]
-    session.identifiers = {spec["id"]: spec["identifier"] for spec in order.specs}
-    session.index = Index(order.rows, ())
+    identifiers = {spec["id"]: spec["identifier"] for spec in order.specs}
     places = {subject.id: place for subject, place in zip(subjects, order.unit.positions)}
     charges = Charges(list(places), order.unit.pack)
 
     def finished(subject: Subject, outcome: dict[str, Any] | DbtrainError) -> None:
-        charges.slots = min(order.unit.pack, session.pack_size or order.unit.pack)
-        seconds = charges.end(subject.id) * session.world.size
-        if not session.world.first:
+        seconds = charges.end(subject.id) * base.world.size
+        if not base.world.first:
             return
         if isinstance(outcome, Exception):
             cause, reason = explain(outcome)
@@ -208,40 +211,26 @@ def train(session: Any, task: Task, order: Order, send: Callable[[Message], None
         else:
             send(("finished", order.number, places[subject.id], subject.id, seconds))
 
-    engine = session.config.engine
-    if order.unit.pack < task.slots:
-        smaller = engine.packed.model_copy(update={"size": order.unit.pack})
-        session.config = session.config.model_copy(update={"engine": engine.model_copy(update={"packed": smaller})})
-    try:
-        with telling_size(session, order, send):
-            train_subjects(session, subjects, finished)
-    finally:
-        session.config = session.config.model_copy(update={"engine": engine})
+    engine = base.settings.engine
+    size = order.unit.pack if order.unit.pack < task.slots else engine.packed.size
+    if engine.kind == "packed" and size == "auto":
+        size = measured(base, watch, subjects)
+        charges.slots = min(order.unit.pack, size)
+        send(("packed", order.number, size))
+    packed = engine.packed.model_copy(update={"size": size})
+    settings = base.settings.model_copy(update={"engine": engine.model_copy(update={"packed": packed})})
+    work = Work.under(Path(task.out), settings, subjects, identifiers, Index(order.rows, ()))
+    train_subjects(replace(base, settings=settings), work, watch, finished)
 
 
-@contextlib.contextmanager
-def telling_size(session: Any, order: Order, send: Callable[[Message], None]) -> Iterator[None]:
-    """Tells at the first beat after it is known what `engine.packed.size: auto` came to: so many subjects train. Where
-    few subjects kept it small, such as one that was tried alone, it is measured anew for more."""
-    if session.pack_size and 2 * session.pack_size > session.pack_probed < len(order.specs):
-        session.pack_size = None
-    beat, told, before = session.beat, None, session.pack_size
+def measured(base: Base, watch: Watch, subjects: Sequence[Subject]) -> int:
+    """What `engine.packed.size: auto` comes to for a unit's subjects."""
+    from dbtrain.packing.size import measured_size
+    from dbtrain.training.identity import subject_config
 
-    def beat_and_tell(stage: str) -> None:
-        nonlocal told
-        if session.pack_size != told:
-            told = session.pack_size
-            send(("packed", order.number, told))
-        beat(stage)
-
-    auto = session.config.engine.kind == "packed" and session.config.engine.packed.size == "auto"
-    session.beat = beat_and_tell if auto else beat
-    try:
-        yield
-    finally:
-        session.beat = beat
-        if session.pack_size != before:
-            session.pack_probed = len(order.specs)
+    configs = [subject_config(base.settings, subject) for subject in subjects]
+    with beating(watch.beat, "measure"):
+        return measured_size(base, watch, configs, len(subjects))
 
 
 def to_subject(spec: dict[str, Any]) -> Subject:
@@ -249,44 +238,44 @@ def to_subject(spec: dict[str, Any]) -> Subject:
     return Subject(images=(), **{key: value for key, value in spec.items() if key != "identifier"})
 
 
-def draw_priors(session: Any, task: Task, order: Order, send: Callable[[Message], None]) -> None:
+def draw_priors(base: Base, watch: Watch, task: Task, order: Order, send: Callable[[Message], None]) -> None:
     """Draw this unit's part of a class's priors; a gang's members share it among themselves."""
     from dbtrain.engines.world import World
     from dbtrain.models.sampling import sampling_mode
     from dbtrain.priors.draw import make_priors
     from dbtrain.priors.store import prior_key
 
-    config, unit, world = session.config, order.unit, session.world
-    store = Path(config.prior.store) if config.prior.store else session.out / "priors"
+    config, unit, world = base.settings, order.unit, base.world
+    store = Path(config.prior.store) if config.prior.store else Path(task.out) / "priors"
     if world.size == 1:
         world = World(unit.part, unit.parts, world.device)
-    key = prior_key(config, session.models, unit.class_noun)
+    key = prior_key(config, base.models, unit.class_noun)
 
     def stop() -> bool:
-        session.beat("prior")  # also while another run draws the same images
-        return session.stop
+        watch.beat("prior")  # also while another run draws the same images
+        return watch.stop.asked
 
-    with sampling_mode(session.models), beating(session.beat, "prior"):
+    with sampling_mode(base.models), beating(watch.beat, "prior"):
         images, batch = config.prior.images, config.prior.batch
-        make_priors(store, key, images, session.family, session.models, world, batch, stop=stop)
-    if session.stop:
+        make_priors(store, key, images, base.family, base.models, world, batch, stop=stop)
+    if watch.stop.asked:
         raise StopRequested("stopped on request while priors were drawn")
 
 
-def draw_and_score(session: Any, task: Task, order: Order, send: Callable[[Message], None]) -> None:
+def draw_and_score(base: Base, watch: Watch, task: Task, order: Order, send: Callable[[Message], None]) -> None:
     """Generate and evaluate for finished subjects; what fails by itself is told and holds nobody up. Of a gang, the
     first member works and the others have nothing to do."""
     from dbtrain.fleet.afterwards import AFTER
 
-    work = zip(order.specs, order.unit.positions, order.after) if session.world.first else ()
+    work = zip(order.specs, order.unit.positions, order.after) if base.world.first else ()
     for spec, position, names in work:
         for name in names:
-            if session.stop:
+            if watch.stop.asked:
                 raise StopRequested("stopped on request between subjects")
             outcome = "done"
             try:
-                with beating(session.beat, name):
-                    AFTER[name](session, session.out / "subjects" / spec["id"], task)
+                with beating(watch.beat, name):
+                    AFTER[name](base, watch, Path(task.out) / "subjects" / spec["id"], task)
             except Exception as error:
                 cause, outcome = explain(error)
                 if not BLAMED[cause] or cause == "file":

@@ -5,9 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dbtrain.models.adapters import (
-    LoraWeights,
-)
+from dbtrain.models.adapters import LoraWeights
+from dbtrain.models.family import KohyaLayer
 
 
 def to_diffusers(weights: LoraWeights) -> dict[str, Tensor]:
@@ -38,17 +37,37 @@ def from_diffusers(state: dict[str, Tensor], alpha: float | None = None) -> Lora
     return LoraWeights(matrices, rank if alpha is None else alpha, rank, frozenset(conv))
 
 
-def to_kohya(weights: LoraWeights, name_of: Callable[[str, str], str]) -> dict[str, Tensor]:
+def to_kohya(weights: LoraWeights, layer_of: Callable[[str, str], KohyaLayer]) -> dict[str, Tensor]:
     """The names of kohya-ss and ComfyUI: `<name>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
-    name_of: the family's own name of a layer, from its component and path.
+    layer_of: the family's own place of a layer, from its component and path. k layers that stand in one there become
+    one adapter of k times the rank and alpha.
     """
-    state = {}
+    state: dict[str, Tensor] = {}
+    fused: dict[tuple[str, tuple[int, ...]], dict[int, tuple[Tensor, Tensor]]] = {}
     for component, matrices in weights.matrices.items():
         for path, (down, up) in matrices.items():
-            name = name_of(component, path)
+            layer = layer_of(component, path)
+            if len(layer.sizes) > 1:
+                fused.setdefault((layer.name, layer.sizes), {})[layer.place] = down, up
+                continue
             trail = (1, 1) if f"{component}.{path}" in weights.conv else ()
-            state[f"{name}.lora_down.weight"] = down.reshape(*down.shape, *trail).contiguous()
-            state[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *trail).contiguous()
-            state[f"{name}.alpha"] = torch.tensor(float(weights.alpha))
+            state[f"{layer.name}.lora_down.weight"] = down.reshape(*down.shape, *trail).contiguous()
+            state[f"{layer.name}.lora_up.weight"] = up.reshape(*up.shape, *trail).contiguous()
+            state[f"{layer.name}.alpha"] = torch.tensor(float(weights.alpha))
+    for (name, sizes), parts in fused.items():
+        state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = _fused(parts, sizes)
+        state[f"{name}.alpha"] = torch.tensor(float(weights.alpha * len(sizes)))
     return state
+
+
+def _fused(parts: dict[int, tuple[Tensor, Tensor]], sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """One adapter (A, B) of the layers with these numbers: A stacked, B block by block, zero for a layer that has none.
+
+    The whole is then B A = (B_1 A_1; B_2 A_2; ...), one under the other as the layer has its outputs.
+    """
+    place, (down, up) = next(iter(parts.items()))
+    unit = len(up) // sizes[place]
+    empty = [(torch.zeros_like(down), up.new_zeros(unit * size, up.shape[1])) for size in sizes]
+    found = [parts.get(number, nothing) for number, nothing in enumerate(empty)]
+    return torch.cat([one for one, _ in found]), torch.block_diag(*(one for _, one in found))

@@ -98,6 +98,19 @@ def engage_attention(denoiser: nn.Module, choice: str, device_type: str, precisi
     return Attention(choice, f"asked for; {' and '.join(sorted(ran))} ran in every kind of layer")
 
 
+def keep_attention(denoiser: nn.Module, choice: str, device_type: str, precision: str = "fp32") -> Attention:
+    """What runs in a transformer's attention, which is left as it is: its processors call PyTorch's own pick.
+
+    diffusers' `set_attention_backend` sets the default of every model in the process, and some transformers ignore it,
+    so other choices raise ConfigError.
+    """
+    if choice not in ("auto", "sdpa"):
+        raise ConfigError(
+            f"model.attention: {type(denoiser).__name__} runs PyTorch's own pick alone, got {choice}; use auto or sdpa"
+        )
+    return Attention("sdpa", f"{choice}: a transformer's processors call PyTorch's own pick")
+
+
 def _engage_auto(denoiser: nn.Module, device_type: str, dtype: torch.dtype) -> Attention:
     if device_type != "cuda":
         attention = engage_attention(denoiser, "sdpa", device_type, _precision(dtype))

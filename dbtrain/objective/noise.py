@@ -1,4 +1,4 @@
-"""Noise schedules and the forward process x_t = alpha_t x + sigma_t eps."""
+"""Noise schedules: the tables alpha and sigma of x_t = alpha_t x + sigma_t eps."""
 
 from dataclasses import dataclass
 
@@ -48,14 +48,3 @@ def flow_schedule(steps: int = 1000, shift: float = 1.0) -> Schedule:
     sigma_S = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     sigma_S = shift * sigma_S / (1 + (shift - 1) * sigma_S)
     return Schedule(1 - sigma_S, sigma_S, sigma_S * steps, "flow")
-
-
-def per_sample(table_S: Tensor, index_B: Tensor, like: Tensor) -> Tensor:
-    """Table entries of each sample, shaped [B, 1, ...] and typed to multiply `like`."""
-    return table_S[index_B].to(like.dtype).view(-1, *[1] * (like.dim() - 1))
-
-
-def add_noise(clean: Tensor, noise: Tensor, schedule: Schedule, index_B: Tensor) -> Tensor:
-    """x_t [B, ...]: the clean latents or pixels at each sample's noise level."""
-    alpha, sigma = per_sample(schedule.alpha_S, index_B, clean), per_sample(schedule.sigma_S, index_B, clean)
-    return alpha * clean + sigma * noise

@@ -1,73 +1,50 @@
 """Which noise level each sample gets: distributions over the indices of a schedule."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from dbtrain.objective import DISTRIBUTIONS, load
 from dbtrain.settings.config import ObjectiveConfig
 from dbtrain_kernels.philox import uniform as uniform_of
 
 
-@dataclass(frozen=True)
-class Draw:
-    """What a distribution may look at.
-
-    uniform_B: float64 in (0, 1), one for each sample. slot_B: the sample's place among the `slots` samples of its
-    role in the global batch. rotation: one number in (0, 1) shared by a subject's step, or that number for each sample.
-    """
-
-    uniform_B: Tensor
-    slot_B: Tensor
-    slots: int
-    rotation: float | Tensor
-    mean: float
-    std: float
-
-
-def uniform(draw: Draw) -> Tensor:
+def uniform(uniform_B: Tensor, objective: ObjectiveConfig) -> Tensor:
     """Every step of the schedule alike."""
-    return draw.uniform_B
+    return uniform_B
 
 
-def stratified(draw: Draw) -> Tensor:
-    """One sample in each of `slots` equal strata, rotated from step to step (arXiv 2107.00630, appendix I.1)."""
-    return (draw.slot_B.double() / draw.slots + draw.uniform_B / draw.slots + draw.rotation) % 1.0
-
-
-def logit_normal(draw: Draw) -> Tensor:
+def logit_normal(uniform_B: Tensor, objective: ObjectiveConfig) -> Tensor:
     """sigmoid(mean + std z) with z standard normal (arXiv 2403.03206, eq. 19)."""
-    return torch.sigmoid(draw.mean + draw.std * torch.special.ndtri(draw.uniform_B))
+    return torch.sigmoid(objective.logit_mean + objective.logit_std * torch.special.ndtri(uniform_B))
 
 
-DISTRIBUTIONS: dict[str, Callable[[Draw], Tensor]] = {
-    "uniform": uniform,
-    "stratified": stratified,
-    "logit_normal": logit_normal,
-}
-"""Relative noise level in [0, 1), float64 [B]; 0 is the cleanest step of the schedule."""
+def shifted(level_B: Tensor, shift: float) -> Tensor:
+    """Relative noise levels moved towards noise: s l / (1 + (s - 1) l), which adds ln s to their logit (arXiv
+    2403.03206, eq. 23)."""
+    return shift * level_B / (1 + (shift - 1) * level_B)
 
 
-def timestep_index(name: str, draw: Draw, steps: int) -> Tensor:
-    """Schedule index [B] in 0..steps-1 of each sample."""
-    return (DISTRIBUTIONS[name](draw) * steps).long().clamp_(0, steps - 1)
+def timestep_index(uniform_B: Tensor, objective: ObjectiveConfig, steps: int, shift: float = 1.0) -> Tensor:
+    """Schedule index [B] in 0..steps-1 of uniform numbers in (0, 1), float64 [B]. Not for `stratified`."""
+    level_B = shifted(load(str(DISTRIBUTIONS[objective.timesteps]))(uniform_B, objective), shift)
+    return (level_B * steps).long().clamp_(0, steps - 1)
 
 
-def first_words(objective: ObjectiveConfig, steps: int, device: torch.device) -> Tensor | None:
-    """Smallest 32-bit Philox word [steps], int64, that the distribution of t sends to each schedule index.
+def first_words(
+    objective: ObjectiveConfig, steps: int, device: torch.device, shift: float = 1.0
+) -> Tensor | None:
+    """Border word of each schedule index, int64 [steps]: the smallest 32-bit Philox word whose t is that index or more.
 
-    The inverse of `timestep_index`, found by bisection with that very function; 2^32 where no word does. t is then
-    drawn by comparing integers, alike on every device. None for `stratified`, which looks at more than one number.
+    t must be equal on every device, but floats differ in the last bit. So t is drawn by comparing a word with this
+    table, integer with integer. The table is the inverse of `timestep_index`, which never falls as the word grows; it
+    is found by bisection with that function. 2^32 where no word reaches an index. None for `stratified`.
     """
-    if objective.timesteps == "stratified":
+    if DISTRIBUTIONS[objective.timesteps] is None:
         return None
     index_S = torch.arange(steps)
     low_S, high_S = torch.full((steps,), -1), torch.full((steps,), 2**32)
     while bool((high_S - low_S > 1).any()):
         middle_S = (low_S + high_S) // 2
-        uniform_S, zeros_S = uniform_of(middle_S), torch.zeros_like(middle_S)
-        draw = Draw(uniform_S, zeros_S, 1, 0.0, objective.logit_mean, objective.logit_std)
-        reached_S = timestep_index(objective.timesteps, draw, steps) >= index_S
+        reached_S = timestep_index(uniform_of(middle_S), objective, steps, shift) >= index_S
         low_S, high_S = torch.where(reached_S, low_S, middle_S), torch.where(reached_S, middle_S, high_S)
     return high_S.to(device)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dbtrain.objective import WEIGHTINGS, load
 from dbtrain.objective.noise import Schedule
 
 X0_ERROR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -40,15 +41,6 @@ def debiased(snr_S: Tensor, factor_S: Tensor, gamma: float) -> Tensor:
     return snr_S * snr_S.clamp(1e-3, 1e3).rsqrt() * factor_S
 
 
-WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "none": none,
-    "min_snr": min_snr,
-    "soft_min_snr": soft_min_snr,
-    "debiased": debiased,
-}
-"""Weight [S] of (SNR [S], x0 error factor [S], gamma)."""
-
-
 def weight_table(name: str, schedule: Schedule, gamma: float) -> Tensor:
     """Loss weight of every schedule step, float64 [S], finite everywhere.
 
@@ -56,7 +48,7 @@ def weight_table(name: str, schedule: Schedule, gamma: float) -> Tensor:
     step with SNR > 0.
     """
     factor_S = X0_ERROR[schedule.parameterization](schedule.alpha_S, schedule.sigma_S)
-    weight_S = WEIGHTINGS[name](schedule.snr_S, factor_S, gamma)
+    weight_S = load(WEIGHTINGS[name])(schedule.snr_S, factor_S, gamma)
     finite_S = torch.isfinite(weight_S)
     nearest = int(finite_S.nonzero()[-1])
     return torch.where(finite_S, weight_S, weight_S[nearest])

@@ -1,7 +1,7 @@
 """A pack: N subjects' adapters on one base, and one training step of them all.
 
-Everything that a step reads lies on the device and is changed in place when a subject takes a row, and a step never
-waits for the device: `advance` can be captured.
+`advance` can be captured: all that a step reads is on the device, a new subject changes it in place, and no step waits
+for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from dbtrain.models.family import Family, Models, Tokens
 from dbtrain.randomness import stream_key
 from dbtrain.results.checkpoint import Checkpoint
 from dbtrain.settings.config import RunConfig
-from dbtrain.training.bank import Bank, join_batches
+from dbtrain.training.bank import Bank, captions_of, join_batches
+from dbtrain.training.session import Base
 from dbtrain.training.step import TrainingStep
 from dbtrain.training.trainables import DTYPES, lora_alpha, make_stack, peak_lr, trained_components
 from dbtrain.values import Batch, Conditioning
@@ -39,13 +40,14 @@ class Start:
     subject: str
     config: RunConfig
     captions: Conditioning | Tokens
-    found: Checkpoint
+    checkpoint: Checkpoint
 
 
 @dataclass(frozen=True)
 class Observed:
-    """A row as it is: means of the measured values since the row was last looked at, updates made, whether it still
-    trains, whether it met a number that is not finite, and the average that `train.stop_loss` looks at."""
+    """The state of a row. values: means of the measured values since `forget`. step: updates made. live: whether it
+    still trains. failed: whether it met a number that is not finite. average: what `train.stop_loss` is compared with.
+    """
 
     values: dict[str, float]
     step: int
@@ -82,7 +84,7 @@ class Pack:
         self.sums_NV = torch.zeros(size, len(MEASURED) + 1, dtype=torch.float64, device=device)
         self.average_N = torch.zeros(size, dtype=torch.float64, device=device)
         self.parts: list[Batch | None] = [None] * size
-        self.runner = make_runner(choose_capture(config.engine, device.type), models.denoiser)
+        self.runner = make_runner(choose_capture(config.engine, device.type), models.denoiser, family.regions)
 
     @torch.no_grad()
     def seat(self, row: int, start: Start) -> None:
@@ -96,7 +98,7 @@ class Pack:
             for component in trained_components(self.family, self.models, config)
         ]
         settings = RowSettings(rates, config.train.clip_norm, config.train.weight_decay)
-        self.engine.load(row, start.found.state, start.found.step, settings)
+        self.engine.load(row, start.checkpoint.state, start.checkpoint.step, settings)
         for module in trained_components(self.family, self.models, config).values():
             for _, layer in layers(module):
                 layer.scale_N[row] = lora_alpha(config) / config.lora.rank
@@ -104,7 +106,7 @@ class Pack:
         self.prior_N[row] = config.prior.weight
         for table, own in zip(tensors_of(self.captions), tensors_of(start.captions)):
             table[row * CAPTIONS : row * CAPTIONS + len(own)] = own
-        self.sums_NV[row], self.average_N[row] = 0, start.found.average
+        self.sums_NV[row], self.average_N[row] = 0, start.checkpoint.average
 
     def rehearsal(self, shape: Sequence[int]) -> Batch:
         """Random samples for every row; shape: of a sample's moments, or of its pixels where they are encoded anew."""
@@ -116,7 +118,8 @@ class Pack:
         return batch.to(self.device)
 
     def batch(self, banks: Sequence[tuple[int, Bank, int]]) -> Batch:
-        """The samples of (row, bank, step) for each subject that trains; an empty row shows what was last seen."""
+        """The samples of (row, bank, step) for each subject that trains; a row without a subject gets its last samples
+        again."""
         slots = range(self.config.train.batch)
         for row, bank, step in banks:
             self.parts[row] = bank.draw(step, slots)
@@ -133,7 +136,7 @@ class Pack:
 
     @property
     def warm_steps(self) -> int:
-        """Steps after which one takes the time that it goes on to take."""
+        """Steps to make before a step can be timed: those that compile or record, and choose kernels."""
         return {"graph": WARM_STEPS + 1, "compile": 2}.get(self.runner.choice.mode, 1)
 
     def step(self, batch: Batch) -> None:
@@ -165,7 +168,7 @@ class Pack:
             self.engine.live_N &= ~(moved_N & (step_N >= WINDOW) & (self.average_N < self.config.train.stop_loss))
 
     def observe(self) -> list[Observed]:
-        """Every row as it is; the only place that waits for the device."""
+        """The state of every row. Only this method waits for the device."""
         engine = self.engine
         flags = (engine.step_N, engine.live_N, engine.failed_N, self.average_N)
         table = torch.cat([self.sums_NV, torch.stack([flag.double() for flag in flags], 1)], 1).tolist()
@@ -175,6 +178,16 @@ class Pack:
     def forget(self, rows: Sequence[int]) -> None:
         """Start new means of the measured values of rows."""
         self.sums_NV[list(rows)] = 0
+
+
+def make_pack(base: Base, configs: Sequence[RunConfig], size: int) -> Pack:
+    """An empty pack that the subjects with these settings fit in.
+
+    It is as wide as the widest of them, whichever sit in it, so that the same subjects give the same bits.
+    """
+    rank, steps = (max(values) for values in zip(*((c.lora.rank, c.train.steps) for c in configs)))
+    captions = captions_of(base.family, base.models, base.settings, [""], base.world.device)
+    return Pack(base.family, base.models, base.settings, size, rank, steps, captions)
 
 
 def _observed(row: list[float]) -> Observed:

@@ -50,7 +50,7 @@ def import_images(folder: Path, class_noun: str, store: Path, config: RunConfig)
         left = new
         while left:
             block = _free_block(place, len(left))
-            photos = photo_samples(replace(subject, images=tuple(left[: len(block)])), config.data.resolution)
+            photos = photo_samples([replace(subject, images=tuple(left[: len(block)]))], config.data.resolution)
             samples = (prior_sample(key, number, photo.image, photo.extension, photo.meta)
                        for number, photo in zip(block, photos))  # fmt: skip
             write_shards(samples, block_folder(place, block))

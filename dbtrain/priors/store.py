@@ -68,6 +68,7 @@ def prior_key(config: RunConfig, models: Models, class_noun: str) -> PriorKey:
         return imported_key(config, class_noun)
     model = config.model
     replaced = [str(value) for value in (model.parameterization, model.zero_terminal_snr) if value != "auto"]
+    replaced += [] if model.dtype == "fp32" else [model.dtype]
     return PriorKey(
         " ".join([base_digest(models), *replaced]),
         prompt,

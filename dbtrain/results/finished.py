@@ -90,7 +90,7 @@ def generate_finished(
             title: application(prompt_set, noun) if sets else tuple(prompts or config.sample.prompts)
             for title, prompt_set in titles.items()
         }
-        refuse_empty(folder, sheets, config)
+        refuse_nothing(folder, sheets, config)
         with finished_pipeline(folder, family, warm.load(config.model), config) as pipeline:
             for title, templates in sheets.items():
                 texts = [fill(text, identifier=record["identifier"], class_noun=noun) for text in templates]
@@ -117,7 +117,7 @@ def refuse_titles(titles: Sequence[str]) -> None:
             raise ConfigError(f"--name, --set: {title!r} is the name of a sheet of the training; choose another")
 
 
-def refuse_empty(folder: Path, sheets: Mapping[str, Sequence[str]], config: RunConfig) -> None:
+def refuse_nothing(folder: Path, sheets: Mapping[str, Sequence[str]], config: RunConfig) -> None:
     """Raise ConfigError where no prompt or no image is asked for."""
     if not config.sample.images:
         raise ConfigError(f"{folder}: sample.images is 0 there, and nothing would be drawn; add sample.images=4")

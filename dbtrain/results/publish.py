@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dbtrain.errors import DataError
+from dbtrain.errors import ConfigError, DataError
 from dbtrain.families import FAMILIES
 from dbtrain.models.adapter_names import from_diffusers, to_diffusers, to_kohya
 from dbtrain.models.adapters import LoraWeights
@@ -50,14 +50,20 @@ def publish_lora(folder: Path, weights: LoraWeights, provenance: dict[str, str],
 
 
 def export_kohya(path: Path, weights: LoraWeights, provenance: dict[str, str]) -> Path:
-    """The path of the adapter, which was written with kohya's key names and `ss_*` metadata."""
+    """The path of the adapter, which was written with kohya's key names and `ss_*` metadata.
+
+    Raises ConfigError for a family without such names.
+    """
+    family = FAMILIES[provenance.get("family", "sd")]
+    if family.kohya is None:
+        raise ConfigError(f"{path}: {family.name} has no names in kohya's files that diffusers reads")
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(weights.rank),
         "ss_network_alpha": str(weights.alpha),
         **provenance,
     }
-    save_safetensors(path, to_kohya(weights, FAMILIES[provenance.get("family", "sd")].kohya), metadata)
+    save_safetensors(path, to_kohya(weights, family.kohya), metadata)
     return path
 
 

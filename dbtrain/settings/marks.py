@@ -16,6 +16,7 @@ Tree = TypeVar("Tree", bound=BaseModel)
 class Mark(Enum):
     """A property of a setting, written into its annotation. A mark on a group holds for all of the group."""
 
+    LATER = "came after trainings were recorded: at its default it stands in none of their digests"
     NO_RESULT = "does not decide what is learnt, or a digest of its content stands for it"
     PATH = "names a place: a path, or an address with ://"
     PATH_OR_NAME = "names a place where a file or folder of this name exists; else it is a hub id or `embedded`"
@@ -32,18 +33,21 @@ class OneOf:
 
 
 def deciding(config: BaseModel) -> dict[str, Any]:
-    """The settings that decide what is learnt, as plain data: all but those marked `NO_RESULT`."""
-    return config.model_dump(mode="json", exclude=without_result(type(config)))
+    """The settings that decide what is learnt, as plain data: all but those marked `NO_RESULT`, and those marked
+    `LATER` that have their default."""
+    return config.model_dump(mode="json", exclude=without_result(config))
 
 
-def without_result(section: type[BaseModel]) -> dict[str, Any]:
-    """Names of the fields marked `NO_RESULT`: True for a whole field, a mapping like this one for parts of a group."""
+def without_result(section: BaseModel) -> dict[str, Any]:
+    """Names of the fields that `deciding` leaves out: True for a whole field, a mapping like this one for parts of a
+    group."""
     names: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
-        if Mark.NO_RESULT in field.metadata:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if Mark.NO_RESULT in field.metadata or (Mark.LATER in field.metadata and value == field.default):
             names[name] = True
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names[name] = without_result(field.annotation)
+        elif isinstance(value, BaseModel):
+            names[name] = without_result(value)
     return {name: parts for name, parts in names.items() if parts}
 
 

@@ -25,7 +25,6 @@ PLACEHOLDERS = {"identifier", "class"}
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 LONE = re.compile(r"[\ud800-\udfff]")
 """Half of a pair that stands for one character. JSON can spell it alone, but it is no text, and no encoder takes it."""
-CORRECT = "correct it, or leave it empty"
 ID = ("letters, digits, _ and -, at most 64, the first a letter or digit", "correct the id")
 CLASS = (f"a class noun of at most {MAX_NAME} characters, such as dog", "name the kind of thing the subject is")
 
@@ -99,35 +98,26 @@ def _string(cell: Any) -> str:
     return text
 
 
-def _whole(low: int, high: int) -> Check:
-    """The check of a whole number from `low` to `high` - 1."""
+def _number(kind: type, low: float, high: float, want: str) -> Check:
+    """The check of a number of a kind, int or float, above `low` and below `high`."""
 
-    def check(cell: Any, _: Path) -> int:
+    def check(cell: Any, _: Path) -> Any:
         try:
-            value = int(cell) if isinstance(cell, str) else cell
-            if isinstance(value, bool) or int(value) != value or not low <= value < high:
+            value = kind(cell)
+            fraction = kind is int and not isinstance(cell, str) and value != cell
+            if isinstance(cell, bool) or fraction or not low < value < high:
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
-            bound = f"to {high - 1}" if high < 2**62 else "up"
-            raise CellError(f"got {shown(cell)}", f"a whole number from {low} {bound}", CORRECT) from None
-        return int(value)
-
-    return check
-
-
-def _number(high: float, want: str) -> Check:
-    """The check of a number above 0 and below `high`."""
-
-    def check(cell: Any, _: Path) -> float:
-        try:
-            value = cell if isinstance(cell, bool) else float(cell)
-            if isinstance(value, bool) or not 0 < value < high:
-                raise ValueError
-        except (TypeError, ValueError, OverflowError):
-            raise CellError(f"got {shown(cell)}", want, CORRECT) from None
+            raise CellError(f"got {shown(cell)}", want, "correct it, or leave it empty") from None
         return value
 
     return check
+
+
+def _whole(low: int, high: int) -> Check:
+    """The check of a whole number from `low` to `high`."""
+    bound = f"to {high}" if high < 2**62 else "up"
+    return _number(int, low - 1, high + 1, f"a whole number from {low} {bound}")
 
 
 def _steps_conflicts(steps: int, config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -151,8 +141,8 @@ def _prior_conflicts(weight: float, config: RunConfig) -> Iterator[tuple[str, st
         yield f"is {weight}, but prior.images is 0", "raise prior.images, or leave it empty"
 
 
-_RATE = _number(1, "a number between 0 and 1, such as 1e-4")
-_WEIGHT = _number(math.inf, "a number above 0")
+_RATE = _number(float, 0, 1, "a number between 0 and 1, such as 1e-4")
+_WEIGHT = _number(float, 0, math.inf, "a number above 0")
 COLUMNS = {
     column.name: column
     for column in (
@@ -161,10 +151,10 @@ COLUMNS = {
         Column("images", photos_of, "images", required=IMAGES),
         Column("caption", _caption, "caption"),
         Column("identifier", _identifier, "identifier"),
-        Column("seed", _whole(0, 2**63), "seed", "seed"),
-        Column("steps", _whole(1, 10**9), "steps", "train.steps", conflicts=_steps_conflicts),
+        Column("seed", _whole(0, 2**63 - 1), "seed", "seed"),
+        Column("steps", _whole(1, 10**9 - 1), "steps", "train.steps", conflicts=_steps_conflicts),
         Column("lr", _RATE, "lr", "train.lr"),
-        Column("rank", _whole(1, 1025), "rank", "lora.rank", conflicts=_rank_conflicts),
+        Column("rank", _whole(1, 1024), "rank", "lora.rank", conflicts=_rank_conflicts),
         Column("prior_weight", _WEIGHT, "prior_weight", "prior.weight", conflicts=_prior_conflicts),
     )
 }

@@ -1,4 +1,4 @@
-"""What is wrong with some input, in a form for a table, for JSON and for one line of text."""
+"""Defects of a manifest and its photos, in a form for a table, for JSON and for a line of text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,10 @@ from dbtrain.errors import DataError
 
 @dataclass(frozen=True)
 class Finding:
-    """One defect of the input: whose, where (a photo, or `manifest:row`), what is wrong, what to do about it."""
+    """One defect: the subject's id, the photo or `manifest:line` it is in, what is wrong, and what to do about it.
+
+    subject: empty where the row has no sound id.
+    """
 
     subject: str
     file: str

@@ -19,16 +19,17 @@ from dbtrain.values import Subject
 
 
 def read_manifest(path: Path, photos: bool = True) -> list[Subject]:
-    """The subjects of a manifest, in its order; a DataError lists all defects, one a line."""
+    """The subjects of a manifest, in its order. Raises one DataError with all defects, a line each."""
     subjects, findings = scan_manifest(path, photos)
     refuse(findings)
     return subjects
 
 
 def scan_manifest(path: Path, photos: bool = True) -> tuple[list[Subject], list[Finding]]:
-    """(sound subjects, defects) of a manifest; DataError only if the file as a whole cannot be read.
+    """(subjects of rows without a defect, all defects) of a manifest. It is read here and nowhere else in a command.
 
-    photos: False leaves the column `images` out, for subjects whose photos lie in shards already.
+    photos: False leaves the column `images` out, for subjects whose photos are in shards already.
+    Raises DataError only if the file as a whole cannot be read.
     """
     path = Path(path)
     rows = read_rows(path)
@@ -49,7 +50,7 @@ def scan_manifest(path: Path, photos: bool = True) -> tuple[list[Subject], list[
 
 
 def subject_from_folder(folder: Path, class_noun: str) -> Subject:
-    """A subject made of the photos in one folder, with the folder's name (made safe) as its id."""
+    """The subject of the photos in one folder. Its id is the folder's name, with dashes for what an id cannot hold."""
     folder = Path(folder)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-_")[:64] or "subject"
     try:
@@ -91,9 +92,10 @@ def _names_subject(values: dict[str, Any]) -> bool:
 
 
 def _clashes(ids: list[tuple[int, str]]) -> dict[int, list[tuple[str, str]]]:
-    """Defects by row of ids that several rows have, exactly or but for the case of their letters.
+    """Defects of ids that several rows have, by place of the row.
 
-    Of one id the rows after the first are named; ids that differ by case only are different subjects, and all are.
+    Of equal ids, the first row is sound. Ids that differ only by case are different subjects on some disks and the same
+    on others, so all their rows have a defect.
     """
     seen: dict[str, dict[str, int]] = {}
     found: dict[int, list[tuple[str, str]]] = {}

@@ -30,6 +30,8 @@ def photos_of(cell: Any, folder: Path) -> tuple[Path, ...]:
         photos = [photo for part in cells for photo in photos_at(part, folder)]
     except OSError as error:
         raise CellError(f"got {shown(cell)} ({error.strerror})", *IMAGES) from error
+    if not photos:
+        raise CellError(f"got {shown(cell)}, which names no photo", *IMAGES)
     twice = [photo for photo in photos if photos.count(photo) > 1]
     if twice:
         raise CellError(f"names {twice[0]} twice", "each photo once", "take one of the two out")

@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong with subjects and photos before any other work. Reads only."""
+"""Checks of subjects and photos before any other work, against the settings and the base model. Nothing is written."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from dbtrain.subjects.registry import read_registry, taken_identifiers, vocabula
 from dbtrain.values import Subject
 
 MARKS = 2
-"""Tokens of a text encoder's length that its start and end marks take."""
+"""Tokens of a text encoder's length that are its start and end marks."""
 
 
 def preflight(
@@ -26,16 +26,16 @@ def preflight(
     registry: Path | None = None,
     photos: bool = True,
 ) -> list[Finding]:
-    """All defects of a manifest's subjects under a run's settings; empty means that training can begin.
+    """All defects of subjects under a run's settings; empty means that training can begin.
 
-    Photos are decoded in full, one after another, in flat memory; `photos` False leaves them out. `tokenizer` is the
-    base model's; None leaves captions and identifiers unjudged. `registry` holds the identifiers that were given out;
-    None is the one in the settings, if any.
+    Photos are decoded in full, a few at a time. photos: False does not look at them.
+    tokenizer: the base model's; None leaves captions and identifiers unchecked.
+    registry: holds the identifiers that were given out; None is the one in the settings, if any.
     """
-    found = [*_conflicts(subjects, config)]
+    findings = [*_conflicts(subjects, config)]
     if tokenizer is not None:
-        found += [*_captions(subjects, config, tokenizer), *_identifiers(subjects, config, tokenizer, registry)]
-    return [*found, *_photos(subjects)] if photos else found
+        findings += [*_captions(subjects, config, tokenizer), *_identifiers(subjects, config, tokenizer, registry)]
+    return [*findings, *_photos(subjects)] if photos else findings
 
 
 def sift(
@@ -86,11 +86,11 @@ def _captions(subjects: Sequence[Subject], config: RunConfig, tokenizer: Any) ->
 def _identifiers(
     subjects: Sequence[Subject], config: RunConfig, tokenizer: Any, registry: Path | None
 ) -> Iterator[Finding]:
-    """Identifiers that have a meaning of their own, or that were given to somebody else."""
-    meant = meanings(tokenizer, (subject.identifier for subject in subjects if subject.identifier))
+    """Identifiers that have a meaning of their own, or that were given to another subject."""
+    reasons = meanings(tokenizer, (subject.identifier for subject in subjects if subject.identifier))
     for subject in subjects:
-        if subject.identifier in meant:
-            what = f"{meant[subject.identifier]}; the model would mix it with the subject"
+        if subject.identifier in reasons:
+            what = f"{reasons[subject.identifier]}; the model would mix it with the subject"
             yield Finding(subject.id, "identifier", what, "see `dbtrain identifiers`, or leave it empty")
     registry = registry or (Path(config.identifier.registry) if config.identifier.registry else None)
     if registry is not None:

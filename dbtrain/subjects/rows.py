@@ -1,6 +1,6 @@
-"""Manifest files as plain rows: CSV, JSONL, YAML and Parquet become the same values before anything is judged.
+"""Rows of a manifest file: CSV, JSONL, YAML and Parquet become the same values before any cell is checked.
 
-A cell is None (not given), a string, a number or a list; a row knows its place in the file.
+A cell is a string, a number or a list; None is an empty cell.
 """
 
 import csv
@@ -15,14 +15,15 @@ from typing import Any
 import yaml
 
 from dbtrain.errors import DataError, shown
+from dbtrain.settings import yaml12
 
-PLAIN = ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")
-PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in PLAIN}
+PLAIN_TAGS = {f"{yaml12.CORE}{name}" for name in (*yaml12.SCALARS, "seq", "map")}
+"""Tags of text, numbers, lists and mappings in YAML. Any other would construct an object."""
 
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """One manifest row: its place (a line; in Parquet a row number; from 1), its cells, defects of its syntax."""
+    """One row of a manifest. place: its line from 1, in Parquet its number from 1. problems: defects of its syntax."""
 
     place: int
     cells: dict[str, Any] = field(default_factory=dict)
@@ -30,7 +31,7 @@ class ManifestRow:
 
 
 def read_rows(path: Path) -> list[ManifestRow]:
-    """All rows of a manifest, its format told by the file's ending; DataError if the file as a whole cannot be read."""
+    """All rows of a manifest, in the format of the file's ending. DataError if the file as a whole cannot be read."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: is no manifest by its ending {path.suffix!r}; use one of {', '.join(READERS)}")
@@ -47,7 +48,7 @@ def read_rows(path: Path) -> list[ManifestRow]:
 
 
 def _tidy(cells: dict[Any, Any]) -> dict[str, Any]:
-    """Cells with stripped names and strings, and every way of saying "not given" turned into None."""
+    """The cells with stripped names and strings; None for every form of an empty cell."""
     return {str(name).strip(): _tidy_cell(value) for name, value in cells.items()}
 
 
@@ -94,7 +95,7 @@ def _from_csv(content: bytes) -> Iterator[ManifestRow]:
 
 
 def _used_columns(header: list[str], lines: list[list[str]]) -> list[int]:
-    """The columns that have a name, or a cell that is not empty: spreadsheets write others behind those in use."""
+    """Numbers of the columns that have a name or a cell with content. Spreadsheets add others, without either."""
     return [i for i, name in enumerate(header) if name or any(i < len(line) and line[i].strip() for line in lines)]
 
 
@@ -121,15 +122,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _from_yaml(content: bytes) -> Iterator[ManifestRow]:
-    """Rows of a YAML list of mappings. Nothing is constructed: scalars stay text, so that `no` is a name, not False."""
+    """Rows of a YAML list of mappings. Scalars stay text, so that `no` is a name and not False."""
     try:
-        text = _text(content)
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise DataError(f"line {event.start_mark.line + 1} uses an alias (*name); write the value out")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml12.read_node(_text(content))
     except yaml.YAMLError as error:
-        raise DataError(f"is no YAML ({' '.join(str(error).split())}); write a list of subjects") from error
+        line, problem = yaml12.explain_error(error)
+        raise DataError(f"line {line} is no YAML ({problem}); write a list of subjects") from error
     if root is None:
         return
     if not isinstance(root, yaml.SequenceNode):

@@ -1,4 +1,4 @@
-"""A manifest's photos as shards: which subjects, made anew or found up to date, and which are left out."""
+"""Photos of subjects as shards: written once, checked on later runs; and which subjects are left out, with reasons."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def shard_subjects(
             say(f"{out}: is up to date, {len(made.entries)} samples of {len(made.subjects)} subjects; nothing to do")
             return made
         say("\n".join([*damage, f"{out}: is damaged; remaking it"]))
-    index = write_shards(_photo_samples(subjects, resolution), out, source=source, remake=made is not None)
+    index = write_shards(photo_samples(subjects, resolution), out, source=source, remake=made is not None)
     _name_left_out(out, left_out)
     say(f"{out}: {len(index.entries)} samples of {len(subjects)} subjects in {len(index.shards)} shards")
     return index
@@ -69,10 +69,9 @@ def _ready_made(
     skip_bad: bool,
     say: Callable[[str], None],
 ) -> Index:
-    """The part of ready-made shards that holds these subjects. They are only read: `skipped.json` goes into `out`."""
-    place = str(data.shards)
+    """The part of ready-made shards that holds these subjects. Nothing but `skipped.json` is written, into `out`."""
+    place, remedy = str(data.shards), "shard its photos too, or take its row out"
     index = Index.load(place, data.schemes)
-    remedy = "shard its photos too, or take its row out"
     absent = [subject for subject in subjects if not index.entries_of(subject.id)]
     findings = findings + [Finding(subject.id, place, "holds no photo of it", remedy) for subject in absent]
     sound = {subject.id for subject in subjects} - {subject.id for subject in absent}
@@ -86,7 +85,7 @@ def _ready_made(
 
 
 def _left_out(findings: list[Finding], skip: bool, say: Callable[[str], None]) -> dict[str, list[str]]:
-    """Reasons of the subjects that are left out, by id; DataError with all of them unless that was asked for.
+    """Reasons of the subjects that are left out, by id. Without `skip`, a DataError with all of them.
 
     A row without an id is named by its place in the manifest, such as photos.csv:4.
     """
@@ -99,13 +98,14 @@ def _left_out(findings: list[Finding], skip: bool, say: Callable[[str], None]) -
     return left_out
 
 
-def photo_samples(subject: Subject, resolution: int) -> Iterator[Sample]:
-    """A subject's photos as samples to store, in their order.
+def photo_samples(subjects: Sequence[Subject], resolution: int) -> Iterator[Sample]:
+    """The subjects' photos as samples to store, in their order.
 
     `meta` has the photo's file name, SHA-256 and upright size in pixels (`width`, `height`), and the class noun. An
     empty caption means that the run's template holds.
     """
-    return _photo_samples([subject], resolution)
+    photos = ((subject, number, path) for subject in subjects for number, path in enumerate(subject.images))
+    return ahead(lambda photo: _photo_sample(*photo, resolution), photos)
 
 
 def source_digest(subjects: list[Subject], resolution: int) -> str:
@@ -121,11 +121,6 @@ def _source_line(pair: tuple[Subject, Path]) -> bytes:
     subject, path = pair
     photo = hashlib.sha256(read_photo(path)).hexdigest()
     return json.dumps([subject.id, subject.class_noun, subject.caption, path.name, photo]).encode()
-
-
-def _photo_samples(subjects: list[Subject], resolution: int) -> Iterator[Sample]:
-    photos = ((subject, number, path) for subject in subjects for number, path in enumerate(subject.images))
-    return ahead(lambda photo: _photo_sample(*photo, resolution), photos)
 
 
 def _photo_sample(subject: Subject, number: int, path: Path, resolution: int) -> Sample:
@@ -152,7 +147,7 @@ def _name_left_out(out: Path, left_out: dict[str, list[str]]) -> None:
 
 
 def _repair_reason(made: Index, source: str, out: Path) -> list[str]:
-    """The damage for which a folder must be remade; DataError if it was made from other input."""
+    """The damage for which a folder must be remade, a line each. DataError if it was made from other input."""
     if made.source != source:
         what = f"{out}: holds shards made from other photos, captions or another resolution"
         raise DataError(f"{what}; choose another --out, or move this folder away")

@@ -11,7 +11,7 @@ from dbtrain.priors.store import IMPORTED, images_digest, prior_key
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.marks import deciding
 from dbtrain.subjects.columns import COLUMNS
-from dbtrain.training.session import Session
+from dbtrain.training.session import Base, Work
 from dbtrain.values import Sample, Subject
 
 
@@ -24,20 +24,20 @@ def subject_config(config: RunConfig, subject: Subject) -> RunConfig:
     return config
 
 
-def run_digest(config: RunConfig, subject: Subject, session: Session, instances: Sequence[Sample]) -> str:
+def run_digest(config: RunConfig, subject: Subject, base: Base, work: Work, instances: Sequence[Sample]) -> str:
     """One sha256 of everything that decides the result: resuming is allowed only where it agrees."""
     about = {
         "settings": deciding(config),
-        "base": base_digest(session.models),
+        "base": base_digest(base.models),
         "subject": subject.id,
         "class": subject.class_noun,
-        "identifier": session.identifiers[subject.id],
+        "identifier": work.identifiers[subject.id],
         "caption": subject.caption,
         "data": data_digest(instances),
     }
     if config.prior.weight > 0 and config.prior.sampler == IMPORTED:
-        key = prior_key(config, session.models, subject.class_noun)
-        about["priors"] = images_digest(session.prior_store, key, config.prior.images)
+        key = prior_key(config, base.models, subject.class_noun)
+        about["priors"] = images_digest(work.priors, key, config.prior.images)
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 

@@ -110,31 +110,6 @@ def open_sinks(config: RunConfig, folder: Path, run: str) -> list[Sink]:
     return opened
 
 
-class Stages:
-    """Seconds of wall time by stage (load, prior, encode, train, sample, save, ...). `beat` is told as each begins."""
-
-    def __init__(self, beat: Callable[[str], None] = lambda stage: None) -> None:
-        self.seconds: dict[str, float] = {}
-        self.beat = beat
-
-    def __call__(self, name: str) -> _Timer:
-        """A context manager that adds its duration to a stage."""
-        self.beat(name)
-        return _Timer(self, name)
-
-
-class _Timer:
-    def __init__(self, stages: Stages, name: str):
-        self.stages, self.name = stages, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_) -> None:
-        passed = time.perf_counter() - self.start
-        self.stages.seconds[self.name] = self.stages.seconds.get(self.name, 0.0) + passed
-
-
 class Meter:
     """Rates over the steps since the last log line."""
 
@@ -146,9 +121,9 @@ class Meter:
         self.start, self.wait_s, self.images, self.steps = time.perf_counter(), 0.0, 0, 0
         self.sums: dict[str, float] = {}
 
-    def add(self, images: int, wait_s: float, values: dict[str, float]) -> None:
-        """Count one step."""
-        self.images, self.wait_s, self.steps = self.images + images, self.wait_s + wait_s, self.steps + 1
+    def add(self, images: int, wait_s: float, values: dict[str, float], steps: int = 1) -> None:
+        """Count a step, or several together."""
+        self.images, self.wait_s, self.steps = self.images + images, self.wait_s + wait_s, self.steps + steps
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 

@@ -36,12 +36,13 @@ def make_trainable(family: Family, models: Models, config: RunConfig, subject: s
 
 
 RECOMPUTED = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-"""How blocks are recomputed in backward. They draw nothing at random, so no generator's state is kept for them; a CUDA
-graph could not read one while it is recorded."""
+"""How blocks are recomputed in backward. They draw no random numbers, so no generator's state is kept: that cannot be
+read while a CUDA graph is recorded."""
 
 
 def make_stack(family: Family, models: Models, config: RunConfig, subjects: int) -> list[ParamGroup]:
-    """The parameter groups of so many subjects together: adapters attached, all zero, or whole components unfrozen."""
+    """The parameter groups of so many subjects together. Adapters are attached with all weights 0; without adapters,
+    whole components are unfrozen."""
     train, groups = config.train, []
     for component, module in trained_components(family, models, config).items():
         if train.method == "lora":
@@ -83,7 +84,7 @@ def final_state(state: EngineState) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def final_weights(family: Family, models: Models, state: EngineState, device: str) -> None:
-    """Put the trained weights (their EMA, where one was kept) into the models; nothing on ranks without the state."""
+    """Put the trained weights (their EMA, where one was kept) into the models. An empty state changes nothing."""
     final = final_state(state)
     for component, module in models.components(family.denoiser).items():
         for name, param in module.named_parameters():

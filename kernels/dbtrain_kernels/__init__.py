@@ -3,37 +3,72 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: where its fused form, its specification and its contract-test inputs are, as `module:name`.
+    """Everything that is known of one operation, as names `module:name` that are loaded on use.
 
-    The names are loaded on use, so that `import dbtrain_kernels` loads neither torch nor Triton. differentiable and
-    mutated: the arguments that get a gradient, and those that are changed in place.
+    So this table imports neither torch nor Triton. reference: the plain form. cases: inputs of the contract tests; only
+    those load it. fused: the form with a kernel. work: inputs of the benchmark. launches, flops: what each registered
+    operator starts and computes, as functions of its arguments (flops: of their shapes). None: there is no such part.
+    differentiable: the arguments that get a gradient. mutated: the arguments that are changed in place.
     """
 
-    fused: str
     reference: str
     cases: str
+    fused: str | None = None
+    work: str | None = None
+    launches: str | None = None
+    flops: str | None = None
     differentiable: tuple[str, ...] = ()
     mutated: tuple[str, ...] = ()
 
-    def load(self, part: str) -> Callable:
-        """The function that `fused`, `reference` or `cases` names."""
-        module, name = getattr(self, part).split(":")
-        return getattr(import_module(f"{__name__}.{module}"), name)
+    def load(self, part: str) -> Any:
+        """What a part names. Without a fused form, the fused form is the plain one."""
+        module, name = (getattr(self, part) or self.reference).split(":")
+        return getattr(import_module(module), name)
 
 
 OPS = {
-    "loss": Op("loss:loss", "reference:loss", "cases:loss", differentiable=("prediction",)),
-    "noising": Op("noising:noising", "reference:noising", "cases:noising"),
+    "loss": Op(
+        reference="dbtrain_kernels.reference:loss",
+        cases="tests.kernels.test_loss:cases",
+        fused="dbtrain_kernels.loss:loss",
+        work="dbtrain_kernels.loss:work",
+        launches="dbtrain_kernels.loss:LAUNCHES",
+        differentiable=("prediction",),
+    ),
+    "noising": Op(
+        reference="dbtrain_kernels.reference:noising",
+        cases="tests.kernels.test_noising:cases",
+        fused="dbtrain_kernels.noising:noising",
+        work="dbtrain_kernels.noising:work",
+        launches="dbtrain_kernels.noising:LAUNCHES",
+    ),
     "adamw": Op(
-        "adamw:adamw",
-        "reference:adamw",
-        "cases:adamw",
+        reference="dbtrain_kernels.reference:adamw",
+        cases="tests.kernels.test_adamw:cases",
+        fused="dbtrain_kernels.adamw:adamw",
+        work="dbtrain_kernels.adamw:work",
+        launches="dbtrain_kernels.adamw:LAUNCHES",
         mutated=("master", "exp_avg", "exp_avg_sq", "step_N", "ema", "compute"),
     ),
-    "lora": Op("lora:lora", "reference:lora", "cases:lora", differentiable=("x", "base", "down_NRD", "up_NDR")),
+    "lora": Op(
+        reference="dbtrain_kernels.reference:lora",
+        cases="tests.kernels.test_lora:cases",
+        fused="dbtrain_kernels.lora:lora",
+        work="dbtrain_kernels.lora:work",
+        launches="dbtrain_kernels.lora:LAUNCHES",
+        flops="dbtrain_kernels.lora:FLOPS",
+        differentiable=("x", "base", "down_NRD", "up_NDR"),
+    ),
 }
 """Every operation by name. A row gets the contract tests and the benchmark for free."""
+
+
+def of_operators(part: str) -> dict[str, Callable[..., int]]:
+    """The `launches` or `flops` of all operations in one table, by the name of the registered operator."""
+    tables = [op.load(part) for op in OPS.values() if getattr(op, part)]
+    return {name: function for table in tables for name, function in table.items()}

@@ -1,86 +1,104 @@
-"""AdamW over rows: norm, clip, update, decay and EMA of every subject's row of an arena, each by its own settings."""
+"""AdamW over rows of arenas: norm, clip, update, decay and EMA of every subject by that subject's settings."""
+
+import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dbtrain_kernels import reference
+from dbtrain_kernels import OPS, reference
+from dbtrain_kernels.cases import Case, seeded
 from dbtrain_kernels.dispatch import choose, dtype_problem
+
+LAUNCHES = {"adamw": lambda *_: 3}
 
 
 def adamw(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step_N: Tensor,
-    lr_N: Tensor,
-    clip_N: Tensor,
-    decay_N: Tensor,
-    active_N: Tensor,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    ema: Tensor | None = None,
-    ema_decay: float = 0.0,
-    compute: Tensor | None = None,
-    rounding_N2: Tensor | None = None,
-) -> Tensor:
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step_N: Tensor, lr_N: Tensor, clip_N: Tensor,
+    decay_N: Tensor, active_N: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
+    ema: Tensor | None = None, ema_decay: float = 0.0, compute: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """What `reference.adamw` is; on a GPU in three launches: partial norms, factors of each row, the update."""
-    moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
-    weights = {"master": master, "grad": grad}
     problem = (
-        dtype_problem((torch.float32,), **moments)
-        or dtype_problem((torch.float32, torch.bfloat16), **weights)
+        dtype_problem((torch.float32,), master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ema=ema)
+        or dtype_problem((torch.float32, torch.bfloat16), grad=grad)
         or dtype_problem((torch.bfloat16,), compute=compute)
-        or _layout_problem(**weights, **moments, compute=compute)
     )
-    settings = (step_N, lr_N, clip_N, decay_N, active_N, beta1, beta2, eps)
+    settings = [setting_N.contiguous() for setting_N in (lr_N, clip_N, decay_N, active_N)]
     run = adamw_op if choose("adamw", master.device.type, problem).fused else reference.adamw
-    return run(master, grad, exp_avg, exp_avg_sq, *settings, ema, ema_decay, compute, rounding_N2)
-
-
-def _layout_problem(**arenas: Tensor | None) -> str | None:
-    for name, arena in arenas.items():
-        if arena is not None and not arena.is_contiguous():
-            return f"{name} is not contiguous, and arenas are changed in place"
-        if arena is not None and arena.shape[1] >= 2**31:
-            return f"{name} has {arena.shape[1]} elements in a row, and the kernel counts to 2^31 - 1"
-        if arena is not None and len(arena) >= 2**16:
-            return f"{name} has {len(arena)} rows, and a grid's second side ends at 65,535"
-    return None
-
-
-MUTATED = ("master", "exp_avg", "exp_avg_sq", "step_N", "ema", "compute")
-
-
-@torch.library.custom_op("dbtrain::adamw", mutates_args=MUTATED)
-def adamw_op(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step_N: Tensor,
-    lr_N: Tensor,
-    clip_N: Tensor,
-    decay_N: Tensor,
-    active_N: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    ema: Tensor | None,
-    ema_decay: float,
-    compute: Tensor | None,
-    rounding_N2: Tensor | None,
-) -> Tensor:
-    """norm_N, after the update in place."""
-    from dbtrain_kernels.adamw_triton import launch
-
-    settings = (lr_N.contiguous(), clip_N.contiguous(), decay_N.contiguous(), active_N.contiguous())
-    key_N2 = None if rounding_N2 is None else rounding_N2.long().contiguous()
     constants = (beta1, beta2, eps)
-    return launch(master, grad, exp_avg, exp_avg_sq, step_N, *settings, *constants, ema, ema_decay, compute, key_N2)
+    return run(master, grad, exp_avg, exp_avg_sq, step_N, *settings, *constants, ema, ema_decay, compute)
+
+
+@torch.library.custom_op("dbtrain::adamw", mutates_args=OPS["adamw"].mutated)
+def adamw_op(
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step_N: Tensor, lr_N: Tensor, clip_N: Tensor,
+    decay_N: Tensor, active_N: Tensor, beta1: float, beta2: float, eps: float, ema: Tensor | None, ema_decay: float,
+    compute: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """norm_N. The arenas, which must be contiguous, are updated in place."""
+    arenas = [arena for arena in (master, grad, exp_avg, exp_avg_sq, ema, compute) if arena is not None]
+    assert all(arena.is_contiguous() for arena in arenas)
+    from triton import cdiv
+
+    from dbtrain_kernels.adamw_triton import BLOCK, FACTORS, NORM_BLOCK, row_factors, squared_norms, update_rows
+
+    rows, elements = master.shape
+    chunks = cdiv(elements, NORM_BLOCK)
+    partial, norm_N = exp_avg.new_empty((rows, chunks)), exp_avg.new_empty(rows)
+    factors = exp_avg.new_empty((rows, FACTORS))
+    squared_norms[(chunks, rows)](grad, partial, elements, BLOCK=NORM_BLOCK, num_warps=8)
+    row_factors[(rows,)](
+        partial, norm_N, step_N, lr_N, clip_N, decay_N, active_N.view(torch.uint8), factors, chunks,
+        LOG_BETA1=_log(beta1), LOG_BETA2=_log(beta2), FACTORS=FACTORS, BLOCK=1024,
+    )  # fmt: skip
+    update_rows[(cdiv(elements, BLOCK), rows)](
+        master, grad, exp_avg, exp_avg_sq, exp_avg if ema is None else ema, master if compute is None else compute,
+        factors, elements, BETA2=beta2, REST1=1 - beta1, REST2=1 - beta2, EPS=eps, EMA_REST=1 - ema_decay,
+        EMA=ema is not None, COMPUTE=compute is not None, FACTORS=FACTORS, BLOCK=BLOCK,
+    )  # fmt: skip
+    return norm_N
 
 
 @adamw_op.register_fake
 def _(master, *others):
     return master.new_empty(len(master), dtype=torch.float32)
+
+
+def _log(beta: float) -> float:
+    """Natural logarithm of a decay; for 0 a number whose exponential is 0, as is that of its multiples."""
+    return math.log(beta) if beta else -1e4
+
+
+ARENAS = {"LoRA r16, 1": (1, 3_190_000), "LoRA r16, 16": (16, 3_190_000)}
+"""Rows and elements of a row: an adapter of rank 16 on the attention of SD1.5, of one subject and of 16."""
+
+
+def inputs(
+    rows: int = 3, elements: int = 1037, ema: bool = False, compute: bool = False, device: str = "cpu", **options: Any
+) -> dict[str, Any]:
+    """Keyword arguments. compute: whether the gradient is bf16 and a bf16 copy follows the masters."""
+    drawn: dict[str, Any] = {"generator": seeded(device, 3), "device": device}
+    settings = torch.rand((3, rows), **drawn)
+    arguments = {
+        "master": torch.randn((rows, elements), **drawn),
+        "grad": torch.randn((rows, elements), **drawn),
+        "exp_avg": torch.randn((rows, elements), **drawn) * 0.1,
+        "exp_avg_sq": torch.rand((rows, elements), **drawn) * 0.01,
+        "step_N": torch.arange(rows, device=device) * 7,
+        "lr_N": settings[0] + 0.1,
+        "clip_N": settings[1] * elements**0.5 * 2,  # clips about half of the rows
+        "decay_N": settings[2],
+        "active_N": torch.ones(rows, dtype=torch.bool, device=device),
+    }
+    if ema:
+        arguments |= {"ema": torch.randn((rows, elements), **drawn), "ema_decay": 0.99}
+    if compute:
+        arguments |= {"compute": arguments["master"].bfloat16(), "grad": arguments["grad"].bfloat16()}
+    return arguments | options
+
+
+def work() -> list[Case]:
+    """fp32 arenas. Bytes: g is read twice (norm, update); p, m and v are read and written."""
+    return [Case(name, partial(inputs, *sides), moved=math.prod(sides) * 8 * 4) for name, sides in ARENAS.items()]

@@ -18,8 +18,8 @@ class Choice(NamedTuple):
 def choose(name: str, device_type: str, problem: str | None = None) -> Choice:
     """The implementation of operation `name` on a kind of device. problem: why its kernel cannot take these arguments.
 
-    Plain PyTorch is the intended form on a CPU; on a GPU it is a fall-back, which warns. A CPU runs the kernel only
-    where Triton is loaded with its interpreter on, which is for tests.
+    On a CPU the plain form is the intended one. On a GPU it is a fall-back, and this function warns. A CPU runs the
+    kernel only where Triton is loaded with its interpreter on, which is for tests.
     """
     if device_type == "cpu" and not interpreting():
         return Choice(False, "plain PyTorch is the CPU form")
@@ -35,7 +35,7 @@ def choose(name: str, device_type: str, problem: str | None = None) -> Choice:
     return Choice(False, problem)
 
 
-# What torch.compiler.assume_constant_result sets; calling that would load all of torch.compile (and Triton) here.
+# torch.compiler.assume_constant_result (torch 2.13) sets this mark; calling it would load torch.compile and Triton.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

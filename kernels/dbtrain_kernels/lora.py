@@ -1,16 +1,23 @@
-"""The stacked LoRA update: shrink and expand for N adapters, with a backward that casts nothing beforehand."""
+"""The stacked LoRA update of N adapters, and its backward; neither casts the matrices beforehand."""
+
+import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dbtrain_kernels import reference
+from dbtrain_kernels.cases import Case, seeded
 from dbtrain_kernels.dispatch import choose, dtype_problem
 
 FLOATS = (torch.float32, torch.bfloat16)
 MAX_RANK = 128
-"""Largest rank whose tile of a program stays in registers."""
+"""Largest rank whose tile stays in the registers of a program."""
 SPLIT = 1024
-"""Tokens that one program of a sum over tokens takes: a constant, so that its order depends on its length only."""
+"""Tokens that one program of a sum over tokens takes: a constant, so that the order depends on the length only."""
+LAUNCHES = {"lora": lambda *_: 2, "lora_backward": lambda grad, small_NTR, *_: 4 if small_NTR.shape[1] <= SPLIT else 6}
+"""Kernels that each operator starts. Sums over more than SPLIT tokens, one for each matrix, take one more kernel."""
 
 
 def lora(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor) -> Tensor:
@@ -25,15 +32,21 @@ def lora(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Ten
     )
     if not choose("lora", x.device.type, problem).fused:
         return reference.lora(x, base, down_NRD, up_NDR, scale_N)
-    return lora_op(x.to(base.dtype), base, down_NRD, up_NDR, scale_N)[0]
+    matrices = by_row(down_NRD), by_row(up_NDR)
+    return lora_op(x.to(base.dtype).contiguous(), base.contiguous(), *matrices, scale_N.float())[0]
 
 
 @torch.library.custom_op("dbtrain::lora", mutates_args=())
 def lora_op(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(output of base's shape, scale_n A_n x as fp32 [N, T, R], which backward needs)."""
-    from dbtrain_kernels.lora_triton import forward
+    """(output of base's shape, scale_n A_n x as fp32 [N, T, R], which backward needs).
 
-    return forward(x.contiguous(), base.contiguous(), by_row(down_NRD), by_row(up_NDR), scale_N.float())
+    x and base are contiguous, and each row of the matrices is.
+    """
+    from dbtrain_kernels.lora_triton import expanded, shrunk
+
+    _, rank, width = down_NRD.shape
+    small_NTR = shrunk(x, down_NRD, scale_N, (width, rank), (1, width))
+    return expanded(small_NTR, up_NDR, base, base, (rank, 1)), small_NTR
 
 
 def by_row(matrices: Tensor) -> Tensor:
@@ -52,11 +65,14 @@ def _(x, base, down_NRD, up_NDR, scale_N):
 def lora_backward_op(
     grad: Tensor, small_NTR: Tensor, x: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, down_NRD and up_NDR; base's is `grad` itself."""
-    from dbtrain_kernels.lora_triton import backward
+    """Gradients of x, down_NRD and up_NDR; base's is `grad` itself. The layouts are those of `lora_op`."""
+    from dbtrain_kernels.lora_triton import expanded, outer_sum, shrunk
 
-    matrices = by_row(down_NRD), by_row(up_NDR)
-    return backward(grad.contiguous(), small_NTR.contiguous(), x.contiguous(), *matrices, scale_N.float())
+    _, rank, width = down_NRD.shape
+    grad_NTR = shrunk(grad, up_NDR, scale_N, (up_NDR.shape[1], rank), (rank, 1))
+    by_x = expanded(grad_NTR, down_NRD, None, x, (1, width))
+    by_down = outer_sum(grad_NTR, x, down_NRD, (1, width), SPLIT)
+    return by_x, by_down, outer_sum(small_NTR, grad, up_NDR, (rank, 1), SPLIT)
 
 
 @lora_backward_op.register_fake
@@ -74,8 +90,54 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, grad, _):
     if grad is None:
         return None, None, None, None, None
-    by_x, by_down, by_up = lora_backward_op(grad, *ctx.saved_tensors)
+    by_x, by_down, by_up = lora_backward_op(grad.contiguous(), *ctx.saved_tensors)
     return by_x, grad, by_down, by_up, None
 
 
 lora_op.register_autograd(_backward, setup_context=_keep)
+
+
+def _flops(x: Any, base: Any, down: Any, up: Any, *_: Any, **__: Any) -> int:
+    """Floating-point operations of both products; a multiplication and an addition are two."""
+    return 2 * math.prod(x[:-1]) * down[1] * (down[2] + up[1])
+
+
+FLOPS = {
+    "lora": _flops,
+    "lora_backward": lambda grad, small, x, down, up, *_, **__: 2 * _flops(x, grad, down, up),
+}
+"""Floating-point operations of each operator, by the shapes of its arguments."""
+
+LAYERS = {
+    "SD1.5 4096 tokens, 1": (1, 4096, 320),
+    "SD1.5 4096 tokens, 8": (8, 4096, 320),
+    "SDXL 1024 tokens, 1": (1, 1024, 1280),
+}
+"""Subjects, tokens of an image, and width of an attention's projection."""
+RANK, SAMPLES = 16, 2
+
+
+def inputs(
+    subjects: int = 2, samples: int = 2, tokens: int = 7, wide: int = 9, out: int = 11, rank: int = 3,
+    dtype: torch.dtype = torch.float32, matrices: torch.dtype = torch.float32, device: str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
+    """Keyword arguments. samples: of each subject. matrices: the dtype of the adapters."""
+    drawn: dict[str, Any] = {"generator": seeded(device, 4), "device": device}
+    lead = (subjects * samples, tokens)
+    return {
+        "x": torch.randn((*lead, wide), **drawn).to(dtype),
+        "base": torch.randn((*lead, out), **drawn).to(dtype),
+        "down_NRD": (torch.randn((subjects, rank, wide), **drawn) * wide**-0.5).to(matrices),
+        "up_NDR": torch.randn((subjects, out, rank), **drawn).to(matrices),
+        "scale_N": torch.rand(subjects, **drawn) + 0.5,
+    }
+
+
+def work() -> list[Case]:
+    """bf16 tokens and fp32 matrices. Bytes: x, base and output, then dy twice, x and dx; both matrices three times."""
+    made = []
+    for name, (subjects, tokens, width) in LAYERS.items():
+        call = partial(inputs, subjects, SAMPLES, tokens, width, width, RANK, torch.bfloat16)
+        moved = subjects * (SAMPLES * tokens * width * 2 * 7 + 2 * RANK * width * 4 * 3)
+        made.append(Case(name, call, torch.bfloat16, moved))
+    return made

@@ -1,7 +1,7 @@
 """Triton kernels of the stacked LoRA update: shrink, expand, and sums over tokens. No host sync, no atomics.
 
-Rows of x and y are tokens of one adapter's segment; a program works on one adapter (`me`). fp32 masters are
-rounded to the tokens' dtype in registers, so that no cast is launched and the tensor cores are used.
+Rows of x and y are tokens of one adapter's segment; a program works on one adapter (`me`). fp32 masters are rounded to
+the dtype of the tokens in registers, so that no cast is launched and the tensor cores are used.
 """
 
 import torch
@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dbtrain_kernels.dispatch import interpreting
-from dbtrain_kernels.lora import SPLIT
 
 TOKENS, WIDE, DEEP = 64, 64, 64
 """Tile sides: tokens, columns of an output, and columns summed at a time."""
@@ -96,24 +95,7 @@ def add_parts(parts, out, count, elements, BLOCK: tl.constexpr):
     tl.store(out + place, sums.to(out.dtype.element_ty), mask=place < elements)
 
 
-def forward(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(output, small_NTR) of contiguous tensors, and of matrices contiguous in each row; see `lora.lora_op`."""
-    _, rank, width = down_NRD.shape
-    small_NTR = _shrink(x, down_NRD, scale_N, (width, rank), (1, width))
-    return _expand(small_NTR, up_NDR, base, base, (rank, 1)), small_NTR
-
-
-def backward(
-    grad: Tensor, small_NTR: Tensor, x: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, down_NRD and up_NDR, of the same; see `lora.lora_backward_op`."""
-    _, rank, width = down_NRD.shape
-    grad_NTR = _shrink(grad, up_NDR, scale_N, (up_NDR.shape[1], rank), (rank, 1))
-    by_x = _expand(grad_NTR, down_NRD, None, x, (1, width))
-    return by_x, _outer(grad_NTR, x, down_NRD, (1, width)), _outer(small_NTR, grad, up_NDR, (rank, 1))
-
-
-def _shrink(wide: Tensor, matrix: Tensor, scale_N: Tensor, sides: tuple[int, int], strides: tuple[int, int]) -> Tensor:
+def shrunk(wide: Tensor, matrix: Tensor, scale_N: Tensor, sides: tuple[int, int], strides: tuple[int, int]) -> Tensor:
     """scale * wide @ matrix, [N, T, R]; sides and strides are (width, rank) of the matrix."""
     subjects, (width, rank) = len(scale_N), sides
     tokens = wide.numel() // width // subjects
@@ -125,7 +107,7 @@ def _shrink(wide: Tensor, matrix: Tensor, scale_N: Tensor, sides: tuple[int, int
     return small_NTR
 
 
-def _expand(small_NTR: Tensor, matrix: Tensor, base: Tensor | None, like: Tensor, strides: tuple[int, int]) -> Tensor:
+def expanded(small_NTR: Tensor, matrix: Tensor, base: Tensor | None, like: Tensor, strides: tuple[int, int]) -> Tensor:
     """base + small @ matrix^T, of `like`'s shape and dtype; strides are (width, rank) of the matrix."""
     subjects, tokens, rank = small_NTR.shape
     out, width = torch.empty_like(like), like.shape[-1]
@@ -136,14 +118,14 @@ def _expand(small_NTR: Tensor, matrix: Tensor, base: Tensor | None, like: Tensor
     return out
 
 
-def _outer(small_NTR: Tensor, wide: Tensor, like: Tensor, strides: tuple[int, int]) -> Tensor:
-    """wide^T @ small, in the layout and dtype of `like`: parts of SPLIT tokens, then the sum of the parts."""
+def outer_sum(small_NTR: Tensor, wide: Tensor, like: Tensor, strides: tuple[int, int], split: int) -> Tensor:
+    """wide^T @ small, in the layout and dtype of `like`: parts of `split` tokens, then the sum of the parts."""
     subjects, tokens, rank = small_NTR.shape
-    width, parts = wide.shape[-1], triton.cdiv(tokens, SPLIT)
+    width, parts = wide.shape[-1], triton.cdiv(tokens, split)
     out = like.new_empty((parts, *like.shape), dtype=like.dtype if parts == 1 else torch.float32)
     outer[(triton.cdiv(width, WIDE), parts, subjects)](
         small_NTR, wide, out, tokens, width, rank, *strides,
-        PRODUCTS=_products(wide), RANK=_tile(rank), SPLIT=SPLIT, TOKENS=TOKENS, WIDE=WIDE,
+        PRODUCTS=_products(wide), RANK=_tile(rank), SPLIT=split, TOKENS=TOKENS, WIDE=WIDE,
     )  # fmt: skip
     if parts == 1:
         return out[0]
@@ -153,7 +135,7 @@ def _outer(small_NTR: Tensor, wide: Tensor, like: Tensor, strides: tuple[int, in
 
 
 def _products(operand: Tensor) -> tl.dtype:
-    """The type in which `tl.dot` multiplies: the operand's; the interpreter cannot, and fp32 products are the same."""
+    """The type in which `tl.dot` multiplies: the operand's, but fp32, with equal products, in Triton's interpreter."""
     return tl.bfloat16 if operand.dtype == torch.bfloat16 and not interpreting() else tl.float32
 
 

@@ -1,13 +1,19 @@
-"""The fused loss: every factor of the training equation, its gradient and its parts by subject in one read."""
+"""The fused loss: every factor of the training equation and its gradient in one read."""
+
+import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dbtrain_kernels import reference
+from dbtrain_kernels.cases import PACKS, Case, seeded
 from dbtrain_kernels.dispatch import choose, dtype_problem
 from dbtrain_kernels.reference import Loss
 
 FLOATS = (torch.float32, torch.bfloat16)
+LAUNCHES = {"loss": lambda *_: 2}
 
 
 def loss(
@@ -18,77 +24,92 @@ def loss(
     sigma_B: Tensor,
     weight_B: Tensor,
     parameterization: str,
-    subject_B: Tensor | None = None,
-    subjects: int = 1,
     mask: Tensor | None = None,
 ) -> Loss:
     """What `reference.loss` is; on a GPU by one pass over the elements, with fp32 sums in a fixed order."""
     problem = dtype_problem(FLOATS, prediction=prediction) or dtype_problem((torch.float32,), clean=clean, noise=noise)
-    arguments = (prediction, clean, noise, alpha_B, sigma_B, weight_B, parameterization, subject_B, subjects, mask)
     if not choose("loss", prediction.device.type, problem).fused:
-        return reference.loss(*arguments)
-    needed = torch.is_grad_enabled() and prediction.requires_grad
-    total, per_sample_B, per_subject_N, _ = loss_op(*arguments, needed)
-    return Loss(total, per_sample_B.detach(), per_subject_N)
+        return reference.loss(prediction, clean, noise, alpha_B, sigma_B, weight_B, parameterization, mask)
+    images = [image.contiguous() for image in (prediction, clean, noise)]
+    levels = [level_B.float().contiguous() for level_B in (alpha_B, sigma_B, weight_B)]
+    mask = None if mask is None else mask.float().contiguous()
+    total, per_sample_B, _ = loss_op(*images, *levels, parameterization, mask)
+    return Loss(total, per_sample_B.detach())
 
 
 @torch.library.custom_op("dbtrain::loss", mutates_args=())
 def loss_op(
-    prediction: Tensor,
-    clean: Tensor,
-    noise: Tensor,
-    alpha_B: Tensor,
-    sigma_B: Tensor,
-    weight_B: Tensor,
-    parameterization: str,
-    subject_B: Tensor | None,
-    subjects: int,
-    mask: Tensor | None,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total, per_sample_B, per_subject_N, d total / d prediction in its dtype, or empty where it is not wanted)."""
-    from dbtrain_kernels.loss_triton import launch
+    prediction: Tensor, clean: Tensor, noise: Tensor, alpha_B: Tensor, sigma_B: Tensor, weight_B: Tensor,
+    parameterization: str, mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(total, per_sample_B, d total / d prediction in its dtype), of contiguous tensors."""
+    from triton import cdiv, next_power_of_2
 
-    return launch(
-        prediction.contiguous(),
-        clean.contiguous(),
-        noise.contiguous(),
-        alpha_B.float().contiguous(),
-        sigma_B.float().contiguous(),
-        weight_B.float().contiguous(),
-        parameterization,
-        None if subject_B is None else subject_B.contiguous(),
-        subjects,
-        None if mask is None else mask.float().contiguous(),
-        with_gradient,
-    )
+    from dbtrain_kernels.loss_triton import BLOCK, loss_elements, loss_sums
+
+    samples, elements = len(clean), clean[0].numel()
+    plane = mask[0].numel() if mask is not None else elements
+    chunks = cdiv(elements, BLOCK)
+    gradient, sums = torch.empty_like(prediction), clean.new_empty((samples, chunks))
+    per_sample_B, total = clean.new_empty(samples), clean.new_empty(())
+    loss_elements[(samples, chunks)](
+        prediction, clean, noise, alpha_B, sigma_B, weight_B, clean if mask is None else mask, gradient, sums,
+        elements, plane, 2.0 / elements,
+        PARAMETERIZATION=parameterization, MASKED=mask is not None, BLOCK=BLOCK,
+    )  # fmt: skip
+    loss_sums[(1,)](
+        sums, weight_B, per_sample_B, total, samples, chunks, 1.0 / elements,
+        CHUNKS=next_power_of_2(chunks), num_warps=1,
+    )  # fmt: skip
+    return total, per_sample_B, gradient
 
 
 @loss_op.register_fake
-def _(prediction, clean, noise, alpha_B, sigma_B, weight_B, parameterization, subject_B, subjects, mask, with_gradient):
-    gradient = prediction.new_empty(prediction.shape if with_gradient else (0,))
-    return clean.new_empty(()), clean.new_empty(len(clean)), clean.new_empty(subjects), gradient
+def _(prediction, clean, *others):
+    return clean.new_empty(()), clean.new_empty(len(clean)), torch.empty_like(prediction)
 
 
 def _keep_gradient(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.has_gradient = inputs[-1]
-    ctx.save_for_backward(output[3], inputs[7])
+    ctx.save_for_backward(output[2])
 
 
-def _backward(ctx, total, per_sample_B, per_subject_N, gradient):
-    """Chain rule through total and per_subject_N; `loss` detaches the other outputs."""
-    if not ctx.has_gradient:
-        raise RuntimeError("dbtrain::loss was called with_gradient=False, so it cannot be differentiated")
-    kept, subject_B = ctx.saved_tensors
-    factor = None if total is None else total.float()
-    if per_subject_N is not None:
-        share = per_subject_N[0] if subject_B is None else per_subject_N[subject_B]
-        factor = share if factor is None else factor + share
-    if factor is None:
-        return None, *[None] * 10
-    # Four dimensions promote the product to fp32; a 0-dim factor would be rounded to bf16 first.
-    return (kept * factor.view(-1, *[1] * (kept.dim() - 1))).to(kept.dtype), *[None] * 10
+def _backward(ctx, total, per_sample_B, gradient):
+    """Apply the chain rule through `total`; `loss` detaches the other outputs."""
+    if total is None:
+        return None, *[None] * 7
+    (kept,) = ctx.saved_tensors
+    # A factor of as many dimensions promotes the product to fp32; a 0-dim factor would be rounded to bf16 first.
+    return (kept * total.float().view([1] * kept.dim())).to(kept.dtype), *[None] * 7
 
 
 loss_op.register_autograd(_backward, setup_context=_keep_gradient)
+
+
+def inputs(
+    shape: tuple[int, ...] = (3, 4, 5, 7), parameterization: str = "epsilon", dtype: torch.dtype = torch.float32,
+    masked: bool = False, device: str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
+    """Keyword arguments. dtype: that of the prediction."""
+    drawn: dict[str, Any] = {"generator": seeded(device, 1), "device": device}
+    prediction, clean, noise = (torch.randn(shape, **drawn) for _ in range(3))
+    angle_B = torch.rand(shape[0], **drawn) * 1.5
+    arguments = {
+        "prediction": prediction.to(dtype),
+        "clean": clean,
+        "noise": noise,
+        "alpha_B": angle_B.cos(),
+        "sigma_B": angle_B.sin(),
+        "weight_B": torch.rand(shape[0], **drawn) + 0.1,
+        "parameterization": parameterization,
+    }
+    if masked:
+        arguments["mask"] = torch.rand((shape[0], 1, *shape[2:]), **drawn)
+    return arguments
+
+
+def work() -> list[Case]:
+    """A bf16 prediction. Bytes: f, x and eps are read, the gradient is written, then read and written in backward."""
+    call = partial(inputs, dtype=torch.bfloat16, parameterization="v_prediction")
+    moved = 2 + 4 + 4 + 2 + 2 + 2
+    return [Case(name, partial(call, shape), moved=math.prod(shape) * moved) for name, shape in PACKS.items()]

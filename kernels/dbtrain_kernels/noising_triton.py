@@ -1,14 +1,12 @@
 """Triton kernels of fused noising: Philox words bit for bit as `philox.philox`, normal numbers in fp32.
 
-Only +, -, *, IEEE division and IEEE square root make the normal numbers from the words, with ranges reduced on the
-integers. So no library's log, sin or cos enters, each number has a relative error bound, and devices differ by the
-contraction of a*b + c only.
+Libraries differ in log, sin and cos. So the normal numbers are made with +, -, *, IEEE division and IEEE square root
+only, after ranges are reduced on the integers. Each number has a bound of its relative error, and devices differ only
+where one of them computes a*b + c with one rounding.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 BLOCK = 256
 """Philox counters of a program; each makes four elements."""
@@ -32,8 +30,8 @@ def philox_words(k0, k1, c0, c1, c2, c3):
 def minus_log_uniform(word):
     """-log((word + 1/2) / 2^32) with a relative error below 8 * 2^-24.
 
-    Above 1/2 from the distance to 1, which the word's complement gives without cancellation; below from exponent and
-    mantissa. Both end in -log m = 2 atanh((1 - m) / (1 + m)), whose argument is at most 1/3.
+    For a number above 1/2, the word's complement gives the distance to 1 without cancellation. For one below, exponent
+    and mantissa are taken apart. Both end in -log m = 2 atanh((1 - m) / (1 + m)), whose argument is at most 1/3.
     """
     high = word >= 0x80000000
     distance = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
@@ -54,7 +52,7 @@ def minus_log_uniform(word):
 def cos_sin_turn(word):
     """cos and sin of 2 pi (word + 1/2) / 2^32, each with a relative error below 6 * 2^-24.
 
-    The quadrant is taken off the integer, exactly; Taylor polynomials serve the rest, |x| <= pi/4.
+    The quadrant is taken off the integer, without rounding. Taylor polynomials compute the rest, |x| <= pi/4.
     """
     shifted = word + 0x20000000
     quadrant = shifted >> 30
@@ -106,24 +104,17 @@ def place_in_schedule(
 
 @triton.jit
 def noise_latents(
-    moments, row, key, slot, step, alpha, sigma, index, first, drawn, clean, noise, noisy,
+    moments, key, slot, step, alpha, sigma, first, drawn, clean, noise, noisy,
     elements, plane, steps, scale, shift, noise_offset,
     POSTERIOR: tl.constexpr, NOISE: tl.constexpr, CONSTANT: tl.constexpr, TIME: tl.constexpr, ROTATION: tl.constexpr,
-    ROWS: tl.constexpr, OFFSET: tl.constexpr, DRAW: tl.constexpr, STRATA: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr, STRATA: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """clean, noise and noisy [B, elements] of one sample's 4 * BLOCK elements, and its place in the schedule."""
     sample = tl.program_id(0).to(tl.int64)
-    source = sample
-    if ROWS:
-        source = tl.load(row + sample)
     k0, k1 = tl.load(key + 2 * sample).to(tl.uint32), tl.load(key + 2 * sample + 1).to(tl.uint32)
     slot_64 = tl.load(slot + sample)
     c1, c2 = slot_64.to(tl.uint32), tl.load(step + sample).to(tl.uint32)
-    if DRAW:
-        s = place_in_schedule(k0, k1, slot_64, c2, first, steps, TIME, ROTATION, STRATA, STEPS)
-    else:
-        s = tl.load(index + sample)
+    s = place_in_schedule(k0, k1, slot_64, c2, first, steps, TIME, ROTATION, STRATA, STEPS)
     tl.store(drawn + sample, s, mask=tl.program_id(1) == 0)
     counter = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.uint32)
     place = tl.program_id(1) * BLOCK * 4 + tl.arange(0, 4 * BLOCK)
@@ -140,63 +131,11 @@ def noise_latents(
         constant = tl.where(which < 2, tl.where(which == 0, o0, o1), tl.where(which == 2, o2, o3))
         eps += noise_offset * constant
 
-    mean = tl.load(moments + source * 2 * elements + place, mask=inside, other=0.0)
-    logvar = tl.load(moments + source * 2 * elements + elements + place, mask=inside, other=0.0)
+    mean = tl.load(moments + sample * 2 * elements + place, mask=inside, other=0.0)
+    logvar = tl.load(moments + sample * 2 * elements + elements + place, mask=inside, other=0.0)
     x = (mean + tl.exp(0.5 * logvar) * z - shift) * scale
     x_t = tl.load(alpha + s) * x + tl.load(sigma + s) * eps
     at = sample * elements + place
     tl.store(clean + at, x, mask=inside)
     tl.store(noise + at, eps, mask=inside)
     tl.store(noisy + at, x_t, mask=inside)
-
-
-@triton.jit
-def store_words(key, counter, words, normals, count, BLOCK: tl.constexpr):
-    """Words [4, count] and normal numbers [4, count] of counters [4, count] under one key: for tests of the draws."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    k0, k1 = tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
-    c0 = tl.load(counter + i, mask=inside, other=0).to(tl.uint32)
-    c1 = tl.load(counter + count + i, mask=inside, other=0).to(tl.uint32)
-    c2 = tl.load(counter + 2 * count + i, mask=inside, other=0).to(tl.uint32)
-    c3 = tl.load(counter + 3 * count + i, mask=inside, other=0).to(tl.uint32)
-    w0, w1, w2, w3 = philox_words(k0, k1, c0, c1, c2, c3)
-    z0, z1, z2, z3 = four_normals(k0, k1, c0, c1, c2, c3)
-    tl.store(words + i, w0.to(tl.int64), mask=inside)
-    tl.store(words + count + i, w1.to(tl.int64), mask=inside)
-    tl.store(words + 2 * count + i, w2.to(tl.int64), mask=inside)
-    tl.store(words + 3 * count + i, w3.to(tl.int64), mask=inside)
-    tl.store(normals + i, z0, mask=inside)
-    tl.store(normals + count + i, z1, mask=inside)
-    tl.store(normals + 2 * count + i, z2, mask=inside)
-    tl.store(normals + 3 * count + i, z3, mask=inside)
-
-
-def draw(key: tuple[int, int], counter_4n: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel's words [4, n] (int64) and normal numbers [4, n] (float32) for counters [4, n] (int64)."""
-    count = counter_4n.shape[1]
-    words, normals = torch.empty_like(counter_4n), torch.empty_like(counter_4n, dtype=torch.float32)
-    key_2 = torch.tensor(key, device=counter_4n.device)
-    store_words[(triton.cdiv(count, 1024),)](key_2, counter_4n.contiguous(), words, normals, count, BLOCK=1024)
-    return words, normals
-
-
-def launch(
-    moments: Tensor, key_B2: Tensor, slot_B: Tensor, step_B: Tensor, alpha_S: Tensor, sigma_S: Tensor,
-    purposes: list[int], scale: float, shift: float, noise_offset: float,
-    row_B: Tensor | None, index_B: Tensor | None, first_S: Tensor | None, strata: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(clean, noise, noisy, index_B) of contiguous tensors; see `noising.noising_op`."""
-    shape = (len(slot_B), moments.shape[1] // 2, *moments.shape[2:])
-    clean, noise, noisy = (moments.new_empty(shape) for _ in range(3))
-    drawn_B = torch.empty_like(slot_B)
-    elements, steps = moments[0].numel() // 2, len(alpha_S)
-    names = ("POSTERIOR", "NOISE", "CONSTANT", "TIME", "ROTATION")
-    noise_latents[(len(slot_B), triton.cdiv(elements, 4 * BLOCK))](
-        moments, slot_B if row_B is None else row_B, key_B2, slot_B, step_B, alpha_S, sigma_S,
-        *(slot_B if value is None else value for value in (index_B, first_S)), drawn_B, clean, noise, noisy,
-        elements, elements // shape[1], steps, scale, shift, noise_offset,
-        **dict(zip(names, purposes)), ROWS=row_B is not None, OFFSET=noise_offset != 0, DRAW=index_B is None,
-        STRATA=strata, STEPS=triton.next_power_of_2(steps), BLOCK=BLOCK,
-    )  # fmt: skip
-    return clean, noise, noisy, drawn_B

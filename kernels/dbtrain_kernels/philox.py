@@ -1,7 +1,7 @@
 """Philox4x32-10, the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 
-Integer arithmetic only, so a CPU and a GPU give the same words. It is the specification of every random number in
-dbtrain: key = who (run seed and subject), counter = which (element, sample, step, purpose).
+Integer arithmetic only, so a CPU and a GPU give the same words. Every random number of dbtrain comes from here: the
+key says whose it is (run seed and subject), the counter which one it is (element, sample, step, purpose).
 """
 
 import torch
@@ -12,11 +12,15 @@ WEYL_A, WEYL_B = 0x9E3779B9, 0xBB67AE85
 MASK = 0xFFFFFFFF
 
 
-def philox(key: tuple[int, int], counter: tuple[Tensor | int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+Key = tuple[int, int] | tuple[Tensor, Tensor]
+"""Two 32-bit words, or int64 tensors of them that broadcast with the counters."""
+
+
+def philox(key: Key, counter: tuple[Tensor | int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words in [0, 2^32) as int64 tensors, for each of the broadcast 128-bit counters.
 
-    key: two 32-bit words. counter: four int64 tensors (or ints) of 32-bit words that broadcast together.
-    Products of 32-bit words wrap in int64, but their bits are the right ones: `>> 32` is masked back to 32 bits.
+    counter: four int64 tensors (or ints) of 32-bit words that broadcast together. Products of 32-bit words wrap in
+    int64, but their bits are the right ones: `>> 32` is masked back to 32 bits.
     """
     device = next((word.device for word in counter if isinstance(word, Tensor)), torch.device("cpu"))
     c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
@@ -43,8 +47,8 @@ def uniform(word: Tensor) -> Tensor:
 def normal(words: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     """Standard normal numbers [..., 4], float32, of four words (Box-Muller, in float64, rounded once at the end).
 
-    Rounding from float64 hides the last-place differences of log, sin and cos between devices, so CPU and GPU agree
-    in every bit but for a tie of about one in 10^8.
+    Rounding from float64 hides the last-place differences of log, sin and cos between devices. So CPU and GPU agree in
+    every bit, except for about one number in 10^8.
     """
     u0, u1, u2, u3 = (uniform(word) for word in words)
     radius_a, radius_b = torch.sqrt(-2 * torch.log(u0)), torch.sqrt(-2 * torch.log(u2))

@@ -8,14 +8,15 @@ import contextlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dbtrain_kernels import OPS
-from dbtrain_kernels.cases import BOUNDS, PRODUCT_BOUNDS, on
+from dbtrain_kernels import OPS, Op, of_operators
+from dbtrain_kernels.cases import Case
 from dbtrain_kernels.dispatch import choose, interpreting
+from tests.kit.operations import BOUNDS, PRODUCT_BOUNDS, on
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CASES = [pytest.param(name, case, id=f"{name}-{case.name}") for name in OPS for case in OPS[name].load("cases")()]
-RAW = {"loss": "loss:loss_op", "noising": "noising:noising_op", "adamw": "adamw:adamw_op", "lora": "lora:lora_op"}
 anywhere = pytest.mark.parametrize("device", DEVICES)
 every_case = pytest.mark.parametrize("name, case", CASES)
 interpreted = pytest.mark.skipif(not interpreting(), reason="needs the kernels: see test_interpreter.py")
@@ -103,27 +104,35 @@ def test_only_the_mutated_arguments_change(name, case, device):
     assert changed <= set(OPS[name].mutated)
 
 
-def raw_arguments(name, inputs):
-    """Positional arguments of the registered operator."""
-    operator = OPS[name].__class__(RAW[name], "", "").load("fused")
-    schema = operator._opoverload._schema.arguments
-    if "with_gradient" in [argument.name for argument in schema]:
-        inputs["with_gradient"] = True
-        inputs["prediction"].requires_grad_()
-    defaults = {"subjects": 1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "ema_decay": 0.0}
-    defaults |= {"scale": 1.0, "shift": 0.0, "noise_offset": 0.0, "strata": 0}
-    values = [inputs.get(argument.name, defaults.get(argument.name)) for argument in schema]
-    return operator, tuple(list(value) if isinstance(value, tuple) else value for value in values)
+class Registered(TorchDispatchMode):
+    """Keeps the calls of registered operators: (operator, its arguments)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dbtrain":
+            copies = [value.clone() if isinstance(value, torch.Tensor) else value for value in args]
+            self.calls.append((func, copies))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("device", FUSED)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [name for name in OPS if OPS[name].fused])
 @pytest.mark.parametrize("which", [0, -1])
 def test_opcheck(name, which, device):
-    operator, values = raw_arguments(name, on(device, OPS[name].load("cases")()[which].inputs()))
-    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"]
-    checked = torch.library.opcheck(operator, values, test_utils=tests)
-    assert set(checked.values()) == {"SUCCESS"}
+    """The forward operator takes the gradients that the operation has."""
+    with Registered() as registered:
+        evaluate(name, OPS[name].load("fused"), on(device, OPS[name].load("cases")()[which].inputs()))
+    assert {operator._schema.name.split("::")[1] for operator, _ in registered.calls} <= set(of_operators("launches"))
+    for number, (operator, values) in enumerate(registered.calls):
+        for argument, value in zip(operator._schema.arguments, values):
+            if number == 0 and argument.name in OPS[name].differentiable:
+                value.requires_grad_()
+        tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"]
+        checked = torch.library.opcheck(operator, tuple(values), test_utils=tests)
+        assert set(checked.values()) == {"SUCCESS"}
 
 
 @anywhere
@@ -170,17 +179,16 @@ MUTANTS = {
     "v for eps": ("loss", "epsilon", lambda inputs: {"parameterization": "v_prediction"}),
     "eps for v": ("loss", "v_prediction", lambda inputs: {"parameterization": "epsilon"}),
     "flow with the sign of v": ("loss", "flow", lambda inputs: {"parameterization": "v_prediction"}),
-    "mean for sum": ("loss", "subjects", lambda inputs: {"weight_B": inputs["weight_B"] / len(inputs["weight_B"])}),
+    "mean for sum": ("loss", "epsilon", lambda inputs: {"weight_B": inputs["weight_B"] / len(inputs["weight_B"])}),
     "mask dropped": ("loss", "mask", lambda inputs: {"mask": None}),
-    "neighbour's weight": ("loss", "subjects", lambda inputs: {"weight_B": inputs["weight_B"].roll(1)}),
+    "neighbour's weight": ("loss", "epsilon", lambda inputs: {"weight_B": inputs["weight_B"].roll(1)}),
     "alpha for sigma": ("noising", "plain", lambda inputs: {"sigma_S": inputs["alpha_S"]}),
     "one stream for both draws": ("noising", "plain", lambda inputs: {"purposes": (1, 1, 4, 2, 9)}),
-    "t of the noise's stream": ("noising", "t drawn", lambda inputs: {"purposes": (3, 1, 4, 1, 9)}),
+    "t of the noise's stream": ("noising", "t of many", lambda inputs: {"purposes": (3, 1, 4, 1, 9)}),
     "strata that do not turn": ("noising", "t in strata", lambda inputs: {"purposes": (3, 1, 4, 2, 2)}),
     "a neighbour's adapter": ("lora", "plain", lambda inputs: {"up_NDR": inputs["up_NDR"].flip(0)}),
     "scale forgotten": ("lora", "plain", lambda inputs: {"scale_N": torch.ones(2)}),
     "key words swapped": ("noising", "plain", lambda inputs: {"key_B2": inputs["key_B2"].flip(1)}),
-    "row b of the bank": ("noising", "bank rows", lambda inputs: {"row_B": torch.arange(3)}),
     "global clip": ("adamw", "plain", lambda inputs: {"clip_N": inputs["clip_N"].mean().expand(3)}),
     "step off by one": ("adamw", "plain", lambda inputs: {"step_N": inputs["step_N"] + 1}),
     "decay forgotten": ("adamw", "plain", lambda inputs: {"decay_N": torch.zeros(3)}),
@@ -204,5 +212,24 @@ def test_mutants_are_caught(mutant):
 
 @pytest.mark.parametrize("name", OPS)
 def test_a_row_is_whole(name):
-    assert all(callable(OPS[name].load(part)) for part in ("fused", "reference", "cases"))
+    assert all(callable(OPS[name].load(part)) for part in ("fused", "reference", "cases", "work"))
     assert choose(name, "cpu").fused == interpreting()
+
+
+def cube(x):
+    """A toy operation."""
+    return x * x * x
+
+
+def cubes():
+    return [Case("three", lambda device="cpu": {"x": torch.linspace(-1, 1, 3, device=device)})]
+
+
+def test_a_row_with_a_plain_form_alone_keeps_the_contract(monkeypatch):
+    here = cube.__module__
+    monkeypatch.setitem(OPS, "cube", Op(f"{here}:cube", f"{here}:cubes", differentiable=("x",)))
+    (case,) = OPS["cube"].load("cases")()
+    for test in (test_float64_reference, test_same_bits_on_repetition, test_only_the_mutated_arguments_change):
+        test("cube", case, "cpu")
+    test_compiles_without_a_graph_break("cube", "cpu")
+    test_gradcheck_of_the_reference("cube")

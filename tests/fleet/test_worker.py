@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from dbtrain.fleet.processes import born
-from dbtrain.fleet.schedule import WorkUnit
-from dbtrain.fleet.trainer import Order, Task, telling_size
+from dbtrain.fleet.trainer import Task
 from dbtrain.fleet.worker import Worker
 from tests.kit.fleet_run import SMALL
 from tests.kit.main_job import small_config
@@ -89,25 +88,3 @@ def heard(worker):
         if events:
             return generation, events[0][0]
     raise AssertionError("the trainer said nothing")
-
-
-def test_a_measured_pack_is_told_and_measured_anew_for_more_subjects():
-    """`auto` measured by a unit of one is no size for a unit of nine; nor need it be measured twice for as many."""
-    sent, beats = [], []
-    session = SimpleNamespace(
-        beat=beats.append, pack_size=None, pack_probed=0, config=small_config("engine.kind=packed")
-    )
-
-    def unit(subjects, measured=None):
-        order = Order(len(sent), WorkUnit("train", "dog", tuple(range(subjects))), specs=({},) * subjects)
-        with telling_size(session, order, sent.append):
-            session.beat("prior")
-            asked = session.pack_size is None
-            session.pack_size = session.pack_size or measured
-            session.beat("train"), session.beat("train")
-        return asked
-
-    assert unit(1, 1) and sent == [("packed", 0, 1)]
-    assert unit(9, 4) and sent[1:] == [("packed", 1, 4)]
-    assert not unit(9) and sent[2:] == [("packed", 2, 4)]
-    assert not unit(2) and session.beat == beats.append and len(beats) == 12

@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 
-from dbtrain_kernels import cases, dispatch
+from dbtrain_kernels import dispatch
 from dbtrain_kernels.dispatch import choose, dtype_problem
-from dbtrain_kernels.loss import loss
+from dbtrain_kernels.loss import inputs, loss
+from tests.kit.operations import on
 
 
 def test_a_cpu_runs_plain_pytorch_and_says_so():
@@ -39,8 +40,7 @@ def test_other_devices_have_no_kernel():
 
 
 def test_float64_runs_by_the_specification():
-    inputs = cases.on("cpu", cases.loss()[0].inputs(), torch.float64)
-    assert loss(**inputs).total.dtype == torch.float64
+    assert loss(**on("cpu", inputs(), torch.float64)).total.dtype == torch.float64
 
 
 def loaded_by(code):
@@ -62,16 +62,13 @@ def test_the_operations_load_no_triton():
 SIGNATURES = {
     "loss_triton.loss_elements": (
         "*bf16 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *bf16 *fp32 i32 i32 fp32",
-        {"PARAMETERIZATION": "v_prediction", "MASKED": True, "GRADIENT": True, "BLOCK": 1024},
+        {"PARAMETERIZATION": "v_prediction", "MASKED": True, "BLOCK": 1024},
     ),
-    "loss_triton.loss_sums": (
-        "*fp32 *fp32 *i64 *fp32 *fp32 *fp32 i32 i32 i32 fp32",
-        {"MANY": True, "CHUNKS": 16},
-    ),
+    "loss_triton.loss_sums": ("*fp32 *fp32 *fp32 *fp32 i32 i32 fp32", {"CHUNKS": 16}),
     "noising_triton.noise_latents": (
-        "*fp32 *i64 *i64 *i64 *i64 *fp32 *fp32 *i64 *i64 *i64 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 fp32",
-        {"POSTERIOR": 3, "NOISE": 1, "CONSTANT": 4, "TIME": 2, "ROTATION": 9, "ROWS": True, "OFFSET": True}
-        | {"DRAW": True, "STRATA": 0, "STEPS": 1024, "BLOCK": 256},
+        "*fp32 *i64 *i64 *i64 *fp32 *fp32 *i64 *i64 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 fp32",
+        {"POSTERIOR": 3, "NOISE": 1, "CONSTANT": 4, "TIME": 2, "ROTATION": 9, "OFFSET": True}
+        | {"STRATA": 0, "STEPS": 1024, "BLOCK": 256},
     ),
     "adamw_triton.squared_norms": ("*fp32 *fp32 i32", {"BLOCK": 8192}),
     "adamw_triton.row_factors": (
@@ -79,7 +76,7 @@ SIGNATURES = {
         {"LOG_BETA1": math.log(0.9), "LOG_BETA2": math.log(0.999), "FACTORS": 5, "BLOCK": 1024},
     ),
     "adamw_triton.update_rows": (
-        "*fp32 *bf16 *fp32 *fp32 *fp32 *bf16 *i64 *i64 *fp32 i32",
+        "*fp32 *bf16 *fp32 *fp32 *fp32 *bf16 *fp32 i32",
         {
             "BETA2": 0.999,
             "REST1": 0.1,
@@ -88,8 +85,6 @@ SIGNATURES = {
             "EMA_REST": 0.001,
             "EMA": True,
             "COMPUTE": True,
-            "RANDOM": True,
-            "ROUNDING": 11,
             "FACTORS": 5,
             "BLOCK": 1024,
         },

@@ -1,25 +1,42 @@
 """The stacked LoRA update against one adapter at a time, and how many operators it costs."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from dbtrain_kernels import lora as module
-from dbtrain_kernels.cases import lora as cases
-from dbtrain_kernels.cases import on
+from dbtrain_kernels.cases import Case
 from dbtrain_kernels.dispatch import Choice
-from dbtrain_kernels.lora import MAX_RANK, by_row, lora
+from dbtrain_kernels.lora import MAX_RANK, by_row, inputs, lora
+from tests.kit.operations import on
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def results(inputs):
+def cases():
+    """One of everything, one and several adapters, tiles that are crossed and met, parts of the token sum, bf16."""
+    calls = {
+        "plain": {},
+        "one of everything": {"subjects": 1, "samples": 1, "tokens": 1, "wide": 1, "out": 1, "rank": 1},
+        "several tiles": {"subjects": 3, "samples": 1, "tokens": 67, "wide": 70, "out": 131, "rank": 5},
+        "exact tiles": {"subjects": 2, "samples": 1, "tokens": 64, "wide": 64, "out": 64, "rank": 16},
+        "a high rank": {"subjects": 1, "rank": 33},
+        "several parts": {"subjects": 2, "samples": 1, "tokens": 1024 + 65, "wide": 5, "out": 3, "rank": 2},
+        "bf16 copies": {"samples": 1, "tokens": 1024 + 3, "dtype": torch.bfloat16, "matrices": torch.bfloat16},
+        "bf16": {"subjects": 2, "tokens": 65, "wide": 40, "out": 66, "rank": 4, "dtype": torch.bfloat16},
+    }
+    return [Case(name, partial(inputs, **call), call.get("dtype", torch.float32)) for name, call in calls.items()]
+
+
+def results(arguments):
     """Output, and gradients for a fixed cotangent."""
     names = ("x", "base", "down_NRD", "up_NDR")
     for name in names:
-        inputs[name].requires_grad_()
-    output = lora(**inputs)
+        arguments[name].requires_grad_()
+    output = lora(**arguments)
     cotangent = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape)
-    gradients = torch.autograd.grad(output, [inputs[name] for name in names], cotangent)
+    gradients = torch.autograd.grad(output, [arguments[name] for name in names], cotangent)
     return {"output": output.detach(), "cotangent": cotangent, **dict(zip(names, gradients))}
 
 
@@ -46,10 +63,10 @@ def test_each_adapter_sees_only_its_segment(case, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_nan_stays_with_its_adapter(device):
-    inputs = on(device, cases()[2].inputs())
+    arguments = on(device, cases()[2].inputs())
     clean = results(on(device, cases()[2].inputs()))
-    inputs["x"].data[0] = torch.nan
-    got = results(inputs)
+    arguments["x"].data[0] = torch.nan
+    got = results(arguments)
     for name in ("output", "x"):
         assert torch.equal(got[name][1:], clean[name][1:])
     for name in ("down_NRD", "up_NDR"):
@@ -58,10 +75,10 @@ def test_a_nan_stays_with_its_adapter(device):
 
 def test_an_input_of_another_dtype_is_taken_in_the_outputs():
     """As under autocast, where a norm's output is fp32 and the frozen layer's is bf16."""
-    inputs = on("cpu", cases()[-1].inputs())
-    inputs["x"] = inputs["x"].float()
+    arguments = on("cpu", cases()[-1].inputs())
+    arguments["x"] = arguments["x"].float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert lora(**inputs).dtype == torch.bfloat16
+        assert lora(**arguments).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("device", DEVICES)

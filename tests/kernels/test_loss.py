@@ -1,19 +1,37 @@
-"""The fused loss against the equation written out, with the objective's own weights; packs; the objective's targets."""
+"""The fused loss against the equation written out, with the objective's own weights; samples of many subjects."""
+
+from functools import partial
 
 import pytest
 import torch
 
 from dbtrain.objective.noise import discrete_schedule, flow_schedule
-from dbtrain.objective.target import TARGETS
 from dbtrain.objective.weighting import weight_table
 from dbtrain_kernels import reference
-from dbtrain_kernels.cases import on
-from dbtrain_kernels.loss import loss
+from dbtrain_kernels.cases import Case
+from dbtrain_kernels.loss import inputs, loss
+from dbtrain_kernels.reference import TARGETS
+from tests.kit.operations import on
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GAMMA, LAMBDA, BATCH = 5.0, 0.7, 3
 ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
 INDEX = [5, 120, 700, 20, 400, 990]  # by turns above and below SNR 5, in both roles
+
+
+def cases():
+    """Each parameterization, one element, several blocks, an exact block, bf16, a mask, and all at once."""
+    calls = {name: {"parameterization": name} for name in TARGETS}
+    low = {"dtype": torch.bfloat16, "parameterization": "v_prediction"}
+    calls |= {
+        "one element": {"shape": (1, 1, 1, 1)},
+        "several blocks": {"shape": (2, 4, 33, 35), "parameterization": "v_prediction"},
+        "an exact block": {"shape": (2, 4, 16, 16), "parameterization": "flow"},
+        "bf16": low,
+        "mask": {"masked": True, "parameterization": "flow"},
+        "all options": {"shape": (7, 4, 9, 31), "masked": True, **low},
+    }
+    return [Case(name, partial(inputs, **call)) for name, call in calls.items()]
 
 
 def schedule_of(parameterization):
@@ -68,13 +86,6 @@ def test_wrong_equations_are_far_off(mutant):
     assert abs(loss(**inputs).total.item() / equation(inputs, mutant) - 1) > 1e-2
 
 
-def test_the_targets_are_those_of_the_objective():
-    values = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
-    assert TARGETS.keys() == reference.TARGETS.keys()
-    for name in TARGETS:
-        assert torch.equal(TARGETS[name](*values), reference.TARGETS[name](*values)), name
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parameterization", TARGETS)
 def test_the_reference_is_the_training_steps_arithmetic_bit_for_bit(parameterization, dtype):
@@ -91,42 +102,39 @@ def test_the_reference_is_the_training_steps_arithmetic_bit_for_bit(parameteriza
 
 
 def pack(order):
-    """Four subjects with two samples each, subject-major in this order."""
-    rows = torch.tensor([2 * n + i for n in order for i in range(2)])
-    generator = torch.Generator().manual_seed(6)
+    """Samples of a pack in this order, as the loss takes them."""
+    rows, generator = torch.tensor(order), torch.Generator().manual_seed(6)
     tensors = {
         name: torch.randn((8, 4, 16, 20), generator=generator)[rows] for name in ("prediction", "clean", "noise")
     }
     levels = {name: torch.rand(8, generator=generator)[rows] for name in ("alpha_B", "sigma_B", "weight_B")}
-    subject_B = torch.arange(len(order)).repeat_interleave(2)
-    return {**tensors, **levels, "parameterization": "flow", "subject_B": subject_B, "subjects": len(order)}
+    return {**tensors, **levels, "parameterization": "flow"}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_subject_does_not_depend_on_its_neighbours_or_its_slot(device):
-    whole = loss(**on(device, pack([0, 1, 2, 3])))
-    moved = loss(**on(device, pack([2, 0])))
-    assert torch.equal(moved.per_subject_N, whole.per_subject_N[[2, 0]])
+def test_a_sample_does_not_depend_on_its_neighbours_or_its_slot(device):
+    whole, moved = loss(**on(device, pack(range(8)))), loss(**on(device, pack([4, 5, 0, 1])))
     assert torch.equal(moved.per_sample_B, whole.per_sample_B[[4, 5, 0, 1]])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_nan_stays_with_its_subject(device):
-    inputs = on(device, pack([0, 1, 2, 3]))
-    clean = loss(**inputs).per_subject_N
-    inputs["prediction"][2, 0, 0, 0] = torch.nan
-    inputs["prediction"].requires_grad_()
-    found = loss(**inputs)
-    assert found.per_subject_N.isnan().tolist() == [False, True, False, False] and found.total.isnan()
-    assert torch.equal(found.per_subject_N[[0, 2, 3]], clean[[0, 2, 3]])
-    (gradient,) = torch.autograd.grad(found.per_subject_N[0], inputs["prediction"])
-    assert gradient[:2].abs().sum() > 0 and gradient[[3, 4, 5, 6, 7]].abs().sum() == 0
+def test_a_nan_stays_with_its_sample(device):
+    plain, spoilt = on(device, pack(range(8))), on(device, pack(range(8)))
+    spoilt["prediction"][2, 0, 0, 0] = torch.nan
+    gradients, losses = [], []
+    for arguments in (plain, spoilt):
+        arguments["prediction"].requires_grad_()
+        losses.append(loss(**arguments))
+        gradients.append(torch.autograd.grad(losses[-1].total, arguments["prediction"])[0])
+    others = [0, 1, 3, 4, 5, 6, 7]
+    assert losses[1].per_sample_B[2].isnan() and losses[1].total.isnan() and gradients[1][2].isnan().any()
+    assert torch.equal(losses[0].per_sample_B[others], losses[1].per_sample_B[others])
+    assert torch.equal(gradients[0][others], gradients[1][others])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_total_is_the_weighted_sum(device):
-    inputs = on(device, pack([0, 1, 2, 3]))
-    found = loss(**inputs)
-    sums = (found.per_sample_B * inputs["weight_B"]).sum(), found.per_subject_N.sum()
-    for value in sums:  # eight terms in another order: at most eight roundings of 2^-24
-        assert value.item() == pytest.approx(found.total.item(), rel=8 * 2.0**-24)
+    arguments = on(device, pack(range(8)))
+    got = loss(**arguments)
+    # Eight terms in another order: at most eight roundings of 2^-24.
+    assert (got.per_sample_B * arguments["weight_B"]).sum().item() == pytest.approx(got.total.item(), rel=8 * 2.0**-24)

@@ -159,6 +159,9 @@ def test_only_pointwise_convolutions_match():
     assert matching_layers(model, ["*"]) == ["one"]
 
 
+UNETS = ("sd", "sdxl")
+
+
 @pytest.fixture
 def models(model_folders, request):
     family = request.param
@@ -175,7 +178,7 @@ def latents(family, models):
     return (x, torch.tensor([10, 700]), states), {"added_cond_kwargs": added, "return_dict": False}
 
 
-@pytest.mark.parametrize("models", FAMILIES, indirect=True)
+@pytest.mark.parametrize("models", UNETS, indirect=True)
 @torch.no_grad()
 def test_detach_restores_every_bit(models):
     family, models = models
@@ -190,7 +193,7 @@ def test_detach_restores_every_bit(models):
     assert list(models.denoiser.state_dict()) == names
 
 
-@pytest.mark.parametrize("models", FAMILIES, indirect=True)
+@pytest.mark.parametrize("models", UNETS, indirect=True)
 @torch.no_grad()
 def test_forward_is_pefts(models):
     family, models = models
@@ -235,7 +238,7 @@ def random_weights(family, models, patterns=WITH_CONV, alpha=2.0, rank=4):
     return weights
 
 
-@pytest.mark.parametrize("models", FAMILIES, indirect=True)
+@pytest.mark.parametrize("models", UNETS, indirect=True)
 def test_kohya_keys_are_the_golden_list(models):
     family, models = models
     state = to_kohya(random_weights(family, models), family.kohya)
@@ -244,7 +247,7 @@ def test_kohya_keys_are_the_golden_list(models):
     assert all(float(state[name]) == 2.0 for name in state if name.endswith(".alpha"))
 
 
-@pytest.mark.parametrize("models", FAMILIES, indirect=True)
+@pytest.mark.parametrize("models", UNETS, indirect=True)
 def test_from_diffusers_undoes_to_diffusers(models):
     family, models = models
     weights = random_weights(family, models)

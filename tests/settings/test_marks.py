@@ -36,7 +36,12 @@ def test_the_settings_without_a_result_are_these():
         "prior": ("store", "batch"),
         "identifier": ("registry",),
     }
-    assert without_result(RunConfig) == {**sections, **{name: dict.fromkeys(own, True) for name, own in keys.items()}}
+    at_default = {"model": ("dtype",), "objective": ("shift",)}
+    told = loads("", "x", ["model.dtype=bf16", "objective.shift=3"])
+    assert without_result(told) == {**sections, **{name: dict.fromkeys(own, True) for name, own in keys.items()}}
+    both = {name: (*keys.get(name, ()), *at_default.get(name, ())) for name in {**keys, **at_default}}
+    plain = {**sections, **{name: dict.fromkeys(own, True) for name, own in both.items()}}
+    assert without_result(RunConfig()) == plain
 
 
 def test_every_place_is_anchored_and_nothing_else(tmp_path, monkeypatch):

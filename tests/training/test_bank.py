@@ -148,7 +148,7 @@ def test_cached_mirror_images_are_encoded_mirror_images():
 
     models = load_models(FAMILIES["sd"], ModelConfig(path=str(sd_folder())))
     made = bank(priors=False, flip=True)
-    made.cache(Role.INSTANCE, models.vae, "cpu")
+    made.cache(Role.INSTANCE, FAMILIES["sd"].codec, models.vae, "cpu")
     array = square(open_photo(made.items[Role.INSTANCE][1].sample.image), 32)
     with torch.no_grad():
         want = encode_images(models.vae, torch.stack([to_pixels(array), to_pixels(flip(array))]))

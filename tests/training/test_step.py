@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from dbtrain.models.family import Family, Models
+from dbtrain.models.family import Models
 from dbtrain.objective.noise import discrete_schedule, flow_schedule
 from dbtrain.randomness import Purpose, normals, stream_key, uniforms
 from dbtrain.settings.config import ObjectiveConfig, PriorConfig, RunConfig, TrainConfig
 from dbtrain.training.step import TrainingStep
 from dbtrain.values import Batch, Conditioning, Role
+from tests.kit.fake_family import fake_family
 
 KEY = stream_key(7, "rex")
 BATCH, LAMBDA, GAMMA, STEP = 4, 0.625, 0.5, 10  # batch and lambda are exact in float32, where the step multiplies them
@@ -47,7 +48,7 @@ def encode_tokens(encoders, tokens):
     return Conditioning(encoders["text_encoder"](tokens[0]))
 
 
-FAMILY = Family("fake", "", "unet", ("text_encoder",), encode_tokens, denoise)
+FAMILY = fake_family(encode_tokens=encode_tokens, denoise=denoise, text_encoders=("text_encoder",))
 ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
 
 
