@@ -83,8 +83,6 @@ COVERED = {
     "dbtrain/families/*.py": "tests/contracts/test_family.py",
     "dbtrain/models/adapter_names.py": "tests/models/test_adapters.py",
     "dbtrain/models/architectures.py": "tests/bench/test_operators.py",
-    "dbtrain/models/family.py": "tests/contracts/test_family.py",
-    "dbtrain/models/load.py": "tests/contracts/test_family.py",
     "dbtrain/models/pipelines.py": "tests/contracts/test_family.py",
     "dbtrain/models/schedules.py": "tests/contracts/test_family.py",
     "dbtrain/models/unet.py": "tests/contracts/test_family.py",
