@@ -107,10 +107,10 @@ def test_a_failed_subject_is_4_and_the_others_are_printed(job, tmp_path, monkeyp
 
     finish = train.train_subject
 
-    def fail_one(session, subject):
+    def fail_one(base, work, watch, subject):
         if subject.id == "rex":
             return train.EngineError("step 1: the loss is nan")
-        return finish(session, subject)
+        return finish(base, work, watch, subject)
 
     monkeypatch.setattr(train, "train_subject", fail_one)
     result = run("train", *job[1], "--subjects", "all", "--out", job[0] / "out", "--quiet")
