@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUBJECT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-"""What a subject id may look like: it becomes a folder name and part of shard keys."""
+"""What a subject's id may look like. The id becomes the name of a folder and a part of shard keys."""
 
 
 class Role(IntEnum):
@@ -60,24 +60,25 @@ class Sample:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Base of the values made of tensors: moves and indexes all of them together; absent ones stay None."""
+    """Base of the values made of tensors: all of them are moved and indexed together; absent ones stay None."""
 
     def to(self, *args, **kwargs):
         """The same value with every tensor moved or cast as `Tensor.to` does."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
     def __getitem__(self, index):
         """The rows of every tensor at an index."""
-        return self._map(lambda tensor: tensor[index])
+        return self.map(lambda tensor: tensor[index])
 
-    def _map(self, function):
+    def map(self, function):
+        """The same value with a function applied to every tensor."""
         present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return replace(self, **{name: function(value) for name, value in present.items()})
 
 
 @dataclass(frozen=True)
 class Conditioning(Tensors):
-    """What a denoiser is told about the caption. Only a `Family` makes one.
+    """The encoded caption that a denoiser takes. Only a `Family` makes one.
 
     states_BTD: token states. pooled_BD: a pooled text embedding (SDXL), or None.
     """

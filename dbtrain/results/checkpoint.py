@@ -23,9 +23,9 @@ STEP_FOLDER = re.compile(r"step-[0-9]{8}")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: the engine's state after `step` steps, and whose it is.
+    """What a checkpoint holds: the engine's state after `step` steps, and the digest `run` of the training.
 
-    average: the photos' error that `train.stop_loss` looks at, where an engine keeps it.
+    average: the running mean of the photos' error, which `train.stop_loss` is compared with; 0 where none is kept.
     """
 
     step: int
@@ -35,7 +35,7 @@ class Checkpoint:
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """The folder written, whole or not at all; afterwards only the `keep` newest good ones remain."""
+    """The folder of the checkpoint, written whole or not at all. Only the `keep` newest good checkpoints remain."""
     from safetensors.torch import save_file
 
     root.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def latest_checkpoint(root: Path, run: str) -> tuple[Path | None, list[str]]:
-    """The folder of the newest checkpoint that verifies, or None, and a line for every newer one that did not.
+    """(folder of the newest checkpoint that verifies or None, one line for every newer one that does not).
 
     Raises DataError for a good checkpoint of another run: resuming from it would mix two trainings.
     """
@@ -67,7 +67,7 @@ def latest_checkpoint(root: Path, run: str) -> tuple[Path | None, list[str]]:
 
 
 def named_checkpoint(root: Path, name: str, run: str) -> Path:
-    """The checkpoint that a user asked for by its folder's name; DataError if it is missing, damaged or foreign."""
+    """The checkpoint of a folder's name. Raises DataError if it is missing, damaged or of another run."""
     there = ", ".join(folder.name for folder in _folders(root)) or "none"
     if not (root / name).is_dir():
         raise DataError(f"checkpoint.resume: {root / name} does not exist (there are: {there}); correct the name")
@@ -78,18 +78,18 @@ def named_checkpoint(root: Path, name: str, run: str) -> Path:
 
 
 def _own(folder: Path, run: str) -> Path:
-    """A verified checkpoint's folder; DataError if it is another run's."""
-    found = str(_about(folder).get("run"))
-    if found != run:
+    """A verified checkpoint's folder. Raises DataError if it belongs to another run."""
+    owner = str(_about(folder).get("run"))
+    if owner != run:
         raise DataError(
-            f"{folder}: belongs to a run with other settings or data (run {found[:12]}, "
+            f"{folder}: belongs to a run with other settings or data (run {owner[:12]}, "
             f"this one is {run[:12]}); use another --out, or delete the folder to start afresh"
         )
     return folder
 
 
 def verify_checkpoint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None; nothing is parsed before its digest has proved it."""
+    """What is wrong with a checkpoint's files, or None. No file is parsed before its digest is checked."""
     try:
         digests = json.loads((folder / MANIFEST).read_text())
         if not isinstance(digests, dict) or digests.keys() != {STATE, ABOUT}:
@@ -125,17 +125,19 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def _folders(root: Path) -> list[Path]:
-    found = [path for path in root.iterdir() if STEP_FOLDER.fullmatch(path.name)] if root.is_dir() else []
-    return sorted(found, reverse=True)
+    folders = [path for path in root.iterdir() if STEP_FOLDER.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(folders, reverse=True)
 
 
 def tidy_checkpoints(root: Path, keep: int) -> None:
-    """Nothing; afterwards there are no remains of a killed writer, and no checkpoint older than the `keep` newest good
-    ones. Damaged ones do not count, so that the last good one is never deleted."""
+    """Remove the remains of killed writers, and every checkpoint older than the `keep` newest good ones.
+
+    Damaged checkpoints do not count, so that the last good one is never deleted.
+    """
     good = 0
     for folder in _folders(root):
         if good >= keep:
-            # Out of sight first: a deletion that is killed leaves no half checkpoint under a real name.
+            # Renamed first, so that a killed deletion leaves no half checkpoint under a real name.
             os.rename(folder, hidden(folder))
         else:
             good += verify_checkpoint(folder) is None

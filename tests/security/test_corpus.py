@@ -31,7 +31,7 @@ from dbtrain.results.checkpoint import latest_checkpoint
 from dbtrain.results.publish import read_lora
 from dbtrain.settings.config import ModelConfig
 from dbtrain.settings.recipes import load, loads
-from dbtrain.storage.kept_tensors import proved_tensor
+from dbtrain.storage.kept_tensors import kept_tensor
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.subjects.registry import read_registry
 from tests.kit.main_job import sd_folder
@@ -121,7 +121,7 @@ def test_a_pickle_in_a_prior_store_is_named_and_not_opened():
         for name in ("x/key.json", "x/latents/a.json", "x/latents/a.safetensors"):
             Path("store", name).write_bytes(content)
         assert len(store_damage(Path("store"))) == 2
-    made = proved_tensor(folder, {}, lambda: torch.ones(2))
+    made = kept_tensor(folder, {}, lambda: torch.ones(2))
     assert torch.equal(made, torch.ones(2))
 
 
