@@ -23,5 +23,13 @@ class Rows(Mapping[str, Any]):
         return len(self.places)
 
 
-FAMILIES = Rows({"sd": "sd:SD", "sdxl": "sdxl:SDXL", "sd3": "sd3:SD3", "flux": "flux:FLUX"})
+FAMILIES = Rows(
+    {
+        "sd": "sd:SD",
+        "sdxl": "sdxl:SDXL",
+        "sd3": "sd3:SD3",
+        "flux": "flux:FLUX",
+        "flux2_klein": "flux2_klein:FLUX2_KLEIN",
+    }
+)
 """A `models.family.Family` for each architecture, by the name used in `model.family`."""

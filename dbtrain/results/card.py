@@ -87,4 +87,4 @@ def python_snippet(record: Mapping[str, Any], folder: str, image: str) -> str:
     lora = [] if record.get("method") == "full" else [f"pipe.load_lora_weights({folder!r})"]
     caption = str(record.get("caption"))
     lines = [f"from diffusers import {kind}", *imports, "", f"pipe = {source}", *lora]
-    return "\n".join([*lines, f"pipe({caption!r}).images[0].save({image!r})"])
+    return "\n".join([*lines, f"pipe(prompt={caption!r}).images[0].save({image!r})"])

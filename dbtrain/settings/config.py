@@ -36,7 +36,7 @@ class ModelConfig(Section):
 
     family: Annotated[str, OneOf(FAMILIES)] = "sd"
     """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL, `sd3` is
-    Stable Diffusion 3 and 3.5, `flux` is FLUX.1."""
+    Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2 klein."""
     path: Annotated[str, Field(min_length=1), Mark.NO_RESULT, Mark.PATH_OR_NAME] = "embedded"
     """Diffusers folder, hub id, single-file .safetensors, or `embedded` for the small base that ships with dbtrain."""
     revision: Annotated[str | None, Mark.NO_RESULT] = None
