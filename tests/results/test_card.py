@@ -58,7 +58,7 @@ def test_the_cards_code_runs(tmp_path, monkeypatch, model_folders):
     body = card_of(tmp_path, {**PUBLISHED, "base": str(model_folders["sd"])})[1]
     code = body.split("```python\n", 1)[1].split("\n```", 1)[0]
     monkeypatch.chdir(tmp_path)
-    exec(code.replace("pipe(", "pipe(num_inference_steps=1, height=32, width=32, prompt="), {})
+    exec(code.replace("pipe(", "pipe(num_inference_steps=1, height=32, width=32, "), {})
     assert Image.open(tmp_path / "sample.png").size == (32, 32)
 
 
