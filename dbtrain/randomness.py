@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     CROP = 7
     ADAPTER = 8
     STRATUM = 9
+    # Reserved, without a user: a number that was given out is never given another meaning, for results depend on it.
     AUGMENT = 10
 
 

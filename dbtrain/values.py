@@ -1,7 +1,10 @@
 """The values that cross module borders.
 
-Legend of shape letters, used as name suffixes: B samples, C channels, H height, W width, T tokens, D features,
-N stacked subjects, R rank, S schedule steps. Pixels are RGB in [-1, 1]; latents are in the model's own scale.
+Legend of shape letters, used as name suffixes: B samples, C channels, H height, W width, T or L tokens,
+D features, O output features, N stacked subjects, R rank (in `error_NR`: roles), S steps of the noise schedule (in
+`rates_GNS`: of training), G groups of parameters, P parameters of a subject in a group, V measured values. h and w are
+the sides of latents. In `evaluate/`, N counts images, M photos, K values of an image, L layers, P patches.
+Pixels are RGB in [-1, 1]; latents are in the model's own scale.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Model families: one file an architecture, with everything that dbtrain knows of it, and a name in this table."""
+"""Model families: one file an architecture, and a row in this table.
+
+A file holds what dbtrain knows of its architecture alone. What several share is in `flow.py` and `dbtrain.models.unet`.
+"""
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module

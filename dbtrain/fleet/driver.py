@@ -1,8 +1,8 @@
 """The driver: gives waiting subjects to idle workers and enters what becomes of them, until nothing is left to do.
 
-The driver alone writes the ledger. An order and a result are in the ledger before anything follows from them, so the
-driver may be killed at any moment: the same command goes on. One loop, no threads: schedule -> wait for messages ->
-one commit -> again.
+While a driver is alive, only it writes the ledger. An order and a result are in the ledger before anything follows from
+them, so the driver may be killed at any moment: the same command goes on. One loop, no threads: schedule -> wait for
+messages -> one commit -> again.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Driver:
         self.cramped = False
         self.stopping: str | None = None
         self.disk: str | None = None
-        """Why the disk or the share takes no more, which ends the run; None while it does."""
+        """The disk error that ends the run; None while writes succeed."""
         self.refused: set[int] = set()
         self.unplaced = 0
 

@@ -1,4 +1,4 @@
-"""The ledger: what became of every subject of a run, in SQLite on a local disk, written by one driver.
+"""The ledger: what became of every subject of a run, in SQLite on a local disk, written by the lease's holder.
 
 A subject's state changes by compare-and-set on (state, attempt): a late message of an attempt that was given up changes
 nothing, so each subject finishes once. Commits are durable (WAL, synchronous=FULL), many changes to one commit.
@@ -137,7 +137,7 @@ class Ledger:
         self.db.executemany(row, left_out)
 
     def same_base(self, digest: str) -> bool:
-        """Whether this is the base of the run so far; the first digest that is given is."""
+        """Whether the digest equals the run's; the first one is stored."""
         self.db.execute("UPDATE run SET base_digest=? WHERE base_digest IS NULL", (digest,))
         return self._value("SELECT base_digest FROM run") == digest
 

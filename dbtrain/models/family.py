@@ -172,7 +172,7 @@ def refuse_impossible(family: Family, config: RunConfig) -> None:
         ),
         (
             train.text_encoder and not family.trains_text,
-            f"train.text_encoder: diffusers loads no adapter of {family.name}'s T5; set it to false",
+            f"train.text_encoder: diffusers loads no adapter of some text encoder of {family.name}; set it to false",
         ),
         (
             side % multiple != 0,

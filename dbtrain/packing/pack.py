@@ -57,7 +57,8 @@ class Observed:
 
 
 class Pack:
-    """N rows for subjects. Ranks may differ up to `rank`, step counts up to `steps`. example: captions of any one."""
+    """N rows for subjects. Ranks may differ up to `rank`, step counts up to `steps`. example: captions of any
+    subject, used for shapes only."""
 
     def __init__(
         self,
@@ -183,7 +184,7 @@ class Pack:
 def make_pack(base: Base, configs: Sequence[RunConfig], size: int) -> Pack:
     """An empty pack that the subjects with these settings fit in.
 
-    It is as wide as the widest of them, whichever sit in it, so that the same subjects give the same bits.
+    Its rank is the largest of all these subjects, so results do not depend on which train together.
     """
     rank, steps = (max(values) for values in zip(*((c.lora.rank, c.train.steps) for c in configs)))
     captions = captions_of(base.family, base.models, base.settings, [""], base.world.device)

@@ -77,7 +77,7 @@ def _instances(base: Base, work: Work, subject: Subject, config: RunConfig) -> t
 class Job:
     """One subject's training. config: the run's settings with the subject's own. run: `identity.run_digest`.
 
-    chosen: the checkpoint to go on from; None is a fresh start. fence: keeps others from the subject while it is open.
+    chosen: the checkpoint to go on from; None is a fresh start. fence: holds the lock on the subject's folder.
     """
 
     base: Base
@@ -91,7 +91,7 @@ class Job:
     fence: ExitStack
 
     def close(self) -> None:
-        """Let others train the subject."""
+        """Release the lock on the subject's folder."""
         self.fence.close()
 
     @property

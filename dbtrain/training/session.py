@@ -78,7 +78,7 @@ class Base:
         return cls(world, family, _load_models(settings, world), settings, PriorCache(classes))
 
     def reload(self) -> None:
-        """Load the models anew, in place of what became of them."""
+        """Reload the models, replacing the trained ones."""
         vars(self.models).update(vars(_load_models(self.settings, self.world)))
 
     def restore(self) -> None:
@@ -166,7 +166,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Watch:
-    """Who follows the work and may end it.
+    """Output, heartbeat, stop request and clock of a run.
 
     quiet: print nothing. beat: called with the name of every stage and at every step, to show that this process is
     alive. opened: called by the first rank when a subject's settings and data are sound and there is work to do for it.
