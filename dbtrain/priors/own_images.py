@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,20 +23,24 @@ from dbtrain.priors.store import (
 )
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import held
+from dbtrain.subjects.finding import notes, refuse
 from dbtrain.subjects.manifest import subject_from_folder
 from dbtrain.subjects.preflight import preflight
 from dbtrain.subjects.sharding import photo_samples
 
 
-def import_images(folder: Path, class_noun: str, store: Path, config: RunConfig) -> tuple[int, int]:
+def import_images(
+    folder: Path, class_noun: str, store: Path, config: RunConfig, say: Callable[[str], object] = lambda line: None
+) -> tuple[int, int]:
     """(images brought in, images of the class now there); photos that are there already are passed over.
 
-    The photos are checked as a subject's are; nothing is written if one of them is bad.
+    The photos are checked as a subject's are; nothing is written if one of them is bad. say: gets a line for each note.
     """
-    subject = subject_from_folder(folder, class_noun)
+    subject = subject_from_folder(folder, class_noun, say)
     findings = preflight([subject], config)
-    if findings:
-        raise DataError("\n".join(finding.line() for finding in findings))
+    for note in notes(findings):
+        say(f"note: {note.line()}")
+    refuse(findings)
     key = imported_key(config, subject.class_noun)
     place = store / key.name
     with held(place / ".import.lock") as ours:
@@ -50,7 +55,7 @@ def import_images(folder: Path, class_noun: str, store: Path, config: RunConfig)
         left = new
         while left:
             block = _free_block(place, len(left))
-            photos = photo_samples([replace(subject, images=tuple(left[: len(block)]))], config.data.resolution)
+            photos = photo_samples([replace(subject, images=tuple(left[: len(block)]))], config.data)
             samples = (prior_sample(key, number, one.image, one.extension, one.meta)
                        for number, one in zip(block, photos))  # fmt: skip
             write_shards(samples, block_folder(place, block))

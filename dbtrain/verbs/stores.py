@@ -177,7 +177,7 @@ def prior_import(
     from dbtrain.priors.own_images import import_images
     from dbtrain.settings import recipes
 
-    new, there = import_images(folder, class_noun, out, recipes.load(recipe, overrides or ()))
+    new, there = import_images(folder, class_noun, out, recipes.load(recipe, overrides or ()), typer.echo)
     typer.echo(f"{class_noun}: {new} images imported, {there} in the store; set prior.images to {there} or less")
 
 

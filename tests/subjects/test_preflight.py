@@ -9,12 +9,17 @@ import pytest
 from dbtrain.models.load import load_tokenizer
 from dbtrain.settings.config import RunConfig
 from dbtrain.subjects.manifest import read_manifest
-from dbtrain.subjects.preflight import preflight
+from dbtrain.subjects.preflight import preflight, sift
 from dbtrain.subjects.registry import recorded_identifiers
 from dbtrain.values import Subject
 from tests.kit.made_photos import picture, png
 
-CONFIG = RunConfig()
+CONFIG = RunConfig.model_validate({"data": {"resolution": 32}})
+
+
+def small(settings):
+    """Settings at the resolution of the photos here."""
+    return RunConfig.model_validate({**settings, "data": {**settings.get("data", {}), "resolution": 32}})
 
 
 def test_sound_subjects_have_no_findings_even_with_one_photo(photo_folder):
@@ -78,7 +83,7 @@ def test_every_field_is_judged_under_the_runs_settings(photo_folder, tokenizer, 
     photos = (photo_folder / "cat" / "p1.png",)
     sound = Subject("rex", "cat", photos, steps=101, identifier="sks")
     bad = Subject(**{"id": "a", "class_noun": "cat", "images": photos, **fields})
-    (found,) = preflight([sound, bad], RunConfig.model_validate(settings), tokenizer)
+    (found,) = preflight([sound, bad], small(settings), tokenizer)
     assert (found.subject, found.file) == ("a", place)
     assert what in found.what and found.remedy
     asked = {name: value for name, value in fields.items() if name in ("rank", "steps", "prior_weight")}
@@ -90,11 +95,37 @@ def test_identifiers_that_others_were_given_are_found(tmp_path, tokenizer):
     given = recorded_identifiers(registry, tokenizer, [Subject("rex", "cat", ())])["rex"]
     asking = [Subject("tom", "cat", (), identifier=given)]
     assert preflight(asking, CONFIG, tokenizer) == []
-    configured = RunConfig.model_validate({"identifier": {"registry": str(registry)}})
+    configured = small({"identifier": {"registry": str(registry)}})
     for found in (preflight(asking, CONFIG, tokenizer, registry), preflight(asking, configured, tokenizer)):
         assert [one.subject for one in found] == ["tom"]
         assert f"identifier {given!r} was given to subject rex" in found[0].what
     assert preflight([Subject("rex", "cat", (), identifier=given)], CONFIG, tokenizer, registry) == []
+
+
+def test_photos_far_below_the_resolution_are_one_note_a_subject(photo_folder):
+    cat = Subject("cat", "cat", tuple(sorted((photo_folder / "cat").iterdir())))
+    large = photo_folder / "large.png"
+    large.write_bytes(png(picture(100, 80)))
+    (note,) = preflight([cat, Subject("b", "cat", (large,))], RunConfig.model_validate({"data": {"resolution": 80}}))
+    assert note.note and note.subject == "cat" and "short side of 40 px (and 2 more are too small)" in note.what
+    subjects, findings = sift([cat], [], RunConfig())
+    assert subjects == [cat] and len(findings) == 1
+
+
+def test_captions_of_photos_that_are_too_long_are_a_note(photo_folder, tokenizer):
+    photos = tuple(sorted((photo_folder / "cat").iterdir()))
+    cat = Subject("cat", "cat", photos, captions=("", "{subject}", "{subject} " + "very " * 80))
+    (note,) = preflight([cat], CONFIG, tokenizer)
+    assert note.note and note.file == "captions" and "30 are read" in note.what and "has 162 tokens" in note.what
+
+
+def test_the_cap_is_a_setting_and_a_profile_that_is_none_is_a_note(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(picture(1100, 1000), icc_profile=b"none" * 50))
+    subject = Subject("a", "cat", (tmp_path / "a.png",))
+    (note,) = preflight([subject], CONFIG)
+    assert note.note and "colour profile cannot be used" in note.what
+    (found,) = preflight([subject], RunConfig.model_validate({"data": {"max_pixels": 1_000_000, "resolution": 32}}))
+    assert not found.note and "the cap is 1 million" in found.what and "data.max_pixels" in found.remedy
 
 
 def test_memory_stays_flat(tmp_path: Path):
