@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     ADAPTER = 8
     STRATUM = 9
     AUGMENT = 10
+    CAPTION = 11
 
 
 def stream_key(seed: int, subject: str, *names: object) -> tuple[int, int]:

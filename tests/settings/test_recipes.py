@@ -235,7 +235,7 @@ def test_no_text_breaks_the_reader(text, overrides):
 @pytest.mark.parametrize(
     ("key", "text", "value"),
     [("train.steps", "1e3", 1000), ("seed", "2e9", 2 * 10**9),
-     ("data.resolution", "512.0", 512), ("train.micro_batch", "1.0", 1)],  # fmt: skip
+     ("data.resolution", "512.0", 512), ("train.micro_batch", "1.0", 1)],
 )
 def test_whole_is_whole_however_it_is_written(key, text, value):
     section, _, name = key.rpartition(".")
