@@ -13,7 +13,7 @@ from dbtrain.errors import DataError, named
 from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.subjects.columns import COLUMNS
 from dbtrain.subjects.finding import Finding, defects
-from dbtrain.subjects.identifiers import meanings
+from dbtrain.subjects.identifiers import remarks, same_tokens
 from dbtrain.subjects.prompts import fill
 from dbtrain.subjects.registry import read_registry, taken_identifiers, vocabulary_digest
 from dbtrain.values import Subject
@@ -97,12 +97,18 @@ def _captions(subjects: Sequence[Subject], config: RunConfig, tokenizer: Any) ->
 def _identifiers(
     subjects: Sequence[Subject], config: RunConfig, tokenizer: Any, registry: Path | None
 ) -> Iterator[Finding]:
-    """Identifiers that have a meaning of their own, or that were given to another subject."""
-    reasons = meanings(tokenizer, (subject.identifier for subject in subjects if subject.identifier))
+    """Notes on identifiers that a user chose and that are not good, and those that were given to another subject."""
+    asked = [subject.identifier for subject in subjects if subject.identifier]
+    reasons = remarks(tokenizer, asked)
+    doubles = {later: first for first, later in same_tokens(tokenizer, asked)}
     for subject in subjects:
-        if subject.identifier in reasons:
-            what = f"{reasons[subject.identifier]}; the model would mix it with the subject"
-            yield Finding(subject.id, "identifier", what, "see `dbtrain identifiers`, or leave it empty")
+        name = subject.identifier
+        if name in reasons:
+            remedy = "it is used as it is; `dbtrain identifiers` lists rarer ones"
+            yield Finding(subject.id, "identifier", reasons[name], remedy, note=True)
+        if name in doubles:
+            what = f"{name!r} is read as the same tokens as {doubles[name]!r} of another subject"
+            yield Finding(subject.id, "identifier", what, "choose another, unless they share it on purpose", note=True)
     registry = registry or (Path(config.identifier.registry) if config.identifier.registry else None)
     if registry is not None:
         yield from taken_identifiers(registry, subjects, read_registry(registry, vocabulary_digest(tokenizer)))

@@ -8,6 +8,7 @@ import pytest
 
 from dbtrain.models.load import load_tokenizer
 from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.identifiers import candidates
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.subjects.preflight import preflight, sift
 from dbtrain.subjects.registry import recorded_identifiers
@@ -67,9 +68,6 @@ FIELDS = [
     ("prior_weight", NO_IMAGES, {"prior_weight": 0.5}, "prior.images is 0"),
     ("caption", {}, {"caption": "{identifier} " + "very " * 80}, "tokens, 30 are read"),
     ("class", LONG_CLASS, {"class_noun": "very " * 30}, "makes a caption of"),
-    ("identifier", {}, {"identifier": "dog"}, "'dog' is a word; the model would mix it with the subject"),
-    ("identifier", {}, {"identifier": "Dog"}, "is a word"),
-    ("identifier", {}, {"identifier": "elephant"}, "is one token of more than 3 characters"),
 ]
 
 
@@ -88,6 +86,32 @@ def test_every_field_is_judged_under_the_runs_settings(photo_folder, tokenizer, 
     assert what in found.what and found.remedy
     asked = {name: value for name, value in fields.items() if name in ("rank", "steps", "prior_weight")}
     assert preflight([Subject("a", "cat", photos, **asked)], CONFIG, tokenizer) == []
+
+
+@pytest.mark.parametrize(
+    ("identifier", "part"),
+    [
+        ("dog", "'dog' has a meaning: 'dog' is a word"),
+        ("Dog", "is a word"),
+        ("elephant", "is one token of more than 3 characters"),
+        ("alex_v2", "splits into common letters"),
+        ("<s1>", "splits into common letters"),
+        ("[V]", "splits into common letters"),
+    ],
+)
+def test_an_identifier_that_a_user_chose_is_a_note_at_most(photo_folder, tokenizer, identifier, part):
+    subject = Subject("a", "cat", (photo_folder / "cat" / "p1.png",), identifier=identifier)
+    subjects, (note,) = sift([subject], [], CONFIG, tokenizer)
+    assert subjects == [subject] and note.note and note.file == "identifier" and part in note.what
+
+
+def test_two_spellings_of_one_token_are_said(photo_folder, tokenizer):
+    photos = (photo_folder / "cat" / "p1.png",)
+    good = candidates(tokenizer)[0].text
+    members = [Subject("a", "cat", photos, identifier=good), Subject("b", "cat", photos, identifier=good.upper()),
+               Subject("c", "cat", photos, identifier=good)]  # fmt: skip
+    (note,) = preflight(members, CONFIG, tokenizer)
+    assert (note.subject, note.note) == ("b", True) and f"the same tokens as {good!r}" in note.what
 
 
 def test_identifiers_that_others_were_given_are_found(tmp_path, tokenizer):
