@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dbtrain.errors import DataError
+from dbtrain.errors import ConfigError, DataError
 from dbtrain.verbs.options import Json, Overrides, Recipe, SkipBad, print_json, stop_at_once
 
 
@@ -71,6 +71,36 @@ def shard_make(
     config = recipes.load(recipe, overrides or ())
     subjects, findings = scan_manifest(manifest, config.data.shards is None)
     shard_subjects(subjects, findings, out, config, typer.echo, skip_bad)
+
+
+@shard_app.command("index")
+def shard_index(
+    tars: Annotated[list[Path], typer.Argument(metavar="TAR...", help="Tars with members such as 1.jpg and 1.txt.")],
+    subject: Annotated[str, typer.Option(help="Id of the subject that their photos show.")],
+    class_noun: Annotated[str, typer.Option("--class", help="Class noun, such as dog.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    recipe: Recipe,
+) -> None:
+    """Write the photos and captions of tars made elsewhere as shards with an index; use them as data.shards.
+
+    \b
+    Example:
+      dbtrain shard index rex-*.tar --subject rex --class dog --out shards --config sd15_lora
+    """
+    stop_at_once()
+    from dbtrain.data.shards import write_shards
+    from dbtrain.settings import recipes
+    from dbtrain.subjects.columns import check_class
+    from dbtrain.subjects.finding import CellError
+    from dbtrain.subjects.tars import tar_samples
+
+    try:
+        noun = check_class(class_noun, out)
+    except CellError as bad:
+        raise ConfigError(f"--class: {bad.args[0]}, want {bad.args[1]}; {bad.args[2]}") from bad
+    config = recipes.load(recipe)
+    index = write_shards(tar_samples(tars, subject, noun, config.data, typer.echo), out)
+    typer.echo(f"{out}: {len(index.entries)} samples of {subject} in {len(index.shards)} shards")
 
 
 @shard_app.command("verify")
