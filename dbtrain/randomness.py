@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     STRATUM = 9
     # Reserved, without a user: a number that was given out is never given another meaning, for results depend on it.
     AUGMENT = 10
+    CAPTION = 11
 
 
 def stream_key(seed: int, subject: str, *names: object) -> tuple[int, int]:

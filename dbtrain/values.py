@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SUBJECT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """What a subject's id may look like. The id becomes the name of a folder and a part of shard keys."""
 
+OWN = "own_caption"
+"""Name in `Sample.meta` that is True where the caption is the photo's own, and not its subject's."""
+
 
 class Role(IntEnum):
     """What a sample is for: the subject itself, or its class (prior preservation)."""
@@ -33,13 +36,15 @@ class Role(IntEnum):
 class Subject:
     """One row of a manifest: a thing to learn. `images` are resolved photo paths in a fixed order.
 
-    Overrides are None where the run's configuration holds.
+    Overrides are None where the run's configuration holds. captions: a template for each photo, empty where `caption`
+    or the run's template holds; None where that is so for all of them.
     """
 
     id: str
     class_noun: str
     images: tuple[Path, ...]
     caption: str | None = None
+    captions: tuple[str, ...] | None = None
     identifier: str | None = None
     seed: int | None = None
     steps: int | None = None

@@ -18,7 +18,7 @@ import torch
 from dbtrain.data.prefetch import ahead
 from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested, first_line
 from dbtrain.models.adapters import only_row
-from dbtrain.packing.pack import Observed, Start, make_pack
+from dbtrain.packing.pack import Observed, Start, captions_room, make_pack
 from dbtrain.packing.seating import Seat, Seating
 from dbtrain.packing.size import measured_size
 from dbtrain.packing.writing import Writer
@@ -65,13 +65,14 @@ class PackedRun:
         self._refuse_mixed_priors()
         self._complete_priors()
         self.clock.lap("prior")
+        room = captions_room(self.work.index, (subject.id for subject in subjects), self.base.settings.data)
         if packed.size == "auto":
-            self.size = measured_size(self.base, self.watch, self.configs, len(subjects))
+            self.size = measured_size(self.base, self.watch, self.configs, len(subjects), room)
         else:
             self.size = packed.size
         with ExitStack() as ends:
             ends.callback(self.base.restore)
-            self.pack = make_pack(self.base, self.configs, self.size)
+            self.pack = make_pack(self.base, self.configs, self.size, room)
             self.seating = Seating(self.pack)
             ends.callback(self.seating.close)
             self.writer = Writer(2 * self.size, self.finished)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,20 +23,25 @@ from dbtrain.priors.store import (
 )
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import held
+from dbtrain.subjects.finding import notes, refuse
 from dbtrain.subjects.manifest import subject_from_folder
 from dbtrain.subjects.preflight import preflight
 from dbtrain.subjects.sharding import photo_samples
 
 
-def import_images(folder: Path, class_noun: str, store: Path, config: RunConfig) -> tuple[int, int]:
+def import_images(
+    folder: Path, class_noun: str, store: Path, config: RunConfig, say: Callable[[str], object] = lambda line: None
+) -> tuple[int, int]:
     """(images imported now, images of the class in the store). Photos that the store already has are passed over.
 
     The photos are checked like those of a subject. If one of them is bad, DataError is raised and nothing is written.
+    say: gets a line for each note.
     """
-    subject = subject_from_folder(folder, class_noun)
+    subject = subject_from_folder(folder, class_noun, say)
     findings = preflight([subject], config)
-    if findings:
-        raise DataError("\n".join(finding.line() for finding in findings))
+    for note in notes(findings):
+        say(f"note: {note.line()}")
+    refuse(findings)
     key = imported_key(config, subject.class_noun)
     place = store / key.name
     with held(place / ".import.lock") as ours:
@@ -50,7 +56,7 @@ def import_images(folder: Path, class_noun: str, store: Path, config: RunConfig)
         left = new
         while left:
             block = _free_block(place, len(left))
-            photos = photo_samples([replace(subject, images=tuple(left[: len(block)]))], config.data.resolution)
+            photos = photo_samples([replace(subject, images=tuple(left[: len(block)]))], config.data)
             samples = (prior_sample(key, number, photo.image, photo.extension, photo.meta)
                        for number, photo in zip(block, photos))  # fmt: skip
             write_shards(samples, block_folder(place, block))

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from dbtrain.errors import ConfigError
 from dbtrain.settings import yaml12
-from dbtrain.settings.config import RunConfig, cross_field_findings
+from dbtrain.settings.config import RunConfig
+from dbtrain.settings.rules import cross_field_findings
 
 MAX_BYTES = 65_536
 """Largest settings file; the largest recipe is 2 KB, and PyYAML needs a second for this much."""
@@ -153,13 +154,21 @@ def _value(node: yaml.Node, key: str, draft: _Draft, name: str) -> Any:
         return tuple(_value(item, key, draft, name) for item in node.value)
     kind = node.tag.removeprefix(yaml12.CORE)
     try:
-        return yaml12.SCALARS[kind](node.value)
+        return _whole(yaml12.SCALARS[kind](node.value), key)
     except KeyError:
         problem = f"the tag {node.tag} is not allowed; write a plain value"
     except ValueError:
         problem = f"got {_show(node.value)}, which is not a readable {kind}"
     draft.findings.append(f"{name}:{_line(node)}: {key or 'value'}: {problem}")
     return None
+
+
+def _whole(value: Any, key: str) -> Any:
+    """The value; an integer where it is a whole number such as 1e3 and the setting takes integers alone."""
+    part = known_keys().get(key, {})
+    kinds = {option.get("type") for option in part.get("anyOf", [part])}
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if whole and "integer" in kinds and "number" not in kinds else value
 
 
 def _mapping(node: yaml.MappingNode, prefix: str, draft: _Draft, name: str) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from dbtrain.data.stream import SKIPPED, verify
 from dbtrain.errors import DataError
 from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.storage.atomic import write_file
-from dbtrain.subjects.finding import Finding, refuse
+from dbtrain.subjects.finding import Finding, defects, notes, refuse
 from dbtrain.subjects.preflight import sift
-from dbtrain.values import Role, Sample, Subject
+from dbtrain.values import OWN, Role, Sample, Subject
 
 
 def shard_subjects(
@@ -39,15 +39,18 @@ def shard_subjects(
     subjects with findings are left out instead: `say` gets a line for each, and `skipped.json` the reasons. Raises
     DataError too where `out` was made from other input.
     """
-    out, resolution = Path(out), config.data.resolution
+    out = Path(out)
     ready = config.data.shards is not None
     made = Index.load(out) if not ready and (out / INDEX_NAME).exists() and not (out / MARK).exists() else None
     photos = not ready and (made is None or skip_bad)
     subjects, findings = sift(subjects, findings, config, tokenizer, registry, photos)
+    for note in notes(findings):
+        say(f"note: {note.line()}")
+    findings = defects(findings)
     if ready:
         return _ready_made(config.data, subjects, findings, out, skip_bad, say)
     left_out = _left_out(findings, skip_bad and bool(subjects), say)
-    source = source_digest(subjects, resolution)
+    source = source_digest(subjects, config.data)
     if made is not None:
         damage = _repair_reason(made, source, out)
         if not damage:
@@ -55,7 +58,7 @@ def shard_subjects(
             say(f"{out}: is up to date, {len(made.entries)} samples of {len(made.subjects)} subjects; nothing to do")
             return made
         say("\n".join([*damage, f"{out}: is damaged; remaking it"]))
-    index = write_shards(photo_samples(subjects, resolution), out, source=source, remake=made is not None)
+    index = write_shards(photo_samples(subjects, config.data), out, source=source, remake=made is not None)
     _name_left_out(out, left_out)
     say(f"{out}: {len(index.entries)} samples of {len(subjects)} subjects in {len(index.shards)} shards")
     return index
@@ -98,47 +101,57 @@ def _left_out(findings: list[Finding], skip: bool, say: Callable[[str], None]) -
     return left_out
 
 
-def photo_samples(subjects: Sequence[Subject], resolution: int) -> Iterator[Sample]:
-    """The subjects' photos as samples to store, in their order.
+def photo_samples(subjects: Sequence[Subject], data: DataConfig) -> Iterator[Sample]:
+    """The subjects' photos as samples to store, in their order, as a run's settings want them.
 
     `meta` has the photo's file name, SHA-256 and upright size in pixels (`width`, `height`), and the class noun. An
-    empty caption means that the run's template holds.
+    empty caption means that the run's template holds. `meta[OWN]` is True where the caption is the photo's own.
     """
-    photos = ((subject, number, path) for subject in subjects for number, path in enumerate(subject.images))
-    return ahead(lambda photo: _photo_sample(*photo, resolution), photos)
+    photos = ((subject, number) for subject in subjects for number in range(len(subject.images)))
+    return ahead(lambda photo: _photo_sample(*photo, data), photos)
 
 
-def source_digest(subjects: list[Subject], resolution: int) -> str:
+def source_digest(subjects: list[Subject], data: DataConfig) -> str:
     """SHA-256 (hex) of everything that decides what shards hold: photos, ids, classes, captions, resolution, format."""
-    digest = hashlib.sha256(json.dumps([FORMAT, VERSION, resolution]).encode())
-    pairs = ((subject, path) for subject in subjects for path in subject.images)
+    about = [FORMAT, VERSION, data.resolution, *([] if data.srgb else ["srgb=false"])]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    pairs = ((subject, number) for subject in subjects for number in range(len(subject.images)))
     for line in ahead(_source_line, pairs):
         digest.update(line)
     return digest.hexdigest()
 
 
-def _source_line(pair: tuple[Subject, Path]) -> bytes:
-    subject, path = pair
+def _source_line(pair: tuple[Subject, int]) -> bytes:
+    subject, number = pair
+    path, own = subject.images[number], _own_caption(subject, number)
     photo = hashlib.sha256(read_photo(path)).hexdigest()
-    return json.dumps([subject.id, subject.class_noun, subject.caption, path.name, photo]).encode()
+    about = [subject.id, subject.class_noun, subject.caption, path.name, photo, *([own] if own else [])]
+    return json.dumps(about).encode()
 
 
-def _photo_sample(subject: Subject, number: int, path: Path, resolution: int) -> Sample:
+def _own_caption(subject: Subject, number: int) -> str:
+    """The caption of a subject's photo; empty where it has none of its own."""
+    return subject.captions[number] if subject.captions else ""
+
+
+def _photo_sample(subject: Subject, number: int, data: DataConfig) -> Sample:
+    path, own = subject.images[number], _own_caption(subject, number)
     content = read_photo(path)
     try:
-        image = open_photo(content)
+        image = open_photo(content, data.max_pixels, srgb=data.srgb)
     except DataError as error:
         raise DataError(f"{path}: {str(error).removeprefix('photo: ')}") from error
-    stored, extension = encode(shorten(image, resolution))
+    stored, extension = encode(shorten(image, data.resolution))
     meta = {
         "source": path.name,
         "source_sha256": hashlib.sha256(content).hexdigest(),
         "class": subject.class_noun,
         "width": image.width,
         "height": image.height,
+        **({OWN: True} if own else {}),
     }
     key = make_key(subject.id, Role.INSTANCE, number)
-    return Sample(key, subject.id, Role.INSTANCE, subject.caption or "", stored, extension, meta)
+    return Sample(key, subject.id, Role.INSTANCE, own or subject.caption or "", stored, extension, meta)
 
 
 def _name_left_out(out: Path, left_out: dict[str, list[str]]) -> None:

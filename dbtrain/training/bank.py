@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dbtrain.data.images import flip, open_photo, square, to_pixels
 from dbtrain.data.index import order
 from dbtrain.engines.world import together
-from dbtrain.errors import StopRequested
+from dbtrain.errors import ConfigError, DataError, StopRequested
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.models.load import base_digest
 from dbtrain.models.sampling import sampling_mode
@@ -27,7 +27,7 @@ from dbtrain.randomness import Purpose, stream_key, uniforms
 from dbtrain.settings.config import DataConfig, PriorConfig, RunConfig
 from dbtrain.subjects.prompts import fill
 from dbtrain.training.session import Base, ClassPriors, Watch, Work
-from dbtrain.values import Batch, Conditioning, Role, Sample, Subject
+from dbtrain.values import OWN, Batch, Conditioning, Role, Sample, Subject
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,15 @@ class Bank:
     """A subject's samples by role, drawn by (step, slot).
 
     moments: float32 [n, variants, 2C, h, w] by role on the device; empty where pixels are made each step; variant 1 is
-    the mirror image. texts: every distinct caption once.
+    the mirror image. texts: every distinct caption once, and the empty one where captions are dropped.
     """
 
     def __init__(self, items: dict[Role, list[Item]], data: DataConfig, seed: int, subject: str, batch: int):
         self.items, self.data, self.seed, self.subject, self.batch_size = items, data, seed, subject, batch
         self.key = stream_key(seed, subject)
         self.texts = list(dict.fromkeys(item.caption for role in items for item in items[role]))
+        if data.caption_dropout and "" not in self.texts:
+            self.texts.append("")
         self.moments: dict[Role, Tensor] = {}
         self.sizes = {
             role: torch.tensor([_size_ids(item.sample, data.resolution) for item in group], dtype=torch.float32)
@@ -91,7 +93,11 @@ class Bank:
             else torch.zeros(len(slot_B), dtype=torch.bool)
         )
         images, sizes = self._images(role, step, slot_B, pick_B, flip_B)
-        return Batch(images, self.caption_rows[role][pick_B], torch.full_like(slot_B, int(role)), slot_B, sizes)
+        caption_B = self.caption_rows[role][pick_B]
+        if self.data.caption_dropout and role == Role.INSTANCE:
+            dropped_B = uniforms(self.key, Purpose.CAPTION, step, slot_B) < self.data.caption_dropout
+            caption_B = torch.where(dropped_B, self.texts.index(""), caption_B)
+        return Batch(images, caption_B, torch.full_like(slot_B, int(role)), slot_B, sizes)
 
     def _images(self, role: Role, step: int, slot_B: Tensor, pick_B: Tensor, flip_B: Tensor) -> tuple[Tensor, Tensor]:
         if role in self.moments:
@@ -170,8 +176,7 @@ def fill_bank(
     """A subject's photos and its class's priors, with captions, encoded if latents are cached."""
     data = config.data
     identifier = work.identifiers[subject.id]
-    caption = fill(subject.caption or data.caption, identifier=identifier, class_noun=subject.class_noun)
-    items = {Role.INSTANCE: [Item(sample, caption) for sample in instances]}
+    items = {Role.INSTANCE: [Item(one, _caption(one, subject, data.caption, identifier)) for one in instances]}
     if config.prior.weight > 0:
         key = prior_key(config, base.models, subject.class_noun)
         wanted = (key, config.prior.images)
@@ -188,6 +193,17 @@ def fill_bank(
             bank.moments[Role.PRIOR] = priors.moments
         base.class_priors.keep(wanted, priors)
     return bank
+
+
+def _caption(sample: Sample, subject: Subject, template: str, identifier: str) -> str:
+    """A photo's caption: its own, else its subject's, else the run's."""
+    own = sample.caption if sample.meta.get(OWN) else ""
+    try:
+        return fill(own or subject.caption or template, identifier=identifier, class_noun=subject.class_noun)
+    except ConfigError as error:
+        if not own:
+            raise
+        raise DataError(f"sample {sample.key}: {error}; make the shards again with another caption") from error
 
 
 def encode_priors(

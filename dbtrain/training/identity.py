@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from dbtrain.models.load import base_digest
 from dbtrain.priors.store import IMPORTED, images_digest, prior_key
@@ -12,7 +13,7 @@ from dbtrain.settings.config import RunConfig
 from dbtrain.settings.marks import deciding
 from dbtrain.subjects.columns import COLUMNS
 from dbtrain.training.session import Base, Work
-from dbtrain.values import Sample, Subject
+from dbtrain.values import OWN, Sample, Subject
 
 
 def subject_config(config: RunConfig, subject: Subject) -> RunConfig:
@@ -26,7 +27,7 @@ def subject_config(config: RunConfig, subject: Subject) -> RunConfig:
 
 def run_digest(config: RunConfig, subject: Subject, base: Base, work: Work, instances: Sequence[Sample]) -> str:
     """One sha256 of everything that decides the result: resuming is allowed only where it agrees."""
-    about = {
+    about: dict[str, Any] = {
         "settings": deciding(config),
         "base": base_digest(base.models),
         "subject": subject.id,
@@ -35,6 +36,8 @@ def run_digest(config: RunConfig, subject: Subject, base: Base, work: Work, inst
         "caption": subject.caption,
         "data": data_digest(instances),
     }
+    if any(sample.meta.get(OWN) for sample in instances):
+        about["captions"] = [sample.caption for sample in instances]
     if config.prior.weight > 0 and config.prior.sampler == IMPORTED:
         key = prior_key(config, base.models, subject.class_noun)
         about["priors"] = images_digest(work.priors, key, config.prior.images)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dbtrain.errors import DataError
+from dbtrain.errors import ConfigError, DataError
 from dbtrain.verbs.options import (
     Json,
     Manifest,
@@ -53,6 +53,29 @@ def shard_make(
     config = load_config(recipe, overrides)
     subjects, findings = scan_manifest(manifest, config.data.shards is None)
     shard_subjects(subjects, findings, out, config, typer.echo, skip_bad)
+
+
+def shard_index(
+    tars: Annotated[list[Path], typer.Argument(metavar="TAR...", help="Tars with members such as 1.jpg and 1.txt.")],
+    subject: Annotated[str, typer.Option(help="Id of the subject that their photos show.")],
+    class_noun: Annotated[str, typer.Option("--class", help="Class noun, such as dog.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    recipe: Recipe,
+) -> None:
+    """Write the photos and captions of tars made elsewhere as shards with an index; use them as data.shards."""
+    stop_at_once()
+    from dbtrain.data.shards import write_shards
+    from dbtrain.subjects.columns import check_class
+    from dbtrain.subjects.finding import CellError
+    from dbtrain.subjects.tars import tar_samples
+
+    try:
+        noun = check_class(class_noun, out)
+    except CellError as bad:
+        raise ConfigError(f"--class: {bad.args[0]}, want {bad.args[1]}; {bad.args[2]}") from bad
+    config = load_config(recipe, ())
+    index = write_shards(tar_samples(tars, subject, noun, config.data, typer.echo), out)
+    typer.echo(f"{out}: {len(index.entries)} samples of {subject} in {len(index.shards)} shards")
 
 
 def shard_verify(
@@ -125,15 +148,16 @@ def prior_import(
     stop_at_once()
     from dbtrain.priors.own_images import import_images
 
-    new, there = import_images(folder, class_noun, out, load_config(recipe, overrides))
+    new, there = import_images(folder, class_noun, out, load_config(recipe, overrides), typer.echo)
     typer.echo(f"{class_noun}: {new} images imported, {there} in the store; set prior.images to {there} or less")
 
 
 MAKE = {"cls": WithMake, "context_settings": {"ignore_unknown_options": True}}
 APPS = {
-    "shard": group("Photos as WebDataset shards under digests: make them, verify them.",
+    "shard": group("Photos as WebDataset shards under digests: make them, index foreign tars, verify them.",
                    "dbtrain shard photos.csv --out shards --config sd15_lora", {
         "make": Verb(shard_make, "dbtrain shard make photos.csv --out shards --config sd15_lora"),
+        "index": Verb(shard_index, "dbtrain shard index r-*.tar --subject rex --class dog --out shards --config tiny"),
         "verify": Verb(shard_verify, """\
 dbtrain shard verify runs/rex/shards
 dbtrain shard verify s3://bucket/shards --scheme s3"""),

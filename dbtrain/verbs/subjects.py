@@ -35,7 +35,7 @@ def preflight_verb(
     With --skip-bad this succeeds if any subject is sound; `train --skip-bad` leaves the listed subjects out.
     """
     from dbtrain.models.load import load_tokenizer
-    from dbtrain.subjects.finding import refuse
+    from dbtrain.subjects.finding import defects, notes, refuse
     from dbtrain.subjects.manifest import scan_manifest
     from dbtrain.subjects.preflight import sift
 
@@ -48,13 +48,17 @@ def preflight_verb(
     subjects, findings = sift(*scan_manifest(manifest, config.data.shards is None), config, tokenizer)
     if as_json:
         print_json([asdict(finding) for finding in findings])
+    for finding in notes(findings):
+        typer.echo(f"note: {finding.line()}", err=True)
+    wrong = defects(findings)
     if not (skip_bad and subjects):
-        refuse(findings)
-    for finding in findings:
+        refuse(wrong)
+    for finding in wrong:
         typer.echo(f"left out: {finding.line()}", err=True)
     if not as_json:
-        bad = len({finding.subject for finding in findings})
-        typer.echo(f"{manifest}: {len(subjects)} subjects, {f'{bad} left out' if bad else 'nothing to complain about'}")
+        bad, said = len({finding.subject for finding in wrong}), len(notes(findings))
+        verdict = f"{bad} left out" if bad else "nothing to complain about"
+        typer.echo(f"{manifest}: {len(subjects)} subjects, {verdict}{f', {said} notes' if said else ''}")
 
 
 def train_verb(
