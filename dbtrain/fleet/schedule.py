@@ -173,17 +173,12 @@ class _Choice:
 
     def __init__(self, view: View, alive: int, limits: Limits):
         self.view, self.alive, self.limits = view, alive, limits
-        # By class: subjects given out from the front of `view.waiting` and of `view.after`.
         self.taken: Counter[str] = Counter()
         self.taken_after: Counter[str] = Counter()
-        # By class: workers under way, those of this call included.
         self.busy = Counter(view.busy)
-        # Classes whose priors this call begins; by class, parts of begun priors that it gives out.
         self.begun: set[str] = set()
         self.redone: Counter[str] = Counter()
-        # Entries given out from the front of `view.alone`, of those whose priors are ready.
         self.retried = 0
-        # Subjects that wait, before this call; parts of priors under way, those of this call included.
         self.left = sum(map(len, view.waiting.values()))
         self.drawing = sum(priors.drawing for priors in view.priors.values())
 
