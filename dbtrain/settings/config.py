@@ -230,7 +230,7 @@ class EngineConfig(Section):
 class CheckpointConfig(Section):
     """State for resuming."""
 
-    every_steps: Count = 0
+    every_steps: Count = 200
     """Steps between checkpoints; 0 writes none before the end."""
     keep: Positive = 2
     """Newest checkpoints kept."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dbtrain.errors import StopRequested
+from dbtrain.machine import take_signals
 from dbtrain.storage.atomic import write_file
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -54,5 +55,4 @@ def stop_at_once() -> None:
         os.write(2, b"stopped on request; run the same command to go on\n")
         raise SystemExit(StopRequested.exit_code)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, stop)
+    take_signals((signal.SIGTERM, signal.SIGUSR1), stop)
