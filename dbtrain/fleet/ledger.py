@@ -257,6 +257,10 @@ class Ledger:
         """Keep what became of something that was asked for a finished subject: `done`, or why not. how: settings."""
         self.db.execute("INSERT OR REPLACE INTO afterwards VALUES (?, ?, ?, ?)", (position, name, how, outcome))
 
+    def forget_after(self, positions: Iterable[int]) -> None:
+        """Forget what was done with subjects whose result is to be made anew."""
+        self.db.executemany("DELETE FROM afterwards WHERE position=?", [(position,) for position in positions])
+
     def retry_after(self, asked: Mapping[str, str]) -> None:
         """Forget of what is asked (settings by name) whatever was not done, so that it is tried again."""
         for name in asked:

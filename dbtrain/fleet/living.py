@@ -94,7 +94,7 @@ def take_in(
                 position, joined = position + 1, joined + 1
             elif why := _why_again(row, subject, photos.get(subject.id), longer):
                 ledger.db.execute(REOPEN, (why, subject.class_noun, spec, row["position"]))
-                ledger.db.execute("DELETE FROM afterwards WHERE position=?", (row["position"],))
+                ledger.forget_after([row["position"]])
                 reopened += 1
         for name, reason in skipped.items():
             if name not in entered:
