@@ -20,7 +20,12 @@ About = Mapping[str, Any]
 PHOTOS = "photos"
 """Digests of a subject's stored photos, in order. The run's digest has one digest of them all, under `data`."""
 STEPS = "train.steps"
-MEANINGS = {"base": "the base model differs", "data": "the photos differ", "priors": "the imported class images differ"}
+MEANINGS = {
+    "base": "the base model differs",
+    "data": "the photos differ",
+    "init": "the adapter in lora.init differs",
+    "priors": "the imported class images differ",
+}
 """What is said of parts that are digests."""
 
 

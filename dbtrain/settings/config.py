@@ -143,6 +143,8 @@ class LoraConfig(Section):
     """Shell-style patterns for the ends of names of denoiser layers. Linear layers and 1x1 convolutions can match."""
     text_targets: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
     """The same for text encoders, when they are trained."""
+    init: Annotated[str | None, Mark.NO_RESULT, Mark.PATH] = None
+    """Adapter to start from: a finished subject's folder (OUT/subjects/ID) or an adapter's file; null starts afresh."""
 
 
 class ObjectiveConfig(Section):
@@ -363,6 +365,11 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             "lora.targets",
             train.method == "lora" and not config.lora.targets,
             "is empty; a LoRA needs at least one layer pattern",
+        ),
+        (
+            "lora.init",
+            config.lora.init is not None and train.method != "lora",
+            f"is set, but train.method is {train.method}, which has no adapter to start from",
         ),
         (
             "train.stop_loss",

@@ -13,6 +13,7 @@ from dbtrain.settings.config import RunConfig
 from dbtrain.settings.marks import deciding
 from dbtrain.subjects.columns import COLUMNS
 from dbtrain.training.session import Base, Work
+from dbtrain.training.trainables import initial_digest
 from dbtrain.values import Sample, Subject
 
 
@@ -41,6 +42,8 @@ def training_identity(
     if config.prior.weight > 0 and config.prior.sampler == IMPORTED:
         key = prior_key(config, base.models, subject.class_noun)
         about["priors"] = images_digest(work.priors, key, config.prior.images)
+    if config.lora.init:
+        about["init"] = initial_digest(config)
     about[PHOTOS] = [hashlib.sha256(sample.image).hexdigest() for sample in instances]
     return Identity(digest_of(about), about)
 
