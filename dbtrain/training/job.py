@@ -237,6 +237,7 @@ class Job:
 
     def write(self, state: EngineState, record: dict[str, Any], sheet: Path | None) -> None:
         """Write the subject's artefacts, then its card, then the record that says it is finished."""
+        self.results.mkdir(exist_ok=True)
         artefacts = publish_weights(self.results, self.base.family, self.base.models, self.config, record, state)
         publish_card(self.results, record, self.config, render(self.config))
         write_record(self.results, record, [*artefacts, *([sheet] if sheet else [])])
