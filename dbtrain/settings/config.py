@@ -316,11 +316,7 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             train.micro_batch is not None and train.batch % train.micro_batch != 0,
             f"is {train.micro_batch}, which does not divide train.batch = {train.batch}",
         ),
-        (
-            "engine.zero.offload_optimizer",
-            zero.offload_optimizer and zero.stage == 0,
-            "needs engine.zero.stage 1, 2 or 3",
-        ),
+        ("engine.zero.offload_optimizer", zero.offload_optimizer and not zero.stage, "needs engine.zero.stage 1, 2 or 3"),
         (
             "engine.channels_last",
             config.engine.channels_last and config.engine.kind == "zero",
@@ -366,11 +362,7 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             train.method == "lora" and not config.lora.targets,
             "is empty; a LoRA needs at least one layer pattern",
         ),
-        (
-            "lora.init",
-            config.lora.init is not None and train.method != "lora",
-            f"is set, but train.method is {train.method}, which has no adapter to start from",
-        ),
+        ("lora.init", config.lora.init is not None and train.method != "lora", "is set, but train.method is not lora"),
         (
             "train.stop_loss",
             train.stop_loss is not None and config.engine.kind != "packed",
