@@ -316,7 +316,7 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             train.micro_batch is not None and train.batch % train.micro_batch != 0,
             f"is {train.micro_batch}, which does not divide train.batch = {train.batch}",
         ),
-        ("engine.zero.offload_optimizer", zero.offload_optimizer and not zero.stage, "needs engine.zero.stage 1, 2 or 3"),
+        ("engine.zero.offload_optimizer", zero.offload_optimizer and not zero.stage, "needs engine.zero.stage 1 to 3"),
         (
             "engine.channels_last",
             config.engine.channels_last and config.engine.kind == "zero",
