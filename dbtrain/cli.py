@@ -17,8 +17,8 @@ from dbtrain.verbs.options import add_verbs
 INTERRUPTED = 130
 
 EXIT_CODES = """Exit codes: 0 done; 1 other failure; 2 wrong settings or usage; 3 manifest, photos, shards or artefacts;
-4 training cannot go on; 5 cluster; 75 stopped on request (SIGTERM, SIGUSR1): requeue;
-130 interrupted. The same command again resumes."""
+4 training cannot go on; 5 cluster; 75 stopped on request (SIGTERM, SIGUSR1, first Ctrl-C): requeue;
+130 interrupted (second Ctrl-C). The same command again resumes."""
 
 
 class Verbs(TyperGroup):

@@ -42,7 +42,7 @@ class FleetError(DbtrainError):
 
 
 class StopRequested(EngineError):
-    """SIGTERM or SIGUSR1 came. Finished work is kept, and the same command run again goes on."""
+    """SIGTERM, SIGUSR1 or a first Ctrl-C came. Finished work is kept, and the same command run again goes on."""
 
     exit_code = 75
 
@@ -50,6 +50,17 @@ class StopRequested(EngineError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's text; the name of its class if the text is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+NAMED = 8
+"""Most subjects that a message names one by one."""
+
+
+def reached(steps: Mapping[str, int]) -> str:
+    """Where subjects stand that go on later, in brackets: the steps made, by id; empty for none."""
+    told = [f"{name} after step {step}" for name, step in list(steps.items())[:NAMED]]
+    more = [f"and {len(steps) - NAMED} more"] if len(steps) > NAMED else []
+    return f" ({', '.join([*told, *more])})" if told else ""
 
 
 def summed(failed: Mapping[str, DbtrainError]) -> DbtrainError:

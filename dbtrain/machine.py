@@ -2,12 +2,27 @@
 
 import math
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 VMSTAT = Path("/proc/vmstat")
+
+
+def in_main_thread() -> bool:
+    """Whether this is the main thread. Python lets no other set the handler of a signal."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def take_signals(numbers: Sequence[int], action: Callable[..., object]) -> None:
+    """Call `action` when one of these signals comes. Change nothing in a thread, and for signals that are ignored on
+    purpose: a shell's background jobs and the fleet's trainers ignore Ctrl-C."""
+    for number in numbers if in_main_thread() else ():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, action)
 
 
 def cores() -> int:

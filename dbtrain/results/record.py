@@ -13,10 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dbtrain.errors import DataError
+from dbtrain.results.identity import Identity
 from dbtrain.storage.atomic import file_digest, sync_folder, write_file
 
 RECORD = "record.json"
-SHEET = "samples.png"
+LAST_SHEET = "samples"
+SHEET = f"{LAST_SHEET}.png"
 NEEDED = {**dict.fromkeys(("subject", "class", "identifier", "run", "base", "base_digest"), str), "files": dict}
 """Keys that every record holds, with the types of their values."""
 QUICK_BYTES = 2**30
@@ -49,6 +51,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in NEEDED.items()):
         raise DataError(f"{path}: is damaged; remove it and run the same training again, which publishes anew")
     return record
+
+
+def record_identity(record: dict[str, Any]) -> Identity:
+    """The training that a record is of."""
+    return Identity.read(record["run"], record.get("about"))
 
 
 def looks_finished(folder: Path) -> bool:

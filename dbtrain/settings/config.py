@@ -153,6 +153,8 @@ class LoraConfig(Section):
     """Shell-style patterns for the ends of names of denoiser layers. Linear layers and 1x1 convolutions can match."""
     text_targets: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
     """The same for text encoders, when they are trained."""
+    init: Annotated[str | None, Mark.NO_RESULT, Mark.PATH] = None
+    """Adapter to start from: a finished subject's folder (OUT/subjects/ID) or an adapter's file; null starts afresh."""
 
 
 class ObjectiveConfig(Section):
@@ -240,7 +242,7 @@ class EngineConfig(Section):
 class CheckpointConfig(Section):
     """State for resuming."""
 
-    every_steps: Count = 0
+    every_steps: Count = 200
     """Steps between checkpoints; 0 writes none before the end."""
     keep: Positive = 2
     """Newest checkpoints kept."""

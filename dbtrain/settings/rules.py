@@ -67,6 +67,7 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             train.method == "lora" and not config.lora.targets,
             "is empty; a LoRA needs at least one layer pattern",
         ),
+        ("lora.init", config.lora.init is not None and train.method != "lora", "is set, but train.method is not lora"),
         (
             "train.stop_loss",
             train.stop_loss is not None and config.engine.kind != "packed",

@@ -9,14 +9,19 @@ from typing import Any
 from dbtrain.data.images import encode, open_photo, read_photo, shorten
 from dbtrain.data.index import FORMAT, INDEX_NAME, VERSION, Index, make_key
 from dbtrain.data.prefetch import ahead
-from dbtrain.data.shards import MARK, write_shards
+from dbtrain.data.shards import MARK, grow_shards, tidy, write_shards
 from dbtrain.data.stream import SKIPPED, verify
 from dbtrain.errors import DataError
 from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.storage.atomic import write_file
 from dbtrain.subjects.finding import Finding, defects, notes, refuse
+from dbtrain.subjects.growing import growth, summary
 from dbtrain.subjects.preflight import sift
 from dbtrain.values import OWN, Role, Sample, Subject
+
+SourceLine = tuple[Any, ...]
+"""Of a photo: its subject's id, class and caption (or None), the name of its file, the SHA-256 (hex) of its content, and
+its own caption where it has one."""
 
 
 def shard_subjects(
@@ -32,12 +37,12 @@ def shard_subjects(
     """The index of the shards that hold the subjects' photos at `data.resolution`.
 
     `subjects` and `findings` are what `scan_manifest` read. A second call with the same input changes nothing, or
-    remakes what is damaged, and says so. Photos that are in the shards already are not decoded again. `tokenizer` and
-    `registry` are those of `preflight`.
+    remakes what is damaged, and says so. With more subjects or photos it adds these. Photos that are in the shards
+    already are not decoded again. `tokenizer` and `registry` are those of `preflight`.
 
     Raises one DataError with all findings, those of `preflight` included, before anything is written. With `skip_bad`,
     subjects with findings are left out instead: `say` gets a line for each, and `skipped.json` the reasons. Raises
-    DataError too where `out` was made from other input.
+    DataError too where `out` was made from other input: other captions or classes, photos that are gone.
     """
     out = Path(out)
     ready = config.data.shards is not None
@@ -50,10 +55,17 @@ def shard_subjects(
     if ready:
         return _ready_made(config.data, subjects, findings, out, skip_bad, say)
     left_out = _left_out(findings, skip_bad and bool(subjects), say)
-    source = source_digest(subjects, config.data)
+    lines = source_lines(subjects)
+    source = source_digest(lines, config.data)
     if made is not None:
-        damage = _repair_reason(made, source, out)
+        tidy(out, made)
+        damage = verify(out)
+        if damage and made.source != source:
+            what = f"{out}: is damaged, and the manifest or photos have changed; move it away, and run again"
+            raise DataError("\n".join([*damage, what]))
         if not damage:
+            if made.source != source:
+                made = _grow(subjects, lines, made, out, config, source, say)
             _name_left_out(out, left_out)
             say(f"{out}: is up to date, {len(made.entries)} samples of {len(made.subjects)} subjects; nothing to do")
             return made
@@ -111,22 +123,49 @@ def photo_samples(subjects: Sequence[Subject], data: DataConfig) -> Iterator[Sam
     return ahead(lambda photo: _photo_sample(*photo, data), photos)
 
 
-def source_digest(subjects: list[Subject], data: DataConfig) -> str:
+def source_digest(lines: Sequence[SourceLine], data: DataConfig) -> str:
     """SHA-256 (hex) of everything that decides what shards hold: photos, ids, classes, captions, resolution, format."""
     about = [FORMAT, VERSION, data.resolution, *([] if data.srgb else ["srgb=false"])]
     digest = hashlib.sha256(json.dumps(about).encode())
-    pairs = ((subject, number) for subject in subjects for number in range(len(subject.images)))
-    for line in ahead(_source_line, pairs):
-        digest.update(line)
+    for line in lines:
+        digest.update(json.dumps(line).encode())
     return digest.hexdigest()
 
 
-def _source_line(pair: tuple[Subject, int]) -> bytes:
+def source_lines(subjects: Sequence[Subject]) -> list[SourceLine]:
+    """What decides the stored photos of subjects: a line for each, in order."""
+    pairs = ((subject, number) for subject in subjects for number in range(len(subject.images)))
+    return list(ahead(_source_line, pairs))
+
+
+def _source_line(pair: tuple[Subject, int]) -> SourceLine:
     subject, number = pair
     path, own = subject.images[number], _own_caption(subject, number)
     photo = hashlib.sha256(read_photo(path)).hexdigest()
-    about = [subject.id, subject.class_noun, subject.caption, path.name, photo, *([own] if own else [])]
-    return json.dumps(about).encode()
+    return subject.id, subject.class_noun, subject.caption, path.name, photo, *([own] if own else [])
+
+
+def _grow(
+    subjects: Sequence[Subject],
+    lines: Sequence[SourceLine],
+    made: Index,
+    out: Path,
+    config: RunConfig,
+    source: str,
+    say: Callable[[str], None],
+) -> Index:
+    """The index of a sound folder after it took in what has joined. Raises DataError for other changes, and for photos
+    that cannot be read, before anything is written."""
+    wanted = [
+        (name, (photo, (own[0] if own else caption) or "", noun)) for name, noun, caption, _, photo, *own in lines
+    ]
+    found = growth(subjects, wanted, made, out, config.data.resolution)
+    joining = [*found.new, *found.grown]
+    refuse(defects(sift(joining, [], config)[1]))
+    for line in summary(found, out):
+        say(line)
+    replaced = {subject.id for subject in found.grown}
+    return grow_shards(photo_samples(joining, config.data), out, made, replaced, source)
 
 
 def _own_caption(subject: Subject, number: int) -> str:
@@ -157,11 +196,3 @@ def _photo_sample(subject: Subject, number: int, data: DataConfig) -> Sample:
 def _name_left_out(out: Path, left_out: dict[str, list[str]]) -> None:
     if left_out:
         write_file(out / SKIPPED, json.dumps(left_out, indent=1).encode())
-
-
-def _repair_reason(made: Index, source: str, out: Path) -> list[str]:
-    """The damage for which a folder must be remade, a line each. DataError if it was made from other input."""
-    if made.source != source:
-        what = f"{out}: holds shards made from other photos, captions or another resolution"
-        raise DataError(f"{what}; choose another --out, or move this folder away")
-    return verify(out)

@@ -1,4 +1,4 @@
-"""The verbs of the fleet: `dbtrain batch run|status|retry|cancel|export`."""
+"""The verbs of the fleet: `dbtrain batch run|status|retry|cancel|verify|export`."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -135,6 +135,26 @@ def _request(out: Path, verb: str, ids: list[str] | None) -> None:
     typer.echo("the driver at work, or the next one, will do it" if changed is None else f"{changed} subjects changed")
 
 
+def verify_verb(out: Out, as_json: Json = False) -> None:
+    """Read every finished result, and let subjects wait again whose files are not what their record says.
+
+    \b
+    Example:
+      dbtrain batch verify runs/all
+    """
+    from dbtrain.fleet.verifying import verify_run
+
+    finished, rotten = verify_run(out)
+    if as_json:
+        print_json({"finished": finished, "rotten": rotten})
+    if rotten:
+        lines = [f"{name}: {problem}" for name, problem in rotten.items()]
+        what = f"{len(rotten)} of {finished} results have rotted; their subjects wait again for `dbtrain batch run`"
+        raise DataError("\n".join([*lines, what]))
+    if not as_json:
+        typer.echo(f"{finished} results are what they were when they were finished")
+
+
 def export_verb(
     out: Out,
     to: Annotated[Path, typer.Option(help="File to write: .parquet or .csv.")],
@@ -157,6 +177,7 @@ dbtrain batch run photos.csv --config sdxl_full_zero3 --gang 4 --address auto --
         "status": Verb(status_verb, "dbtrain batch status runs/all --json"),
         "retry": Verb(retry_verb, "dbtrain batch retry runs/all dog7"),
         "cancel": Verb(cancel_verb, "dbtrain batch cancel runs/all"),
+        "verify": Verb(verify_verb, "dbtrain batch verify runs/all"),
         "export": Verb(export_verb, "dbtrain batch export runs/all --to runs/all.parquet"),
     })
 }  # fmt: skip

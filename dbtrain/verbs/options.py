@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from dbtrain.errors import StopRequested
+from dbtrain.machine import take_signals
 from dbtrain.storage.atomic import write_file
 
 if TYPE_CHECKING:
@@ -96,5 +97,4 @@ def stop_at_once() -> None:
         os.write(2, b"stopped on request; run the same command to go on\n")
         raise SystemExit(StopRequested.exit_code)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, stop)
+    take_signals((signal.SIGTERM, signal.SIGUSR1), stop)

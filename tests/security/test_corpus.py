@@ -28,6 +28,7 @@ from dbtrain.models.adapters import adapter
 from dbtrain.models.load import load_models
 from dbtrain.priors.store import store_damage
 from dbtrain.results.checkpoint import latest_checkpoint
+from dbtrain.results.identity import Identity
 from dbtrain.results.publish import read_lora
 from dbtrain.settings.config import DataConfig, ModelConfig
 from dbtrain.settings.recipes import load, loads
@@ -137,7 +138,7 @@ def test_a_pickle_in_a_checkpoint_is_passed_over(name):
     folder.mkdir(parents=True)
     for content in PICKLES:
         (folder / name).write_bytes(content)
-        assert latest_checkpoint(Path("checkpoints"), "r")[0] is None
+        assert latest_checkpoint(Path("checkpoints"), Identity("r"))[0] is None
 
 
 def test_a_pickle_in_a_prior_store_is_named_and_not_opened():

@@ -2,7 +2,7 @@
 
 from dbtrain.data.index import Index
 from dbtrain.engines.world import World
-from dbtrain.training.identity import run_digest, subject_config
+from dbtrain.training.identity import subject_config, training_identity
 from dbtrain.training.session import Base, PriorCache, Work
 from dbtrain.values import Subject
 from tests.kit.main_job import sample, small_config
@@ -25,7 +25,7 @@ def digest(tmp_path, *words, subject=REX, identifier="srx", photos=(0, 1)):
     models = SimpleNamespace(digests={"unet/config.json": "a"}, source="here")
     base = Base(World(0, 1, "cpu"), None, models, config, PriorCache(1))
     work = Work.under(tmp_path, config, [subject], {subject.id: identifier}, Index((), ()))
-    return run_digest(config, subject, base, work, [sample(number) for number in photos])
+    return training_identity(config, subject, base, work, [sample(number) for number in photos]).run
 
 
 def test_all_that_decides_a_result_is_in_the_digest_and_nothing_else(tmp_path):
