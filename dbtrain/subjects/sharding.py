@@ -20,8 +20,8 @@ from dbtrain.subjects.preflight import sift
 from dbtrain.values import OWN, Role, Sample, Subject
 
 SourceLine = tuple[Any, ...]
-"""Of a photo: its subject's id, class and caption (or None), the name of its file, the SHA-256 (hex) of its content, and
-its own caption where it has one."""
+"""Of a photo: its subject's id, class and caption (or None), the name of its file, the SHA-256 (hex) of its content,
+and its own caption where it has one."""
 
 
 def shard_subjects(
