@@ -27,7 +27,7 @@ def test_one_value_is_replaced_at_any_depth_and_nothing_else():
 
 
 def test_the_defaults_go_together():
-    assert cross_field_findings(RunConfig()) == []
+    assert list(cross_field_findings(RunConfig())) == []
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,6 @@ def test_the_defaults_go_together():
     ],
 )
 def test_settings_that_do_not_go_together_are_named(settings, keys):
-    findings = cross_field_findings(RunConfig.model_validate(settings))
+    findings = list(cross_field_findings(RunConfig.model_validate(settings)))
     assert [key for key, _ in findings] == keys
     assert set(keys) <= recipes.known_keys().keys()
