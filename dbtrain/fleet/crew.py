@@ -48,8 +48,9 @@ class Actor(Worker):
 
     def describe(self) -> dict[str, Any]:
         """Where in the cluster this worker is."""
-        node = ray.get_runtime_context().get_node_id()
-        return {**super().describe(), "node": node, "ip": ray.util.get_node_ip_address(), "born": born(os.getpid())}
+        node, pid = ray.get_runtime_context().get_node_id(), os.getpid()
+        here = {"host": socket.gethostname(), "ip": ray.util.get_node_ip_address()}
+        return {**here, "node": node, "pid": pid, "born": born(pid)}
 
 
 class Lost(Exception):
