@@ -62,7 +62,7 @@ class Crew:
 
     def __init__(self, name: str, shape: Shape, task: Task):
         self.name, self.shape, self.task = name, shape, task
-        self.state, self.generation, self.restarts = "placing", 0, 0
+        self.state, self.generation, self.restarts, self.bad_starts = "placing", 0, 0, 0
         self.last_class: str | None = None
         self.unit: WorkUnit | None = None
         self.number = 0

@@ -12,6 +12,7 @@ import signal
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import ray
@@ -60,8 +61,7 @@ class Driver:
         self.shape = Shape(options.gang, 0, options.cpus, options.hang_s)
         self.crews: dict[str, Crew] = {}
         self.flights: dict[int, Flight] = {}
-        self.bad_starts: dict[str, int] = {}
-        self.made = self.units = 0
+        self.names, self.numbers = count(1), count(1)
         self.cramped = False
         self.stopping: str | None = None
         self.disk: str | None = None
@@ -118,8 +118,7 @@ class Driver:
         self.warn_of_room(members)
         wanted = self.options.workers or max(1, members // self.shape.size)
         while len(self.crews) < wanted:
-            self.made += 1
-            name = f"worker-{self.made:03d}"
+            name = f"worker-{next(self.names):03d}"
             measure = None
             if self.pack is None and not any(crew.task.measure for crew in self.crews.values()):
                 largest, rank = self.ledger.widest()
@@ -162,8 +161,7 @@ class Driver:
         units = schedule(view, [Idle(crew.name, crew.last_class) for crew in idle], alive, self.books.limits)
         with self.ledger.commit():
             for name, unit in units:
-                self.units += 1
-                number, crew = self.units, self.crews[name]
+                number, crew = next(self.numbers), self.crews[name]
                 attempts = self.ledger.start(number, unit.positions, name) if unit.kind == "train" else {}
                 self.flights[number] = Flight(unit, crew, attempts or dict.fromkeys(unit.positions, 0))
                 subjects = self.ledger.subjects(unit.positions)
@@ -217,8 +215,7 @@ class Driver:
 
     def on_ready(self, crew: Crew, ready: Ready) -> None:
         """Note that a trainer has loaded the base, and the size of a pack if the trainer has measured that."""
-        self.bad_starts.pop(crew.name, None)
-        self.unplaced = 0
+        crew.bad_starts = self.unplaced = 0
         if not self.ledger.same_base(ready.base):
             raise FleetError(
                 f"{self.out}: holds a run of another base than {self.config.model.path}; use another --out"
@@ -234,8 +231,8 @@ class Driver:
         at_work = [position for flight in self.flights.values() if flight.crew is crew for position in flight.open]
         end = self.sift(end, at_work[:1])
         if not self.abandon(crew, end) and end.cause not in NO_START:
-            self.bad_starts[crew.name] = self.bad_starts.get(crew.name, 0) + 1
-            if self.bad_starts[crew.name] >= BAD_STARTS:
+            crew.bad_starts += 1
+            if crew.bad_starts >= BAD_STARTS:
                 raise FleetError(f"{crew.name}: its trainer cannot start: {end.reason}; see {self.out / 'logs'}")
 
     def sift(self, end: End, positions: list[int]) -> End:

@@ -54,9 +54,6 @@ class Shape(NamedTuple):
     keys: int
     width: int
 
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.heads}x{self.queries}x{self.width} on {self.keys} keys, {self.dtype}"
-
 
 MEASURED: dict[Shape, dict[str, float]] = {}
 """Median ms of forward and backward of every candidate, for each shape that this process has met."""
