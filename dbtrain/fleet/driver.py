@@ -157,8 +157,8 @@ class Driver:
         if not idle or self.pack is None:
             return
         alive = sum(crew.state != "placing" for crew in self.crews.values())
-        view, orders = self.books.view, []
-        units = schedule(view, [Idle(crew.name, crew.last_class) for crew in idle], alive, self.books.limits)
+        orders, waiting = [], [Idle(crew.name, crew.last_class) for crew in idle]
+        units = schedule(self.books.view, waiting, alive, self.books.limits)
         with self.ledger.commit():
             for name, unit in units:
                 number, crew = next(self.numbers), self.crews[name]
@@ -168,7 +168,6 @@ class Driver:
                 rows = tuple(row for subject in subjects for row in self.index.entries_of(subject.id))
                 after = tuple(tuple(self.books.todo.get(position, ())) for position in unit.positions)
                 orders.append((crew, Order(number, unit, subjects, rows, after)))
-                view.begin(unit)
         for crew, order in orders:
             crew.give(order)
 
