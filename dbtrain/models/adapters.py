@@ -151,22 +151,6 @@ class LoraWeights:
     conv: frozenset[str] = frozenset()
 
 
-def read_rows(components: dict[str, nn.Module], row: int, alpha: float) -> LoraWeights:
-    """A subject's adapter, copied out of its row of every component that has adapters."""
-    matrices, conv, rank = {}, set(), 0
-    for component, model in components.items():
-        found = layers(model)
-        if not found:
-            continue
-        matrices[component] = {
-            path: (layer.down_NRD[row].detach().float().cpu().clone(), layer.up_NDR[row].detach().float().cpu().clone())
-            for path, layer in found
-        }
-        conv |= {f"{component}.{path}" for path, layer in found if isinstance(layer.base, nn.Conv2d)}
-        rank = found[0][1].down_NRD.shape[1]
-    return LoraWeights(matrices, alpha, rank, frozenset(conv))
-
-
 def from_state(trained: dict[str, Tensor], components: dict[str, nn.Module], alpha: float) -> LoraWeights:
     """A subject's adapter in an engine state: [1, ...] matrices by `<component>.<path>.down_NRD` and `.up_NDR`."""
     matrices: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}

@@ -7,7 +7,7 @@ for the device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -130,14 +130,7 @@ class Pack:
             self.parts[row] = bank.draw(step, slots)
         known = [part for part in self.parts if part is not None]
         joined = join_batches([part or known[0] for part in self.parts]).to(self.device, non_blocking=True)
-        return Batch(
-            joined.images_BCHW,
-            joined.caption_B + self.room * self.subject_B,
-            joined.role_B,
-            joined.slot_B,
-            joined.size_B6,
-            self.subject_B,
-        )
+        return replace(joined, caption_B=joined.caption_B + self.room * self.subject_B, subject_B=self.subject_B)
 
     @property
     def warm_steps(self) -> int:

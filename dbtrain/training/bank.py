@@ -145,19 +145,13 @@ def encode_all(codec: Codec, vae: nn.Module, images: Sequence[Tensor], device: s
 
 
 @torch.no_grad()
-def encode_captions(
-    family: Family, models: Models, texts: Sequence[str], device: str, cached: bool
-) -> Conditioning | Tokens:
-    """The captions as conditioning (encoded once, in fp32), or as tokens for a text encoder that trains."""
-    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
-    return family.encode_tokens(models.text_encoders, tokens) if cached else tokens
-
-
 def captions_of(
     family: Family, models: Models, config: RunConfig, texts: Sequence[str], device: str
 ) -> Conditioning | Tokens:
-    """The captions as a run's settings want them; see `encode_captions`."""
-    return encode_captions(family, models, texts, device, config.data.cache_text and not config.train.text_encoder)
+    """The captions as conditioning (encoded once, in fp32), or as tokens to encode anew each step."""
+    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
+    cached = config.data.cache_text and not config.train.text_encoder
+    return family.encode_tokens(models.text_encoders, tokens) if cached else tokens
 
 
 ClassImages = Callable[[Base, Work, Watch, RunConfig, PriorKey], list[Sample]]
@@ -180,7 +174,7 @@ def fill_bank(
     if config.prior.weight > 0:
         key = prior_key(config, base.models, subject.class_noun)
         wanted = (key, config.prior.images)
-        priors = base.class_priors.get(wanted) or ClassPriors(class_images(base, work, watch, config, key))
+        priors = base.class_priors.kept.get(wanted) or ClassPriors(class_images(base, work, watch, config, key))
         items[Role.PRIOR] = [Item(sample, key.prompt) for sample in priors.samples]
     bank = Bank(items, data, config.seed, subject.id, config.train.batch)
     if data.cache_latents and data.crop == "center":

@@ -48,10 +48,6 @@ class PriorCache:
         self.size = size
         self.kept: dict[tuple[PriorKey, int], ClassPriors] = {}
 
-    def get(self, wanted: tuple[PriorKey, int]) -> ClassPriors | None:
-        """A class's priors; None if they are not kept."""
-        return self.kept.get(wanted)
-
     def keep(self, wanted: tuple[PriorKey, int], priors: ClassPriors) -> None:
         """Remember a class's priors, and drop those that were not used for longest."""
         self.kept.pop(wanted, None)
