@@ -85,7 +85,7 @@ def attach(model: nn.Module, patterns: Iterable[str], subjects: int, rank: int, 
     if not paths:
         raise ConfigError(
             f"lora.targets: no layer of {type(model).__name__} matches {', '.join(patterns)}; "
-            "`dbtrain doctor --layers MODEL` lists the layers that can carry an adapter"
+            "patterns are matched with the ends of layer names, such as attn1.to_q"
         )
     for path in paths:
         model.set_submodule(path, StackedLora(model.get_submodule(path), subjects, rank, alpha / rank))
