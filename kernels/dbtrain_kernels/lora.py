@@ -42,11 +42,9 @@ def lora_op(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: 
 
     x and base are contiguous, and each row of the matrices is.
     """
-    from dbtrain_kernels.lora_triton import expanded, shrunk
+    from dbtrain_kernels.lora_triton import forward
 
-    _, rank, width = down_NRD.shape
-    small_NTR = shrunk(x, down_NRD, scale_N, (width, rank), (1, width))
-    return expanded(small_NTR, up_NDR, base, base, (rank, 1)), small_NTR
+    return forward(x, base, down_NRD, up_NDR, scale_N)
 
 
 def by_row(matrices: Tensor) -> Tensor:
@@ -66,13 +64,9 @@ def lora_backward_op(
     grad: Tensor, small_NTR: Tensor, x: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, down_NRD and up_NDR; base's is `grad` itself. The layouts are those of `lora_op`."""
-    from dbtrain_kernels.lora_triton import expanded, outer_sum, shrunk
+    from dbtrain_kernels.lora_triton import backward
 
-    _, rank, width = down_NRD.shape
-    grad_NTR = shrunk(grad, up_NDR, scale_N, (up_NDR.shape[1], rank), (rank, 1))
-    by_x = expanded(grad_NTR, down_NRD, None, x, (1, width))
-    by_down = outer_sum(grad_NTR, x, down_NRD, (1, width), SPLIT)
-    return by_x, by_down, outer_sum(small_NTR, grad, up_NDR, (rank, 1), SPLIT)
+    return backward(grad, small_NTR, x, down_NRD, up_NDR, scale_N, SPLIT)
 
 
 @lora_backward_op.register_fake

@@ -95,6 +95,24 @@ def add_parts(parts, out, count, elements, BLOCK: tl.constexpr):
     tl.store(out + place, sums.to(out.dtype.element_ty), mask=place < elements)
 
 
+def forward(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(base + scale_n B_n A_n x, scale_n A_n x as fp32 [N, T, R]); layouts as `lora_op` wants them."""
+    _, rank, width = down_NRD.shape
+    small_NTR = shrunk(x, down_NRD, scale_N, (width, rank), (1, width))
+    return expanded(small_NTR, up_NDR, base, base, (rank, 1)), small_NTR
+
+
+def backward(
+    grad: Tensor, small_NTR: Tensor, x: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor, split: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, down_NRD and up_NDR for that of the output, and what `forward` kept."""
+    _, rank, width = down_NRD.shape
+    grad_NTR = shrunk(grad, up_NDR, scale_N, (up_NDR.shape[1], rank), (rank, 1))
+    by_x = expanded(grad_NTR, down_NRD, None, x, (1, width))
+    by_down = outer_sum(grad_NTR, x, down_NRD, (1, width), split)
+    return by_x, by_down, outer_sum(small_NTR, grad, up_NDR, (rank, 1), split)
+
+
 def shrunk(wide: Tensor, matrix: Tensor, scale_N: Tensor, sides: tuple[int, int], strides: tuple[int, int]) -> Tensor:
     """scale * wide @ matrix, [N, T, R]; sides and strides are (width, rank) of the matrix."""
     subjects, (width, rank) = len(scale_N), sides
