@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+
+from dbtrain.errors import ConfigError
+from dbtrain.models.attention import xformers_problem
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,11 @@ class Architecture:
 
 
 def class_of(name: str) -> Any:
-    """The class that `library:Class` names."""
+    """The class that `library:Class` names.
+
+    Raises ConfigError where xformers is installed and does not load: diffusers imports it with each of its models.
+    """
     library, _, attribute = name.partition(":")
+    if library == "diffusers" and find_spec("xformers") and (problem := xformers_problem()):
+        raise ConfigError(f"diffusers cannot load its models here, whatever model.attention says: {problem}")
     return getattr(import_module(library), attribute)

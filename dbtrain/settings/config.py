@@ -39,7 +39,7 @@ class ModelConfig(Section):
     """What the denoiser predicts; `auto` takes it from the model's scheduler."""
     zero_terminal_snr: bool | Literal["auto"] = "auto"
     """Rescale the noise schedule to zero SNR at the last timestep (arXiv 2305.08891); `auto` follows the scheduler."""
-    attention: Literal["auto", "sdpa", "xformers", "flash", "math"] = "auto"
+    attention: Literal["auto", "sdpa", "xformers", "flash", "cudnn", "math"] = "auto"
     """Attention implementation; an impossible choice is refused with its reasons. `sdpa` is PyTorch's own pick, `flash`
     its FlashAttention alone, `auto` the fastest for each shape by a short measurement on a GPU and `sdpa` on a CPU."""
 

@@ -182,15 +182,22 @@ def check_torchvision() -> Check:
     )
 
 
-def check_xformers() -> Check:
-    """Whether `model.attention=xformers` can work: its operators need its binary part and a CUDA device."""
+def check_xformers(try_it: Callable[[str], tuple[bool, str]] = probe) -> Check:
+    """Whether an installed xformers loads, without which diffusers loads no model either, and whether its operators
+    run, for `model.attention=xformers`: they need its binary part and a CUDA device."""
+    absent = "not installed; model.attention=xformers is refused"
+    loaded = check_optional("xformers", "import xformers.ops", absent, "", try_it)
+    if loaded.state != "ok":
+        detail = f"{loaded.detail}; diffusers imports it, so no model loads"
+        return Check("xformers", "fail", detail, "pip uninstall xformers, or install a build for this torch and CUDA")
     code = "import torch, xformers.ops as ops; q = torch.zeros(1, 8, 1, 8, device='cuda', dtype=torch.half)"
     code += "; ops.memory_efficient_attention(q, q, q)"
     return check_optional(
         "xformers",
         code,
-        "not installed; model.attention=xformers is refused",
+        absent,
         "use model.attention=auto, or a build of xformers that matches torch and CUDA",
+        try_it,
     )
 
 
