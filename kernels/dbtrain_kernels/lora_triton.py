@@ -82,7 +82,7 @@ def outer(
     w = tl.program_id(0) * TILE + tl.arange(0, TILE)
     r = tl.arange(0, RANK)
     sums = tl.zeros([TILE, RANK], tl.float32)
-    for start in range(0, SPLIT, TILE):
+    for start in range(0, tl.minimum(SPLIT, tokens - part * SPLIT), TILE):
         t = part * SPLIT + start + tl.arange(0, TILE)
         at = wide + me * tokens * width + t[None, :].to(tl.int64) * width + w[:, None]
         x = tl.load(at, mask=(t[None, :] < tokens) & (w[:, None] < width), other=0.0)
@@ -112,14 +112,16 @@ def forward(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: 
 
 
 def backward(
-    grad: Tensor, small_NTR: Tensor, x: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor, split: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, down_NRD and up_NDR for that of the output, and what `forward` kept."""
+    grad: Tensor, small_NTR: Tensor, x: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor, by_x: bool,
+    split: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x (empty unless `by_x` asks for it), down_NRD and up_NDR for that of the output, and what `forward`
+    kept."""
     _, rank, width = down_NRD.shape
     grad_NTR = shrunk(grad, up_NDR, scale_N, (up_NDR.shape[1], rank), (rank, 1))
-    by_x = expanded(grad_NTR, down_NRD, None, x, (1, width))
+    of_x = expanded(grad_NTR, down_NRD, None, x, (1, width)) if by_x else x.new_empty(0)
     by_down = outer_sum(grad_NTR, x, down_NRD, (1, width), split)
-    return by_x, by_down, outer_sum(small_NTR, grad, up_NDR, (rank, 1), split)
+    return of_x, by_down, outer_sum(small_NTR, grad, up_NDR, (rank, 1), split)
 
 
 def shrunk(wide: Tensor, matrix: Tensor, scale_N: Tensor, sides: tuple[int, int], strides: tuple[int, int]) -> Tensor:

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from dbtrain.bench.operators import Operators
 from dbtrain_kernels import lora as module
 from dbtrain_kernels.cases import Case
 from dbtrain_kernels.dispatch import Choice
@@ -95,6 +96,24 @@ def test_matrices_that_are_views_of_an_arena_are_read_where_they_are(case, devic
         assert by_row(views[name]) is views[name]
     got, want = results(views), results(plain)
     assert {name: torch.equal(got[name], want[name]) for name in want} == dict.fromkeys(want, True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", [cases()[0], cases()[6]], ids=lambda case: case.name)
+def test_captions_that_are_encoded_once_cost_no_gradient(case, device):
+    """The matrices' gradients are the same bits; where the kernels run, one launch is saved."""
+    gradients, launches = [], []
+    for tracked in (True, False):
+        arguments = on(device, case.inputs())
+        names = ["base", "down_NRD", "up_NDR", *(["x"] if tracked else [])]
+        for name in names:
+            arguments[name].requires_grad_()
+        with Operators() as counted:
+            output = lora(**arguments)
+            gradients.append(torch.autograd.grad(output, [arguments[name] for name in names], torch.ones_like(output)))
+        launches.append(counted.fused)
+    assert all(torch.equal(one, other) for one, other in zip(*gradients))
+    assert launches[0] - launches[1] == (1 if launches[0] else 0)
 
 
 @pytest.mark.parametrize("rank, fused", [(MAX_RANK, True), (MAX_RANK + 1, False)])

@@ -108,7 +108,7 @@ def update(dtype: torch.dtype, matrices: torch.dtype, rank: int, tokens: int, wi
     x, base = (made(2 * subjects, tokens, side, dtype=dtype) for side in (wide, out))
     scale_N = made(subjects)
     _, small_NTR = lora_triton.forward(x, base, down, up, scale_N)
-    lora_triton.backward(base, small_NTR, x, down, up, scale_N, SPLIT)
+    lora_triton.backward(base, small_NTR, x, down, up, scale_N, True, SPLIT)
 
 
 def noise(shape: tuple[int, ...], **options: Any) -> None:
