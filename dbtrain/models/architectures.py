@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dbtrain.engines.unit_scale import drop_unit_divisions
 from dbtrain.errors import ConfigError
 from dbtrain.models.attention import xformers_problem
 
@@ -29,6 +30,7 @@ class Architecture:
         """A frozen denoiser of this shape: random weights, or shapes alone on the `meta` device."""
         with torch.device(device):
             denoiser = class_of(self.denoiser)(**self.config)
+        drop_unit_divisions(denoiser)
         return denoiser.to(dtype).requires_grad_(False)
 
 

@@ -121,6 +121,10 @@ def _engage_auto(denoiser: nn.Module, device_type: str, dtype: torch.dtype) -> A
         attention = engage_attention(denoiser, "sdpa", device_type, _precision(dtype))
         attention.reason = f"auto: nothing else is meant for {device_type}"
         return attention
+    if torch.are_deterministic_algorithms_enabled():
+        attention = engage_attention(denoiser, "sdpa", device_type, _precision(dtype))
+        attention.reason = "auto: engine.deterministic allows no choice by time"
+        return attention
     able, refused = [], []
     for name in CANDIDATES:
         try:
