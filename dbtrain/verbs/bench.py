@@ -35,7 +35,7 @@ def pack_verb(
       dbtrain bench pack --config tiny --sizes 1,4,16 --turns 5
       dbtrain bench pack --config sd15_lora --random-weights --sizes 1,8,32
     """
-    from dbtrain.bench import pack
+    from dbtrain.bench import pack, to_stderr
     from dbtrain.settings import recipes
 
     config = recipes.load(recipe, overrides or ())
@@ -47,7 +47,7 @@ def pack_verb(
         numbers(subjects, "--subjects") if subjects else [],
         random_weights,
     )
-    result = pack.measure(config, plan)
+    result = pack.measure(config, plan, to_stderr)
     if out:
         pack.write(out, result)
     print_json(result) if as_json else typer.echo(pack.table(result))
@@ -60,9 +60,9 @@ def ops_verb(as_json: Json = False) -> None:
     Example:
       dbtrain bench ops --json
     """
-    from dbtrain.bench import ops
+    from dbtrain.bench import ops, to_stderr
 
-    result = ops.measure()
+    result = ops.measure(to_stderr)
     print_json(result) if as_json else typer.echo(ops.table(result))
 
 
@@ -84,7 +84,7 @@ def step_verb(
       dbtrain bench step --capture off,graph --attention sdpa,flash,xformers --sizes 1,8
       dbtrain bench step --config sd15_lora --random-weights --capture off,compile,graph
     """
-    from dbtrain.bench import step
+    from dbtrain.bench import step, to_stderr
     from dbtrain.settings import recipes
     from dbtrain.settings.config import EngineConfig, ModelConfig
 
@@ -93,7 +93,8 @@ def step_verb(
         choices(capture, "--capture", EngineConfig.model_fields["capture"].annotation),
         choices(attention, "--attention", ModelConfig.model_fields["attention"].annotation),
     )
-    result = step.measure(config, step.Plan(*ways, numbers(sizes, "--sizes"), steps, turns, random_weights))
+    plan = step.Plan(*ways, numbers(sizes, "--sizes"), steps, turns, random_weights)
+    result = step.measure(config, plan, to_stderr)
     print_json(result) if as_json else typer.echo(step.table(result))
 
 
