@@ -205,7 +205,11 @@ class EngineConfig(Section):
     """How a step is run: `graph` records it once as a CUDA graph (packed engine), `compile` compiles the denoiser's
     repeated blocks, `off` runs it as it is; `auto` is `graph` where that can be."""
     channels_last: bool = False
-    """Lay out the denoiser's convolutions by channel, which tensor cores read as they are."""
+    """Lay out the denoiser's convolutions by channel, which tensor cores read as they are. For `capture: compile`: each
+    GroupNorm of a step that is not compiled copies its input to the other layout and back."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits in each run on one kind of GPU; slower. `model.attention: auto` is
+    then PyTorch's own pick, because a choice by time may differ between runs."""
     deepspeed: str | None = None
     """A standard DeepSpeed JSON file to start from; keys that dbtrain decides must be absent, "auto" or agree."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
+from dbtrain.engines.deterministic import choose_algorithms
 from dbtrain.engines.engine import plan_batches
 from dbtrain.engines.world import World, from_first, start_world, together
 from dbtrain.errors import StopRequested
@@ -146,6 +147,7 @@ def _stop_now(*_: object) -> None:
 def load_base(config: RunConfig, world: World) -> Models:
     """The base model on this rank's device; where only adapters train, its denoiser in the compute precision."""
     kind = torch.device(world.device).type
+    choose_algorithms(config.engine)
     choose_capture(config.engine, kind)  # refuses before anything is loaded
     models = load_models(FAMILIES[config.model.family], config.model).to(torch.device(world.device))
     if kind == "cuda" and config.train.precision == "fp32":
