@@ -7,6 +7,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
+from dbtrain.engines.unit_scale import restore_unit_divisions
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
 from dbtrain.models import attention
@@ -192,6 +193,7 @@ def test_a_measured_choice_compiles_without_a_graph_break(model_folders, monkeyp
     model = load_models(FAMILIES["sd"], ModelConfig(path=str(model_folders["sd"]))).denoiser
     model.set_attn_processor(Fastest(["sdpa", "flash"], Attention("auto", "test")))
     want = predict(model)
+    restore_unit_divisions(model)  # as `compile_regions` does
     blocks = [block for block in model.modules() if type(block).__name__ == "BasicTransformerBlock"]
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False, backend="eager")
