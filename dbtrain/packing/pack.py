@@ -129,7 +129,7 @@ class Pack:
         for row, bank, step in banks:
             self.parts[row] = bank.draw(step, slots)
         known = [part for part in self.parts if part is not None]
-        joined = join_batches([part or known[0] for part in self.parts]).to(self.device, non_blocking=True)
+        joined = join_batches([part or known[0] for part in self.parts]).sent(self.device)
         return replace(joined, caption_B=joined.caption_B + self.room * self.subject_B, subject_B=self.subject_B)
 
     @property

@@ -27,7 +27,7 @@ from dbtrain.randomness import Purpose, stream_key, uniforms
 from dbtrain.settings.config import DataConfig, PriorConfig, RunConfig
 from dbtrain.subjects.prompts import fill
 from dbtrain.training.session import Base, ClassPriors, Watch, Work
-from dbtrain.values import OWN, Batch, Conditioning, Role, Sample, Subject
+from dbtrain.values import OWN, Batch, Conditioning, Role, Sample, Subject, sent
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Bank:
 
     def batch(self, step: int, instance_slots: Sequence[int], device: str) -> Batch:
         """The micro-batch of these instance draw slots and, where there are priors, as many prior slots."""
-        return self.draw(step, instance_slots).to(device, non_blocking=True)
+        return self.draw(step, instance_slots).sent(device)
 
     def draw(self, step: int, instance_slots: Sequence[int]) -> Batch:
         """The same micro-batch without a move: cached moments on their device, everything else on the CPU."""
@@ -103,8 +103,8 @@ class Bank:
         if role in self.moments:
             moments = self.moments[role]
             # If the host waited for this copy, it would also wait until the step before has ended.
-            place = (pick_B.to(moments.device, non_blocking=True), flip_B.long().to(moments.device, non_blocking=True))
-            return moments[place], self.sizes[role][pick_B]
+            pick, flipped = sent(torch.stack([pick_B, flip_B.long()]), moments.device)
+            return moments[pick, flipped], self.sizes[role][pick_B]
         crops = [(0.5, 0.5)] * len(slot_B)
         if self.data.crop == "random":
             top_B, left_B = (uniforms(self.key, Purpose.CROP, step, 2 * slot_B + axis) for axis in (0, 1))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
+from dbtrain.engines.deterministic import choose_algorithms
 from dbtrain.engines.engine import keeps_whole, plan_batches
 from dbtrain.engines.world import World, from_first, start_world, together
 from dbtrain.families import FAMILIES
@@ -91,6 +92,7 @@ def _load_models(settings: RunConfig, world: World) -> Models:
     """The models on a rank's device; where only adapters train, the denoiser in the compute precision."""
     device = torch.device(world.device)
     family = FAMILIES[settings.model.family]
+    choose_algorithms(settings.engine)
     choose_capture(settings.engine, device.type)  # refuses before anything is loaded
     refuse_impossible(family, settings)
     models = load_models(family, settings.model).to(device)

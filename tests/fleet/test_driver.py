@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest.importorskip("ray")
+
 from dbtrain.data.index import Index
 from dbtrain.errors import FleetError
 from dbtrain.fleet.books import Flight
