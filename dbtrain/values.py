@@ -76,7 +76,7 @@ class Tensors:
 
     def sent(self, device):
         """The same value on a device; see the function `sent`."""
-        return self._map(lambda tensor: sent(tensor, device))
+        return self.map(lambda tensor: sent(tensor, device))
 
     def __getitem__(self, index):
         """The rows of every tensor at an index."""
