@@ -7,7 +7,7 @@ for the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,7 +57,11 @@ class Observed:
 
 
 class Pack:
-    """N rows for subjects. Ranks may differ up to `rank`, step counts up to `steps`. example: captions of any one."""
+    """N rows for subjects. Ranks may differ up to `rank`, step counts up to `steps`. example: captions of any one.
+
+    masked: whether any subject of the run has masks. Then every batch has factors, since a recorded step cannot change
+    what it reads; those of subjects without masks are 1, which changes no bit.
+    """
 
     def __init__(
         self,
@@ -68,8 +72,9 @@ class Pack:
         rank: int,
         steps: int,
         example: Conditioning | Tokens,
+        masked: bool = False,
     ):
-        self.family, self.models, self.config, self.size = family, models, config, size
+        self.family, self.models, self.config, self.size, self.masked = family, models, config, size, masked
         self.roles = 2 if config.prior.weight > 0 else 1
         stack = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": rank})})
         groups = make_stack(family, models, stack, size)
@@ -114,7 +119,8 @@ class Pack:
         role_B = torch.arange(self.roles).repeat_interleave(count).repeat(self.size)
         slot_B = torch.arange(self.roles * count).repeat(self.size)
         images, sizes = torch.randn(len(slot_B), *shape), torch.full((len(slot_B), 6), side)
-        batch = Batch(images, CAPTIONS * self.subject_B.cpu(), role_B, slot_B, sizes, self.subject_B)
+        masks = self._no_mask(images) if self.masked else None
+        batch = Batch(images, CAPTIONS * self.subject_B.cpu(), role_B, slot_B, sizes, self.subject_B, masks)
         return batch.to(self.device)
 
     def batch(self, banks: Sequence[tuple[int, Bank, int]]) -> Batch:
@@ -124,7 +130,10 @@ class Pack:
         for row, bank, step in banks:
             self.parts[row] = bank.draw(step, slots)
         known = [part for part in self.parts if part is not None]
-        joined = join_batches([part or known[0] for part in self.parts]).to(self.device, non_blocking=True)
+        joined = join_batches([part or known[0] for part in self.parts])
+        if self.masked and joined.mask_B1HW is None:
+            joined = replace(joined, mask_B1HW=self._no_mask(joined.images_BCHW))
+        joined = joined.to(self.device, non_blocking=True)
         return Batch(
             joined.images_BCHW,
             joined.caption_B + CAPTIONS * self.subject_B,
@@ -132,7 +141,14 @@ class Pack:
             joined.slot_B,
             joined.size_B6,
             self.subject_B,
+            joined.mask_B1HW,
         )
+
+    def _no_mask(self, images_BCHW: Tensor) -> Tensor:
+        """Factors of 1 for these samples, moments or pixels."""
+        codec = self.family.codec
+        cell = 1 if codec.is_encoded(images_BCHW) else codec.cell
+        return torch.ones(len(images_BCHW), 1, *(side // cell for side in images_BCHW.shape[2:]))
 
     @property
     def warm_steps(self) -> int:
@@ -180,14 +196,15 @@ class Pack:
         self.sums_NV[list(rows)] = 0
 
 
-def make_pack(base: Base, configs: Sequence[RunConfig], size: int) -> Pack:
+def make_pack(base: Base, configs: Sequence[RunConfig], size: int, masked: bool = False) -> Pack:
     """An empty pack that the subjects with these settings fit in.
 
-    It is as wide as the widest of them, whichever sit in it, so that the same subjects give the same bits.
+    It is as wide as the widest of them, whichever sit in it, so that the same subjects give the same bits. masked: see
+    `Pack`.
     """
     rank, steps = (max(values) for values in zip(*((c.lora.rank, c.train.steps) for c in configs)))
     captions = captions_of(base.family, base.models, base.settings, [""], base.world.device)
-    return Pack(base.family, base.models, base.settings, size, rank, steps, captions)
+    return Pack(base.family, base.models, base.settings, size, rank, steps, captions, masked)
 
 
 def _observed(row: list[float]) -> Observed:

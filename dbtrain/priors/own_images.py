@@ -33,6 +33,7 @@ def import_images(folder: Path, class_noun: str, store: Path, config: RunConfig)
     The photos are checked as a subject's are; nothing is written if one of them is bad.
     """
     subject = subject_from_folder(folder, class_noun)
+    config = config.replaced("data.mask", False)  # all of a class image is trained
     findings = preflight([subject], config)
     if findings:
         raise DataError("\n".join(finding.line() for finding in findings))
@@ -50,7 +51,7 @@ def import_images(folder: Path, class_noun: str, store: Path, config: RunConfig)
         left = new
         while left:
             block = _free_block(place, len(left))
-            photos = photo_samples([replace(subject, images=tuple(left[: len(block)]))], config.data.resolution)
+            photos = photo_samples([replace(subject, images=tuple(left[: len(block)]))], config.data)
             samples = (prior_sample(key, number, one.image, one.extension, one.meta)
                        for number, one in zip(block, photos))  # fmt: skip
             write_shards(samples, block_folder(place, block))

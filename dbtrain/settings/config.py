@@ -1,6 +1,6 @@
 """The settings of a run: one frozen tree, each field with its meaning, unit and range.
 
-`recipes.py` makes it from YAML and dotted overrides. Rules about several fields are in `cross_field_findings`.
+`recipes.py` makes it from YAML and dotted overrides. Rules about several fields are in `rules.py`.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -64,6 +64,12 @@ class DataConfig(Section):
     """Side of the square training image, in pixels."""
     crop: Literal["center", "random"] = "center"
     """Square crop after the short side is resized. `random` draws a position at every step; latents are not cached."""
+    mask: Annotated[bool | Literal["auto"], Mark.NO_RESULT] = "auto"
+    """Weigh the loss of photos by masks of the subject: the column `mask`, a `*-mask.png` beside the photo, or the
+    photo's own transparency. `auto` does where a photo has one, true wants one for each photo, false uses none."""
+    mask_floor: Annotated[Share, Mark.LATER] = 0.1
+    """Weight of what a mask leaves out; the subject's own is 1. 0 leaves the background free to become anything, and 1
+    is training without masks."""
     flip: bool = False
     """Mirror a sample left-right with probability 1/2. Leave off for subjects with text or a handed shape."""
     caption: Template = "a photo of {identifier} {class}"
@@ -79,6 +85,11 @@ class DataConfig(Section):
     makes shards from the manifest's photos, in the output folder."""
     schemes: Annotated[tuple[Scheme, ...], Mark.NO_RESULT] = ()
     """Schemes that an address in `data.shards` may have; any other is an error."""
+
+    @property
+    def weighs(self) -> bool:
+        """Whether masks change the loss where photos have them."""
+        return self.mask is not False and self.mask_floor < 1
 
 
 class IdentifierConfig(Section):
@@ -298,101 +309,3 @@ class RunConfig(Section):
     sample: Annotated[SampleConfig, Mark.NO_RESULT] = SampleConfig()
     publish: Annotated[PublishConfig, Mark.NO_RESULT] = PublishConfig()
     track: Annotated[TrackConfig, Mark.NO_RESULT] = TrackConfig()
-
-
-def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
-    """(dotted key, message) for each setting that does not go together with others; empty when all do."""
-    train, zero, data = config.train, config.engine.zero, config.data
-    rules = [
-        (
-            "train.warmup_steps",
-            train.warmup_steps >= train.steps and train.warmup_steps > 0,
-            f"is {train.warmup_steps}, but train.steps is {train.steps}; the learning rate would never reach its peak",
-        ),
-        (
-            "train.micro_batch",
-            train.micro_batch is not None and train.batch % train.micro_batch != 0,
-            f"is {train.micro_batch}, which does not divide train.batch = {train.batch}",
-        ),
-        (
-            "engine.zero.offload_optimizer",
-            zero.offload_optimizer and zero.stage == 0,
-            "needs engine.zero.stage 1, 2 or 3",
-        ),
-        (
-            "engine.channels_last",
-            config.engine.channels_last and config.engine.kind == "zero",
-            "needs engine.kind=packed: DeepSpeed sends weights as flat bytes, which such weights are not",
-        ),
-        (
-            "engine.zero.offload_parameters",
-            zero.offload_parameters and zero.stage != 3,
-            f"needs engine.zero.stage 3, got {zero.stage}",
-        ),
-        (
-            "engine.capture",
-            config.engine.capture == "graph" and config.engine.kind == "zero",
-            "graph cannot record DeepSpeed's step; use engine.kind=packed (a pack of one is one subject), or compile",
-        ),
-        (
-            "engine.capture",
-            config.engine.capture == "compile" and config.engine.kind == "zero" and zero.stage == 3,
-            "compile cannot cut blocks whose parameters ZeRO stage 3 gathers as they run; use engine.capture=off",
-        ),
-        (
-            "train.text_encoder_lr",
-            train.text_encoder_lr is not None and not train.text_encoder,
-            "is set, but train.text_encoder is false, so it would have no effect",
-        ),
-        (
-            "data.caption",
-            "{identifier}" not in data.caption,
-            f"must contain {{identifier}}, got {data.caption!r}; without it nothing names the subject",
-        ),
-        (
-            "data.class_caption",
-            "{identifier}" in data.class_caption,
-            "must not contain {identifier}; priors show the class, not the subject",
-        ),
-        (
-            "prior.images",
-            config.prior.weight > 0 and config.prior.images == 0,
-            "is 0 while prior.weight is above 0; set prior.weight=0 to train without prior preservation",
-        ),
-        (
-            "lora.targets",
-            train.method == "lora" and not config.lora.targets,
-            "is empty; a LoRA needs at least one layer pattern",
-        ),
-        (
-            "train.stop_loss",
-            train.stop_loss is not None and config.engine.kind != "packed",
-            "is set, but only engine.kind=packed looks at it",
-        ),
-    ]
-    rules += _packed_rules(config) if config.engine.kind == "packed" else []
-    return [(key, message) for key, wrong, message in rules if wrong]
-
-
-def _packed_rules(config: RunConfig) -> list[tuple[str, bool, str]]:
-    """What a pack cannot do: (dotted key, whether the settings ask for it, message)."""
-    train, engine, track = config.train, config.engine, config.track
-    return [
-        ("train.method", train.method != "lora", "must be lora: a pack shares one frozen base; use engine.kind=zero"),
-        (
-            "train.micro_batch",
-            train.micro_batch not in (None, train.batch),
-            f"is {train.micro_batch}, but a pack runs all {train.batch} at once; lower engine.packed.size",
-        ),
-        (
-            "engine.zero",
-            engine.zero != ZeroConfig(),
-            "is set, but engine.kind=packed trains without DeepSpeed; use engine.kind=zero to shard or offload",
-        ),
-        ("engine.deepspeed", engine.deepspeed is not None, "is set, but engine.kind=packed trains without DeepSpeed"),
-        (
-            "track.wandb" if track.wandb else "track.trackio",
-            bool(track.wandb or track.trackio),
-            "follows one run in a process, and a pack has many; set it to null: log.jsonl and TensorBoard work",
-        ),
-    ]

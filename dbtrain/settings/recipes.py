@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from dbtrain.errors import ConfigError
 from dbtrain.settings import yaml12
-from dbtrain.settings.config import RunConfig, cross_field_findings
+from dbtrain.settings.config import RunConfig
+from dbtrain.settings.rules import cross_field_findings
 
 MAX_BYTES = 65_536
 """Largest settings file; the largest recipe is 2 KB, and PyYAML needs a second for this much."""

@@ -14,6 +14,7 @@ from typing import Any
 from dbtrain.errors import shown
 from dbtrain.settings.config import RunConfig
 from dbtrain.subjects.finding import CellError
+from dbtrain.subjects.masks import masks_of
 from dbtrain.subjects.photos import IMAGES, photos_of
 from dbtrain.values import SUBJECT_ID
 
@@ -149,6 +150,7 @@ COLUMNS = {
         Column("subject", _id, "id", required=ID),
         Column("class", check_class, "class_noun", required=CLASS),
         Column("images", photos_of, "images", required=IMAGES),
+        Column("mask", masks_of, "masks"),
         Column("caption", _caption, "caption"),
         Column("identifier", _identifier, "identifier"),
         Column("seed", _whole(0, 2**63 - 1), "seed", "seed"),

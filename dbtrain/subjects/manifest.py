@@ -1,8 +1,9 @@
 """The manifest: which subjects there are, what class each is of, and where its photos lie.
 
 Columns: `subject`, `class`, `images` (a folder, a glob, or a list; relative to the manifest's folder), and optionally
-`caption`, `identifier`, `seed`, `steps`, `lr`, `rank`, `prior_weight`. An empty cell means that the run's configuration
-holds. In CSV a list is separated by semicolons. One reading finds all defects; nothing is ever written.
+`mask` (the same), `caption`, `identifier`, `seed`, `steps`, `lr`, `rank`, `prior_weight`. An empty cell means that the
+run's configuration holds. In CSV a list is separated by semicolons. One reading finds all defects; nothing is ever
+written.
 """
 
 import difflib
@@ -13,7 +14,7 @@ from typing import Any
 from dbtrain.errors import DataError, shown
 from dbtrain.subjects.columns import COLUMNS, check_class
 from dbtrain.subjects.finding import CellError, Finding, refuse
-from dbtrain.subjects.photos import photos_at
+from dbtrain.subjects.photos import photos_of
 from dbtrain.subjects.rows import ManifestRow, read_rows
 from dbtrain.values import Subject
 
@@ -54,7 +55,7 @@ def subject_from_folder(folder: Path, class_noun: str) -> Subject:
     folder = Path(folder)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-_")[:64] or "subject"
     try:
-        return Subject(name, check_class(class_noun, folder), tuple(photos_at(str(folder.resolve()), folder)))
+        return Subject(name, check_class(class_noun, folder), photos_of(str(folder.resolve()), folder))
     except CellError as bad:
         what, want, remedy = bad.args
         raise DataError(f"{folder}: {what}, want {want}; {remedy}") from bad
@@ -68,7 +69,7 @@ def _check_row(row: ManifestRow, folder: Path, photos: bool) -> tuple[dict[str, 
     defects += [(f"column {shown(name)}: is unknown", _hint(name)) for name in row.cells if name not in COLUMNS]
     values = {}
     for name, column in COLUMNS.items():
-        if name == "images" and not photos:
+        if name in ("images", "mask") and not photos:
             values[name] = ()
             continue
         cell = row.cells.get(name)

@@ -21,13 +21,16 @@ def natural_key(text: str) -> tuple:
     return tuple((int(part), "") if part.isdigit() and part.isascii() else (-1, part) for part in parts), text
 
 
-def photos_of(cell: Any, folder: Path) -> tuple[Path, ...]:
-    """The photos of a cell, a text or a list of texts, in natural order. Relative paths start in `folder`."""
+def photos_of(cell: Any, folder: Path, masks: bool = False) -> tuple[Path, ...]:
+    """The photos of a cell, a text or a list of texts, in natural order. Relative paths start in `folder`.
+
+    masks: whether masks beside photos count too.
+    """
     cells = cell if isinstance(cell, list) else [cell]
     if not all(isinstance(part, str) and part and "\0" not in part for part in cells):
         raise CellError(f"got {shown(cell)}", *IMAGES)
     try:
-        photos = [photo for part in cells for photo in photos_at(part, folder)]
+        photos = [photo for part in cells for photo in photos_at(part, folder) if masks or not is_mask(photo)]
     except OSError as error:
         raise CellError(f"got {shown(cell)} ({error.strerror})", *IMAGES) from error
     if not photos:
@@ -36,6 +39,15 @@ def photos_of(cell: Any, folder: Path) -> tuple[Path, ...]:
     if twice:
         raise CellError(f"names {twice[0]} twice", "each photo once", "take one of the two out")
     return tuple(sorted(photos, key=lambda photo: natural_key(str(photo))))
+
+
+def is_mask(path: Path) -> bool:
+    """Whether a file is the mask `X-mask.png` of a photo X beside it. Without such a photo it is a photo itself."""
+    photo = path.name.casefold().removesuffix("-mask.png")
+    if len(photo) == len(path.name):
+        return False
+    name = path.name[: len(photo)]
+    return any(path.with_name(name + end).is_file() for end in (*SUFFIXES, *map(str.upper, SUFFIXES)))
 
 
 def photos_at(text: str, folder: Path) -> list[Path]:

@@ -4,13 +4,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dbtrain.data.images import open_photo
+from dbtrain.data.images import read_photo
 from dbtrain.data.prefetch import ahead
 from dbtrain.errors import DataError, named
 from dbtrain.settings.config import RunConfig
 from dbtrain.subjects.columns import COLUMNS
 from dbtrain.subjects.finding import Finding
 from dbtrain.subjects.identifiers import meanings
+from dbtrain.subjects.masks import astray, mask_file, open_with_mask
 from dbtrain.subjects.prompts import fill
 from dbtrain.subjects.registry import read_registry, taken_identifiers, vocabulary_digest
 from dbtrain.values import Subject
@@ -35,7 +36,7 @@ def preflight(
     findings = [*_conflicts(subjects, config)]
     if tokenizer is not None:
         findings += [*_captions(subjects, config, tokenizer), *_identifiers(subjects, config, tokenizer, registry)]
-    return [*findings, *_photos(subjects)] if photos else findings
+    return [*findings, *_photos(subjects, config)] if photos else findings
 
 
 def sift(
@@ -97,16 +98,20 @@ def _identifiers(
         yield from taken_identifiers(registry, subjects, read_registry(registry, vocabulary_digest(tokenizer)))
 
 
-def _photos(subjects: Sequence[Subject]) -> Iterator[Finding]:
+def _photos(subjects: Sequence[Subject], config: RunConfig) -> Iterator[Finding]:
+    if config.data.mask is not False:
+        yield from (finding for subject in subjects for finding in astray(subject))
     pairs = ((subject, path) for subject in subjects for path in subject.images)
-    return (finding for finding in ahead(_photo, pairs) if finding is not None)
+    yield from (finding for finding in ahead(lambda pair: _photo(*pair, config), pairs) if finding is not None)
 
 
-def _photo(pair: tuple[Subject, Path]) -> Finding | None:
-    subject, path = pair
+def _photo(subject: Subject, path: Path, config: RunConfig) -> Finding | None:
     try:
-        open_photo(path)
+        open_with_mask(subject, path, read_photo(path), config.data)
     except DataError as error:
-        what, _, remedy = str(error).removeprefix(f"{path}: ").rpartition("; ")
-        return Finding(subject.id, named(path), named(what), remedy)
+        # The photo is at fault, or else its mask.
+        mask = mask_file(subject, path)
+        place = mask if mask is not None and str(error).startswith(f"{mask}: ") else path
+        what, _, remedy = str(error).removeprefix(f"{place}: ").rpartition("; ")
+        return Finding(subject.id, named(place), named(what), remedy)
     return None

@@ -113,7 +113,7 @@ def two_cats(photo_folder):
 
 def test_photo_samples_carry_pixels_and_provenance(two_cats):
     cat, tiger = read_manifest(two_cats)
-    samples = list(photo_samples([cat], 32))
+    samples = list(photo_samples([cat], CONFIG.data))
     assert [sample.key for sample in samples] == ["cat-0-0", "cat-0-1", "cat-0-2"]
     assert [sample.meta["source"] for sample in samples] == ["p1.png", "p2.PNG", "p10.png"]
     for sample, path in zip(samples, cat.images, strict=True):
@@ -122,7 +122,7 @@ def test_photo_samples_carry_pixels_and_provenance(two_cats):
         stored, photo = images.open_photo(sample.image), images.open_photo(path)
         assert min(stored.size) == 32
         np.testing.assert_array_equal(images.square(stored, 32), images.square(photo, 32))
-    (only,) = photo_samples([tiger], 4096)
+    (only,) = photo_samples([tiger], DataConfig(resolution=4096))
     assert images.open_photo(only.image).size == (48, 40)
 
 
@@ -173,4 +173,4 @@ def test_bad_photos_are_all_named_before_anything_is_written(two_cats, tmp_path)
 def test_a_photo_lost_meanwhile_is_named(two_cats):
     subject = Subject("cat", "cat", (two_cats.parent / "none.png",))
     with pytest.raises(DataError, match="none.png: cannot be read"):
-        list(photo_samples([subject], 32))
+        list(photo_samples([subject], CONFIG.data))
