@@ -17,15 +17,19 @@ def preflight_verb(
     recipe: Recipe,
     overrides: Overrides = None,
     skip_bad: SkipBad = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Page to write, such as sheet.html: each photo as it will be trained.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Look at every row and every photo of a manifest and list what is wrong; nothing is written.
+    """Look at every row and every photo of a manifest and list what is wrong; nothing is written but the --sheet.
 
     With --skip-bad it succeeds if any subject is sound: what is listed is what `train --skip-bad` leaves out.
 
     \b
     Example:
       dbtrain preflight photos.csv --config sd15_lora --json
+      dbtrain preflight photos.csv --config sd15_lora --sheet sheet.html
     """
     from dbtrain.models.load import load_tokenizer
     from dbtrain.settings import recipes
@@ -39,7 +43,15 @@ def preflight_verb(
         tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
     except DataError as error:  # photos can be looked at where the base is not
         typer.echo(f"captions and identifiers are not checked: {error}", err=True)
-    subjects, findings = sift(*scan_manifest(manifest, config.data.shards is None), config, tokenizer)
+    found = scan_manifest(manifest, config.data.shards is None)
+    subjects, findings = sift(*found, config, tokenizer)
+    if sheet is not None:
+        if config.data.shards is not None:
+            raise ConfigError("--sheet: shows a manifest's own photos, and data.shards is set; take one of the two out")
+        from dbtrain.report.photo_sheet import write_sheet
+
+        write_sheet(sheet, found[0], findings, config)
+        typer.echo(f"look at {sheet}", err=True)
     if as_json:
         print_json([asdict(finding) for finding in findings])
     if not (skip_bad and subjects):
