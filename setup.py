@@ -53,6 +53,8 @@ EXTRAS = {
         "setuptools>=77",
         "triton>=3.6",
     ],
+    # Reads HEIC, the format of phones' photos.
+    "photos": ["pillow-heif>=0.21"],
     "gpu": ["xformers>=0.0.35"],
     # Empty: the shipped metrics need nothing more. lpips would bring torchvision, which replaces or breaks a CPU torch.
     "eval": [],

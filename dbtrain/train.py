@@ -17,6 +17,7 @@ from dbtrain.subjects.finding import Finding, refuse
 from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.training.job import Finished, open_job
 from dbtrain.training.session import Base, Watch, Work, join_run, open_work
+from dbtrain.training.stopping import signals_as_before
 from dbtrain.values import Subject
 
 
@@ -59,7 +60,7 @@ def train_chosen(
     """What `train_manifest` returns, for a manifest that `scan_manifest` has read. The photos of all subjects are
     sharded, and the subjects with the ids `chosen` are trained."""
     world = start_world()
-    with ExitStack() as fence:
+    with signals_as_before(), ExitStack() as fence:
         if not from_first(world, lambda: fence.enter_context(held(out / LOCK))):
             raise DataError(f"{out}: another run is working there; wait for it or stop it, or use another --out")
         watch = Watch(quiet or not world.first, opened=opened)

@@ -22,6 +22,8 @@ CONTRACTS = {
     "tests/settings/test_shipped_recipes.py": 2,
 }
 """The contract tests of what is added, and how many of them at least are about it."""
+SCHEMA = "tests/settings/test_recipes.py"
+"""The file of the test that compares the committed schema with the settings."""
 
 
 def examples():
@@ -55,6 +57,15 @@ def add(example, folder):
         path.write_text(with_row(path.read_text("utf-8"), table, text))
 
 
+def write_schema(folder):
+    """Run in a copy of the sources the command that the page gives for the schema."""
+    ((words, name),) = re.findall(r"`dbtrain ([\w ]+) > ([\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    command = [sys.executable, "-c", "from dbtrain import cli; cli.main()", *words.split()]
+    roots = os.pathsep.join(str(folder / root) for root in (".", "kernels", "launchers"))
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": roots}, capture_output=True, check=True)
+    (folder / name).write_bytes(done.stdout)
+
+
 @pytest.fixture
 def copy(tmp_path):
     """A copy of the sources; the assets of the embedded base are large and stay where they are."""
@@ -77,14 +88,15 @@ def test_the_examples_pass_their_contract_tests(copy):
     """In a process of its own, with Triton's interpreter, so that the kernel itself answers."""
     for example in examples():
         add(example, copy)
+    write_schema(copy)
     start = "import sys, triton, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    words = ["-p", "no:cacheprovider", "-v", "-m", "not gpu", "-k", "toy or every_metric_has", *CONTRACTS]
+    words = ["-p", "no:cacheprovider", "-v", "-m", "not gpu", "-k", "toy or every_metric_has or committed_schema"]
     own = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     own.pop("PYTEST_CURRENT_TEST", None)
-    done = subprocess.run(
-        [sys.executable, "-c", start, *words], cwd=copy, env=own, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", start, *words, *CONTRACTS, SCHEMA]
+    done = subprocess.run(command, cwd=copy, env=own, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(rf"^{SCHEMA}::.*committed_schema.* PASSED", done.stdout, re.M)
     passed = {name: len(re.findall(rf"^{name}::.*toy.* PASSED", done.stdout, re.M)) for name in CONTRACTS}
     assert all(passed[name] >= least for name, least in CONTRACTS.items()), passed
 

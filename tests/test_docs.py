@@ -19,6 +19,7 @@ from dbtrain.tiny import DEMO
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = [path for folder in ("dbtrain", "kernels", "launchers") for path in sorted((ROOT / folder).rglob("*.py"))]
 PLACEHOLDERS = {"DIR": "runs/all", "OUT": "runs/all", "STORE": "priors", "RECIPE": "tiny", "MANIFEST": "photos.csv"}
 
 
@@ -67,11 +68,13 @@ def test_files_that_are_named_exist(page):
 
 
 def names_in(path):
-    """Functions, classes, their methods and top-level variables of a source file, dotted."""
+    """Functions, classes, their methods, top-level variables and imported names of a source file, dotted."""
     found = set()
     for node in ast.parse(path.read_text("utf-8")).body:
         if isinstance(node, ast.ClassDef):
             found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+        if isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
         targets = getattr(node, "targets", [getattr(node, "target", None)])
         found |= {getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)}
     return found
@@ -83,6 +86,28 @@ def test_names_in_files_exist(page):
     places = re.findall(r"`([\w/.]+\.py)::([\w.]+)`", page.read_text("utf-8"))
     files = {path: names_in(ROOT / path) if (ROOT / path).exists() else set() for path, _ in places}
     assert [f"{path}::{name}" for path, name in places if name not in files[path]] == []
+
+
+def place_of(dotted):
+    """(source file, name in it) of a dotted name of ours; the name is empty for a module or package."""
+    parts = dotted.split(".")
+    folder = ROOT / "kernels" / parts[0] if parts[0] == "dbtrain_kernels" else ROOT / parts[0]
+    parts = parts[1:]
+    while parts and (folder / parts[0]).is_dir():
+        folder /= parts.pop(0)
+    if parts and (folder / f"{parts[0]}.py").exists():
+        return folder / f"{parts[0]}.py", ".".join(parts[1:])
+    return folder / "__init__.py", ".".join(parts)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *SOURCES], ids=named)
+def test_dotted_names_exist(page):
+    """`dbtrain.module.name` in code marks, in pages and in sources."""
+    if page.name == "CHANGELOG.md":
+        return  # it also names what was there in the past
+    dotted = re.findall(r"`(dbtrain(?:_kernels)?(?:\.\w+)+)", page.read_text("utf-8"))
+    places = {name: place_of(name) for name in dotted}
+    assert [name for name, (path, part) in places.items() if part and part not in names_in(path)] == []
 
 
 def commands():

@@ -26,7 +26,8 @@ EMPTY = "marks nothing that is trained; paint the subject white"
 
 def open_mask(source: Path | bytes) -> Image.Image:
     """A mask's grey image from a file or its bytes. What is transparent in it is black."""
-    image, alpha = open_with_alpha(source)
+    # A mask's values are shares, not colours.
+    image, alpha = open_with_alpha(source, srgb=False)
     grey = image.convert("L")
     # `open_photo` laid the picture over white: c a + 255 (1 - a). Over black it is c a.
     return grey if alpha is None else ImageChops.subtract(grey, ImageChops.invert(alpha))

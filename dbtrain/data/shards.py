@@ -8,14 +8,16 @@ removes what the dead writer left and starts over; the mark proves that those fi
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 from dbtrain.data import tar
 from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Entry, Index, Shard, make_key
-from dbtrain.data.stream import SKIPPED
+from dbtrain.data.stream import SKIPPED, read_samples
 from dbtrain.errors import DataError, shown
 from dbtrain.storage.atomic import TEMPORARY, held, sync_folder, write_file
 from dbtrain.values import SUBJECT_ID, Sample
@@ -24,6 +26,9 @@ MAX_BYTES = 256 * 2**20
 """Size above which a shard ends, in bytes."""
 MARK = ".writing"
 """File of a folder that is being written, locked by its writer."""
+GROWING = ".growing"
+"""The same for a folder that holds sound shards, and gets more."""
+NUMBER = re.compile("[0-9]{6}")
 Stored = tuple[Sample, bytes]
 """A sample and its bytes in a tar file."""
 
@@ -38,24 +43,84 @@ def write_shards(
     """
     out = Path(out)
     with _claim(out, remake):
-        stored = ((sample, tar.to_tar(sample)) for sample in _checked(samples))
-        entries: list[Entry] = []
-        shards: list[Shard] = []
-        waiting = next(stored, None)
-        while waiting is not None:
-            name = f"train-{len(shards):06d}.tar"
-
-            def write(file: BinaryIO, name: str = name) -> None:
-                nonlocal waiting
-                shard, waiting = _fill(file, name, waiting, stored, max_bytes, entries)
-                shards.append(shard)
-
-            write_file(out / name, write)
+        entries, shards = _write(samples, out, 0, max_bytes)
         if not entries:
             raise DataError(f"{out}: no samples to write; check the manifest")
         index = Index(tuple(entries), tuple(shards), source)
         index.save(out)
     return index
+
+
+def grow_shards(
+    samples: Iterable[Sample],
+    out: Path,
+    made: Index,
+    replaced: Collection[str] = (),
+    source: str = "",
+    max_bytes: int = MAX_BYTES,
+) -> Index:
+    """The index of a sound folder `out`, to which samples of new subjects were added, and samples of the subjects
+    `replaced` in place of those that they had. made: its index before.
+
+    Shards are never changed: new ones come beside them, then the index, which says what counts, then those that it no
+    longer names are removed. A subject that shares a shard with a replaced one moves with it. After a kill, `tidy`
+    removes what does not count.
+    """
+    out = Path(out)
+    with held(out / GROWING) as ours:
+        if not ours or Index.load(out) != made:
+            raise DataError(f"{out}: another process is writing there; wait for it, then run again")
+        stale = _shards_of(made, replaced)
+        moved = [entry for entry in made.entries if entry.shard in stale and entry.subject not in replaced]
+        first = 1 + max(int(NUMBER.findall(shard.name)[0]) for shard in made.shards)
+        added, new = _write(chain(read_samples(out, moved), samples), out, first, max_bytes)
+        entries = [entry for entry in made.entries if entry.shard not in stale]
+        shards = [shard for shard in made.shards if shard.name not in stale]
+        index = Index((*entries, *added), (*shards, *new), source)
+        index.save(out)
+        tidy(out, index)
+        (out / GROWING).unlink()
+    return index
+
+
+def _shards_of(made: Index, subjects: Collection[str]) -> set[str]:
+    """The shards of some subjects, and of those that share a shard with them, and so on: a subject's samples stay
+    together, in their order."""
+    found: set[str] = set()
+    names = set(subjects)
+    while more := {entry.shard for entry in made.entries if entry.subject in names} - found:
+        found |= more
+        names |= {entry.subject for entry in made.entries if entry.shard in more}
+    return found
+
+
+def tidy(out: Path, index: Index) -> None:
+    """Remove shards that the index does not name, and remains of killed writers. Only where nobody is writing."""
+    named = {shard.name for shard in index.shards} | {INDEX_NAME, SKIPPED, GROWING}
+    for path in out.iterdir():
+        if _is_ours(path.name) and path.name not in named:
+            path.unlink()
+    sync_folder(out)
+
+
+def _write(
+    samples: Iterable[Sample], out: Path, first: int, max_bytes: int
+) -> tuple[list[Entry], list[Shard]]:
+    """What was written: entries and shards, whose numbers begin with `first`."""
+    stored = ((sample, tar.to_tar(sample)) for sample in _checked(samples))
+    entries: list[Entry] = []
+    shards: list[Shard] = []
+    waiting = next(stored, None)
+    while waiting is not None:
+        name = f"train-{first + len(shards):06d}.tar"
+
+        def write(file: BinaryIO, name: str = name) -> None:
+            nonlocal waiting
+            shard, waiting = _fill(file, name, waiting, stored, max_bytes, entries)
+            shards.append(shard)
+
+        write_file(out / name, write)
+    return entries, shards
 
 
 def _fill(
@@ -127,7 +192,7 @@ def _is_ours(name: str) -> bool:
     whole = name
     if name.startswith(".") and name.endswith(TEMPORARY):
         whole = name[1:].removesuffix(TEMPORARY).rpartition(".")[0]
-    return SHARD_NAME.fullmatch(whole) is not None or whole in (INDEX_NAME, SKIPPED)
+    return SHARD_NAME.fullmatch(whole) is not None or whole in (INDEX_NAME, SKIPPED, GROWING)
 
 
 def _sweep(out: Path) -> None:

@@ -145,7 +145,7 @@ class Recorded(Eager):
     def _fill(self, batch: Batch) -> Batch:
         """The buffers, with a batch copied into them; no wait, since both are on the device."""
         if self.buffers is None:
-            self.buffers = batch._map(torch.clone)
+            self.buffers = batch.map(torch.clone)
             return self.buffers
         for name in (field.name for field in fields(batch)):
             buffer, value = getattr(self.buffers, name), getattr(batch, name)

@@ -22,12 +22,12 @@ from dbtrain.settings.config import TrainConfig
 from dbtrain_kernels.adamw import adamw
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
-# That contract is for gradients that are sent between processes. Ours are views of an arena, with strides over rows.
+# PyTorch's layout warning concerns DDP; our gradients are strided views.
 warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract", UserWarning)
 
 
 class Arena:
-    """The parameters of one group for N subjects: master, grad and moments as tensors [N, P], a row for each subject.
+    """The parameters of one group for N subjects: master, grad, Adam moments as tensors [N, P], a row a subject.
 
     The layers' parameters become views of `compute`, which is the masters themselves, or a copy of them in the compute
     precision; backward adds straight into `grad`.
@@ -129,7 +129,8 @@ class PackedEngine:
         return norm_N
 
     def _clips(self) -> tuple[list[Tensor], Tensor | None]:
-        """The clip of each arena's norm that clips the joint norm of a subject's arenas, and that norm if several."""
+        """Clip threshold of each arena, chosen so that all arenas shrink by one factor; and the subject's joint norm
+        (None with one arena). Why arenas are clipped together: docs/decisions/packed-equals-solo.md."""
         if len(self.arenas) == 1:
             return [self.clip_N], None
         norms = [torch.linalg.vector_norm(arena.grad.to(arena["exp_avg"].dtype), dim=1) for arena in self.arenas]
@@ -139,7 +140,7 @@ class PackedEngine:
 
     @torch.no_grad()
     def load(self, row: int, state: EngineState, step: int, settings: RowSettings) -> None:
-        """Put a subject's state after `step` steps into a row. Moments that the state lacks are 0; an EMA that it lacks
+        """Put a subject's state after `step` steps into a row. Adam moments that it lacks are 0; an EMA that it lacks
         starts at the masters.
 
         Its matrices may be smaller than the row's. The rest of the row is 0 and stays 0.

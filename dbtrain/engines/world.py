@@ -2,7 +2,7 @@
 
 One rank chooses for all, and what fails on one rank fails on all. A network share may show each rank another state of
 its files. Ranks that went on from different steps would mix their weights, and if one rank gave up, the others would
-wait for it without end. A world of one rank agrees with itself, at no cost."""
+wait for it without end. With one rank nothing is sent."""
 
 from __future__ import annotations
 

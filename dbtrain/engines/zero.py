@@ -106,7 +106,7 @@ class ZeroEngine:
         return 0.0 if norm is None else float(norm)
 
     def state(self, row: int = 0) -> EngineState:
-        """Masters, moments and EMA, whole, in fp32 on the CPU of the first rank. There is one subject, in row 0."""
+        """Masters, Adam moments and EMA, whole, in fp32 on the CPU of the first rank. The one subject is row 0."""
         kinds = ["master", "exp_avg", "exp_avg_sq", *(["ema"] if self.config.train.ema else [])]
         gathered: EngineState = {kind: {} for kind in kinds}
         for name, param in self.names.items():

@@ -73,7 +73,7 @@ class Books:
             self.view.add(flight.unit.class_noun, position, stands_alone(failures, losses), pack)
 
     def land(self, flight: Flight, end: End) -> None:
-        """Enter the early end of a unit: it is that of the subjects that were worked on, and the others wait again."""
+        """Enter the early end of a unit. Subjects in training get this cause; the rest of the unit waits again."""
         self.view.end(flight.unit, drawn=False)
         if flight.unit.kind == "prior":
             self._land_prior(flight, end)

@@ -1,8 +1,8 @@
 """The driver: gives waiting subjects to idle workers and enters what becomes of them, until nothing is left to do.
 
-The driver alone writes the ledger. An order and a result are in the ledger before anything follows from them, so the
-driver may be killed at any moment: the same command goes on. One loop, no threads: schedule -> wait for messages ->
-one commit -> again.
+While a driver is alive, only it writes the ledger. An order and a result are in the ledger before anything follows from
+them, so the driver may be killed at any moment: the same command goes on. One loop, no threads: schedule -> wait for
+messages -> one commit -> again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import ray
 
 from dbtrain.data.index import Index
-from dbtrain.errors import FleetError, StopRequested
+from dbtrain.errors import FleetError, StopRequested, reached
 from dbtrain.fleet.books import Books, Flight
 from dbtrain.fleet.causes import End
 from dbtrain.fleet.cluster import has_gpus, room
@@ -31,7 +31,9 @@ from dbtrain.fleet.options import Options
 from dbtrain.fleet.run_folder import mark
 from dbtrain.fleet.schedule import Idle, Limits, schedule
 from dbtrain.fleet.status import Screen, summarize
+from dbtrain.machine import take_signals
 from dbtrain.priors.store import BLOCK
+from dbtrain.results.checkpoint import newest_step
 from dbtrain.settings.config import RunConfig
 
 TICK_S = 1.0
@@ -64,15 +66,16 @@ class Driver:
         self.made = self.units = 0
         self.cramped = False
         self.stopping: str | None = None
+        self.interrupted: dict[str, int] = {}
+        """Steps in the checkpoints of the subjects that a stop interrupted, by id."""
         self.disk: str | None = None
-        """Why the disk or the share takes no more, which ends the run; None while it does."""
+        """The disk error that ends the run; None while writes succeed."""
         self.refused: set[int] = set()
         self.unplaced = 0
 
     def drive(self) -> None:
         """Work until nothing waits, or a stop is asked for."""
-        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(name, lambda number, _: setattr(self, "stopping", signal.Signals(number).name))
+        take_signals((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), self.ask_stop)
         slow = fast = 0.0
         ended = "failed"
         try:
@@ -95,8 +98,16 @@ class Driver:
         if self.disk:
             raise FleetError(f"{self.out}: {self.disk}")
         if self.stopping:
-            left = self.ledger.counts()["waiting"]
-            raise StopRequested(f"stopped on request ({self.stopping}), {left} subjects wait; the same command goes on")
+            left, steps = self.ledger.counts()["waiting"], reached(self.interrupted)
+            raise StopRequested(
+                f"stopped on request ({self.stopping}), {left} subjects wait{steps}; the same command goes on"
+            )
+
+    def ask_stop(self, number: int, _: object = None) -> None:
+        """Stop because of a signal. Raises KeyboardInterrupt for a Ctrl-C after an earlier request."""
+        if number == signal.SIGINT and self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = signal.Signals(number).name
 
     def conclude(self, ended: str) -> None:
         """End all crews, and leave the ledger and the terminal as they should be."""
@@ -273,11 +284,18 @@ class Driver:
 
     def wind_down(self) -> None:
         """Let trainers finish their step and checkpoint, as long as there is time; their subjects wait again."""
+        at_work = [position for flight in self.flights.values() if flight.unit.kind == "train"
+                   for position in flight.open]  # fmt: skip
         for crew in self.crews.values():
             crew.ask_stop()
         end = time.monotonic() + self.options.grace_s
         while self.flights and time.monotonic() < end:
             self.listen(0.2)
+        for position in at_work:
+            row = self.ledger.row(position)
+            step = newest_step(self.out / "subjects" / row["id"] / "checkpoints")
+            if row["state"] != "finished" and step:
+                self.interrupted[row["id"]] = step
 
 
 def rows_of_packs(config: RunConfig, options: Options, ledger: Ledger) -> int | None:

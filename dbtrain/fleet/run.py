@@ -51,7 +51,7 @@ def _run(
             write_file(out / WHERE, str(folder).encode())
         with ledger.commit():
             ledger.take_over()
-        # What was asked of a driver in its last moments.
+        # Apply requests that the previous driver did not read.
         take_requests(ledger, folder)
         from dbtrain.fleet.entry import enter_run, tell
 

@@ -76,7 +76,7 @@ class Priors:
 
 @dataclass
 class View:
-    """What is to be done by the ledger, in memory."""
+    """In-memory copy of the ledger's open work."""
 
     waiting: dict[str, deque[int]] = field(default_factory=dict)
     alone: deque[tuple[str, int]] = field(default_factory=deque)

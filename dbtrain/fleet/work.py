@@ -57,7 +57,7 @@ class Charges:
 
 @contextlib.contextmanager
 def beating(beat: Callable[[str], None], stage: str) -> Iterator[None]:
-    """Beat at every forward pass of a module: a picture may take long, and what draws or scores it knows no fleet."""
+    """Send a heartbeat on every forward pass of a module, since the code that draws or scores sends none."""
     hook = register_module_forward_pre_hook(lambda *_: beat(stage))
     try:
         yield

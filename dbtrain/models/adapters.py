@@ -26,7 +26,7 @@ class StackedLora(nn.Module):
     """A frozen linear layer or 1x1 convolution with N low-rank updates: y = base(x) + scale_n B_n A_n x.
 
     down_NRD [N, rank, in], up_NDR [N, out, rank]: the trained matrices, fp32. scale_N: alpha / rank of each subject.
-    rows: the subjects whose samples come in; all of them, but for a look at one alone or (empty) at the bare base.
+    rows: slice of adapters to apply: all; one, to sample a subject; none, for the base.
     """
 
     def __init__(self, base: nn.Linear | nn.Conv2d, subjects: int, rank: int, scale: float):
@@ -41,7 +41,7 @@ class StackedLora(nn.Module):
 
     @property
     def in_features(self) -> int:
-        """Channels in, as a linear layer has them: attention asks its layers."""
+        """Input channels; diffusers' attention reads this attribute."""
         return self.base.weight.shape[1]
 
     @property
@@ -196,7 +196,7 @@ def write_rows(components: dict[str, nn.Module], row: int, weights: LoraWeights)
 
 
 def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) -> None:
-    """Nothing; DataError unless every matrix of an adapter belongs to a layer of the base, in that layer's shape."""
+    """Raise DataError unless every matrix of an adapter belongs to a layer of the base, in that layer's shape."""
     for component, matrices in weights.matrices.items():
         for path, (down, up) in matrices.items():
             try:

@@ -22,7 +22,7 @@ from dbtrain.settings.config import ModelConfig, RunConfig
 from dbtrain.values import Batch, Conditioning
 
 Tokens = tuple[Tensor, ...]
-"""Token ids [B, T], one tensor a text encoder."""
+"""Token ids [B, T], one tensor a text encoder, and then the masks that a family needs."""
 
 
 @dataclass
@@ -43,6 +43,8 @@ class Models:
     digests: dict[str, str] = field(default_factory=dict)
     attention: Attention | None = None
     """What computes the denoiser's attention; None until that is chosen."""
+    told: dict[str, Any] = field(default_factory=dict)
+    """What the base's `model_index.json` says to its pipeline, of the names in `Family.told`."""
 
     def components(self, denoiser: str) -> dict[str, nn.Module]:
         """The trainable components by their names on disk; denoiser: the name of that component."""
@@ -117,6 +119,7 @@ class Family:
 
     pipeline: diffusers' pipeline class. denoiser, text_encoders: names of components on disk. components: the classes
     that a component may have, as `library:Class`, by its name on disk. absent: parts of the pipeline that are left out.
+    told: values in the base's `model_index.json` that change how its pipeline samples.
 
     schedule(scheduler, settings) -> the training schedule, and the sampling scheduler that agrees with it.
     tokenize(models, captions) -> Tokens; encode_tokens(text_encoders, tokens) -> Conditioning;
@@ -147,6 +150,7 @@ class Family:
     shapes: Mapping[str, Architecture]
     tokenize: Callable[[Models, Sequence[str]], Tokens] = pad_to_length
     absent: Mapping[str, Any] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
     shift: Callable[[Any, int], float] = unshifted
     call: Callable[[Models, float], dict[str, Any]] = by_guidance
     attend: Callable[[nn.Module, str, str, str], Attention] = engage_attention
@@ -168,7 +172,7 @@ def refuse_impossible(family: Family, config: RunConfig) -> None:
         ),
         (
             train.text_encoder and not family.trains_text,
-            f"train.text_encoder: diffusers loads no adapter of {family.name}'s T5; set it to false",
+            f"train.text_encoder: diffusers loads no adapter of some text encoder of {family.name}; set it to false",
         ),
         (
             side % multiple != 0,

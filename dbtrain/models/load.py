@@ -34,7 +34,7 @@ def load_models(family: Family, config: ModelConfig) -> Models:
     if source.endswith((".safetensors", ".ckpt")):
         return _load_single_file(family, config, source)
     try:
-        index = _component_index(family, source, config)
+        index = _index(family, source, config)
         parts = {
             name: _load_component(family, source, name, index, config)
             for name in (family.denoiser, "vae", *family.text_encoders)
@@ -49,7 +49,9 @@ def load_models(family: Family, config: ModelConfig) -> Models:
             f"model.path: cannot load {config.path!r} as {family.name}: {first_line(error)}; "
             f"give a diffusers folder, a .safetensors file, or {A_HUB_ID}"
         ) from error
-    return _assemble(family, config, source, parts, tokenizers, scheduler)
+    models = _assemble(family, config, source, parts, tokenizers, scheduler)
+    models.told = {name: index[name] for name in family.told if name in index}
+    return models
 
 
 def _assemble(
@@ -77,11 +79,11 @@ def _index_path(source: str, config: ModelConfig) -> Path:
     return Path(source) / name if is_local(source) else Path(hf_hub_download(source, name, revision=config.revision))
 
 
-def _component_index(family: Family, source: str, config: ModelConfig) -> dict[str, list[str]]:
+def _index(family: Family, source: str, config: ModelConfig) -> dict[str, Any]:
     index = json.loads(_index_path(source, config).read_text())
     if index.get("_class_name") != family.pipeline:
         raise ValueError(f"it is a {index.get('_class_name')}, and this family is {family.pipeline}")
-    return {name: entry for name, entry in index.items() if isinstance(entry, list)}
+    return index
 
 
 def _load_component(family: Family, source: str, name: str, index: dict, config: ModelConfig) -> torch.nn.Module:

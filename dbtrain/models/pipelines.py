@@ -14,7 +14,7 @@ def assemble(family: Family, models: Models, scheduler: str | None = None) -> An
     if scheduler is not None:
         chosen = getattr(diffusers, scheduler).from_config(models.scheduler.config)
     parts = {family.denoiser: models.denoiser, "vae": models.vae, "scheduler": chosen, **models.text_encoders}
-    parts |= family.absent
+    parts |= {**family.absent, **models.told}
     parts |= {name.replace("text_encoder", "tokenizer"): tokenizer for name, tokenizer in models.tokenizers.items()}
     pipeline = getattr(diffusers, family.pipeline)(**parts)
     pipeline.set_progress_bar_config(disable=True)

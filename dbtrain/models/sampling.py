@@ -48,7 +48,7 @@ def generate(
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]]
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             yield from pipeline(
-                list(prompts[chunk]),
+                prompt=list(prompts[chunk]),
                 generator=generators,
                 height=resolution,
                 width=resolution,

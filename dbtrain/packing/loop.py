@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 from dbtrain.data.prefetch import ahead
-from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested, first_line
+from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested, first_line, reached
 from dbtrain.models.adapters import only_row
-from dbtrain.packing.pack import Observed, Start, make_pack
+from dbtrain.packing.pack import Observed, Start, captions_room, make_pack
 from dbtrain.packing.seating import Seat, Seating
 from dbtrain.packing.size import measured_size
 from dbtrain.packing.writing import Writer
 from dbtrain.priors.store import prior_key
 from dbtrain.results.checkpoint import Checkpoint
-from dbtrain.results.record import looks_finished
+from dbtrain.results.record import LAST_SHEET, looks_finished
 from dbtrain.storage.trouble import bare
 from dbtrain.training.bank import captions_of, complete_priors, stored_priors
 from dbtrain.training.identity import subject_config
@@ -65,14 +65,15 @@ class PackedRun:
         self._refuse_mixed_priors()
         self._complete_priors()
         self.clock.lap("prior")
+        room = captions_room(self.work.index, (subject.id for subject in subjects), self.base.settings.data)
         if packed.size == "auto":
-            self.size = measured_size(self.base, self.watch, self.configs, len(subjects))
+            self.size = measured_size(self.base, self.watch, self.configs, len(subjects), room)
         else:
             self.size = packed.size
         with ExitStack() as ends:
             ends.callback(self.base.restore)
             masked = self.work.index.masked and self.base.settings.data.weighs
-            self.pack = make_pack(self.base, self.configs, self.size, masked)
+            self.pack = make_pack(self.base, self.configs, self.size, room, masked)
             self.seating = Seating(self.pack)
             ends.callback(self.seating.close)
             self.writer = Writer(2 * self.size, self.finished)
@@ -128,7 +129,7 @@ class PackedRun:
             checkpoint = job.checkpoint()
             if checkpoint is None:
                 adapter = fresh_adapter(base.family, base.models, job.config, subject.id)
-                checkpoint = Checkpoint(0, job.run, {"master": adapter})
+                checkpoint = Checkpoint(0, job.identity.run, {"master": adapter})
         except DbtrainError as error:
             return subject, bare(error)
         except torch.OutOfMemoryError as error:
@@ -147,8 +148,10 @@ class PackedRun:
                 self._tell_written()
                 if stop.asked and self._left():
                     self._tell_written(wait=True)
+                    steps_made = {seat.job.subject.id: seat.step for seat in seating}
                     raise StopRequested(
-                        f"pack: stopped on request, {len(seating)} subjects under way; run the same command to go on"
+                        f"pack: stopped on request, {len(seating)} subjects under way{reached(steps_made)}; run the "
+                        "same command to go on"
                     )
             self._tell_written(wait=True)
         finally:
@@ -223,7 +226,7 @@ class PackedRun:
         state = engine.state(seat.row)
         if "ema" in state:
             engine.show(seat.row, "ema")
-        sheet = self._sample(seat, "samples")
+        sheet = self._sample(seat, LAST_SHEET)
         record = {**job.record(seat.values, self.pack.runner.choice), "steps": seen.step, "pack_size": self.size}
         self.clock.lap("save", [seat.shares])
         record["stages_s"] = {name: round(seconds, 3) for name, seconds in seat.shares.items()}

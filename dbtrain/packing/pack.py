@@ -6,12 +6,13 @@ for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from dbtrain.data.index import Index
 from dbtrain.engines.capture import WARM_STEPS, choose_capture, make_runner
 from dbtrain.engines.engine import lr_scale
 from dbtrain.engines.packed import PackedEngine, RowSettings
@@ -19,7 +20,7 @@ from dbtrain.models.adapters import layers
 from dbtrain.models.family import Family, Models, Tokens
 from dbtrain.randomness import stream_key
 from dbtrain.results.checkpoint import Checkpoint
-from dbtrain.settings.config import RunConfig
+from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.training.bank import Bank, captions_of, join_batches
 from dbtrain.training.session import Base
 from dbtrain.training.step import TrainingStep
@@ -27,7 +28,7 @@ from dbtrain.training.trainables import DTYPES, lora_alpha, make_stack, peak_lr,
 from dbtrain.values import Batch, Conditioning
 
 CAPTIONS = 2
-"""Most distinct captions of a subject: its photos' and its class's."""
+"""Distinct captions of a subject whose photos share one: theirs and its class's. Others ask for more room."""
 WINDOW = 50
 """Steps over which the error that `train.stop_loss` looks at is averaged."""
 MEASURED = ("loss", "loss_instance", "loss_prior", "grad_norm", "lr")
@@ -57,7 +58,8 @@ class Observed:
 
 
 class Pack:
-    """N rows for subjects. Ranks may differ up to `rank`, step counts up to `steps`. example: captions of any one.
+    """N rows for subjects. Ranks may differ up to `rank`, step counts up to `steps`, distinct captions up to `room`.
+    example: captions of any subject, used for shapes only.
 
     masked: whether any subject of the run has masks. Then every batch has factors, since a recorded step cannot change
     what it reads; those of subjects without masks are 1, which changes no bit.
@@ -72,9 +74,11 @@ class Pack:
         rank: int,
         steps: int,
         example: Conditioning | Tokens,
+        room: int = CAPTIONS,
         masked: bool = False,
     ):
         self.family, self.models, self.config, self.size, self.masked = family, models, config, size, masked
+        self.room = room
         self.roles = 2 if config.prior.weight > 0 else 1
         stack = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": rank})})
         groups = make_stack(family, models, stack, size)
@@ -83,7 +87,7 @@ class Pack:
         self.engine = PackedEngine(groups, config.train, steps, DTYPES[config.train.precision])
         self.key_N2 = torch.zeros(size, 2, dtype=torch.long, device=device)
         self.prior_N = torch.zeros(size, device=device)
-        self.captions = _blank(example, size * CAPTIONS)
+        self.captions = _blank(example, size * self.room)
         self.module = TrainingStep(family, models, config, self.key_N2, self.captions, self.prior_N)
         self.subject_B = torch.arange(size, device=device).repeat_interleave(self.roles * config.train.batch)
         self.sums_NV = torch.zeros(size, len(MEASURED) + 1, dtype=torch.float64, device=device)
@@ -109,8 +113,9 @@ class Pack:
                 layer.scale_N[row] = lora_alpha(config) / config.lora.rank
         self.key_N2[row] = torch.tensor(stream_key(config.seed, start.subject))
         self.prior_N[row] = config.prior.weight
+        assert len(tensors_of(start.captions)[0]) <= self.room, "its captions would run into the next row's"
         for table, own in zip(tensors_of(self.captions), tensors_of(start.captions)):
-            table[row * CAPTIONS : row * CAPTIONS + len(own)] = own
+            table[row * self.room : row * self.room + len(own)] = own
         self.sums_NV[row], self.average_N[row] = 0, start.checkpoint.average
 
     def rehearsal(self, shape: Sequence[int]) -> Batch:
@@ -120,7 +125,7 @@ class Pack:
         slot_B = torch.arange(self.roles * count).repeat(self.size)
         images, sizes = torch.randn(len(slot_B), *shape), torch.full((len(slot_B), 6), side)
         masks = self._no_mask(images) if self.masked else None
-        batch = Batch(images, CAPTIONS * self.subject_B.cpu(), role_B, slot_B, sizes, self.subject_B, masks)
+        batch = Batch(images, self.room * self.subject_B.cpu(), role_B, slot_B, sizes, self.subject_B, masks)
         return batch.to(self.device)
 
     def batch(self, banks: Sequence[tuple[int, Bank, int]]) -> Batch:
@@ -136,7 +141,7 @@ class Pack:
         joined = joined.to(self.device, non_blocking=True)
         return Batch(
             joined.images_BCHW,
-            joined.caption_B + CAPTIONS * self.subject_B,
+            joined.caption_B + self.room * self.subject_B,
             joined.role_B,
             joined.slot_B,
             joined.size_B6,
@@ -196,15 +201,20 @@ class Pack:
         self.sums_NV[list(rows)] = 0
 
 
-def make_pack(base: Base, configs: Sequence[RunConfig], size: int, masked: bool = False) -> Pack:
-    """An empty pack that the subjects with these settings fit in.
+def make_pack(base: Base, configs: Sequence[RunConfig], size: int, room: int = CAPTIONS, masked: bool = False) -> Pack:
+    """An empty pack that the subjects with these settings fit in. room: most captions of a subject. masked: see `Pack`.
 
-    It is as wide as the widest of them, whichever sit in it, so that the same subjects give the same bits. masked: see
-    `Pack`.
+    Its rank is the largest of all these subjects, so results do not depend on which train together.
     """
     rank, steps = (max(values) for values in zip(*((c.lora.rank, c.train.steps) for c in configs)))
     captions = captions_of(base.family, base.models, base.settings, [""], base.world.device)
-    return Pack(base.family, base.models, base.settings, size, rank, steps, captions, masked)
+    return Pack(base.family, base.models, base.settings, size, rank, steps, captions, room, masked)
+
+
+def captions_room(index: Index, subjects: Iterable[str], data: DataConfig) -> int:
+    """Most distinct captions that a bank of these subjects can have, the class's included."""
+    own = (len({entry.caption for entry in index.entries_of(name)}) for name in subjects)
+    return max(1, *own, 1) + 1 + (data.caption_dropout > 0)
 
 
 def _observed(row: list[float]) -> Observed:

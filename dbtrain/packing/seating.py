@@ -45,7 +45,7 @@ class Seating:
         return len(self.seats)
 
     def __iter__(self) -> Iterator[Seat]:
-        """The seats that are taken; subjects may leave in the meantime."""
+        """A copy of the occupied rows; rows may be freed during the loop."""
         return iter(list(self.seats.values()))
 
     @property
@@ -88,7 +88,7 @@ class Seating:
             sink.close()
 
     def close(self) -> None:
-        """Give up the subjects that sit, so that others can train them. The device may be broken, and is not used."""
+        """Close all subjects' logs and locks without using the device."""
         for seat in self:
             for sink in seat.sinks:
                 sink.close()

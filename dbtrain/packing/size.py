@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dbtrain.errors import EngineError
-from dbtrain.packing.pack import make_pack
+from dbtrain.packing.pack import CAPTIONS, make_pack
 from dbtrain.settings.config import PackedConfig, RunConfig
 from dbtrain.training.session import Base, Watch
 
@@ -79,26 +79,29 @@ def choose_size(probe: Callable[[int], Probe | None], settings: PackedConfig, fr
     return best.size, f"{best.size} subjects a pack ({why}; step of a subject at {steps})"
 
 
-def measured_size(base: Base, watch: Watch, configs: Sequence[RunConfig], most: int) -> int:
+def measured_size(
+    base: Base, watch: Watch, configs: Sequence[RunConfig], most: int, room: int = CAPTIONS
+) -> int:
     """Rows of the fastest pack that fits this machine. configs: of subjects that it must hold, such as the largest one.
-    most: subjects that there are. The base must carry no adapters, and carries none afterwards.
+    most: subjects that there are. room: most captions of a subject. The base must carry no adapters, and carries none
+    afterwards.
     """
     device = base.world.device
 
     def probe(size: int) -> Probe | None:
-        return measure(base, configs, size)
+        return measure(base, configs, size, room)
 
     size, why = choose_size(probe, base.settings.engine.packed, free_bytes(device), most)
     watch.say(f"engine.packed.size: auto: {why}")
     return size
 
 
-def measure(base: Base, configs: Sequence[RunConfig], size: int) -> Probe | None:
+def measure(base: Base, configs: Sequence[RunConfig], size: int, room: int = CAPTIONS) -> Probe | None:
     """Memory and time of a pack's step, on random samples of the shapes of training; None where memory ran out."""
     device = base.world.device
     try:
         with used_bytes(device) as used:
-            pack = make_pack(base, configs, size)
+            pack = make_pack(base, configs, size, room)
             batch = pack.rehearsal(sample_shape(base))
             for _ in range(pack.warm_steps):
                 pack.step(batch)

@@ -43,11 +43,11 @@ def make_priors(
     stop: Callable[[], bool] = lambda: False,
     beat: Callable[[], object] = lambda: None,
 ) -> int:
-    """Number of images this rank drew; the ranks share the blocks. Afterwards (and a barrier) all are there and sound.
+    """The number of images that this rank drew. The ranks share the blocks; after a barrier all are there and sound.
 
-    Damaged blocks are drawn anew. Blocks that another run draws at this moment are waited for. `stop` is asked between
-    blocks; when it says so, the rest is left for another time. `beat` is told of every image and every look at what
-    another run draws, for whoever would take this process to hang.
+    Damaged blocks are drawn anew. If another run is drawing a block, this one waits for it.
+    stop: asked between blocks; after True this function returns, and the other blocks stay missing.
+    beat: called for every image, and on every look at a block that another run draws, to show that this process works.
     """
     folder = store / key.name
     # By number, not by place in the list: a slower rank already sees the blocks of the others.
@@ -55,7 +55,7 @@ def make_priors(
     waiting = [start for start in mine if _todo(folder, start, images)]
     if waiting and key.sampler == IMPORTED:
         raise DataError(_lacking(folder, key, images))
-    pipeline, drawn, told = None, 0, False
+    pipeline, drawn, said = None, 0, False
     while waiting:
         pipeline = pipeline or make_pipeline(family, models, key.sampler)
         busy = []
@@ -67,9 +67,9 @@ def make_priors(
                     drawn += _complete(folder, start, images, key, pipeline, batch, report, beat)
                 else:
                     busy.append(start)
-        if busy and not told:
+        if busy and not said:
             report(f"priors: {key.prompt!r} images {busy[0]} and on are being drawn by another run; waiting for it")
-            told = True
+            said = True
         waiting = busy
         beat()
         time.sleep(POLL_S if busy else 0)
@@ -77,7 +77,7 @@ def make_priors(
 
 
 def _lacking(folder: Path, key: PriorKey, images: int) -> str:
-    """Why a class's imported images do not do."""
+    """Why a class's imported images do not suffice, and what to do."""
     damaged = [block_folder(folder, block) for block in chain(folder, images) if verify(block_folder(folder, block))]
     if damaged:
         return f"{damaged[0]}: is damaged; {remedy(key.sampler)}"
@@ -111,11 +111,12 @@ def _complete(
         write_key(folder, key)
     for block in todo:
         report(f"priors: {key.prompt!r} images {block.start}-{block.stop - 1} of {images}")
-        write_shards(_told(_draw(pipeline, key, block, batch), beat), block_folder(folder, block), remake=True)
+        write_shards(_beating(_draw(pipeline, key, block, batch), beat), block_folder(folder, block), remake=True)
     return sum(len(block) for block in todo)
 
 
-def _told(samples: Iterator[Sample], beat: Callable[[], object]) -> Iterator[Sample]:
+def _beating(samples: Iterator[Sample], beat: Callable[[], object]) -> Iterator[Sample]:
+    """The samples as they come, with a call of `beat` for each."""
     for sample in samples:
         beat()
         yield sample

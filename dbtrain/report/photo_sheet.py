@@ -10,7 +10,7 @@ import base64
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +24,7 @@ from dbtrain.errors import DataError, named
 from dbtrain.report.pages import environment
 from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.storage.atomic import write_file
-from dbtrain.subjects.finding import Finding
+from dbtrain.subjects.finding import Finding, defects
 from dbtrain.subjects.masks import mask_file, open_with_mask
 from dbtrain.values import Subject
 
@@ -43,12 +43,14 @@ class Shown:
     """One photo on the sheet. picture: a data address of its thumbnail; empty for a photo that cannot be trained.
 
     facts: its size and what happens to it. warnings: what a person should look at; findings come first.
+    caption: its own; empty where it has that of its subject.
     """
 
     name: str
     picture: str
     facts: str
     warnings: tuple[str, ...]
+    caption: str = ""
 
 
 def write_sheet(path: Path, subjects: Sequence[Subject], findings: Sequence[Finding], config: RunConfig) -> None:
@@ -63,7 +65,7 @@ def write_sheet(path: Path, subjects: Sequence[Subject], findings: Sequence[Find
         built=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         count=len(subjects),
         photos=sum(len(subject.images) for subject in subjects),
-        bad=sorted({finding.subject for finding in findings if finding.subject in known}),
+        bad=sorted({finding.subject for finding in defects(findings) if finding.subject in known}),
         loose=[finding.line() for finding in findings if finding.subject not in known],
         data=config.data,
         subjects=_parts(subjects, findings, config),
@@ -84,7 +86,8 @@ def _parts(subjects: Sequence[Subject], findings: Sequence[Finding], config: Run
     pairs = ((subject, path) for subject in subjects for path in subject.images)
     shown = ahead(lambda pair: _photo(*pair, of_subject.get(pair[0].id, []), config.data), pairs)
     for subject in subjects:
-        photos = [next(shown) for _ in subject.images]
+        captions = subject.captions or [""] * len(subject.images)
+        photos = [replace(next(shown), caption=caption) for caption in captions]
         own = [finding for finding in of_subject.get(subject.id, []) if not _of_photo(finding, subject)]
         yield {
             "id": subject.id,

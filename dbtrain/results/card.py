@@ -20,7 +20,7 @@ CONFIG_FILE = "config.yaml"
 
 
 def publish_card(folder: Path, record: dict[str, Any], config: RunConfig, recipe_yaml: str) -> None:
-    """README.md, a model card with usage, recipe and provenance, and config.yaml; hubs index the front matter."""
+    """Write README.md, a model card with usage, recipe and provenance, and config.yaml. Hubs index its front matter."""
     write_file(folder / CONFIG_FILE, recipe_yaml.encode())
     lora = config.train.method == "lora"
     front = yaml.safe_dump(
@@ -72,7 +72,7 @@ def _cell(value: object) -> str:
 def python_snippet(record: Mapping[str, Any], folder: str, image: str) -> str:
     """Code that loads a subject from `folder` and saves a picture of its caption as `image`.
 
-    record: {"base", "family", "method", "caption"}, texts from anywhere: each stands in the code as a literal.
+    record: {"base", "family", "method", "caption"}. Its texts may come from anyone, so the code holds them as literals.
     """
     base, kind = str(record.get("base")), "DiffusionPipeline"
     imports, source = [], f"{kind}.from_pretrained({base!r})"
@@ -87,4 +87,4 @@ def python_snippet(record: Mapping[str, Any], folder: str, image: str) -> str:
     lora = [] if record.get("method") == "full" else [f"pipe.load_lora_weights({folder!r})"]
     caption = str(record.get("caption"))
     lines = [f"from diffusers import {kind}", *imports, "", f"pipe = {source}", *lora]
-    return "\n".join([*lines, f"pipe({caption!r}).images[0].save({image!r})"])
+    return "\n".join([*lines, f"pipe(prompt={caption!r}).images[0].save({image!r})"])

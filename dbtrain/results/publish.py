@@ -1,4 +1,4 @@
-"""A finished subject's weights in the field's formats: written, and read back."""
+"""A finished subject's weights in the formats that other programs read: written, and read back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def save_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> Non
 
 
 def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its metadata sorted: the library's order changes by process, and digests with it."""
+    """A safetensors file with sorted metadata: the library's order differs between processes, so digests would too."""
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
@@ -35,7 +35,7 @@ def _in_order(content: bytes) -> bytes:
 
 
 def publish_lora(folder: Path, weights: LoraWeights, provenance: dict[str, str], kohya: bool) -> list[Path]:
-    """The adapter files written: diffusers' layout, and kohya's if asked."""
+    """The adapter files, which were written: diffusers' layout, and kohya's if asked for."""
     config = {
         f"{component}.{key}": value
         for component, matrices in weights.matrices.items()
@@ -50,7 +50,10 @@ def publish_lora(folder: Path, weights: LoraWeights, provenance: dict[str, str],
 
 
 def export_kohya(path: Path, weights: LoraWeights, provenance: dict[str, str]) -> Path:
-    """The adapter written with kohya's key names and `ss_*` metadata; ConfigError for a family that has none."""
+    """The path of the adapter, which was written with kohya's key names and `ss_*` metadata.
+
+    Raises ConfigError for a family without such names.
+    """
     family = FAMILIES[provenance.get("family", "sd")]
     if family.kohya is None:
         raise ConfigError(f"{path}: {family.name} has no names in kohya's files that diffusers reads")
@@ -67,7 +70,7 @@ def export_kohya(path: Path, weights: LoraWeights, provenance: dict[str, str]) -
 def read_lora(path: Path) -> tuple[LoraWeights, dict[str, str]]:
     """An adapter that dbtrain published (a file, or the folder that holds it), and its metadata.
 
-    Raises DataError for a file that is none, and for one that is not what the record beside it says.
+    Raises DataError for a file that is no adapter, and for one that differs from the record beside it.
     """
     from safetensors import safe_open
 

@@ -16,6 +16,8 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Scheme = Literal["file", "memory", "s3", "gs", "az", "abfs"]
 PREDICTIONS = ("auto", *PARAMETERIZATIONS)
+NAMING = ("{identifier}", "{subject}", "[trigger]")
+"""Placeholders that a subject's identifier takes the place of."""
 Template = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
@@ -36,7 +38,7 @@ class ModelConfig(Section):
 
     family: Annotated[str, OneOf(FAMILIES)] = "sd"
     """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL, `sd3` is
-    Stable Diffusion 3 and 3.5, `flux` is FLUX.1."""
+    Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2 klein."""
     path: Annotated[str, Field(min_length=1), Mark.NO_RESULT, Mark.PATH_OR_NAME] = "embedded"
     """Diffusers folder, hub id, single-file .safetensors, or `embedded` for the small base that ships with dbtrain."""
     revision: Annotated[str | None, Mark.NO_RESULT] = None
@@ -73,9 +75,17 @@ class DataConfig(Section):
     flip: bool = False
     """Mirror a sample left-right with probability 1/2. Leave off for subjects with text or a handed shape."""
     caption: Template = "a photo of {identifier} {class}"
-    """Instance caption; `{identifier}` and `{class}` are filled in."""
+    """Caption of photos that have none of their own; `{identifier}` (or `[trigger]`), `{class}` and `{subject}`, which
+    is both, are filled in."""
     class_caption: Template = "a photo of a {class}"
     """Caption of the class priors; `{class}` is filled in."""
+    srgb: Annotated[bool, Mark.LATER] = True
+    """Convert photos with an embedded colour profile, such as a phone's Display P3, to sRGB. Photos without one, or
+    with one that means sRGB, are not changed."""
+    max_pixels: Annotated[int, Field(ge=1_000_000, le=1_000_000_000), Mark.NO_RESULT] = 200_000_000
+    """Most pixels of a photo. A photo needs about 6 bytes of memory for each pixel while it is read."""
+    caption_dropout: Annotated[float, Field(ge=0, lt=1), Mark.LATER] = 0.0
+    """Share of the photos' samples that train with an empty caption, drawn anew at each step."""
     cache_latents: Annotated[bool, Mark.NO_RESULT] = True
     """Encode each image once, to the mean and variance of its latents, and draw latents from these at every step."""
     cache_text: Annotated[bool, Mark.NO_RESULT] = True
@@ -154,6 +164,8 @@ class LoraConfig(Section):
     """Shell-style patterns for the ends of names of denoiser layers. Linear layers and 1x1 convolutions can match."""
     text_targets: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
     """The same for text encoders, when they are trained."""
+    init: Annotated[str | None, Mark.NO_RESULT, Mark.PATH] = None
+    """Adapter to start from: a finished subject's folder (OUT/subjects/ID) or an adapter's file; null starts afresh."""
 
 
 class ObjectiveConfig(Section):
@@ -241,7 +253,7 @@ class EngineConfig(Section):
 class CheckpointConfig(Section):
     """State for resuming."""
 
-    every_steps: Count = 0
+    every_steps: Count = 200
     """Steps between checkpoints; 0 writes none before the end."""
     keep: Positive = 2
     """Newest checkpoints kept."""

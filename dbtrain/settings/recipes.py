@@ -154,13 +154,21 @@ def _value(node: yaml.Node, key: str, draft: _Draft, name: str) -> Any:
         return tuple(_value(item, key, draft, name) for item in node.value)
     kind = node.tag.removeprefix(yaml12.CORE)
     try:
-        return yaml12.SCALARS[kind](node.value)
+        return _whole(yaml12.SCALARS[kind](node.value), key)
     except KeyError:
         problem = f"the tag {node.tag} is not allowed; write a plain value"
     except ValueError:
         problem = f"got {_show(node.value)}, which is not a readable {kind}"
     draft.findings.append(f"{name}:{_line(node)}: {key or 'value'}: {problem}")
     return None
+
+
+def _whole(value: Any, key: str) -> Any:
+    """The value; an integer where it is a whole number such as 1e3 and the setting takes integers alone."""
+    part = known_keys().get(key, {})
+    kinds = {option.get("type") for option in part.get("anyOf", [part])}
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if whole and "integer" in kinds and "number" not in kinds else value
 
 
 def _mapping(node: yaml.MappingNode, prefix: str, draft: _Draft, name: str) -> dict[str, Any]:

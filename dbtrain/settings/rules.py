@@ -1,6 +1,6 @@
 """Rules about several settings together."""
 
-from dbtrain.settings.config import RunConfig, ZeroConfig
+from dbtrain.settings.config import NAMING, RunConfig, ZeroConfig
 
 
 def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
@@ -49,13 +49,13 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
         ),
         (
             "data.caption",
-            "{identifier}" not in data.caption,
-            f"must contain {{identifier}}, got {data.caption!r}; without it nothing names the subject",
+            not any(place in data.caption for place in NAMING),
+            f"must contain {', '.join(NAMING)}, got {data.caption!r}; without one of these nothing names the subject",
         ),
         (
             "data.class_caption",
-            "{identifier}" in data.class_caption,
-            "must not contain {identifier}; priors show the class, not the subject",
+            "{identifier}" in data.class_caption or "[trigger]" in data.class_caption,
+            "must not contain {identifier} or [trigger]; priors show the class, not the subject",
         ),
         (
             "prior.images",
@@ -67,6 +67,7 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             train.method == "lora" and not config.lora.targets,
             "is empty; a LoRA needs at least one layer pattern",
         ),
+        ("lora.init", config.lora.init is not None and train.method != "lora", "is set, but train.method is not lora"),
         (
             "train.stop_loss",
             train.stop_loss is not None and config.engine.kind != "packed",

@@ -4,28 +4,22 @@ A new column is a row of `COLUMNS` and a field of `values.Subject`.
 """
 
 import math
-import re
-import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 from dbtrain.errors import shown
 from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.captions import CONTROL, LONE, check_caption, check_captions
 from dbtrain.subjects.finding import CellError
 from dbtrain.subjects.masks import masks_of
 from dbtrain.subjects.photos import IMAGES, photos_of
 from dbtrain.values import SUBJECT_ID
 
-MAX_CAPTION = 1000
-"""Longest caption, in characters."""
 MAX_NAME = 100
 """Longest class noun or identifier, in characters."""
-PLACEHOLDERS = {"identifier", "class"}
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-LONE = re.compile(r"[\ud800-\udfff]")
-"""Half of a pair that stands for one character. JSON can spell it alone, but it is no text, and no encoder takes it."""
 ID = ("letters, digits, _ and -, at most 64, the first a letter or digit", "correct the id")
 CLASS = (f"a class noun of at most {MAX_NAME} characters, such as dog", "name the kind of thing the subject is")
 
@@ -73,21 +67,7 @@ def _identifier(cell: Any, _: Path) -> str:
 
 
 def _caption(cell: Any, _: Path) -> str:
-    text = _string(cell)
-    if len(text) > MAX_CAPTION:
-        remedy = "shorten it; text encoders read about 77 tokens"
-        raise CellError(f"got {len(text)} characters", f"at most {MAX_CAPTION}", remedy)
-    if CONTROL.search(text):
-        raise CellError(f"got a control character in {shown(text)}", "one line of plain text", "take it out")
-    try:
-        fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
-    except ValueError as error:
-        remedy = "write {{ and }} for braces themselves"
-        raise CellError(f"got {shown(text)} ({error})", "paired braces", remedy) from error
-    unknown = [name for _, name, style, change in fields if name not in PLACEHOLDERS or style or change]
-    if unknown:
-        raise CellError(f"got the placeholder {shown(unknown[0])}", "{identifier} or {class}", "correct its name")
-    return text
+    return check_caption(_string(cell))
 
 
 def _string(cell: Any) -> str:
@@ -104,13 +84,15 @@ def _number(kind: type, low: float, high: float, want: str) -> Check:
 
     def check(cell: Any, _: Path) -> Any:
         try:
-            value = kind(cell)
-            fraction = kind is int and not isinstance(cell, str) and value != cell
-            if isinstance(cell, bool) or fraction or not low < value < high:
+            # As Decimal, 42.0 and 1e3 are whole, and a number is compared with the bounds before its digits are made.
+            value = Decimal(cell) if kind is int and isinstance(cell, str) else cell if kind is int else kind(cell)
+            if isinstance(cell, bool) or not low < value < high or kind(value) != value:
                 raise ValueError
-        except (TypeError, ValueError, OverflowError):
-            raise CellError(f"got {shown(cell)}", want, "correct it, or leave it empty") from None
-        return value
+        except (TypeError, ValueError, OverflowError, InvalidOperation):
+            comma = isinstance(cell, str) and "," in cell
+            remedy = "write a point for the comma" if comma else "correct it, or leave it empty"
+            raise CellError(f"got {shown(cell)}", want, remedy) from None
+        return kind(value)
 
     return check
 
@@ -152,6 +134,7 @@ COLUMNS = {
         Column("images", photos_of, "images", required=IMAGES),
         Column("mask", masks_of, "masks"),
         Column("caption", _caption, "caption"),
+        Column("captions", lambda cell, _: check_captions(cell), "captions"),
         Column("identifier", _identifier, "identifier"),
         Column("seed", _whole(0, 2**63 - 1), "seed", "seed"),
         Column("steps", _whole(1, 10**9 - 1), "steps", "train.steps", conflicts=_steps_conflicts),

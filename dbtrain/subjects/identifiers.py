@@ -18,9 +18,11 @@ from typing import Any, Literal
 from dbtrain.errors import ConfigError
 from dbtrain.values import Subject
 
-Verdict = Literal["good", "has a meaning", "splits into common letters"]
+Verdict = Literal["good", "rare, but may be a word", "has a meaning", "splits into common letters"]
 
 MAX_TOKENS = 3
+LARGE = 10_000
+"""Tokens above which a vocabulary is that of a model at large; the embedded base's has 2919."""
 T5_RANGE = range(5000, 10_001)
 """Token ids that the paper samples for T5-XXL."""
 
@@ -85,6 +87,10 @@ class _Lexicon:
         if not (1 <= len(text) <= 3 and text.isascii() and text.isalpha()) or rank in self.special:
             return False
         return text.casefold() not in WORDS and self.tokenizer.decode([rank]).strip() == text
+
+    def is_rare_word(self, rank: int) -> bool:
+        """True for a long token of the rarer half, such as CLIP's `ohwx`. In a small vocabulary no token is rare."""
+        return len(self.names) > LARGE and rank in self.rare and len(self.text(rank)) > 3
 
     def keeps(self, texts: Sequence[str], alone: Sequence[list[int]]) -> list[bool]:
         """Whether each text is read as its tokens `alone` inside a caption too."""
@@ -197,17 +203,34 @@ def explain(tokenizer: Any, text: str) -> Explanation:
     """How a tokenizer reads a text, and a verdict on the text as an identifier. Raises ConfigError if it is empty."""
     if not text.strip():
         raise ConfigError("identifier: got an empty text, want 1-3 rare tokens such as `sks`")
-    lexicon = _Lexicon(tokenizer)
-    ids = lexicon.encode([text])[0]
-    verdict, reason = _assess(lexicon, text, ids)
-    return Explanation(text, tuple(lexicon.names.get(rank, "?") for rank in ids), tuple(ids), verdict, reason)
+    return _explain_all(tokenizer, [text])[0]
 
 
-def meanings(tokenizer: Any, texts: Iterable[str]) -> dict[str, str]:
-    """The reason why a text has a meaning of its own, for each text that has one."""
-    lexicon = _Lexicon(tokenizer)
-    reasons = ((text, next(_meaningful(lexicon, text), None)) for text in dict.fromkeys(texts))
-    return {text: reason for text, reason in reasons if reason}
+def _explain_all(tokenizer: Any, texts: Iterable[str]) -> list[Explanation]:
+    lexicon, texts = _Lexicon(tokenizer), list(texts)
+    explained = []
+    for text, ids in zip(texts, lexicon.encode(texts), strict=True):
+        tokens = tuple(lexicon.names.get(rank, "?") for rank in ids)
+        explained.append(Explanation(text, tokens, tuple(ids), *_assess(lexicon, text, ids)))
+    return explained
+
+
+def remarks(tokenizer: Any, texts: Iterable[str]) -> dict[str, str]:
+    """Why a text is not the best of identifiers, for each text that is not good."""
+    explained = _explain_all(tokenizer, dict.fromkeys(texts))
+    return {one.text: f"{one.text!r} {one.verdict}: {one.reason}" for one in explained if not one.good}
+
+
+def same_tokens(tokenizer: Any, texts: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of different texts that the tokenizer reads as the same tokens, such as sks and SKS for CLIP's."""
+    lexicon, pairs = _Lexicon(tokenizer), []
+    firsts: dict[tuple[int, ...], str] = {}
+    unlike = list(dict.fromkeys(texts))
+    for text, ids in zip(unlike, lexicon.encode(unlike), strict=True):
+        first = firsts.setdefault(tuple(ids), text)
+        if first != text:
+            pairs.append((first, text))
+    return pairs
 
 
 def _assess(lexicon: _Lexicon, text: str, ids: list[int]) -> tuple[Verdict, str]:
@@ -216,6 +239,10 @@ def _assess(lexicon: _Lexicon, text: str, ids: list[int]) -> tuple[Verdict, str]
         return "has a meaning", f"{meant}; the model would mix it with the subject"
     if not 1 <= len(ids) <= MAX_TOKENS:
         return "splits into common letters", f"{len(ids)} tokens, want 1 to {MAX_TOKENS}"
+    if len(ids) == 1 and lexicon.is_rare_word(ids[0]):
+        share = 100 * ids[0] / (max(lexicon.names) + 1)
+        reason = f"one token, rarer than {share:.0f} % of the vocabulary, but of more than 3 characters"
+        return "rare, but may be a word", reason
     if weak := _weak_piece(lexicon, ids):
         return "splits into common letters", weak
     if not lexicon.keeps([text], [ids])[0]:
@@ -229,7 +256,7 @@ def _meaningful(lexicon: _Lexicon, text: str) -> Iterator[str]:
     for word, ids in zip(words, lexicon.encode(words), strict=True):
         if word.casefold() in WORDS:
             yield f"{word!r} is a word"
-        elif len(ids) == 1 and len(lexicon.text(ids[0])) > 3:
+        elif len(ids) == 1 and len(lexicon.text(ids[0])) > 3 and not (lexicon.is_rare_word(ids[0]) and len(words) == 1):
             yield f"{word!r} is one token of more than 3 characters, so a word that the model knows"
 
 

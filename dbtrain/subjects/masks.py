@@ -51,7 +51,7 @@ def open_with_mask(
     DataError names the photo or the mask that is unusable. `content` is that of the photo's file.
     """
     try:
-        image, alpha = open_with_alpha(content)
+        image, alpha = open_with_alpha(content, data.max_pixels, srgb=data.srgb)
     except DataError as error:
         raise DataError(f"{photo}: {str(error).removeprefix('photo: ')}") from error
     if data.mask is False:
@@ -91,5 +91,5 @@ def mask_source(subject: Subject, photo: Path, content: bytes, data: DataConfig)
     if path is not None:
         return read_photo(path)
     # The photo's own digest covers its transparency; these bytes say only that it is used.
-    transparent = may_be_transparent(content) and open_with_alpha(content)[1] is not None
+    transparent = may_be_transparent(content) and open_with_alpha(content, data.max_pixels, srgb=False)[1] is not None
     return b"alpha" if transparent else None

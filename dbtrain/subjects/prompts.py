@@ -17,9 +17,12 @@ import yaml
 
 from dbtrain.errors import ConfigError, first_line
 from dbtrain.settings import yaml12
+from dbtrain.settings.config import NAMING
 from dbtrain.settings.recipes import configs_dir
 
 _PLACE = re.compile(r"\{(\w*)\}|\[trigger\]")
+PLACES = re.compile(r"\{(identifier|class|subject)\}|\[trigger\]")
+"""The placeholders of captions and prompts."""
 _LIVE_CLASSES = """
     cat dog
     baby bear bird boy child cow deer duck elephant fish fox frog girl goat hamster horse kitten lion lizard man
@@ -126,6 +129,12 @@ def fill(template: str, *, identifier: str | None = None, class_noun: str) -> st
         return filled
 
     return _PLACE.sub(value, template)
+
+
+def names_subject(template: str, identifier: str | None = None) -> bool:
+    """Whether a template names the subject: by a placeholder, or by the identifier itself, in any case of letters."""
+    written = identifier is not None and identifier.casefold() in template.casefold()
+    return written or any(place in template for place in NAMING)
 
 
 def without_identifier(template: str, class_noun: str) -> str:

@@ -81,5 +81,5 @@ def taken_identifiers(registry: Path, subjects: Sequence[Subject], known: dict[s
             "choose another identifier, or leave it empty",
         )
         for name, wanted in asking.items()
-        if wanted != known.get(name) and wanted.casefold() in owners
+        if wanted.casefold() != known.get(name, "").casefold() and wanted.casefold() in owners
     ]

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ import yaml
 from dbtrain.errors import DataError, shown
 from dbtrain.settings import yaml12
 
+SEPARATORS = ",;\t|"
+"""What may separate the cells of a CSV file. Spreadsheets write semicolons where the comma is a decimal sign."""
+SEPARATOR_LINE = re.compile(r"sep=([,;\t|])\r?\n", re.IGNORECASE)
 PLAIN_TAGS = {f"{yaml12.CORE}{name}" for name in (*yaml12.SCALARS, "seq", "map")}
 """Tags of text, numbers, lists and mappings in YAML. Any other would construct an object."""
 
@@ -72,18 +76,23 @@ def _text(content: bytes) -> str:
 
 
 def _from_csv(content: bytes) -> Iterator[ManifestRow]:
-    reader = csv.reader(io.StringIO(_text(content), newline=""), strict=True)
+    text = _text(content)
+    stream = io.StringIO(text, newline="")
+    if SEPARATOR_LINE.match(text):  # Excel's own line, which says what separates the cells
+        stream.readline()
+    reader = csv.reader(stream, strict=True, delimiter=_separator(text))
+    skipped = 1 if SEPARATOR_LINE.match(text) else 0
     try:
         header = [name.strip() for name in next(reader, [])]
         places, lines = [], []
-        place = reader.line_num + 1
+        place = skipped + reader.line_num + 1
         for values in reader:
             if any(value.strip() for value in values):
                 places.append(place)
                 lines.append(values)
-            place = reader.line_num + 1
+            place = skipped + reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"line {reader.line_num} is no CSV ({error}); check its quotes") from error
+        raise DataError(f"line {skipped + reader.line_num} is no CSV ({error}); check its quotes") from error
     used = _used_columns(header, lines)
     repeated = sorted({header[i] for i in used if [header[j] for j in used].count(header[i]) > 1})
     if repeated:
@@ -91,7 +100,16 @@ def _from_csv(content: bytes) -> Iterator[ManifestRow]:
     for place, values in zip(places, lines):
         over = any(value.strip() for value in values[len(header) :])
         extra = (f"has {len(values)} cells for {len(header)} columns; put quotes around cells with commas",)
-        yield ManifestRow(place, {header[i]: values[i] for i in used if i < len(values)}, extra if over else ())
+        cells = {header[i]: values[i] if i < len(values) else "" for i in used}
+        yield ManifestRow(place, cells, extra if over else ())
+
+
+def _separator(text: str) -> str:
+    """What separates the cells of a CSV file: a comma, unless its header shows more cells with something else."""
+    if said := SEPARATOR_LINE.match(text):
+        return said[1]
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    return "," if "," in header else max(SEPARATORS, key=header.count)
 
 
 def _used_columns(header: list[str], lines: list[list[str]]) -> list[int]:

@@ -18,7 +18,7 @@ from dbtrain.data.images import flip, open_photo, square, to_pixels
 from dbtrain.data.index import order
 from dbtrain.data.masks import factors, open_mask
 from dbtrain.engines.world import together
-from dbtrain.errors import StopRequested
+from dbtrain.errors import ConfigError, DataError, StopRequested
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.models.load import base_digest
 from dbtrain.models.sampling import sampling_mode
@@ -28,7 +28,7 @@ from dbtrain.randomness import Purpose, stream_key, uniforms
 from dbtrain.settings.config import DataConfig, PriorConfig, RunConfig
 from dbtrain.subjects.prompts import fill
 from dbtrain.training.session import Base, ClassPriors, Watch, Work
-from dbtrain.values import Batch, Conditioning, Role, Sample, Subject
+from dbtrain.values import OWN, Batch, Conditioning, Role, Sample, Subject
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Bank:
     """A subject's samples by role, drawn by (step, slot).
 
     moments: float32 [n, variants, 2C, h, w] by role on the device; empty where pixels are made each step; variant 1 is
-    the mirror image. texts: every distinct caption once. cell: pixels of a side for one latent cell, for masks.
+    the mirror image. texts: every distinct caption once, and the empty one where captions are dropped. cell: pixels of
+    a side for one latent cell, for masks.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class Bank:
         self.items, self.data, self.seed, self.subject, self.batch_size = items, data, seed, subject, batch
         self.key = stream_key(seed, subject)
         self.texts = list(dict.fromkeys(item.caption for role in items for item in items[role]))
+        if data.caption_dropout and "" not in self.texts:
+            self.texts.append("")
         self.moments: dict[Role, Tensor] = {}
         self.sizes = {
             role: torch.tensor([_size_ids(item.sample, data.resolution) for item in group], dtype=torch.float32)
@@ -105,8 +108,11 @@ class Bank:
             crops = list(zip(top_B.tolist(), left_B.tolist()))
         images, sizes = self._images(role, crops, pick_B, flip_B)
         masks = self._masks(role, crops, pick_B, flip_B)
-        role_B = torch.full_like(slot_B, int(role))
-        return Batch(images, self.caption_rows[role][pick_B], role_B, slot_B, sizes, mask_B1HW=masks)
+        caption_B = self.caption_rows[role][pick_B]
+        if self.data.caption_dropout and role == Role.INSTANCE:
+            dropped_B = uniforms(self.key, Purpose.CAPTION, step, slot_B) < self.data.caption_dropout
+            caption_B = torch.where(dropped_B, self.texts.index(""), caption_B)
+        return Batch(images, caption_B, torch.full_like(slot_B, int(role)), slot_B, sizes, mask_B1HW=masks)
 
     @property
     def masked(self) -> bool:
@@ -219,8 +225,7 @@ def fill_bank(
     """A subject's photos and its class's priors, with captions, encoded if latents are cached."""
     data = config.data
     identifier = work.identifiers[subject.id]
-    caption = fill(subject.caption or data.caption, identifier=identifier, class_noun=subject.class_noun)
-    items = {Role.INSTANCE: [Item(sample, caption) for sample in instances]}
+    items = {Role.INSTANCE: [Item(one, _caption(one, subject, data.caption, identifier)) for one in instances]}
     if config.prior.weight > 0:
         key = prior_key(config, base.models, subject.class_noun)
         wanted = (key, config.prior.images)
@@ -237,6 +242,17 @@ def fill_bank(
             bank.moments[Role.PRIOR] = priors.moments
         base.class_priors.keep(wanted, priors)
     return bank
+
+
+def _caption(sample: Sample, subject: Subject, template: str, identifier: str) -> str:
+    """A photo's caption: its own, else its subject's, else the run's."""
+    own = sample.caption if sample.meta.get(OWN) else ""
+    try:
+        return fill(own or subject.caption or template, identifier=identifier, class_noun=subject.class_noun)
+    except ConfigError as error:
+        if not own:
+            raise
+        raise DataError(f"sample {sample.key}: {error}; make the shards again with another caption") from error
 
 
 def encode_priors(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
+from typing import Any
 
 from dbtrain.models.load import base_digest
 from dbtrain.priors.store import IMPORTED, images_digest, prior_key
+from dbtrain.results.identity import PHOTOS, Identity, digest_of
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.marks import deciding
 from dbtrain.subjects.columns import COLUMNS
 from dbtrain.training.session import Base, Work
-from dbtrain.values import Sample, Subject
+from dbtrain.training.trainables import initial_digest
+from dbtrain.values import OWN, Sample, Subject
 
 
 def subject_config(config: RunConfig, subject: Subject) -> RunConfig:
@@ -24,9 +26,11 @@ def subject_config(config: RunConfig, subject: Subject) -> RunConfig:
     return config
 
 
-def run_digest(config: RunConfig, subject: Subject, base: Base, work: Work, instances: Sequence[Sample]) -> str:
-    """One sha256 of everything that decides the result: resuming is allowed only where it agrees."""
-    about = {
+def training_identity(
+    config: RunConfig, subject: Subject, base: Base, work: Work, instances: Sequence[Sample]
+) -> Identity:
+    """Everything that decides the result, and one sha256 of it: resuming is allowed only where it agrees."""
+    about: dict[str, Any] = {
         "settings": deciding(config),
         "base": base_digest(base.models),
         "subject": subject.id,
@@ -35,10 +39,15 @@ def run_digest(config: RunConfig, subject: Subject, base: Base, work: Work, inst
         "caption": subject.caption,
         "data": data_digest(instances),
     }
+    if any(sample.meta.get(OWN) for sample in instances):
+        about["captions"] = [sample.caption for sample in instances]
     if config.prior.weight > 0 and config.prior.sampler == IMPORTED:
         key = prior_key(config, base.models, subject.class_noun)
         about["priors"] = images_digest(work.priors, key, config.prior.images)
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    if config.lora.init:
+        about["init"] = initial_digest(config)
+    about[PHOTOS] = [hashlib.sha256(sample.image).hexdigest() for sample in instances]
+    return Identity(digest_of(about), about)
 
 
 def data_digest(samples: Sequence[Sample]) -> str:

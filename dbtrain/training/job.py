@@ -26,17 +26,20 @@ from dbtrain.models.sampling import draw_samples, make_pipeline, sampling_mode
 from dbtrain.randomness import stream_key
 from dbtrain.results.card import publish_card
 from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
-from dbtrain.results.record import write_record
+from dbtrain.results.identity import Identity
+from dbtrain.results.record import LAST_SHEET, write_record
+from dbtrain.results.replacing import NEXT, take_place
 from dbtrain.results.sheets import publish_sheet
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.recipes import render
 from dbtrain.subjects.prompts import fill
 from dbtrain.training.bank import Bank, ClassImages, captions_of, complete_priors, fill_bank
 from dbtrain.training.cadence import due
-from dbtrain.training.claims import claim_subject, read_chosen
-from dbtrain.training.identity import data_digest, run_digest, subject_config
-from dbtrain.training.session import Base, Stop, Watch, Work
+from dbtrain.training.claims import Claim, claim_subject, read_chosen
+from dbtrain.training.identity import data_digest, subject_config, training_identity
+from dbtrain.training.session import Base, Watch, Work
 from dbtrain.training.step import TrainingStep
+from dbtrain.training.stopping import Stop
 from dbtrain.training.telemetry import Meter, Progress, open_sinks, peak_memory_gib
 from dbtrain.training.trainables import final_weights, make_trainable, publish_weights
 from dbtrain.values import Batch, Role, Sample, StepLoss, Subject
@@ -55,30 +58,30 @@ def open_job(
     """
     config, watch = subject_config(base.settings, subject), watch.timed_apart()
     with watch.clock.stage("data"):
-        instances, run = together(base.world, lambda: _instances(base, work, subject, config))
+        instances, wanted = together(base.world, lambda: _instances(base, work, subject, config))
     with ExitStack() as fence:
         folder = work.folder(subject)
-        claim = claim_subject(base.world, watch, folder, config.checkpoint, run, fence)
+        claim = claim_subject(base.world, watch, folder, config.checkpoint, wanted, fence)
         if claim.record is not None:
             watch.say(f"{subject.id}: already finished in {folder}")
             return claim.record
         bank = fill_bank(base, work, watch, subject, config, instances, class_images)
-        return Job(base, work, watch, subject, config, run, bank, claim.checkpoint, fence.pop_all())
+        return Job(base, work, watch, subject, config, wanted, bank, claim, fence.pop_all())
 
 
-def _instances(base: Base, work: Work, subject: Subject, config: RunConfig) -> tuple[list[Sample], str]:
-    """A subject's stored photos, and the digest of all that decides its result."""
+def _instances(base: Base, work: Work, subject: Subject, config: RunConfig) -> tuple[list[Sample], Identity]:
+    """A subject's stored photos, and all that decides its result."""
     entries, data = work.index.entries_of(subject.id), config.data
     instances = used_samples(read_samples(work.shards, entries, data.schemes), data, work.shards)
     refuse_small(instances, data.resolution, work.shards)
-    return instances, run_digest(config, subject, base, work, instances)
+    return instances, training_identity(config, subject, base, work, instances)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One subject's training. config: the run's settings with the subject's own. run: `identity.run_digest`.
+    """One subject's training. config: the run's settings with the subject's own. identity: what decides its result.
 
-    chosen: the checkpoint to go on from; None is a fresh start. fence: keeps others from the subject while it is open.
+    claim: where to go on. fence: holds the lock on the subject's folder.
     """
 
     base: Base
@@ -86,19 +89,24 @@ class Job:
     watch: Watch
     subject: Subject
     config: RunConfig
-    run: str
+    identity: Identity
     bank: Bank
-    chosen: Path | None
+    claim: Claim
     fence: ExitStack
 
     def close(self) -> None:
-        """Let others train the subject."""
+        """Release the lock on the subject's folder."""
         self.fence.close()
 
     @property
     def folder(self) -> Path:
         """The folder of the subject's results."""
         return self.work.folder(self.subject)
+
+    @property
+    def results(self) -> Path:
+        """Where the result is written: the subject's folder, or a place in it until it may replace an older one."""
+        return self.folder / NEXT if self.claim.replaces else self.folder
 
     @property
     def images_a_step(self) -> int:
@@ -139,7 +147,8 @@ class Job:
 
     def checkpoint(self) -> Checkpoint | None:
         """The contents of the checkpoint to go on from; None is a fresh start."""
-        return read_chosen(self.base.world, self.watch, self.chosen) if self.chosen else None
+        chosen = self.claim.checkpoint
+        return read_chosen(self.base.world, self.watch, chosen) if chosen else None
 
     def loop(self, engine: ZeroEngine, runner: Eager, plan: BatchPlan, start: int) -> dict[str, float]:
         """The last log interval's values, after the subject has trained to its last step."""
@@ -187,7 +196,7 @@ class Job:
 
     def snapshot(self, engine: Engine, done: int, row: int = 0, average: float = 0.0) -> Checkpoint:
         """The subject's state after `done` steps, copied out of its row of an engine. average: see `Checkpoint`."""
-        return Checkpoint(done, self.run, engine.state(row), average)
+        return Checkpoint(done, self.identity.run, engine.state(row), average, self.identity.about)
 
     def save(self, snapshot: Checkpoint) -> None:
         """Write a snapshot as a checkpoint of the subject."""
@@ -207,7 +216,8 @@ class Job:
         resolution, precision = self.config.data.resolution, self.config.train.precision
         with sampling_mode(base.models):
             rows = draw_samples(make_pipeline(base.family, base.models), prompts, settings, resolution, precision)
-        return publish_sheet(self.folder, rows, prompts, name) if base.world.first else None
+        folder = self.results if name == LAST_SHEET else self.folder
+        return publish_sheet(folder, rows, prompts, name) if base.world.first else None
 
     def publish(self, state: EngineState, values: dict[str, float], capture: Capture) -> dict[str, Any]:
         """The record, after the artefacts were written and the base was made what it was before the subject."""
@@ -219,7 +229,7 @@ class Job:
         if base.world.first:
             final_weights(base.family, base.models, state, base.world.device)
             with clock.stage("sample"):
-                sheet = self.sample("samples")
+                sheet = self.sample(LAST_SHEET)
             record["stages_s"] = {name: round(seconds, 3) for name, seconds in clock.seconds.items()}
             self.write(state, record, sheet)
         dist.barrier()
@@ -228,9 +238,11 @@ class Job:
 
     def write(self, state: EngineState, record: dict[str, Any], sheet: Path | None) -> None:
         """Write the subject's artefacts, then its card, then the record that says it is finished."""
-        artefacts = publish_weights(self.folder, self.base.family, self.base.models, self.config, record, state)
-        publish_card(self.folder, record, self.config, render(self.config))
-        write_record(self.folder, record, [*artefacts, *([sheet] if sheet else [])])
+        self.results.mkdir(exist_ok=True)
+        artefacts = publish_weights(self.results, self.base.family, self.base.models, self.config, record, state)
+        publish_card(self.results, record, self.config, render(self.config))
+        write_record(self.results, record, [*artefacts, *([sheet] if sheet else [])])
+        take_place(self.folder)
 
     def record(self, values: dict[str, float], capture: Capture) -> dict[str, Any]:
         """Who was trained, from what, how, and how it went."""
@@ -241,7 +253,8 @@ class Job:
             "class": self.subject.class_noun,
             "identifier": self.work.identifiers[self.subject.id],
             "caption": instances[0].caption,
-            "run": self.run,
+            "run": self.identity.run,
+            "about": self.identity.about,
             "base": config.model.path,
             "family": config.model.family,
             "base_digest": base_digest(base.models),

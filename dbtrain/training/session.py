@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +14,8 @@ from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
 from dbtrain.engines.engine import keeps_whole, plan_batches
 from dbtrain.engines.world import World, from_first, start_world, together
-from dbtrain.errors import StopRequested
 from dbtrain.families import FAMILIES
+from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
 from dbtrain.models.family import Family, Models, refuse_impossible
 from dbtrain.models.load import load_models
@@ -27,6 +26,7 @@ from dbtrain.subjects.finding import Finding
 from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
 from dbtrain.subjects.sharding import shard_subjects
 from dbtrain.training.clock import Clock
+from dbtrain.training.stopping import STOPS, Stop, stop_now
 from dbtrain.values import Sample, Subject
 
 CLASSES = 8
@@ -78,7 +78,7 @@ class Base:
         return cls(world, family, _load_models(settings, world), settings, PriorCache(classes))
 
     def reload(self) -> None:
-        """Load the models anew, in place of what became of them."""
+        """Reload the models, replacing the trained ones."""
         vars(self.models).update(vars(_load_models(self.settings, self.world)))
 
     def restore(self) -> None:
@@ -150,23 +150,9 @@ def _shards(settings: RunConfig, out: Path) -> Path | str:
     return settings.data.shards or out / "shards"
 
 
-class Stop:
-    """A request to stop. Long work looks at `asked` between its steps."""
-
-    asked = False
-
-    def ask(self, *_: object) -> None:
-        """Ask the work to stop."""
-        self.asked = True
-
-    def listen(self) -> None:
-        """From now on take SIGTERM and SIGUSR1 for the request."""
-        _on_signals(self.ask)
-
-
 @dataclass(frozen=True)
 class Watch:
-    """Who follows the work and may end it.
+    """Output, heartbeat, stop request and clock of a run.
 
     quiet: print nothing. beat: called with the name of every stage and at every step, to show that this process is
     alive. opened: called by the first rank when a subject's settings and data are sound and there is work to do for it.
@@ -222,7 +208,7 @@ def open_work(
         return set(index.subjects)
 
     with watch.clock.stage("shard"):
-        _on_signals(_stop_now)
+        take_signals(STOPS, stop_now)
         stored = from_first(world, shard)
         watch.stop.listen()
     sound = {subject.id: subject for subject in subjects if subject.id in stored}
@@ -231,15 +217,6 @@ def open_work(
     tokens, seed, entered = settings.identifier.tokens, settings.seed, list(sound.values())
     identifiers = from_first(world, lambda: recorded_identifiers(registry, tokenizer, entered, tokens, seed))
     return Work.under(out, settings, wanted, identifiers, index)
-
-
-def _on_signals(action: Callable[..., object]) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, action)
-
-
-def _stop_now(*_: object) -> None:
-    raise StopRequested("stopped on request before training; run the same command to go on")
 
 
 def make_class_priors(classes: Iterable[str], settings: RunConfig, store: Path) -> dict[str, int]:

@@ -84,7 +84,7 @@ class TrainingStep(nn.Module):
     def autocast(self, device_type: str) -> torch.autocast:
         """The compute precision of weights that are not all in it.
 
-        No cast is kept: each weight is used once in a forward pass, and one that ZeRO gathers for a layer goes again.
+        Autocast's cache is off: a weight is used once per pass, and ZeRO-3 frees it after its layer.
         """
         enabled = self.config.train.precision == "bf16"
         return torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=False)

@@ -12,6 +12,8 @@ from typing import Protocol
 from dbtrain.errors import ConfigError
 from dbtrain.settings.config import RunConfig, TrackConfig
 
+LOG = "log.jsonl"
+
 
 class Sink(Protocol):
     """A place for measurements."""
@@ -94,7 +96,7 @@ class Tracker:
 
 
 SINKS: dict[str, Callable[[TrackConfig, Path], Sink | None]] = {
-    "jsonl": lambda track, folder: JsonLines(folder / "log.jsonl"),
+    "jsonl": lambda track, folder: JsonLines(folder / LOG),
     "tensorboard": lambda track, folder: TensorBoard(folder / "tensorboard") if track.tensorboard else None,
     "wandb": lambda track, folder: Tracker("wandb", track.wandb) if track.wandb else None,
     "trackio": lambda track, folder: Tracker("trackio", track.trackio) if track.trackio else None,

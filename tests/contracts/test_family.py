@@ -14,6 +14,10 @@ from tests.kit.latents import sample_latents
 CAPTIONS = ["a photo of a dog", "a much longer caption " + "very " * 100]
 
 
+LENGTHS = {"sd3": 256, "flux": 512, "flux2_klein": 512}
+"""Tokens of encoders that are no CLIP, by family."""
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def loaded(request, model_folders):
     """(family, its random models, their folder); tests leave them as they are."""
@@ -50,12 +54,13 @@ def test_schedule_is_the_schedulers(loaded):
 def test_tokens_fill_the_encoders_length(loaded):
     family, models, _ = loaded
     tokens = family.tokenize(models, CAPTIONS)
-    assert len(tokens) == len(family.text_encoders)
+    assert len(tokens) >= len(family.text_encoders)
     for name, ids in zip(models.tokenizers, tokens):
         tokenizer = models.tokenizers[name]
         clip = type(models.text_encoders[name]).__name__.startswith("CLIP")
-        assert ids.shape == (2, tokenizer.model_max_length if clip else {"sd3": 256, "flux": 512}[family.name])
-        assert (ids[1] == tokenizer.eos_token_id).any() and (not clip or ids[1, -1] == tokenizer.eos_token_id)
+        assert ids.shape == (2, tokenizer.model_max_length if clip else LENGTHS[family.name])
+        assert (ids[0] == tokenizer.eos_token_id).any()
+        assert not clip or ids[1, -1] == tokenizer.eos_token_id  # cut, but ended
 
 
 def test_conditioning_is_what_the_stock_pipeline_feeds(loaded):
@@ -83,6 +88,8 @@ def test_conditioning_does_not_depend_on_its_batch(loaded):
 
 def test_moments_are_the_vaes_and_latents_its_samples(loaded):
     family, models, _ = loaded
+    if FACTS[family.name].mean:
+        pytest.skip("its latents are cells of the autoencoder's: `test_oracles.py` draws them")
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     shape = (2, family.codec.channels, *(32 // FACTS[family.name].side,) * 2)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))

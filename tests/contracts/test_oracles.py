@@ -69,8 +69,8 @@ def latents(facts, size, count=2, channels=4, **options):
 def drawn(family, models, facts, start, size, steps, captions=CAPTIONS, **options):
     """What the stock pipeline makes of latents, without guidance."""
     return make_pipeline(family, models)(
-        list(captions),
-        latents=facts.native(start),
+        prompt=list(captions),
+        latents=facts.start(start),
         height=size[0],
         width=size[1],
         num_inference_steps=steps,
@@ -140,7 +140,9 @@ def test_a_model_that_knows_the_picture_draws_it(exact, size, knows, monkeypatch
     family, facts, models = exact
     pixels = (noise(2, 3, *size, seed=1) / 3).clamp(-1, 1)
     posterior = models.vae.encode(pixels).latent_dist
-    raw = posterior.mean + posterior.std * noise(*posterior.mean.shape, seed=2)
+    raw = posterior.mean
+    if not facts.mean:
+        raw = raw + posterior.std * noise(*raw.shape, seed=2)
     mean, logvar = family.codec.encode(models.vae, pixels).double().chunk(2, 1)
     clean = mean + torch.exp(0.5 * logvar) * noise(*mean.shape, seed=2)
     eps, (height, width) = noise(*clean.shape, seed=3), clean.shape[-2:]

@@ -24,6 +24,7 @@ from dbtrain.results.checkpoint import (
     tidy_checkpoints,
     verify_checkpoint,
 )
+from dbtrain.results.identity import Identity
 from dbtrain.storage.atomic import TEMPORARY, file_digest
 from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.sharding import shard_subjects
@@ -136,7 +137,7 @@ class Works:
 
         def work():
             tidy_checkpoints(root / "checkpoints", keep=2)
-            found, _ = latest_checkpoint(root / "checkpoints", RUN)
+            found, _ = latest_checkpoint(root / "checkpoints", Identity(RUN))
             for step in range(step_of(found) + 1 if found else 1, 5):
                 save_checkpoint(root / "checkpoints", checkpoint(step), keep=2)
 
@@ -218,14 +219,14 @@ def damage_checkpoints(root: Path, flips: int, truncations: int, seed: int = 0) 
             path = files[case % len(files)]
             sound = path.read_bytes()
             what = DAMAGES[name](path, chance)
-            found, notes = latest_checkpoint(root, RUN)
+            found, notes = latest_checkpoint(root, Identity(RUN))
             tally.count(found is not None and step_of(found) == 1 and len(notes) == 1, f"{path.name} {what}")
             path.write_bytes(sound)
     assert verify_checkpoint(folder) is None
     for what, (good_step, harm) in mixups(root, folder).items():
         aside = shutil.copytree(root, root.with_name("aside"))
         harm()
-        found, notes = latest_checkpoint(root, RUN)
+        found, notes = latest_checkpoint(root, Identity(RUN))
         tally.count(found is not None and step_of(found) == good_step and bool(notes), what)
         shutil.rmtree(root)
         aside.rename(root)

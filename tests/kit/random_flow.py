@@ -127,3 +127,90 @@ def make_flux(folder: Path) -> Path:
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def chat_tokenizer() -> Any:
+    """Qwen's kind of tokenizer over bytes and some pairs, with a chat template that knows thinking."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2TokenizerFast
+
+    merges = [("d", "o"), ("do", "g"), ("c", "a"), ("ca", "t"), ("\u0120", "a")]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    pieces = [*sorted(ByteLevel.alphabet()), *(first + second for first, second in merges), *special]
+    tokenizer = Qwen2TokenizerFast(
+        vocab={piece: number for number, piece in enumerate(pieces)},
+        merges=merges,
+        pad_token=special[0],
+        unk_token=special[0],
+        eos_token=special[2],
+        additional_special_tokens=special[1:],
+    )
+    tokenizer.chat_template = (
+        "{% for one in messages %}<|im_start|>{{ one.role }}\n{{ one.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    return tokenizer
+
+
+def make_flux2_klein(folder: Path) -> Path:
+    """A diffusers folder of a random FLUX.2 klein layout: its autoencoder has statistics of the latents' cells."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=128,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=48,
+        timestep_guidance_channels=32,
+        mlp_ratio=2.0,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=32,
+        norm_num_groups=4,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    text = Qwen3Config(
+        vocab_size=512,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        shift=3.0,
+    )
+    pipeline = Flux2KleinPipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(text).eval(),
+        tokenizer=chat_tokenizer(),
+        is_distilled=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dbtrain.tiny import BASE, CLIP
-from tests.kit.random_flow import make_flux, make_sd3
+from tests.kit.random_flow import make_flux, make_flux2_klein, make_sd3
 from tests.kit.random_text import text_config
 
 
@@ -110,7 +110,13 @@ def make_sdxl(folder: Path) -> Path:
     return folder
 
 
-FAMILIES = {"sd": make_sd, "sdxl": make_sdxl, "sd3": make_sd3, "flux": make_flux}
+FAMILIES = {
+    "sd": make_sd,
+    "sdxl": make_sdxl,
+    "sd3": make_sd3,
+    "flux": make_flux,
+    "flux2_klein": make_flux2_klein,
+}
 """What writes the diffusers folder of a random model, by the name of its family."""
 
 

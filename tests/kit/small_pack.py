@@ -126,7 +126,7 @@ def make_pack(
 ) -> Pack:
     models, example = models_of(dtype, device), captions(Case("any"), dtype).to(device)
     with adapters_of(dtype):
-        return Pack(FAMILY, models, config or Case("any").config, size, rank, steps, example, masked)
+        return Pack(FAMILY, models, config or Case("any").config, size, rank, steps, example, masked=masked)
 
 
 def start(pack: Pack, case: Case, dtype: torch.dtype, found: Checkpoint | None = None) -> Start:

@@ -201,3 +201,17 @@ def test_a_single_file_that_is_no_model_is_a_config_error(model_folders, tmp_pat
     save_file({"nothing": torch.zeros(1)}, path)
     with pytest.raises(ConfigError, match=r"model\.path"):
         load_models(FAMILIES["sd"], ModelConfig(path=str(path), single_file_layout=str(model_folders["sd"])))
+
+
+def test_what_the_index_says_to_the_pipeline_reaches_it(model_folders, tmp_path):
+    """A distilled FLUX.2 klein takes no guidance: its index says so, and no weight does."""
+    import json
+
+    folder = tmp_path / "distilled"
+    shutil.copytree(model_folders["flux2_klein"], folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
+    family = FAMILIES["flux2_klein"]
+    for path, want in ((folder, True), (model_folders["flux2_klein"], False)):
+        models = load_models(family, ModelConfig(family=family.name, path=str(path)))
+        assert make_pipeline(family, models).config.is_distilled is want

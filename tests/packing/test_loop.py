@@ -101,6 +101,21 @@ def test_a_packed_run_gives_what_solo_runs_give(solo, packed):
         assert sum(norm > 0.02 for norm in norms) > len(norms) / 2
 
 
+def test_captions_of_each_photo_train_in_a_pack_as_alone(job, tmp_path):
+    shutil.copytree(job / "rex", tmp_path / "rex")
+    for number, text in enumerate(("{subject} on a shelf", "[trigger] asleep")):
+        (tmp_path / "rex" / f"{number}.txt").write_text(text)
+    (tmp_path / "photos.csv").write_text("subject,class,images,steps\nrex,dog,rex,3\n")
+    results = {}
+    for kind, more in {"alone": (), "together": PACKED}.items():
+        settings = (*words(job, *more), "data.caption_dropout=0.3", "train.schedule=cosine")
+        config = small_config(*settings)
+        (record,), _ = train_manifest(tmp_path / "photos.csv", config, tmp_path / kind, None, quiet=True)
+        assert record["caption"].endswith("dog on a shelf")
+        results[kind] = adapter(tmp_path / kind, "rex")
+    assert gap(results["together"], results["alone"]) < SINGLE
+
+
 def test_what_is_published_has_the_same_form(solo, packed):
     for name, record in packed[0].items():
         folders = [root / "subjects" / name for _, root in (packed, solo)]

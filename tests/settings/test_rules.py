@@ -1,4 +1,4 @@
-"""Rules about several settings: each names the setting that is at fault."""
+"""Rules about several settings: what does not go together is named."""
 
 import pytest
 
@@ -19,6 +19,9 @@ def test_the_defaults_go_together():
         ({"engine": {"zero": {"offload_optimizer": True}}}, ["engine.zero.offload_optimizer"]),
         ({"engine": {"channels_last": True, "capture": "graph"}}, ["engine.channels_last", "engine.capture"]),
         ({"prior": {"images": 0}}, ["prior.images"]),
+        ({"data": {"caption": "a photo of {class}"}}, ["data.caption"]),
+        ({"data": {"caption": "{subject}"}}, []),
+        ({"data": {"caption": "[trigger] {class}", "class_caption": "a [trigger]"}}, ["data.class_caption"]),
         ({"engine": {"kind": "packed"}, "train": {"method": "full"}}, ["train.method"]),
         ({"engine": {"kind": "packed"}, "track": {"wandb": "x"}}, ["track.wandb"]),
         ({"engine": {"kind": "packed", "zero": {"stage": 1}, "deepspeed": "x"}}, ["engine.zero", "engine.deepspeed"]),

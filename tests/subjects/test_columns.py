@@ -40,7 +40,12 @@ def test_every_column_has_a_field_and_its_setting_exists():
         ("prior_weight", 3, 3.0),
         ("subject", 7, "7"),
         ("class", " house cat ", "house cat"),
-        ("caption", "{{a}} {identifier}", "{{a}} {identifier}"),
+        ("caption", "[trigger] {class}, {subject}", "[trigger] {class}, {subject}"),
+        ("captions", ["a {subject}", None, ""], ("a {subject}", "", "")),
+        ("captions", {"1.jpg": " a dog "}, {"1.jpg": "a dog"}),
+        ("steps", "42.0", 42),
+        ("seed", "9223372036854775807.0", 2**63 - 1),
+        ("rank", "1.6e1", 16),
     ],
 )
 def test_sound_cells_have_these_values(name, cell, value):
@@ -65,6 +70,15 @@ def test_sound_cells_have_these_values(name, cell, value):
         ("prior_weight", True),
         ("subject", 1.5),
         ("class", None),
+        ("caption", "{{a}} {identifier}"),
+        ("captions", "a text"),
+        ("captions", [["nested"]]),
+        ("captions", ["{who}"]),
+        ("steps", "42.5"),
+        ("steps", "nan"),
+        ("steps", "1e999999999"),
+        ("seed", "1e-999999999"),
+        ("lr", "0,0001"),
     ],
 )
 def test_other_cells_are_refused_with_what_is_wanted(name, cell):

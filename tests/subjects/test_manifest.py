@@ -51,12 +51,34 @@ def test_yaml_numbers_and_words_keep_their_meaning(photo_folder):
     assert [image.name for image in subject.images] == ["p1.png", "p10.png"]
 
 
-def test_a_cell_without_a_column_is_told(photo_folder):
+def test_a_cell_without_a_column_is_told_once(photo_folder):
     (photo_folder / "m.csv").write_text("subject,class,images,\na,b,cat,,\nb,b,cat,lost,\nc,b,cat,,lost\n")
+    subjects, (found,) = scan_manifest(photo_folder / "m.csv")
+    assert found.what == "column '': is unknown" and found.file.endswith("m.csv") and not subjects
+
+
+HEADERS = {
+    "Subject,CLASS,Images": [],
+    " subject , class ,images": [],
+    "subject,class,images,notes": [(True, "columns that are not read: 'notes'")],
+    "subject,class,images,my price,URL": [(True, "'my price', 'URL'")],
+    "subject,class,images,stpes": [(False, "column 'stpes': is unknown")],
+    "subject,class,images,Identifer": [(False, "column 'Identifer': is unknown")],
+    "name,class,images": [(False, "has no column subject"), (True, "'name'")],
+    "subject,class_name,images": [(False, "has no column class"), (True, "'class_name'")],
+    "subject,class,images,Images": [(False, "has the column images twice")],
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_header_is_judged_once_for_all_rows(photo_folder, header):
+    extra = ",x" * (header.count(",") - 2)
+    (photo_folder / "m.csv").write_text(header + "\n" + "".join(f"s{n},cat,cat{extra}\n" for n in range(9)))
     subjects, findings = scan_manifest(photo_folder / "m.csv")
-    told = [(finding.file.rpartition(":")[2], finding.what) for finding in findings]
-    assert [place for place, what in told if what == "column '': is unknown"] == ["2", "3", "4"] and not subjects
-    assert [place for place, what in told if what == "has 5 cells for 4 columns"] == ["4"]
+    assert [(one.note, part in one.what) for one, (_, part) in zip(findings, HEADERS[header], strict=True)] == [
+        (note, True) for note, _ in HEADERS[header]
+    ]
+    assert len(subjects) == (0 if any(not note for note, _ in HEADERS[header]) else 9)
 
 
 BAD_CELLS = [
@@ -70,9 +92,22 @@ BAD_CELLS = [
     ({"images": "nowhere"}, "which does not exist"),
     ({"images": ""}, "column images: got nothing"),
     ({"images": "empty"}, "the folder 'empty' holds no photo"),
-    ({"images": "mixed"}, "holds 'x.heic'"),
+    ({"images": "mixed"}, "holds 'x.gif', a picture that is not read here"),
     ({"images": "zzz*.png"}, "the pattern 'zzz*.png' holds no photo"),
     ({"images": "notes.txt"}, "got 'notes.txt'"),
+    ({"images": "~/photos"}, "~ is not replaced"),
+    ({"images": "~me/*.jpg"}, "~ is not replaced"),
+    ({"images": "$HOME/photos"}, "variables are not replaced"),
+    ({"images": "${PHOTOS}/rex/*.png"}, "variables are not replaced"),
+    ({"images": "%USERPROFILE%/rex"}, "variables are not replaced"),
+    ({"images": "cat\\p1.png"}, "folders are separated by /"),
+    ({"images": "C:\\photos\\*.jpg"}, "folders are separated by /"),
+    ({"images": "https://host/a.jpg"}, "an address"),
+    ({"images": "['cat/p1.png', 'cat/p2.PNG']"}, "a list as a program prints it"),
+    ({"images": '"cat/p1.png"'}, "the quotes are part of the name"),
+    ({"images": "cat", "captions": ["a"]}, "images is no list of files"),
+    ({"images": ["cat/p1.png", "cat/p10.png"], "captions": ["a"]}, "has 1 captions for 2 photos"),
+    ({"images": "cat", "captions": {"p3.png": "a"}}, "names 'p3.png'"),
     ({"images": "cat/p1.png;cat/p1.png"}, "twice"),
     ({"images": "pipe.png"}, "not a regular file"),
     ({"images": "x" * 300}, "column images"),
@@ -105,7 +140,7 @@ BAD_CELLS = [
 def messy(folder):
     for name in ("empty", "mixed"):
         (folder / name).mkdir()
-    (folder / "mixed" / "x.heic").write_bytes(b"1")
+    (folder / "mixed" / "x.gif").write_bytes(b"1")
     (folder / "mixed" / "x.png").write_bytes(b"1")
     (folder / "notes.txt").write_bytes(b"1")
     (folder / "pipe.png").symlink_to("/dev/null")

@@ -13,7 +13,7 @@ from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.subjects.manifest import read_manifest, scan_manifest
 from dbtrain.subjects.masks import open_with_mask
 from dbtrain.subjects.preflight import preflight
-from dbtrain.subjects.sharding import shard_subjects, source_digest
+from dbtrain.subjects.sharding import shard_subjects, source_digest, source_lines
 from tests.kit.made_photos import jpeg, mask_of, picture, png
 
 CONFIG = RunConfig(data=DataConfig(resolution=32))
@@ -79,7 +79,7 @@ def test_masks_of_no_photo_are_findings(folder):
     subject = one(folder, mask="rex/a-mask.png;rex/carnival-mask.png")
     (finding,) = preflight([subject], CONFIG)
     assert finding.file.endswith("carnival-mask.png") and "is a mask of none" in finding.what
-    assert preflight([subject], RunConfig(data=DataConfig(mask=False))) == []
+    assert preflight([subject], CONFIG.replaced("data.mask", False)) == []
     for cell, what in {"nowhere": "does not exist", "m.csv": "m.csv"}.items():
         with pytest.raises(DataError, match=f"column mask: .*{what}.*a list of masks"):
             one(folder, mask=cell)
@@ -142,7 +142,8 @@ def test_masks_are_stored_beside_the_photos_and_fit_them(folder):
 
 def test_other_masks_are_other_input(folder):
     def digest(**data):
-        return source_digest([one(folder)], DataConfig(resolution=32, **data))
+        data = DataConfig(resolution=32, **data)
+        return source_digest(source_lines([one(folder)], data), data)
 
     first, without = digest(), digest(mask=False)
     (folder / "rex" / "a-mask.png").write_bytes(png(mask_of(left=13)))

@@ -50,7 +50,6 @@ BAD_FILES = [
     ("m.csv", b"subject,class,class,images\n", "stands twice"),
     ("m.csv", b"subject,class,images\ncat,cat,cat,cat\n", "has 4 cells for 3 columns"),
     ("m.csv", b'subject,class,images\n"cat"x,cat,cat\n', "is no CSV"),
-    ("m.csv", b"subject;class;images\ncat;cat;cat\n", "is unknown"),
     ("m.jsonl", b"{", "m.jsonl:1: is no JSON"),
     ("m.jsonl", b"[1]", "write one object a line"),
     ("m.jsonl", b'{"subject": "a", "subject": "b"}', "stands twice"),
@@ -71,3 +70,24 @@ def test_broken_files_end_in_a_word_not_a_traceback(photo_folder, name, content,
     (photo_folder / name).write_bytes(content)
     with pytest.raises(DataError, match=part):
         read_manifest(photo_folder / name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "subject;images;seed\ncat;a.png;3\n",
+        "subject\timages\tseed\ncat\ta.png\t3\n",
+        "subject|images|seed\r\ncat|a.png|3\r\n",
+        "sep=;\r\nsubject;images;seed\r\ncat;a.png;3\r\n",
+        "subject,images,seed\ncat,a.png,3\n",
+    ],
+)
+def test_every_separator_of_spreadsheets_is_read(tmp_path, text):
+    (tmp_path / "m.csv").write_text(text, newline="")
+    (row,) = read_rows(tmp_path / "m.csv")
+    assert row == ManifestRow(3 if text.startswith("sep") else 2, {"subject": "cat", "images": "a.png", "seed": "3"})
+
+
+def test_a_list_with_semicolons_among_commas_stays_one_cell(tmp_path):
+    (tmp_path / "m.csv").write_text("subject,images\ncat,a.png;b.png;c.png\n")
+    assert read_rows(tmp_path / "m.csv")[0].cells["images"] == "a.png;b.png;c.png"

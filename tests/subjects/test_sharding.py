@@ -154,7 +154,7 @@ def test_other_input_is_refused(two_cats, tmp_path):
         shard_subjects(*scan_manifest(two_cats), out, RunConfig(data=DataConfig(resolution=40)), str)
     photo = next((two_cats.parent / "cat").iterdir())
     photo.write_bytes((two_cats.parent / "tiger" / "a.jpg").read_bytes())
-    with pytest.raises(DataError, match="other photos"):
+    with pytest.raises(DataError, match="cat: 1 of its stored photos are gone or changed"):
         shard_subjects(*scan_manifest(two_cats), out, CONFIG, str)
     assert digests(out) == sound
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from dbtrain.engines.world import World
 from dbtrain.errors import DataError, DbtrainError, StopRequested, SubjectTaken
 from dbtrain.results.checkpoint import save_checkpoint
+from dbtrain.results.identity import Identity
 from dbtrain.results.record import read_record, write_record
 from dbtrain.settings.config import CheckpointConfig
 from dbtrain.storage.atomic import LOCK, held
@@ -77,7 +78,8 @@ def claimed(world: World, cases: list[tuple[Path, CheckpointConfig, str]]) -> li
         sent.clear(), opened.clear()
         try:
             with ExitStack() as fence:
-                said = claim_subject(world, watch(opened=lambda: opened.append(1)), folder, settings, run, fence)
+                watching = watch(opened=lambda: opened.append(1))
+                said = claim_subject(world, watching, folder, settings, Identity(run), fence)
                 with held(folder / LOCK) as ours:
                     assert not ours, "the first rank holds it for all"
                 dist.barrier()

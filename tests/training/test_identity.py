@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from dbtrain.data.index import Index
 from dbtrain.engines.world import World
-from dbtrain.training.identity import run_digest, subject_config
+from dbtrain.training.identity import subject_config, training_identity
 from dbtrain.training.session import Base, PriorCache, Work
 from dbtrain.values import Subject
 from tests.kit.main_job import sample, small_config
@@ -27,7 +27,8 @@ def digest(tmp_path, *words, subject=REX, identifier="srx", photos=(0, 1), mask=
     models = SimpleNamespace(digests={"unet/config.json": "a"}, source="here")
     base = Base(World(0, 1, "cpu"), None, models, config, PriorCache(1))
     work = Work.under(tmp_path, config, [subject], {subject.id: identifier}, Index((), ()))
-    return run_digest(config, subject, base, work, [replace(sample(number), mask=mask) for number in photos])
+    samples = [replace(sample(number), mask=mask) for number in photos]
+    return training_identity(config, subject, base, work, samples).run
 
 
 def test_all_that_decides_a_result_is_in_the_digest_and_nothing_else(tmp_path):

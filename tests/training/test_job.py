@@ -84,4 +84,4 @@ def test_what_follows_a_step(job):
     job.after_step(engine, 4, stop=True)
     folders = sorted((job.folder / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-00000002", "step-00000003"]
-    assert read_checkpoint(folders[1]).run == job.run
+    assert read_checkpoint(folders[1]).run == job.identity.run

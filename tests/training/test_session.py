@@ -1,7 +1,4 @@
-"""What the subjects of a run share: the priors at hand, the stores, and a request to stop."""
-
-import os
-import signal
+"""What the subjects of a run share: the priors at hand and the stores."""
 
 import pytest
 import torch
@@ -10,7 +7,7 @@ from dbtrain.data.index import Index
 from dbtrain.engines.world import World
 from dbtrain.models.adapters import layers
 from dbtrain.training.clock import Clock
-from dbtrain.training.session import Base, ClassPriors, PriorCache, Stop, Watch, Work
+from dbtrain.training.session import Base, ClassPriors, PriorCache, Watch, Work
 from dbtrain.training.trainables import make_trainable
 from dbtrain.values import Subject
 from tests.kit.main_job import small_config
@@ -33,20 +30,6 @@ def test_stores_are_the_runs_own_or_shared(tmp_path):
     assert work.folder(rex) == tmp_path / "subjects" / "rex"
     work = Work.under(tmp_path, shared, [rex], {"rex": "srx"}, Index((), ()))
     assert (str(work.shards), str(work.priors)) == ("s3://bucket/shards", "elsewhere")
-
-
-def test_a_signal_asks_to_stop():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        for number in before:
-            stop = Stop()
-            stop.listen()
-            assert not stop.asked
-            os.kill(os.getpid(), number)
-            assert stop.asked and not Stop().asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def test_a_watch_says_what_it_is_given_unless_it_is_quiet(capsys):

@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from dbtrain.engines.world import World
-from dbtrain.models.adapters import layers
+from dbtrain.errors import DataError
+from dbtrain.models.adapters import from_state, layers, read_rows
+from dbtrain.results.publish import publish_lora
 from dbtrain.training.session import Base
 from dbtrain.training.trainables import (
     final_state,
     final_weights,
     fresh_adapter,
+    initial_digest,
     lora_alpha,
     make_stack,
     make_trainable,
@@ -74,3 +77,46 @@ def test_the_average_is_given_away_where_one_was_kept():
     assert final_state({"master": master}) is master
     final_weights(base.family, base.models, {"master": master, "ema": ema}, "cpu")
     assert all((param == 3).all() for param in params.values())
+
+
+def moved(base):
+    """An adapter of rank 2 that has been trained, as weights."""
+    groups = make_trainable(base.family, base.models, base.settings, "tom")
+    state = {name: torch.randn_like(param) for name, param in named(groups).items()}
+    weights = from_state(state, base.models.components(base.family.denoiser), lora_alpha(base.settings))
+    base.restore()
+    return weights
+
+
+@pytest.mark.parametrize("words", [(), ("lora.rank=5", "lora.alpha=2"), ("lora.alpha=7",)])
+def test_a_start_from_an_adapter_does_what_the_adapter_does(tmp_path, words):
+    base = base_of()
+    weights = moved(base)
+    publish_lora(tmp_path, weights, {}, False)
+    config = small_config(f"lora.init={tmp_path}", *words)
+    make_trainable(base.family, base.models, config, "rex")
+    components = base.models.components(base.family.denoiser)
+    started, row = read_rows(components, 0, lora_alpha(config)), fresh_adapter(base.family, base.models, config, "rex")
+    for component, matrices in weights.matrices.items():
+        for path, (down, up) in matrices.items():
+            a, b = started.matrices[component][path]
+            want = up @ down * (weights.alpha / weights.rank)
+            assert torch.allclose(b @ a * (lora_alpha(config) / config.lora.rank), want, atol=1e-5)
+            assert a.abs().min() > 0, "ranks above the adapter's own can learn"
+            assert torch.equal(row[f"{component}.{path}.down_NRD"][0].float(), a)
+            assert torch.equal(row[f"{component}.{path}.up_NDR"][0].float(), b)
+    base.restore()
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_a_step(tmp_path):
+    base = base_of()
+    publish_lora(tmp_path, moved(base), {}, False)
+    for words, match in (
+        (("lora.rank=1",), "has rank 2, lora.rank is 1"),
+        (("lora.targets=[to_q]",), "which this run does not train"),
+    ):
+        with pytest.raises(DataError, match=match):
+            make_trainable(base.family, base.models, small_config(f"lora.init={tmp_path}", *words), "rex")
+        base.restore()
+    with pytest.raises(DataError, match="none is no file"):
+        initial_digest(small_config(f"lora.init={tmp_path}/none"))
