@@ -39,8 +39,8 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/mypy --cache-dir=$(VENV)/.mypy_cache
 
-gpu: $(VENV)/.installed  ## the tests and benchmarks that need a CUDA device, in ten minutes, into ./gpu-results
-	PYTHON=$(BIN)/python sh benchmarks/gpu.sh gpu-results
+gpu: $(VENV)/.installed  ## the tests and benchmarks that need a CUDA device, in eight minutes, into ./gpu-results
+	$(BIN)/python benchmarks/gpu.py --out gpu-results
 
 bench: $(VENV)/.installed  ## the benchmarks that need no peer, or BENCH="a.py b.py"
 	@for script in $(BENCH); do echo "== $$script"; $(RUN) $(BIN)/python $$script || exit 1; done

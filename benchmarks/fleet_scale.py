@@ -57,7 +57,6 @@ def measure(subjects: int, workers: int, folder: Path) -> dict:
                     attempts = ledger.start(number, unit.positions, name)
                     for subject in ledger.subjects(unit.positions):
                         index.entries_of(subject.id)
-                    view.begin(unit)
                 return attempts
 
             begin = time.perf_counter()

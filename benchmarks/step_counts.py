@@ -28,6 +28,7 @@ from dbtrain.bench import commit  # noqa: E402
 from dbtrain.bench.operators import Operators  # noqa: E402
 from dbtrain.engines import packed  # noqa: E402
 from dbtrain.engines.engine import ParamGroup  # noqa: E402
+from dbtrain.engines.unit_scale import restore_unit_divisions  # noqa: E402
 from dbtrain.families import FAMILIES  # noqa: E402
 from dbtrain.models import adapters  # noqa: E402
 from dbtrain.models.adapters import attach  # noqa: E402
@@ -110,6 +111,7 @@ def peft_step(name: str) -> Callable[[], None]:
     from peft import LoraConfig
 
     unet = SHAPES[name].blank("meta")
+    restore_unit_divisions(unet)
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
     trained = [param for param in unet.parameters() if param.requires_grad]
     for param in trained:  # what the script's cast_training_params does

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dbtrain_kernels.philox import normal, philox, uniform
+from dbtrain_kernels.philox import philox, uniform
 
 
 class Purpose(IntEnum):
@@ -40,18 +40,6 @@ def stream_key(seed: int, subject: str, *names: object) -> tuple[int, int]:
 
 Key = tuple[int, int] | tuple[Tensor, Tensor]
 """Philox key of a subject's stream; or its two words as tensors [B], a key for each sample."""
-
-
-def normals(key: Key, purpose: Purpose, step: int | Tensor, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal float32 [B, *shape] for the draw slots [B] of a step (or of each sample's), on their device."""
-    count = 1
-    for side in shape:
-        count *= side
-    blocks = torch.arange((count + 3) // 4, device=slots.device)
-    low, high = (word[:, None] if isinstance(word, Tensor) else word for word in key)
-    turn = step[:, None] if isinstance(step, Tensor) else step
-    words = philox((low, high), (blocks[None, :], slots[:, None], turn, int(purpose)))
-    return normal(words).flatten(1)[:, :count].reshape(len(slots), *shape)
 
 
 def uniforms(key: Key, purpose: Purpose, step: int | Tensor, slots: Tensor) -> Tensor:

@@ -80,6 +80,10 @@ class Tensors:
         """The same value with every tensor moved or cast as `Tensor.to` does."""
         return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
+    def sent(self, device):
+        """The same value on a device; see the function `sent`."""
+        return self.map(lambda tensor: sent(tensor, device))
+
     def __getitem__(self, index):
         """The rows of every tensor at an index."""
         return self.map(lambda tensor: tensor[index])
@@ -88,6 +92,17 @@ class Tensors:
         """The same value with a function applied to every tensor."""
         present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return replace(self, **{name: function(value) for name, value in present.items()})
+
+
+def sent(tensor: Tensor, device: object) -> Tensor:
+    """The tensor on a device (by name, or a torch.device), by a copy that the host does not wait for.
+
+    CUDA reads memory by itself only where it is pinned. From other memory the host may wait until the copy, and all
+    that was launched before it, is done, and `set_sync_debug_mode` does not see that.
+    """
+    if tensor.device.type == "cpu" and str(device).startswith("cuda"):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

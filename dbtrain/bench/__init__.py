@@ -1,12 +1,26 @@
 """What `dbtrain bench` runs: timed comparisons that alternate what they compare."""
 
+import json
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
+Say = Callable[[dict[str, Any]], None]
+"""What is called with each result as it is measured, so that a bench that is stopped leaves what it found."""
+
+
+def to_stderr(row: dict[str, Any]) -> None:
+    """Print a result as one line of JSON, beside what the bench prints at its end."""
+    print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+def to_nobody(row: dict[str, Any]) -> None:
+    """Print nothing."""
 
 
 def origin() -> dict[str, str | None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dbtrain.bench import origin
+from dbtrain.bench import Say, origin, to_nobody
 from dbtrain.bench.flops import count_flops
 from dbtrain.bench.operators import Operators
 from dbtrain_kernels import OPS
@@ -110,7 +110,7 @@ def ceilings() -> dict[str, float]:
     return {"copy_bytes_per_s": 2 * source.nbytes / copy_ms * 1e3, "gemm_flop_per_s": 2 * 8192**3 / gemm_ms * 1e3}
 
 
-def timings(top: dict[str, float]) -> list[dict[str, Any]]:
+def timings(top: dict[str, float], say: Say) -> list[dict[str, Any]]:
     """A row for each operation, shape and form: ms quantiles, shares of the copy and of the product, peak MiB."""
     rows = []
     for name, case in work():
@@ -130,17 +130,18 @@ def timings(top: dict[str, float]) -> list[dict[str, Any]]:
             shares |= {"gemm_share": flop * rate / top["gemm_flop_per_s"]}
             timing = {"op": name, "shape": case.name, "form": form, "replayed": graphed, "ms": spread}
             rows.append({**timing, **shares, "peak_mib": peak_mib})
+            say(rows[-1])
             del run
     return rows
 
 
-def measure() -> dict[str, Any]:
-    """Everything that this machine can tell of the operations."""
+def measure(say: Say = to_nobody) -> dict[str, Any]:
+    """Everything that this machine can tell of the operations. say: gets each timed row at once."""
     result: dict[str, Any] = {**origin(), "counts": counts()}
     if torch.cuda.is_available():
         result |= {"device": torch.cuda.get_device_name(), "ceilings": ceilings()}
         result["choices"] = {name: choose(name, "cuda")._asdict() for name in OPS}
-        result["timings"] = timings(result["ceilings"])
+        result["timings"] = timings(result["ceilings"], say)
     return result
 
 

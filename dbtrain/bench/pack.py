@@ -18,15 +18,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from dbtrain.bench import origin
+from dbtrain.bench import Say, origin, to_nobody
 from dbtrain.bench.flops import count_flops
 from dbtrain.engines.capture import release
 from dbtrain.engines.engine import plan_batches
@@ -124,19 +126,6 @@ def packed(base: Base, config: RunConfig, size: int) -> Iterator[Rig]:
 
 
 @dataclass
-class Solo:
-    """One subject's engine with a batch for it."""
-
-    engine: ZeroEngine
-    batch: Batch
-
-    def step(self) -> None:
-        """One training step."""
-        self.engine.backward(self.engine(self.batch, 0).loss)
-        self.engine.step(1.0)
-
-
-@dataclass
 class Rig:
     """A pack with a batch for it."""
 
@@ -149,8 +138,8 @@ class Rig:
 
 
 @contextmanager
-def alone(base: Base, config: RunConfig) -> Iterator[Solo]:
-    """A subject alone under DeepSpeed, warm."""
+def alone(base: Base, config: RunConfig) -> Iterator[SimpleNamespace]:
+    """`step`, a training step of a subject alone under DeepSpeed, warm."""
     family, plan = FAMILIES[config.model.family], plan_batches(config.train.batch, None, 1)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "zero"})})
     groups = make_trainable(family, base.models, config, "rex")
@@ -160,19 +149,26 @@ def alone(base: Base, config: RunConfig) -> Iterator[Solo]:
     role_B, slot_B = torch.arange(roles).repeat_interleave(count), torch.arange(roles * count)
     sizes = torch.full((len(slot_B), 6), float(config.data.resolution))
     batch = Batch(torch.randn(len(slot_B), *base.shape), 0 * role_B, role_B, slot_B, sizes).to(base.world.device)
-    solo = Solo(engine, batch)
+
+    def step() -> None:
+        engine.backward(engine(batch, 0).loss)
+        engine.step(1.0)
+
     try:
-        solo.step()
-        yield solo
+        step()
+        yield SimpleNamespace(step=step)
     finally:
         engine.close()
         detach(base.models.denoiser)
 
 
 def contestants(config: RunConfig, plan: Plan, device: str) -> dict[str, tuple[int, Any]]:
-    """(subjects, how to set it up) by name; on a GPU packs run both eagerly and captured."""
+    """(subjects, how to set it up) by name; on a GPU packs run both eagerly and captured. Without DeepSpeed there is no
+    `solo`, which is its step."""
     modes = ["off", "graph"] if device.startswith("cuda") else ["off"]
-    found: dict[str, tuple[int, Any]] = {"solo": (1, lambda base: alone(base, config))}
+    found: dict[str, tuple[int, Any]] = {}
+    if find_spec("deepspeed"):
+        found["solo"] = 1, lambda base: alone(base, config)
     for mode in modes:
         engine = config.engine.model_copy(update={"kind": "packed", "capture": mode})
         settings = config.model_copy(update={"engine": engine})
@@ -182,28 +178,25 @@ def contestants(config: RunConfig, plan: Plan, device: str) -> dict[str, tuple[i
     return found
 
 
-def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """Medians of every contestant, their ratios to solo, and what was asked for beside them."""
+def measure(config: RunConfig, plan: Plan, say: Say = to_nobody) -> dict[str, Any]:
+    """Medians of every contestant, their ratios to solo, and what was asked for beside them. say: gets each turn."""
     base = load(config, plan.random_weights)
     device, rows = base.world.device, {}
     entries = contestants(config, plan, device)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in entries}
     peaks: dict[str, int] = {}
     too_large: list[str] = []
-    for _ in range(plan.turns):
+    for turn in range(plan.turns):
         for name, (size, make) in entries.items():
             try:
-                with used_bytes(device) as used, make(base):
-                    pass
-                with make(base) as warm:
-                    wall_s, cost_s = timed(warm.step, plan.steps, device)
+                peaks[name], (wall_s, cost_s) = take_turn(partial(make, base), plan.steps, device)
             except torch.OutOfMemoryError:
                 if name == "solo":
                     raise
                 too_large.append(name)
                 continue
-            peaks[name] = used[0]
             seconds[name].append((wall_s / size, cost_s / size))
+            say({"name": name, "turn": turn, "wall_s": wall_s / size, "cost_s": cost_s / size, "peak": peaks[name]})
     entries = {name: entry for name, entry in entries.items() if name not in too_large}
     with packed(base, config, 1) as rig:
         flops = count_flops(lambda: rig.pack.advance(rig.batch))
@@ -218,7 +211,7 @@ def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
             "mfu": flops / cost_s / top,
         }
     for row in rows.values():
-        row["times_solo"] = rows["solo"]["cost_s"] / row["cost_s"]
+        row["times_solo"] = rows["solo"]["cost_s"] / row["cost_s"] if "solo" in rows else None
     result = {"about": about(config, plan, base, flops, top), "steps": rows}
     if too_large:
         result["about"]["memory ran out"] = ", ".join(dict.fromkeys(too_large))
@@ -227,6 +220,18 @@ def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
     if plan.subjects:
         result["line"] = line(config, plan)
     return result
+
+
+def take_turn(make: Callable[[], AbstractContextManager], steps: int, device: str) -> tuple[int, tuple[float, float]]:
+    """(peak bytes of setting a contestant up, wall and cost seconds of its step).
+
+    No name may hold the first while the second is set up, nor the second when this returns: a recorded step keeps its
+    memory for as long as it is there, and the next one would seem not to fit.
+    """
+    with used_bytes(device) as used, make():
+        pass
+    with make() as warm:
+        return used[0], timed(warm.step, steps, device)
 
 
 def timed(step: Callable[[], None], steps: int, device: str) -> tuple[float, float]:
@@ -307,21 +312,9 @@ def whole_run(config: RunConfig, subjects: int, classes: int, folder: Path) -> f
     (folder / f"{name}.csv").write_text("\n".join(["subject,class,images", *rows]) + "\n")
     (folder / "recipe.yaml").write_text(render(config))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [
-        sys.executable,
-        "-m",
-        "dbtrain",
-        "train",
-        folder / f"{name}.csv",
-        "--subjects",
-        "all",
-        "--config",
-        folder / "recipe.yaml",
-        "--out",
-        folder / name,
-        "--quiet",
-    ]
-    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [f"{folder}/{name}.csv", "--config", f"{folder}/recipe.yaml", "--out", f"{folder}/{name}"]
+    command = [sys.executable, "-m", "dbtrain", "train", *words, "--subjects", "all", "--quiet"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -354,8 +347,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, row in result["steps"].items():
         cost_ms, wall_ms = 1e3 * row["cost_s"], 1e3 * row["wall_s"]
+        times = "" if row["times_solo"] is None else f"{row['times_solo']:.2f}"
         lines.append(
-            f"| {name} | {cost_ms:.2f} ms | {row['times_solo']:.2f} | {wall_ms:.2f} ms | {row['mfu']:.1%} "
+            f"| {name} | {cost_ms:.2f} ms | {times} | {wall_ms:.2f} ms | {row['mfu']:.1%} "
             f"| {row['peak_bytes'] / 2**20:.0f} MiB |"
         )
     if found := result.get("processes"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dbtrain.bench import origin
+from dbtrain.bench import Say, origin, to_nobody
 from dbtrain.bench.flops import count_flops
 from dbtrain.bench.operators import Operators
 from dbtrain.bench.pack import Base, Rig, ceiling_flop_per_s, load, packed, timed
@@ -49,11 +49,8 @@ class Way:
     @property
     def name(self) -> dict[str, Any]:
         """The way in a row's words."""
-        return {
-            "capture": self.settings.engine.capture,
-            "attention": self.settings.model.attention,
-            "subjects": self.size,
-        }
+        settings = self.settings
+        return {"capture": settings.engine.capture, "attention": settings.model.attention, "subjects": self.size}
 
 
 def variant(config: RunConfig, capture: str, attention: str) -> RunConfig:
@@ -63,9 +60,9 @@ def variant(config: RunConfig, capture: str, attention: str) -> RunConfig:
     return config.model_copy(update={"engine": engine, "model": model})
 
 
-def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
+def measure(config: RunConfig, plan: Plan, say: Say = to_nobody) -> dict[str, Any]:
     """A row for each way that can be, with the reasons of those that cannot. Turns are interleaved, on one base that
-    each way's pack is put on and taken off again, so that they share its memory."""
+    each way's pack is put on and taken off again, so that they share its memory. say: gets each turn."""
     base = load(config, plan.random)
     device = base.world.device
     ways = [
@@ -74,15 +71,17 @@ def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
         for capture in plan.captures
         for attention in plan.attentions
     ]
-    refused: list[dict[str, Any]] = []
+    refused: dict[tuple[str, ...], dict[str, Any]] = {}  # a way once, at whatever size
     for turn in range(plan.turns):
         for way in list(ways):
             try:
                 take_turn(way, base, plan.steps, first=turn == 0)
+                say({**way.name, **way.facts, "turn": turn, "ms": way.taken_ms[-plan.steps :]})
             except (ConfigError, EngineError, torch.OutOfMemoryError) as error:
                 ways.remove(way)
-                refused.append({**way.name, "why": first_line(error)})
-    refused = [one for i, one in enumerate(refused) if not any(_alike(one, other) for other in refused[:i])]
+                row = {**way.name, "why": first_line(error)}
+                refused.setdefault((row["capture"], row["attention"], row["why"]), row)
+                say(row)
     top = ceiling_flop_per_s(device, config.train.precision)
     flops = {size: flops_of(base, config, size) for size in {way.size for way in ways}}
     cuda = device.startswith("cuda")
@@ -92,13 +91,8 @@ def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "base": base.models.source,
         "gemm_flop_per_s": top,
         "rows": [{**way.name, **way.facts, **summary(way, flops[way.size], top)} for way in ways],
-        "refused": refused,
+        "refused": list(refused.values()),
     }
-
-
-def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two ways were refused for the same reason, at whatever size."""
-    return {**one, "subjects": 0} == {**other, "subjects": 0}
 
 
 def take_turn(way: Way, base: Base, steps: int, first: bool) -> None:
@@ -111,6 +105,7 @@ def take_turn(way: Way, base: Base, steps: int, first: bool) -> None:
         with used_bytes(device) as used, packed(base, way.settings, way.size) as rig:
             way.facts = count(rig)
         way.facts["peak_bytes"] = used[0]
+        del rig  # else its recorded step would keep its memory while the next pack is built
     with packed(base, way.settings, way.size) as rig:
         way.taken_ms += [1e3 * timed(rig.step, 1, device)[1] for _ in range(steps)]
         way.facts["capture"] = rig.pack.runner.choice.mode  # what ran, where `auto` was asked for

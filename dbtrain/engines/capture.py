@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from dbtrain.engines.unit_scale import restore_unit_divisions
 from dbtrain.errors import ConfigError, EngineError, first_line
 from dbtrain.settings.config import EngineConfig
 from dbtrain.values import Batch
@@ -24,7 +25,7 @@ Step = Callable[[Batch], None]
 WARM_STEPS = 3
 """Real training steps that run one by one before the recording: kernels are compiled and libraries choose in them."""
 SHAPES = 64
-"""Most sets of shapes of a kind of block. PyTorch's own limit is 8, and SD1.5's residual blocks come in 14."""
+"""Most sets of shapes that a kind of block is compiled for. PyTorch's default is 8; SD1.5's residual blocks have 14."""
 
 
 class Capture(NamedTuple):
@@ -63,10 +64,14 @@ def compile_regions(denoiser: nn.Module, regions: Sequence[str], backend: str = 
 
     Let one step run before: attention that is chosen by measurement is measured where a shape is first met.
     """
-    known = inspect.signature(torch.compile).parameters
-    more = {"recompile_limit": SHAPES} if "recompile_limit" in known else {}
+    more = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        more["recompile_limit"] = SHAPES
+    else:  # before PyTorch 2.13 it was a setting of the process alone, with the same default of 8
+        torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
     blocks = [block for block in denoiser.modules() if type(block).__name__ in regions]
     for block in blocks:
+        restore_unit_divisions(block)
         block.compile(dynamic=False, backend=backend, **more)
     return len(blocks)
 

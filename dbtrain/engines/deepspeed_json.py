@@ -57,13 +57,16 @@ type deep within."""
 JSON_NAMES = {dict: "an object", bool: "true or false", str: "text", int: "a whole number", (int, float): "a number"}
 
 
-def deepspeed_config(config: RunConfig, plan: BatchPlan, zero_keys: Collection[str]) -> dict[str, Any]:
+def deepspeed_config(
+    config: RunConfig, plan: BatchPlan, zero_keys: Collection[str], on_gpu: bool = False
+) -> dict[str, Any]:
     """The complete DeepSpeed configuration; raises ConfigError with every problem of the user's file at once.
 
-    zero_keys: what this DeepSpeed knows under `zero_optimization`.
+    zero_keys: what this DeepSpeed knows under `zero_optimization`. on_gpu: whether what is offloaded is copied to a
+    GPU, for which its memory is pinned: other memory is copied at a fraction of the speed, and the host waits.
     """
     zero = config.engine.zero
-    cpu = {"device": "cpu", "pin_memory": False}
+    cpu = {"device": "cpu", "pin_memory": on_gpu}
     decided: dict[str, Any] = {
         "train_batch_size": plan.batch,
         "train_micro_batch_size_per_gpu": plan.micro,

@@ -29,11 +29,11 @@ def zero_keys() -> set[str]:
     return set(known) | {field.alias for field in known.values() if field.alias}
 
 
-def _accepted_config(config: RunConfig, plan: BatchPlan) -> dict:
+def _accepted_config(config: RunConfig, plan: BatchPlan, on_gpu: bool = False) -> dict:
     """The DeepSpeed configuration of a run; ConfigError if DeepSpeed itself refuses a value in a user's file."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    merged = deepspeed_config(config, plan, zero_keys())
+    merged = deepspeed_config(config, plan, zero_keys(), on_gpu)
     if config.engine.deepspeed is not None:
         try:
             DeepSpeedConfig(copy.deepcopy(merged))
@@ -76,7 +76,7 @@ class ZeroEngine:
             fused=on_gpu,
         )
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=_accepted_config(config, plan)
+            model=module, optimizer=optimizer, config=_accepted_config(config, plan, world.device != "cpu")
         )
         self.adamw = optimizer
         self._start_moments()

@@ -57,8 +57,9 @@ class Actor(Worker):
 
     def describe(self) -> dict[str, Any]:
         """Where in the cluster this worker is."""
-        node = ray.get_runtime_context().get_node_id()
-        return {**super().describe(), "node": node, "ip": ray.util.get_node_ip_address(), "born": born(os.getpid())}
+        node, pid = ray.get_runtime_context().get_node_id(), os.getpid()
+        here = {"host": socket.gethostname(), "ip": ray.util.get_node_ip_address()}
+        return {**here, "node": node, "pid": pid, "born": born(pid)}
 
 
 class Lost(Exception):
@@ -70,7 +71,7 @@ class Crew:
 
     def __init__(self, name: str, shape: Shape, task: Task):
         self.name, self.shape, self.task = name, shape, task
-        self.state, self.generation, self.restarts = "placing", 0, 0
+        self.state, self.generation, self.restarts, self.bad_starts = "placing", 0, 0, 0
         self.last_class: str | None = None
         self.unit: WorkUnit | None = None
         self.number = 0

@@ -12,6 +12,7 @@ import signal
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import ray
@@ -62,8 +63,7 @@ class Driver:
         self.shape = Shape(options.gang, 0, options.cpus, options.hang_s)
         self.crews: dict[str, Crew] = {}
         self.flights: dict[int, Flight] = {}
-        self.bad_starts: dict[str, int] = {}
-        self.made = self.units = 0
+        self.names, self.numbers = count(1), count(1)
         self.cramped = False
         self.stopping: str | None = None
         self.interrupted: dict[str, int] = {}
@@ -129,8 +129,7 @@ class Driver:
         self.warn_of_room(members)
         wanted = self.options.workers or max(1, members // self.shape.size)
         while len(self.crews) < wanted:
-            self.made += 1
-            name = f"worker-{self.made:03d}"
+            name = f"worker-{next(self.names):03d}"
             measure = None
             if self.pack is None and not any(crew.task.measure for crew in self.crews.values()):
                 largest, rank = self.ledger.widest()
@@ -169,19 +168,17 @@ class Driver:
         if not idle or self.pack is None:
             return
         alive = sum(crew.state != "placing" for crew in self.crews.values())
-        view, orders = self.books.view, []
-        units = schedule(view, [Idle(crew.name, crew.last_class) for crew in idle], alive, self.books.limits)
+        orders, waiting = [], [Idle(crew.name, crew.last_class) for crew in idle]
+        units = schedule(self.books.view, waiting, alive, self.books.limits)
         with self.ledger.commit():
             for name, unit in units:
-                self.units += 1
-                number, crew = self.units, self.crews[name]
+                number, crew = next(self.numbers), self.crews[name]
                 attempts = self.ledger.start(number, unit.positions, name) if unit.kind == "train" else {}
                 self.flights[number] = Flight(unit, crew, attempts or dict.fromkeys(unit.positions, 0))
                 subjects = self.ledger.subjects(unit.positions)
                 rows = tuple(row for subject in subjects for row in self.index.entries_of(subject.id))
                 after = tuple(tuple(self.books.todo.get(position, ())) for position in unit.positions)
                 orders.append((crew, Order(number, unit, subjects, rows, after)))
-                view.begin(unit)
         for crew, order in orders:
             crew.give(order)
 
@@ -228,8 +225,7 @@ class Driver:
 
     def on_ready(self, crew: Crew, ready: Ready) -> None:
         """Note that a trainer has loaded the base, and the size of a pack if the trainer has measured that."""
-        self.bad_starts.pop(crew.name, None)
-        self.unplaced = 0
+        crew.bad_starts = self.unplaced = 0
         if not self.ledger.same_base(ready.base):
             raise FleetError(
                 f"{self.out}: holds a run of another base than {self.config.model.path}; use another --out"
@@ -245,8 +241,8 @@ class Driver:
         at_work = [position for flight in self.flights.values() if flight.crew is crew for position in flight.open]
         end = self.sift(end, at_work[:1])
         if not self.abandon(crew, end) and end.cause not in NO_START:
-            self.bad_starts[crew.name] = self.bad_starts.get(crew.name, 0) + 1
-            if self.bad_starts[crew.name] >= BAD_STARTS:
+            crew.bad_starts += 1
+            if crew.bad_starts >= BAD_STARTS:
                 raise FleetError(f"{crew.name}: its trainer cannot start: {end.reason}; see {self.out / 'logs'}")
 
     def sift(self, end: End, positions: list[int]) -> End:

@@ -61,10 +61,6 @@ class Worker:
         self.token = ""
         self.lock = threading.Lock()
 
-    def describe(self) -> dict[str, Any]:
-        """Where this worker is."""
-        return {"host": socket.gethostname(), "pid": os.getpid()}
-
     def free_port(self) -> int:
         """A port that a gang's first member may listen on."""
         with socket.socket() as probe:

@@ -85,7 +85,7 @@ def attach(model: nn.Module, patterns: Iterable[str], subjects: int, rank: int, 
     if not paths:
         raise ConfigError(
             f"lora.targets: no layer of {type(model).__name__} matches {', '.join(patterns)}; "
-            "`dbtrain doctor --layers MODEL` lists the layers that can carry an adapter"
+            "patterns are matched with the ends of layer names, such as attn1.to_q"
         )
     for path in paths:
         model.set_submodule(path, StackedLora(model.get_submodule(path), subjects, rank, alpha / rank))
@@ -149,22 +149,6 @@ class LoraWeights:
     alpha: float
     rank: int
     conv: frozenset[str] = frozenset()
-
-
-def read_rows(components: dict[str, nn.Module], row: int, alpha: float) -> LoraWeights:
-    """A subject's adapter, copied out of its row of every component that has adapters."""
-    matrices, conv, rank = {}, set(), 0
-    for component, model in components.items():
-        found = layers(model)
-        if not found:
-            continue
-        matrices[component] = {
-            path: (layer.down_NRD[row].detach().float().cpu().clone(), layer.up_NDR[row].detach().float().cpu().clone())
-            for path, layer in found
-        }
-        conv |= {f"{component}.{path}" for path, layer in found if isinstance(layer.base, nn.Conv2d)}
-        rank = found[0][1].down_NRD.shape[1]
-    return LoraWeights(matrices, alpha, rank, frozenset(conv))
 
 
 def from_state(trained: dict[str, Tensor], components: dict[str, nn.Module], alpha: float) -> LoraWeights:

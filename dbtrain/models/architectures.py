@@ -2,10 +2,15 @@
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+
+from dbtrain.engines.unit_scale import drop_unit_divisions
+from dbtrain.errors import ConfigError
+from dbtrain.models.attention import xformers_problem
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,16 @@ class Architecture:
         """A frozen denoiser of this shape: random weights, or shapes alone on the `meta` device."""
         with torch.device(device):
             denoiser = class_of(self.denoiser)(**self.config)
+        drop_unit_divisions(denoiser)
         return denoiser.to(dtype).requires_grad_(False)
 
 
 def class_of(name: str) -> Any:
-    """The class that `library:Class` names."""
+    """The class that `library:Class` names.
+
+    Raises ConfigError where xformers is installed and does not load: diffusers imports it with each of its models.
+    """
     library, _, attribute = name.partition(":")
+    if library == "diffusers" and find_spec("xformers") and (problem := xformers_problem()):
+        raise ConfigError(f"diffusers cannot load its models here, whatever model.attention says: {problem}")
     return getattr(import_module(library), attribute)

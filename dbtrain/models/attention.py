@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -34,12 +35,13 @@ KERNELS = (
 MAY_RUN = {
     "sdpa": {"flash", "efficient", "cudnn", "math"},
     "flash": {"flash"},
+    "cudnn": {"cudnn"},
     "math": {"math"},
     "xformers": {"xformers"},
 }
 """The kernels that a choice may end in. `sdpa` is PyTorch's own pick."""
 
-CANDIDATES = ("sdpa", "flash", "xformers")
+CANDIDATES = ("sdpa", "flash", "cudnn", "xformers")
 """What `auto` compares on a GPU, in the order in which ties go."""
 
 
@@ -54,9 +56,6 @@ class Shape(NamedTuple):
     keys: int
     width: int
 
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.heads}x{self.queries}x{self.width} on {self.keys} keys, {self.dtype}"
-
 
 MEASURED: dict[Shape, dict[str, float]] = {}
 """Median ms of forward and backward of every candidate, for each shape that this process has met."""
@@ -64,18 +63,34 @@ MEASURED: dict[Shape, dict[str, float]] = {}
 
 @dataclass
 class Attention:
-    """What runs in every layer of a denoiser, and why. shapes: those that `auto` has met, with the winner of each."""
+    """What runs in every layer of a denoiser, and why. shapes: those that `auto` has met, with the winner of each.
+
+    ran: the kernels that computed the first real step; empty before it. PyTorch's own pick depends on the shape, so the
+    small proof at the start cannot tell them.
+    """
 
     name: str
     reason: str
     shapes: dict[Shape, str] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Record which kernels compute attention inside the block, once; later blocks cost nothing."""
+        if self.ran:
+            yield
+            return
+        with Ran() as ran:
+            yield
+        self.ran |= ran.kernels
 
     def row(self) -> dict[str, Any]:
         """For the record of a run: choice, reason, and the table behind a measured choice."""
         table = [
             {**shape._asdict(), "chosen": name, "ms": MEASURED.get(shape, {})} for shape, name in self.shapes.items()
         ]
-        return {"name": self.name, "reason": self.reason, **({"shapes": table} if table else {})}
+        row: dict[str, Any] = {"name": self.name, "reason": self.reason}
+        return row | ({"ran": sorted(self.ran)} if self.ran else {}) | ({"shapes": table} if table else {})
 
 
 def engage_attention(denoiser: nn.Module, choice: str, device_type: str, precision: str = "fp32") -> Attention:
@@ -87,7 +102,7 @@ def engage_attention(denoiser: nn.Module, choice: str, device_type: str, precisi
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     before = denoiser.attn_processors
     if choice == "auto":
-        return _engage_auto(denoiser, device_type, dtype)
+        return _engage_auto(denoiser, device_type, precision)
     try:
         _require(choice, device_type, dtype)
         denoiser.set_attn_processor(processor_of(choice))
@@ -111,42 +126,55 @@ def keep_attention(denoiser: nn.Module, choice: str, device_type: str, precision
     return Attention("sdpa", f"{choice}: a transformer's processors call PyTorch's own pick")
 
 
-def _engage_auto(denoiser: nn.Module, device_type: str, dtype: torch.dtype) -> Attention:
+def _engage_auto(denoiser: nn.Module, device_type: str, precision: str) -> Attention:
     if device_type != "cuda":
-        attention = engage_attention(denoiser, "sdpa", device_type, _precision(dtype))
+        attention = engage_attention(denoiser, "sdpa", device_type, precision)
         attention.reason = f"auto: nothing else is meant for {device_type}"
+        return attention
+    if torch.are_deterministic_algorithms_enabled():
+        attention = engage_attention(denoiser, "sdpa", device_type, precision)
+        attention.reason = "auto: engine.deterministic allows no choice by time"
         return attention
     able, refused = [], []
     for name in CANDIDATES:
         try:
-            engage_attention(denoiser, name, device_type, _precision(dtype))
+            engage_attention(denoiser, name, device_type, precision)
             able.append(name)
         except ConfigError as error:
             refused.append(str(error).removeprefix("model.attention: "))
     attention = Attention("auto", "fastest for each shape by measurement" + "".join(f"; {why}" for why in refused))
-    denoiser.set_attn_processor(Fastest(able, attention))
+    denoiser.set_attn_processor(Fastest(able, attention, torch.cuda.get_device_name()))
     return attention
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "bf16" if dtype == torch.bfloat16 else "fp32"
-
-
 def _require(name: str, device_type: str, dtype: torch.dtype) -> None:
-    if name != "xformers" and not (name == "flash" and device_type == "cuda" and dtype == torch.float32):
-        return
-    if name == "flash":
+    if name == "flash" and device_type == "cuda" and dtype == torch.float32:
         raise ConfigError("model.attention: flash needs bf16 on a GPU; set train.precision=bf16, or use sdpa")
-    if device_type != "cuda":
+    if name == "cudnn" and dtype == torch.float32:
+        raise ConfigError("model.attention: cudnn needs bf16; set train.precision=bf16, or use sdpa")
+    if name in ("cudnn", "xformers") and device_type != "cuda":
         raise ConfigError(
-            f"model.attention: xformers needs a CUDA device, and this run is on {device_type}; use model.attention=auto"
+            f"model.attention: {name} needs a CUDA device, and this run is on {device_type}; use model.attention=auto"
         )
+    if name == "xformers" and (problem := xformers_problem()):
+        raise ConfigError(f"model.attention: {problem}, or use model.attention=auto")
+
+
+@cache
+def xformers_problem() -> str | None:
+    """Why xformers cannot be used here, with a remedy; None where it loads. It is tried once a process."""
+    if find_spec("xformers") is None:
+        return "xformers is not installed; pip install 'dbtrain[gpu]'"
     try:
         import xformers.ops  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "model.attention: xformers is not installed; pip install 'dbtrain[gpu]', or use model.attention=auto"
-        ) from error
+    except Exception as error:  # a binary that does not fit raises errors of many kinds
+        why = f"{type(error).__name__}: {first_line(error)}"
+        return f"xformers is installed but does not load ({why}); uninstall it, or install a build for this torch"
+    return None
+
+
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+"""Choices that are one backend of PyTorch's SDPA."""
 
 
 @cache
@@ -154,20 +182,16 @@ def processor_of(name: str) -> Any:
     """The diffusers processor that asks for an implementation; one object serves all layers."""
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 
-    class FlashProcessor(AttnProcessor2_0):
-        """PyTorch's SDPA with nothing but its FlashAttention allowed."""
+    class OneBackend(AttnProcessor2_0):
+        """PyTorch's SDPA with one of its backends allowed and no other."""
 
         def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            with sdpa_kernel(BACKENDS[name]):
                 return super().__call__(*args, **kwargs)
 
-    kinds = {
-        "sdpa": AttnProcessor2_0,
-        "math": AttnProcessor,
-        "xformers": XFormersAttnProcessor,
-        "flash": FlashProcessor,
-    }
-    return kinds[name]()
+    if name in BACKENDS:
+        return OneBackend()
+    return {"sdpa": AttnProcessor2_0, "math": AttnProcessor, "xformers": XFormersAttnProcessor}[name]()
 
 
 class Ran(TorchDispatchMode):
@@ -232,22 +256,24 @@ class Fastest:
     a step run first. Steps are alike in bits only if their choices are; a fixed name makes sure of it.
     """
 
-    def __init__(self, names: list[str], attention: Attention):
-        self.names, self.attention = names, attention
+    def __init__(self, names: list[str], attention: Attention, device: str = "cpu"):
+        """device: the name of the denoiser's device, under which measured times are kept."""
+        self.names, self.attention, self.device = names, attention, device
+        # Looked up here, because torch.compile would break the graph of every layer at the class in `processor_of`.
+        self.processors = {name: processor_of(name) for name in names}
 
     def __call__(self, layer: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *a, **k):
         """The layer's output."""
-        shape = _shape(layer, hidden_states, encoder_hidden_states)
+        shape = _shape(self.device, layer, hidden_states, encoder_hidden_states)
         name = self.attention.shapes.get(shape)
         if name is None:
             name = self.attention.shapes[shape] = fastest(self.names, shape)
-        return processor_of(name)(layer, hidden_states, encoder_hidden_states, *a, **k)
+        return self.processors[name](layer, hidden_states, encoder_hidden_states, *a, **k)
 
 
-def _shape(layer: nn.Module, x: Tensor, told: Tensor | None) -> Shape:
+def _shape(device: str, layer: nn.Module, x: Tensor, told: Tensor | None) -> Shape:
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    device = torch.cuda.get_device_name(x.device) if kind == "cuda" else kind
     tokens = x.shape[1] if x.dim() == 3 else x[0, 0].numel()
     keys, width = tokens if told is None else told.shape[1], layer.to_q.out_features // layer.heads
     return Shape(device, str(dtype).removeprefix("torch."), len(x), layer.heads, tokens, keys, width)
@@ -289,8 +315,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+def _by_backend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(BACKENDS[name]):
         return _sdpa(q, k, v)
 
 
@@ -303,5 +329,9 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return memory_efficient_attention(*merged).unflatten(0, (batch, heads)).transpose(1, 2)
 
 
-CORES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"sdpa": _sdpa, "flash": _flash, "xformers": _xformers}
+CORES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "sdpa": _sdpa,
+    **{name: partial(_by_backend, name) for name in BACKENDS},
+    "xformers": _xformers,
+}
 """Attention of [B, T, H, D] tensors by each of `CANDIDATES`, as their processors compute it, for measurements."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dbtrain.engines.unit_scale import drop_unit_divisions
 from dbtrain.errors import ConfigError, DataError, first_line
 from dbtrain.models.architectures import class_of
 from dbtrain.models.family import Family, Models, is_local
@@ -59,6 +60,7 @@ def _assemble(
 ) -> Models:
     for module in parts.values():
         module.requires_grad_(False).eval()
+    drop_unit_divisions(parts[family.denoiser])
     schedule, scheduler = family.schedule(scheduler, config)
     return Models(
         denoiser=parts[family.denoiser],

@@ -138,16 +138,8 @@ class Pack:
         joined = join_batches([part or known[0] for part in self.parts])
         if self.masked and joined.mask_B1HW is None:
             joined = replace(joined, mask_B1HW=self._no_mask(joined.images_BCHW))
-        joined = joined.to(self.device, non_blocking=True)
-        return Batch(
-            joined.images_BCHW,
-            joined.caption_B + self.room * self.subject_B,
-            joined.role_B,
-            joined.slot_B,
-            joined.size_B6,
-            self.subject_B,
-            joined.mask_B1HW,
-        )
+        joined = joined.sent(self.device)
+        return replace(joined, caption_B=joined.caption_B + self.room * self.subject_B, subject_B=self.subject_B)
 
     def _no_mask(self, images_BCHW: Tensor) -> Tensor:
         """Factors of 1 for these samples, moments or pixels."""

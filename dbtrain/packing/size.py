@@ -150,6 +150,7 @@ def used_bytes(device: str) -> Iterator[list[int]]:
 def free_bytes(device: str) -> int:
     """Memory that is free now, of the GPU or of the machine."""
     if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # what PyTorch keeps for later, such as the class images' activations, is free too
         return torch.cuda.mem_get_info()[0]
     with open("/proc/meminfo", encoding="ascii") as file:
         kib = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))

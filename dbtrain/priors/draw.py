@@ -63,10 +63,17 @@ def make_priors(
             if stop():
                 return drawn
             with held(folder / f".block-{start:06d}.lock") as ours:
-                if ours:
-                    drawn += _complete(folder, start, images, key, pipeline, batch, report, beat)
-                else:
+                if not ours:
                     busy.append(start)
+                    continue
+                todo = _todo(folder, start, images)
+                if todo:
+                    write_key(folder, key)
+                for block in todo:
+                    report(f"priors: {key.prompt!r} images {block.start}-{block.stop - 1} of {images}")
+                    samples = _draw(pipeline, key, block, batch, beat)
+                    write_shards(samples, block_folder(folder, block), remake=True)
+                    drawn += len(block)
         if busy and not said:
             report(f"priors: {key.prompt!r} images {busy[0]} and on are being drawn by another run; waiting for it")
             said = True
@@ -95,39 +102,14 @@ def _todo(folder: Path, start: int, images: int) -> list[range]:
     return damaged + missing_blocks(folder, stop, start)
 
 
-def _complete(
-    folder: Path,
-    start: int,
-    images: int,
-    key: PriorKey,
-    pipeline,
-    batch: int,
-    report: Callable[[str], None],
-    beat: Callable[[], object],
-) -> int:
-    """Number of images drawn so that the BLOCK from `start` is whole; its lock is held."""
-    todo = _todo(folder, start, images)
-    if todo:
-        write_key(folder, key)
-    for block in todo:
-        report(f"priors: {key.prompt!r} images {block.start}-{block.stop - 1} of {images}")
-        write_shards(_beating(_draw(pipeline, key, block, batch), beat), block_folder(folder, block), remake=True)
-    return sum(len(block) for block in todo)
-
-
-def _beating(samples: Iterator[Sample], beat: Callable[[], object]) -> Iterator[Sample]:
-    """The samples as they come, with a call of `beat` for each."""
-    for sample in samples:
-        beat()
-        yield sample
-
-
-def _draw(pipeline, key: PriorKey, block: range, batch: int) -> Iterator[Sample]:
+def _draw(pipeline, key: PriorKey, block: range, batch: int, beat: Callable[[], object]) -> Iterator[Sample]:
+    """The images of a block, with a call of `beat` for each."""
     seeds = [image_seed(key.name, number) for number in block]
     images = generate(
         pipeline, [key.prompt] * len(block), seeds, key.resolution, key.steps, key.guidance, key.precision, batch
     )
     for number, image in zip(block, images):
+        beat()
         data = io.BytesIO()
         image.save(data, "PNG")
         meta = {"height": image.height, "width": image.width, "seed": seeds[number - block.start]}

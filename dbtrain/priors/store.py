@@ -121,17 +121,14 @@ def all_blocks(folder: Path) -> list[range]:
     """The image numbers of every finished block of a class's folder, in order."""
     names = [BLOCK_NAME.fullmatch(path.name) for path in folder.glob("block-*")]
     blocks = [range(int(name[1]), int(name[1]) + int(name[2])) for name in names if name]
-    done = [block for block in blocks if block and _is_done(block_folder(folder, block))]
+    places = {block: block_folder(folder, block) for block in blocks if block}
+    done = [block for block, place in places.items() if (place / INDEX_NAME).exists() and not (place / MARK).exists()]
     return sorted(done, key=lambda block: (block.start, block.stop))
 
 
 def block_folder(folder: Path, block: range) -> Path:
     """The folder of the block of these image numbers."""
     return folder / f"block-{block.start:06d}-{len(block):03d}"
-
-
-def _is_done(block: Path) -> bool:
-    return (block / INDEX_NAME).exists() and not (block / MARK).exists()
 
 
 def _by_start(folder: Path) -> dict[int, range]:

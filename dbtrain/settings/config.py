@@ -54,9 +54,10 @@ class ModelConfig(Section):
     """Rescale the noise schedule to zero SNR at the last timestep (arXiv 2305.08891); `auto` follows the scheduler."""
     dtype: Annotated[Literal["fp32", "bf16"], Mark.LATER] = "fp32"
     """Number format in which denoiser and text encoders are loaded, for adapters alone; the VAE is always fp32."""
-    attention: Annotated[Literal["auto", "sdpa", "xformers", "flash", "math"], Mark.NO_RESULT] = "auto"
-    """Attention implementation: `sdpa` is the one that PyTorch picks, `flash` only its FlashAttention, `auto` the
-    fastest for each shape by a short measurement on a GPU, `sdpa` on a CPU. A choice that cannot run is an error."""
+    attention: Annotated[Literal["auto", "sdpa", "xformers", "flash", "cudnn", "math"], Mark.NO_RESULT] = "auto"
+    """Attention implementation: `sdpa` is the one that PyTorch picks, `flash` only its FlashAttention, `cudnn` only
+    cuDNN's, `auto` the fastest for each shape by a short measurement on a GPU, `sdpa` on a CPU. A choice that cannot
+    run is an error."""
 
 
 class DataConfig(Section):
@@ -245,7 +246,11 @@ class EngineConfig(Section):
     """How a step is run: `graph` records it once as a CUDA graph (packed engine), `compile` compiles the denoiser's
     repeated blocks, `off` does neither, `auto` is `graph` where a graph can be recorded and `off` elsewhere."""
     channels_last: bool = False
-    """Keep the denoiser's convolutions in the channels-last layout, which tensor cores read without reordering."""
+    """Keep the denoiser's convolutions in the channels-last layout, which tensor cores read without reordering. For
+    `capture: compile`: each GroupNorm of a step that is not compiled copies its input to the other layout and back."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits in each run on one kind of GPU; slower. `model.attention: auto` is
+    then PyTorch's own pick, because a choice by time may differ between runs."""
     deepspeed: Annotated[str | None, Mark.PATH] = None
     """DeepSpeed JSON file to start from, or null. Keys that dbtrain sets must be absent, "auto" or equal to its own."""
 

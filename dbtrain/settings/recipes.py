@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -303,15 +304,11 @@ def _without(tree: dict[str, Any], wrong: set[str], prefix: str = "") -> dict[st
     return kept
 
 
-_known: dict[str, dict[str, Any]] = {}
-
-
+@cache
 def known_keys() -> dict[str, dict[str, Any]]:
     """Every dotted key, groups included, with its part of the JSON schema."""
-    if not _known:
-        whole = schema()
-        _known.update(_walk(whole["properties"], whole["$defs"], ""))
-    return _known
+    whole = schema()
+    return dict(_walk(whole["properties"], whole["$defs"], ""))
 
 
 def _walk(properties: dict[str, Any], definitions: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -28,7 +28,7 @@ from dbtrain.randomness import Purpose, stream_key, uniforms
 from dbtrain.settings.config import DataConfig, PriorConfig, RunConfig
 from dbtrain.subjects.prompts import fill
 from dbtrain.training.session import Base, ClassPriors, Watch, Work
-from dbtrain.values import OWN, Batch, Conditioning, Role, Sample, Subject
+from dbtrain.values import OWN, Batch, Conditioning, Role, Sample, Subject, sent
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Bank:
 
     def batch(self, step: int, instance_slots: Sequence[int], device: str) -> Batch:
         """The micro-batch of these instance draw slots and, where there are priors, as many prior slots."""
-        return self.draw(step, instance_slots).to(device, non_blocking=True)
+        return self.draw(step, instance_slots).sent(device)
 
     def draw(self, step: int, instance_slots: Sequence[int]) -> Batch:
         """The same micro-batch without a move: cached moments on their device, everything else on the CPU."""
@@ -146,8 +146,8 @@ class Bank:
         if role in self.moments:
             moments = self.moments[role]
             # If the host waited for this copy, it would also wait until the step before has ended.
-            place = (pick_B.to(moments.device, non_blocking=True), flip_B.long().to(moments.device, non_blocking=True))
-            return moments[place], self.sizes[role][pick_B]
+            pick, flipped = sent(torch.stack([pick_B, flip_B.long()]), moments.device)
+            return moments[pick, flipped], self.sizes[role][pick_B]
         work = [
             (self.items[role][pick], crop, mirrored)
             for pick, crop, mirrored in zip(pick_B.tolist(), crops, flip_B.tolist())
@@ -194,19 +194,13 @@ def encode_all(codec: Codec, vae: nn.Module, images: Sequence[Tensor], device: s
 
 
 @torch.no_grad()
-def encode_captions(
-    family: Family, models: Models, texts: Sequence[str], device: str, cached: bool
-) -> Conditioning | Tokens:
-    """The captions as conditioning (encoded once, in fp32), or as tokens for a text encoder that trains."""
-    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
-    return family.encode_tokens(models.text_encoders, tokens) if cached else tokens
-
-
 def captions_of(
     family: Family, models: Models, config: RunConfig, texts: Sequence[str], device: str
 ) -> Conditioning | Tokens:
-    """The captions as a run's settings want them; see `encode_captions`."""
-    return encode_captions(family, models, texts, device, config.data.cache_text and not config.train.text_encoder)
+    """The captions as conditioning (encoded once, in fp32), or as tokens to encode anew each step."""
+    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
+    cached = config.data.cache_text and not config.train.text_encoder
+    return family.encode_tokens(models.text_encoders, tokens) if cached else tokens
 
 
 ClassImages = Callable[[Base, Work, Watch, RunConfig, PriorKey], list[Sample]]
@@ -229,7 +223,7 @@ def fill_bank(
     if config.prior.weight > 0:
         key = prior_key(config, base.models, subject.class_noun)
         wanted = (key, config.prior.images)
-        priors = base.class_priors.get(wanted) or ClassPriors(class_images(base, work, watch, config, key))
+        priors = base.class_priors.kept.get(wanted) or ClassPriors(class_images(base, work, watch, config, key))
         items[Role.PRIOR] = [Item(sample, key.prompt) for sample in priors.samples]
     bank = Bank(items, data, config.seed, subject.id, config.train.batch, base.family.codec.cell)
     if data.cache_latents and data.crop == "center":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
+from dbtrain.engines.deterministic import choose_algorithms
 from dbtrain.engines.engine import keeps_whole, plan_batches
 from dbtrain.engines.world import World, from_first, start_world, together
 from dbtrain.families import FAMILIES
@@ -47,10 +48,6 @@ class PriorCache:
     def __init__(self, size: int):
         self.size = size
         self.kept: dict[tuple[PriorKey, int], ClassPriors] = {}
-
-    def get(self, wanted: tuple[PriorKey, int]) -> ClassPriors | None:
-        """A class's priors; None if they are not kept."""
-        return self.kept.get(wanted)
 
     def keep(self, wanted: tuple[PriorKey, int], priors: ClassPriors) -> None:
         """Remember a class's priors, and drop those that were not used for longest."""
@@ -95,6 +92,7 @@ def _load_models(settings: RunConfig, world: World) -> Models:
     """The models on a rank's device; where only adapters train, the denoiser in the compute precision."""
     device = torch.device(world.device)
     family = FAMILIES[settings.model.family]
+    choose_algorithms(settings.engine)
     choose_capture(settings.engine, device.type)  # refuses before anything is loaded
     refuse_impossible(family, settings)
     models = load_models(family, settings.model).to(device)

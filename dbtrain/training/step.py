@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +50,7 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.family, self.config, self.captions = family, config, captions
         self.prior_weight = config.prior.weight if prior_weight is None else prior_weight
-        self.denoiser = models.denoiser
+        self.denoiser, self.attention = models.denoiser, models.attention
         self.text_encoders = nn.ModuleDict(models.text_encoders if isinstance(captions, tuple) else {})
         self.schedule = models.schedule
         self.weight_S = weight_table(config.objective.weighting, self.schedule, config.objective.snr_gamma)
@@ -62,18 +64,22 @@ class TrainingStep(nn.Module):
         """The loss of a micro-batch at optimizer step `step`, as this rank's part of the global sum."""
         drawn = self.noised(batch, step)
         time_B = self.schedule.time_S[drawn.index_B]
-        if self.in_bf16:
-            x_t, conditioning = drawn.noisy.bfloat16(), self.conditioning(batch).to(torch.bfloat16)
-            prediction = self.family.denoise(self.denoiser, x_t, time_B, conditioning, batch)
-        else:
-            with self.autocast(drawn.noisy.device.type):
-                prediction = self.family.denoise(self.denoiser, drawn.noisy, time_B, self.conditioning(batch), batch)
+        with self.attention.watched() if self.attention else nullcontext():
+            prediction = self.prediction(batch, drawn.noisy, time_B)
         alpha_B, sigma_B = (table_S[drawn.index_B] for table_S in (self.schedule.alpha_S, self.schedule.sigma_S))
         weight_B = self.weights(batch, drawn.index_B).to(drawn.clean.dtype)
         parameterization = self.schedule.parameterization
         levels = (alpha_B, sigma_B, weight_B, parameterization)
         result = loss(prediction, drawn.clean, drawn.noise, *levels, batch.mask_B1HW)
         return StepLoss(result.total, result.per_sample_B, weight_B)
+
+    def prediction(self, batch: Batch, noisy: Tensor, time_B: Tensor) -> Tensor:
+        """What the denoiser says of noisy latents, in the compute precision."""
+        if self.in_bf16:
+            told = self.conditioning(batch).to(torch.bfloat16)
+            return self.family.denoise(self.denoiser, noisy.bfloat16(), time_B, told, batch)
+        with self.autocast(noisy.device.type):
+            return self.family.denoise(self.denoiser, noisy, time_B, self.conditioning(batch), batch)
 
     @property
     def in_bf16(self) -> bool:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from dbtrain.errors import ConfigError
-from dbtrain.settings.config import RunConfig, TrackConfig
+from dbtrain.settings.config import RunConfig
 
 LOG = "log.jsonl"
 
 
 class Sink(Protocol):
-    """A place for measurements."""
-
-    def start(self, run: str, settings: dict) -> None:
-        """Begin a run with its settings."""
+    """A place for the measurements of a run."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record the values of a step."""
@@ -34,9 +30,6 @@ class JsonLines:
     def __init__(self, path: Path):
         self.file = path.open("a", encoding="utf-8")
 
-    def start(self, run: str, settings: dict) -> None:
-        """Nothing: the settings stand in `config.yaml` beside the log."""
-
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append a line and flush it."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -48,15 +41,12 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard event files under `tensorboard/`."""
+    """TensorBoard event files under `tensorboard/`, with the run's settings as text."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, settings: dict):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(path))
-
-    def start(self, run: str, settings: dict) -> None:
-        """Store the settings as text."""
         self.writer.add_text("config", f"```json\n{json.dumps(settings, indent=2)}\n```")
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -72,7 +62,7 @@ class TensorBoard:
 class Tracker:
     """wandb, or trackio, which has the same three calls."""
 
-    def __init__(self, module: str, project: str):
+    def __init__(self, module: str, project: str, run: str, settings: dict):
         try:
             self.api = __import__(module)
         except ImportError as error:
@@ -80,11 +70,7 @@ class Tracker:
                 f"track.{module}: {module} is not installed; pip install 'dbtrain[trackers]', "
                 f"or set track.{module}=null"
             ) from error
-        self.project = project
-
-    def start(self, run: str, settings: dict) -> None:
-        """Open the run in the tracker."""
-        self.api.init(project=self.project, name=run, config=settings)
+        self.api.init(project=project, name=run, config=settings)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Send the values."""
@@ -95,21 +81,16 @@ class Tracker:
         self.api.finish()
 
 
-SINKS: dict[str, Callable[[TrackConfig, Path], Sink | None]] = {
-    "jsonl": lambda track, folder: JsonLines(folder / LOG),
-    "tensorboard": lambda track, folder: TensorBoard(folder / "tensorboard") if track.tensorboard else None,
-    "wandb": lambda track, folder: Tracker("wandb", track.wandb) if track.wandb else None,
-    "trackio": lambda track, folder: Tracker("trackio", track.trackio) if track.trackio else None,
-}
-"""How to open each sink for a subject's folder; None when it is off."""
-
-
 def open_sinks(config: RunConfig, folder: Path, run: str) -> list[Sink]:
-    """The sinks that a run asked for, started."""
-    opened = [sink for make in SINKS.values() if (sink := make(config.track, folder)) is not None]
-    for sink in opened:
-        sink.start(run, config.model_dump(mode="json"))
-    return opened
+    """The sinks that a run asked for, in a subject's folder. The log is always among them."""
+    settings = config.model_dump(mode="json")
+    sinks: list[Sink] = [JsonLines(folder / LOG)]
+    if config.track.tensorboard:
+        sinks.append(TensorBoard(folder / "tensorboard", settings))
+    for name in ("wandb", "trackio"):
+        if project := getattr(config.track, name):
+            sinks.append(Tracker(name, project, run, settings))
+    return sinks
 
 
 class Meter:
@@ -133,12 +114,8 @@ class Meter:
         """Means of the values, and images/s, steps/s and the share of time spent waiting for data."""
         passed = max(time.perf_counter() - self.start, 1e-9)
         means = {name: total / self.steps for name, total in self.sums.items()}
-        return {
-            **means,
-            "images_per_s": self.images / passed,
-            "steps_per_s": self.steps / passed,
-            "data_wait_share": self.wait_s / passed,
-        }
+        rates = {"images_per_s": self.images / passed, "steps_per_s": self.steps / passed}
+        return {**means, **rates, "data_wait_share": self.wait_s / passed}
 
 
 def peak_memory_gib(device: str) -> float:
@@ -177,7 +154,7 @@ class Progress:
         return live
 
     def advance(self, step: int) -> None:
-        """Move the bar; free of output on anything but a terminal."""
+        """Move the bar, if there is one."""
         if self.bar:
             self.bar.update(self.task, completed=step)
 

@@ -22,12 +22,12 @@ def pack_verb(
     as_json: Json = False,
 ) -> None:
     """Time the subject-packed trainer at several pack sizes against warm solo training, interleaved."""
-    from dbtrain.bench import pack
+    from dbtrain.bench import pack, to_stderr
 
     config = load_config(recipe, overrides)
     counts = numbers(subjects, "--subjects") if subjects else []
     plan = pack.Plan(numbers(sizes, "--sizes"), steps, turns, processes, counts, random_weights)
-    result = pack.measure(config, plan)
+    result = pack.measure(config, plan, to_stderr)
     if out:
         pack.write(out, result)
     print_json(result) if as_json else typer.echo(pack.table(result))
@@ -35,9 +35,9 @@ def pack_verb(
 
 def ops_verb(as_json: Json = False) -> None:
     """Count and, on a GPU, time every fused operation beside its plain form, a copy and a matrix product."""
-    from dbtrain.bench import ops
+    from dbtrain.bench import ops, to_stderr
 
-    result = ops.measure()
+    result = ops.measure(to_stderr)
     print_json(result) if as_json else typer.echo(ops.table(result))
 
 
@@ -53,7 +53,7 @@ def step_verb(
     as_json: Json = False,
 ) -> None:
     """Time a whole training step in every way asked for, interleaved: launches, waits, quantiles, MFU."""
-    from dbtrain.bench import step
+    from dbtrain.bench import step, to_stderr
     from dbtrain.settings.config import EngineConfig, ModelConfig
 
     config = load_config(recipe, overrides)
@@ -61,7 +61,8 @@ def step_verb(
         choices(capture, "--capture", EngineConfig.model_fields["capture"].annotation),
         choices(attention, "--attention", ModelConfig.model_fields["attention"].annotation),
     )
-    result = step.measure(config, step.Plan(*ways, numbers(sizes, "--sizes"), steps, turns, random_weights))
+    plan = step.Plan(*ways, numbers(sizes, "--sizes"), steps, turns, random_weights)
+    result = step.measure(config, plan, to_stderr)
     print_json(result) if as_json else typer.echo(step.table(result))
 
 

@@ -51,7 +51,7 @@ ok, warn, fail = partial(Check, "ok"), partial(Check, "warn"), partial(Check, "f
 def examine(model: str | None = None) -> list[Check]:
     """Every check of this machine, in a fixed order; `model` is a path or hub id to look for as well."""
     machine = [check_gpu(), check_compiler(), check_disk(Path.cwd()), check_memory()]
-    optional = [*map(check_optional, OPTIONAL), check_kernels_package()]
+    optional = [check_optional("torchvision"), check_xformers(), check_kernels_package()]
     around = [check_launcher(), check_hub(), *check_ray(), *([check_model(model)] if model else [])]
     return [check_python(), *check_requirements(), *machine, *optional, *around]
 
@@ -170,6 +170,18 @@ def check_optional(name: str, ask: Callable[[str], tuple[bool, str]] = probe) ->
         return ok(name, absent)
     works, line = ask(code)
     return ok(name, version) if works else warn(name, f"{version} does not load: {line}", remedy)
+
+
+def check_xformers(ask: Callable[[str], tuple[bool, str]] = probe) -> Check:
+    """Whether an installed xformers loads, without which diffusers loads no model either, and whether its operators
+    run, which need its binary part and a CUDA device."""
+    version = installed("xformers")
+    if version is not None:
+        works, line = ask("import xformers.ops")
+        if not works:
+            detail = f"{version} does not load: {line}; diffusers imports it, so no model loads"
+            return fail("xformers", detail, "pip uninstall xformers, or install a build for this torch and CUDA")
+    return check_optional("xformers", ask)
 
 
 def check_kernels_package() -> Check:

@@ -38,37 +38,15 @@ def adamw_op(
     compute: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """norm_N. The arenas, which must be contiguous, are updated in place."""
-    arenas = [arena for arena in (master, grad, exp_avg, exp_avg_sq, ema, compute) if arena is not None]
-    assert all(arena.is_contiguous() for arena in arenas)
-    from triton import cdiv
+    from dbtrain_kernels.adamw_triton import launch
 
-    from dbtrain_kernels.adamw_triton import BLOCK, FACTORS, NORM_BLOCK, row_factors, squared_norms, update_rows
-
-    rows, elements = master.shape
-    chunks = cdiv(elements, NORM_BLOCK)
-    partial, norm_N = exp_avg.new_empty((rows, chunks)), exp_avg.new_empty(rows)
-    factors = exp_avg.new_empty((rows, FACTORS))
-    squared_norms[(chunks, rows)](grad, partial, elements, BLOCK=NORM_BLOCK, num_warps=8)
-    row_factors[(rows,)](
-        partial, norm_N, step_N, lr_N, clip_N, decay_N, active_N.view(torch.uint8), factors, chunks,
-        LOG_BETA1=_log(beta1), LOG_BETA2=_log(beta2), FACTORS=FACTORS, BLOCK=1024,
-    )  # fmt: skip
-    update_rows[(cdiv(elements, BLOCK), rows)](
-        master, grad, exp_avg, exp_avg_sq, exp_avg if ema is None else ema, master if compute is None else compute,
-        factors, elements, BETA2=beta2, REST1=1 - beta1, REST2=1 - beta2, EPS=eps, EMA_REST=1 - ema_decay,
-        EMA=ema is not None, COMPUTE=compute is not None, FACTORS=FACTORS, BLOCK=BLOCK,
-    )  # fmt: skip
-    return norm_N
+    settings = step_N, lr_N, clip_N, decay_N, active_N
+    return launch(master, grad, exp_avg, exp_avg_sq, *settings, beta1, beta2, eps, ema, ema_decay, compute)
 
 
 @adamw_op.register_fake
 def _(master, *others):
     return master.new_empty(len(master), dtype=torch.float32)
-
-
-def _log(beta: float) -> float:
-    """Natural logarithm of a decay; for 0 a number whose exponential is 0, as is that of its multiples."""
-    return math.log(beta) if beta else -1e4
 
 
 ARENAS = {"LoRA r16, 1": (1, 3_190_000), "LoRA r16, 16": (16, 3_190_000)}

@@ -1,7 +1,11 @@
 """Triton kernels of AdamW over rows: partial norms, factors of each row, the update. No host sync, no atomics."""
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 NORM_BLOCK = 8192
 BLOCK = 1024
@@ -73,3 +77,33 @@ def update_rows(
     if EMA:
         average = tl.load(ema + place, mask=inside, other=0.0)
         tl.store(ema + place, average + (value - average) * EMA_REST, mask=inside)
+
+
+def launch(
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step_N: Tensor, lr_N: Tensor, clip_N: Tensor,
+    decay_N: Tensor, active_N: Tensor, beta1: float, beta2: float, eps: float, ema: Tensor | None, ema_decay: float,
+    compute: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """norm_N. The arenas, which must be contiguous, are updated in place."""
+    arenas = [arena for arena in (master, grad, exp_avg, exp_avg_sq, ema, compute) if arena is not None]
+    assert all(arena.is_contiguous() for arena in arenas)
+    rows, elements = master.shape
+    chunks = triton.cdiv(elements, NORM_BLOCK)
+    partial, norm_N = exp_avg.new_empty((rows, chunks)), exp_avg.new_empty(rows)
+    factors = exp_avg.new_empty((rows, FACTORS))
+    squared_norms[(chunks, rows)](grad, partial, elements, BLOCK=NORM_BLOCK, num_warps=8)
+    row_factors[(rows,)](
+        partial, norm_N, step_N, lr_N, clip_N, decay_N, active_N.view(torch.uint8), factors, chunks,
+        LOG_BETA1=_log(beta1), LOG_BETA2=_log(beta2), FACTORS=FACTORS, BLOCK=1024,
+    )  # fmt: skip
+    update_rows[(triton.cdiv(elements, BLOCK), rows)](
+        master, grad, exp_avg, exp_avg_sq, exp_avg if ema is None else ema, master if compute is None else compute,
+        factors, elements, BETA2=beta2, REST1=1 - beta1, REST2=1 - beta2, EPS=eps, EMA_REST=1 - ema_decay,
+        EMA=ema is not None, COMPUTE=compute is not None, FACTORS=FACTORS, BLOCK=BLOCK,
+    )  # fmt: skip
+    return norm_N
+
+
+def _log(beta: float) -> float:
+    """Natural logarithm of a decay; for 0 a number whose exponential is 0, as is that of its multiples."""
+    return math.log(beta) if beta else -1e4

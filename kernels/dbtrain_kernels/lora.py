@@ -16,12 +16,16 @@ MAX_RANK = 128
 """Largest rank whose tile stays in the registers of a program."""
 SPLIT = 1024
 """Tokens that one program of a sum over tokens takes: a constant, so that the order depends on the length only."""
-LAUNCHES = {"lora": lambda *_: 2, "lora_backward": lambda grad, small_NTR, *_: 4 if small_NTR.shape[1] <= SPLIT else 6}
-"""Kernels that each operator starts. Sums over more than SPLIT tokens, one for each matrix, take one more kernel."""
+LAUNCHES = {
+    "lora": lambda *_: 2,
+    "lora_backward": lambda grad, small_NTR, *rest: 3 + rest[-1] + 2 * (small_NTR.shape[1] > SPLIT),
+}
+"""Kernels that each operator starts. The gradient of x takes one; sums over more than SPLIT tokens, one for each
+matrix, take one more each."""
 
 
 def lora(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor) -> Tensor:
-    """What `reference.lora` is; on a GPU in two launches and four or six in backward, fp32 masters read as they are.
+    """What `reference.lora` is; on a GPU in two launches and three to six in backward, fp32 masters read as they are.
 
     Sums are fp32, in a fixed order; the gradients of fp32 matrices are never rounded.
     """
@@ -42,11 +46,9 @@ def lora_op(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: 
 
     x and base are contiguous, and each row of the matrices is.
     """
-    from dbtrain_kernels.lora_triton import expanded, shrunk
+    from dbtrain_kernels.lora_triton import forward
 
-    _, rank, width = down_NRD.shape
-    small_NTR = shrunk(x, down_NRD, scale_N, (width, rank), (1, width))
-    return expanded(small_NTR, up_NDR, base, base, (rank, 1)), small_NTR
+    return forward(x, base, down_NRD, up_NDR, scale_N)
 
 
 def by_row(matrices: Tensor) -> Tensor:
@@ -63,21 +65,22 @@ def _(x, base, down_NRD, up_NDR, scale_N):
 
 @torch.library.custom_op("dbtrain::lora_backward", mutates_args=())
 def lora_backward_op(
-    grad: Tensor, small_NTR: Tensor, x: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor
+    grad: Tensor, small_NTR: Tensor, x: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor, by_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, down_NRD and up_NDR; base's is `grad` itself. The layouts are those of `lora_op`."""
-    from dbtrain_kernels.lora_triton import expanded, outer_sum, shrunk
+    """Gradients of x, down_NRD and up_NDR; base's is `grad` itself. The layouts are those of `lora_op`.
 
-    _, rank, width = down_NRD.shape
-    grad_NTR = shrunk(grad, up_NDR, scale_N, (up_NDR.shape[1], rank), (rank, 1))
-    by_x = expanded(grad_NTR, down_NRD, None, x, (1, width))
-    by_down = outer_sum(grad_NTR, x, down_NRD, (1, width), SPLIT)
-    return by_x, by_down, outer_sum(small_NTR, grad, up_NDR, (rank, 1), SPLIT)
+    by_x: whether x has a gradient; captions that are encoded once have none, and an empty tensor stands for it.
+    """
+    from dbtrain_kernels.lora_triton import backward
+
+    return backward(grad, small_NTR, x, down_NRD, up_NDR, scale_N, by_x, SPLIT)
 
 
 @lora_backward_op.register_fake
-def _(grad, small_NTR, x, down_NRD, up_NDR, scale_N):
-    return tuple(torch.empty_like(like, memory_format=torch.contiguous_format) for like in (x, down_NRD, up_NDR))
+def _(grad, small_NTR, x, down_NRD, up_NDR, scale_N, by_x):
+    matrices = [torch.empty_like(like, memory_format=torch.contiguous_format) for like in (down_NRD, up_NDR)]
+    of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if by_x else x.new_empty(0)
+    return of_x, *matrices
 
 
 def _keep(ctx, inputs, output):
@@ -90,8 +93,9 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, grad, _):
     if grad is None:
         return None, None, None, None, None
-    by_x, by_down, by_up = lora_backward_op(grad.contiguous(), *ctx.saved_tensors)
-    return by_x, grad, by_down, by_up, None
+    wanted = ctx.needs_input_grad[0]
+    of_x, of_down, of_up = lora_backward_op(grad.contiguous(), *ctx.saved_tensors, wanted)
+    return of_x if wanted else None, grad, of_down, of_up, None
 
 
 lora_op.register_autograd(_backward, setup_context=_keep)
@@ -102,10 +106,13 @@ def _flops(x: Any, base: Any, down: Any, up: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x[:-1]) * down[1] * (down[2] + up[1])
 
 
-FLOPS = {
-    "lora": _flops,
-    "lora_backward": lambda grad, small, x, down, up, *_, **__: 2 * _flops(x, grad, down, up),
-}
+def _backward_flops(grad: Any, small: Any, x: Any, down: Any, up: Any, scale: Any, by_x: bool, **_: Any) -> int:
+    """The same of the gradients' products: two for each of the forward pass, but for the gradient of x if none is
+    wanted."""
+    return 2 * _flops(x, grad, down, up) - (0 if by_x else 2 * math.prod(x) * down[1])
+
+
+FLOPS = {"lora": _flops, "lora_backward": _backward_flops}
 """Floating-point operations of each operator, by the shapes of its arguments."""
 
 LAYERS = {

@@ -43,25 +43,9 @@ def loss_op(
     parameterization: str, mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(total, per_sample_B, d total / d prediction in its dtype), of contiguous tensors."""
-    from triton import cdiv, next_power_of_2
+    from dbtrain_kernels.loss_triton import launch
 
-    from dbtrain_kernels.loss_triton import BLOCK, loss_elements, loss_sums
-
-    samples, elements = len(clean), clean[0].numel()
-    plane = mask[0].numel() if mask is not None else elements
-    chunks = cdiv(elements, BLOCK)
-    gradient, sums = torch.empty_like(prediction), clean.new_empty((samples, chunks))
-    per_sample_B, total = clean.new_empty(samples), clean.new_empty(())
-    loss_elements[(samples, chunks)](
-        prediction, clean, noise, alpha_B, sigma_B, weight_B, clean if mask is None else mask, gradient, sums,
-        elements, plane, 2.0 / elements,
-        PARAMETERIZATION=parameterization, MASKED=mask is not None, BLOCK=BLOCK,
-    )  # fmt: skip
-    loss_sums[(1,)](
-        sums, weight_B, per_sample_B, total, samples, chunks, 1.0 / elements,
-        CHUNKS=next_power_of_2(chunks), num_warps=1,
-    )  # fmt: skip
-    return total, per_sample_B, gradient
+    return launch(prediction, clean, noise, alpha_B, sigma_B, weight_B, parameterization, mask)
 
 
 @loss_op.register_fake

@@ -1,7 +1,9 @@
 """Triton kernels of the fused loss: first the elements, in one read of everything, then the small sums."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 1024
 """Elements of a partial sum: a constant, so that a sample's bits depend on the sample alone."""
@@ -53,3 +55,25 @@ def loss_sums(partial, weight, per_sample, total, samples, chunks, inverse, CHUN
         running += mean * tl.load(weight + b)
         tl.store(per_sample + b, mean)
     tl.store(total, running)
+
+
+def launch(
+    prediction: Tensor, clean: Tensor, noise: Tensor, alpha_B: Tensor, sigma_B: Tensor, weight_B: Tensor,
+    parameterization: str, mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(total, per_sample_B, d total / d prediction in its dtype), of contiguous tensors."""
+    samples, elements = len(clean), clean[0].numel()
+    plane = mask[0].numel() if mask is not None else elements
+    chunks = triton.cdiv(elements, BLOCK)
+    gradient, sums = torch.empty_like(prediction), clean.new_empty((samples, chunks))
+    per_sample_B, total = clean.new_empty(samples), clean.new_empty(())
+    loss_elements[(samples, chunks)](
+        prediction, clean, noise, alpha_B, sigma_B, weight_B, clean if mask is None else mask, gradient, sums,
+        elements, plane, 2.0 / elements,
+        PARAMETERIZATION=parameterization, MASKED=mask is not None, BLOCK=BLOCK,
+    )  # fmt: skip
+    loss_sums[(1,)](
+        sums, weight_B, per_sample_B, total, samples, chunks, 1.0 / elements,
+        CHUNKS=triton.next_power_of_2(chunks), num_warps=1,
+    )  # fmt: skip
+    return total, per_sample_B, gradient

@@ -43,21 +43,10 @@ def noising_op(
     purposes: list[int], scale: float, shift: float, noise_offset: float, first_S: Tensor | None, strata: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(clean, noise, noisy), each [B, C, H, W] in fp32, and index_B; of contiguous tensors."""
-    from triton import cdiv, next_power_of_2
+    from dbtrain_kernels.noising_triton import launch
 
-    from dbtrain_kernels.noising_triton import BLOCK, noise_latents
-
-    samples, channels, *sides = moments.shape
-    clean, noise, noisy = (moments.new_empty(samples, channels // 2, *sides) for _ in range(3))
-    index_B, elements, steps = torch.empty_like(slot_B), clean[0].numel(), len(alpha_S)
-    names = ("POSTERIOR", "NOISE", "CONSTANT", "TIME", "ROTATION")
-    noise_latents[(samples, cdiv(elements, 4 * BLOCK))](
-        moments, key_B2, slot_B, step_B, alpha_S, sigma_S, slot_B if first_S is None else first_S,
-        index_B, clean, noise, noisy, elements, clean[0, 0].numel(), steps, scale, shift, noise_offset,
-        **dict(zip(names, purposes)), OFFSET=noise_offset != 0,
-        STRATA=strata, STEPS=next_power_of_2(steps), BLOCK=BLOCK,
-    )  # fmt: skip
-    return clean, noise, noisy, index_B
+    scalars = scale, shift, noise_offset
+    return launch(moments, key_B2, slot_B, step_B, alpha_S, sigma_S, purposes, *scalars, first_S, strata)
 
 
 @noising_op.register_fake

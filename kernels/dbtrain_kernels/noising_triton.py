@@ -5,8 +5,10 @@ only, after ranges are reduced on the integers. Each number has a bound of its r
 where one of them computes a*b + c with one rounding.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 256
 """Philox counters of a program; each makes four elements."""
@@ -139,3 +141,21 @@ def noise_latents(
     tl.store(clean + at, x, mask=inside)
     tl.store(noise + at, eps, mask=inside)
     tl.store(noisy + at, x_t, mask=inside)
+
+
+def launch(
+    moments: Tensor, key_B2: Tensor, slot_B: Tensor, step_B: Tensor, alpha_S: Tensor, sigma_S: Tensor,
+    purposes: list[int], scale: float, shift: float, noise_offset: float, first_S: Tensor | None, strata: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(clean, noise, noisy), each [B, C, H, W] in fp32, and index_B; of contiguous tensors."""
+    samples, channels, *sides = moments.shape
+    clean, noise, noisy = (moments.new_empty(samples, channels // 2, *sides) for _ in range(3))
+    index_B, elements, steps = torch.empty_like(slot_B), clean[0].numel(), len(alpha_S)
+    names = ("POSTERIOR", "NOISE", "CONSTANT", "TIME", "ROTATION")
+    noise_latents[(samples, triton.cdiv(elements, 4 * BLOCK))](
+        moments, key_B2, slot_B, step_B, alpha_S, sigma_S, slot_B if first_S is None else first_S,
+        index_B, clean, noise, noisy, elements, clean[0, 0].numel(), steps, scale, shift, noise_offset,
+        **dict(zip(names, purposes)), OFFSET=noise_offset != 0,
+        STRATA=strata, STEPS=triton.next_power_of_2(steps), BLOCK=BLOCK,
+    )  # fmt: skip
+    return clean, noise, noisy, index_B

@@ -1,11 +1,13 @@
 """The comparison runs, its figures belong together, and it leaves the base as it was."""
 
 import json
+import sys
+import weakref
 
 import pytest
 import torch
 
-from dbtrain.bench import pack
+from dbtrain.bench import pack, step
 from dbtrain.bench.flops import count_flops
 from dbtrain.models.adapters import layers
 from tests.kit.main_job import small_config
@@ -50,6 +52,31 @@ def test_a_pack_that_does_not_fit_is_named_and_the_others_are_kept(monkeypatch, 
     monkeypatch.setattr(pack, "contestants", lambda *_: {"solo": (1, full)})
     with pytest.raises(torch.OutOfMemoryError):
         pack.measure(config, pack.Plan([], steps=1, turns=1))
+
+
+def test_no_pack_is_held_while_the_next_is_built(monkeypatch):
+    """A recorded step keeps its memory for as long as its pack is there, and the next pack would seem not to fit."""
+    alive, config = [], small_config("train.batch=1", "engine.kind=packed")
+
+    class Watched(pack.Pack):
+        def __init__(self, *arguments):
+            assert not [one for one in alive if one() is not None]
+            super().__init__(*arguments)
+            alive.append(weakref.ref(self))
+
+    monkeypatch.setattr(pack, "Pack", Watched)
+    pack.measure(config, pack.Plan([1, 2], steps=1, turns=2))
+    step.measure(config, step.Plan(sizes=(1, 2), steps=1, turns=2))
+    assert len(alive) == 1 + 2 * 2 * 2 + 2 + 2 * (2 + 1)
+
+
+def test_without_deepspeed_there_is_no_solo_row(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    said = []
+    result = pack.measure(small_config("train.batch=1"), pack.Plan([1], steps=1, turns=2), said.append)
+    assert result["steps"].keys() == {"pack 1"} and result["steps"]["pack 1"]["times_solo"] is None
+    assert [(row["name"], row["turn"]) for row in said] == [("pack 1", 0), ("pack 1", 1)]
+    assert "| pack 1 | " in pack.table(result)
 
 
 def packed_engine(config):

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from dbtrain.families import FAMILIES, flow
-from dbtrain.models.adapters import adapter, attach, detach, layers, read_rows
+from dbtrain.models.adapters import adapter, attach, detach, layers
 from dbtrain.models.load import load_models
 from dbtrain.models.sampling import generate, make_pipeline
 from dbtrain.results.publish import publish_lora
 from dbtrain.settings.config import ModelConfig
 from dbtrain.training.trainables import RECOMPUTED
+from tests.kit.adapter_rows import read_rows
 from tests.kit.family_facts import FACTS, batch_of
 
 CAPTIONS = ["a photo of a dog", "a photo of a cat in the snow"]

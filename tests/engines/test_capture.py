@@ -1,10 +1,12 @@
 """How a step is run: what can be, what is refused, compiled blocks, and one recorded graph for a whole step."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dbtrain.engines import capture
 from dbtrain.engines.capture import (
     WARM_STEPS,
     Capture,
@@ -187,9 +189,15 @@ def test_compiling_begins_after_the_first_step_and_pauses_for_pictures():
     assert blocks[0]._compiled_call_impl is None
 
 
-@pytest.mark.skipif("recompile_limit" not in inspect.signature(torch.compile).parameters, reason="needs torch 2.13")
-def test_blocks_of_many_shapes_are_all_compiled():
-    """SD1.5's residual blocks come in 14 sets of shapes; PyTorch gives up after 8 unless it is told."""
+@pytest.mark.parametrize("old", [False, True])
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_blocks_of_many_shapes_are_all_compiled(old, monkeypatch):
+    """SD1.5's residual blocks come in 14 sets of shapes; PyTorch gives up after 8 unless it is told. old: as before
+    2.13, where `torch.compile` takes no limit."""
+    if old:
+        monkeypatch.setattr(capture, "inspect", SimpleNamespace(signature=lambda _: SimpleNamespace(parameters={})))
+    elif "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("needs torch 2.13")
     blocks = torch.nn.ModuleList([ResnetBlock2D(side) for side in range(1, 13)])
     torch._dynamo.reset()
     counts = torch._dynamo.utils.counters["stats"]

@@ -11,6 +11,7 @@ from dbtrain.errors import ConfigError
 from dbtrain.settings.config import RunConfig, TrainConfig
 from dbtrain.settings.recipes import configs_dir, load
 
+pytest.importorskip("deepspeed")
 KNOWN = zero_keys()
 
 
@@ -140,7 +141,9 @@ def test_shipped_files_fit_their_recipes(file, recipe):
         assert '"auto"' not in json.dumps(got)
     offloaded = load(recipe, [f"engine.deepspeed={path}", "engine.zero.offload_optimizer=true"])
     got = deepspeed_config(offloaded, plan_batches(config.train.batch, None, 1), KNOWN)
-    assert got["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert got["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    got = deepspeed_config(offloaded, plan_batches(config.train.batch, None, 1), KNOWN, on_gpu=True)
+    assert got["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
 
 
 def test_every_shipped_file_is_tried():

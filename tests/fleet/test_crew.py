@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest.importorskip("ray")
+
 from dbtrain.fleet.causes import End
 from dbtrain.fleet.crew import Crew, Shape, kill_same
 from dbtrain.fleet.messages import Died, Failed, Ready, Task

@@ -1,5 +1,9 @@
 """A run's numbers for Prometheus."""
 
+import pytest
+
+pytest.importorskip("ray")
+
 from dbtrain.fleet.gauges import Gauges
 
 

@@ -149,7 +149,7 @@ def rig(config: RunConfig):
     from dbtrain.engines.world import start_world
     from dbtrain.engines.zero import ZeroEngine
     from dbtrain.randomness import stream_key
-    from dbtrain.training.bank import encode_captions
+    from dbtrain.training.bank import captions_of
     from dbtrain.training.session import Base
     from dbtrain.training.step import TrainingStep
     from dbtrain.training.trainables import make_trainable
@@ -161,7 +161,7 @@ def rig(config: RunConfig):
     bank = make_bank(config)
     for role in bank.items:
         bank.cache(role, family.codec, models.vae, world.device)
-    captions = encode_captions(family, models, bank.texts, world.device, not config.train.text_encoder)
+    captions = captions_of(family, models, config, bank.texts, world.device)
     groups = make_trainable(family, models, config, "rex")
     module = TrainingStep(family, models, config, stream_key(config.seed, "rex"), captions)
     engine = ZeroEngine(module, groups, config, plan, world)

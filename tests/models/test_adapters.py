@@ -17,13 +17,13 @@ from dbtrain.models.adapters import (
     detach,
     layers,
     matching_layers,
-    read_rows,
     reset_row,
     write_rows,
 )
 from dbtrain.models.load import load_models
 from dbtrain.settings.config import LoraConfig as Settings
 from dbtrain.settings.config import ModelConfig
+from tests.kit.adapter_rows import read_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WITH_CONV = ("attn*.to_q", "attn*.to_k", "attn*.to_v", "attn*.to_out.0", "proj_in")

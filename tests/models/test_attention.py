@@ -1,14 +1,18 @@
 """Attention is what was asked for, in every layer, by what really ran; or it is refused and nothing has changed."""
 
+import sys
+
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
+from dbtrain.engines.unit_scale import restore_unit_divisions
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
 from dbtrain.models import attention
 from dbtrain.models.adapters import attach
+from dbtrain.models.architectures import class_of
 from dbtrain.models.attention import (
     CORES,
     Attention,
@@ -76,14 +80,41 @@ def test_auto_on_a_cpu_is_sdpa_and_says_why(denoiser):
         ("cpu", "fp32", "xformers", r"needs a CUDA device, and this run is on cpu; use model\.attention=auto"),
         ("cuda", "fp32", "xformers", r"xformers is not installed; pip install"),
         ("cuda", "fp32", "flash", r"flash needs bf16 on a GPU; set train\.precision=bf16"),
+        ("cuda", "fp32", "cudnn", r"cudnn needs bf16; set train\.precision=bf16"),
+        ("cpu", "bf16", "cudnn", r"cudnn needs a CUDA device, and this run is on cpu"),
     ],
 )
 def test_the_impossible_is_refused_and_changes_nothing(denoiser, device, precision, choice, why, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "xformers", None)
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    attention.xformers_problem.cache_clear()
     engage_attention(denoiser, "math", "cpu")
     with pytest.raises(ConfigError, match=rf"model\.attention: .*{why}"):
         engage_attention(denoiser, choice, device, precision)
     assert {type(one) for one in denoiser.attn_processors.values()} == {AttnProcessor}
+
+
+@pytest.fixture
+def broken_xformers(tmp_path, monkeypatch):
+    """An installed xformers whose binary part does not fit: it raises when it is imported."""
+    (tmp_path / "xformers").mkdir()
+    (tmp_path / "xformers/__init__.py").write_text("raise OSError('undefined symbol: _ZN3c10')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    attention.xformers_problem.cache_clear()
+    yield
+    attention.xformers_problem.cache_clear()
+
+
+@pytest.mark.usefixtures("broken_xformers")
+def test_an_xformers_that_does_not_load_is_told_as_that(denoiser):
+    """diffusers imports an installed xformers with every model, so no choice of attention helps."""
+    why = r"xformers is installed but does not load \(OSError: undefined symbol: _ZN3c10\); uninstall it"
+    with pytest.raises(ConfigError, match=rf"model\.attention: {why}"):
+        engage_attention(denoiser, "xformers", "cuda", "bf16")
+    with pytest.raises(ConfigError, match=f"diffusers cannot load its models here.*: {why}"):
+        class_of("diffusers:UNet2DConditionModel")
+    assert class_of("transformers:CLIPTextModel")
 
 
 def test_a_setter_that_does_nothing_is_found_out(denoiser, monkeypatch):
@@ -111,14 +142,16 @@ def test_a_kernel_that_cannot_run_gives_its_reason(denoiser, monkeypatch):
         engage_attention(denoiser, "flash", "cpu")
 
 
-DEVICES = {"sdpa": "cpu", "flash": "cpu", "xformers": "cuda"}
+DEVICES = {"sdpa": "cpu", "flash": "cpu", "cudnn": "cuda", "xformers": "cuda"}
 
 
-@pytest.mark.parametrize("name", ["sdpa", "flash", pytest.param("xformers", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "name", [name if DEVICES[name] == "cpu" else pytest.param(name, marks=pytest.mark.gpu) for name in CORES]
+)
 def test_each_core_is_attention(name):
     if name == "xformers":
         pytest.importorskip("xformers.ops")
-    dtype = torch.float64 if name != "xformers" else torch.bfloat16
+    dtype = torch.float64 if DEVICES[name] == "cpu" else torch.bfloat16
     close = {torch.float64: 1e-12, torch.bfloat16: 2**-6}[dtype]
     q, k, v = (torch.randn(2, n, 3, 8, dtype=dtype, device=DEVICES[name], requires_grad=True) for n in (16, 8, 8))
     weights = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 8**0.5, -1)
@@ -154,6 +187,31 @@ def test_a_measured_choice_is_made_by_the_shapes_of_the_pass(denoiser, monkeypat
     assert all(row["ms"].keys() == {"sdpa", "flash"} for row in engaged.row()["shapes"])
 
 
+def test_a_measured_choice_compiles_without_a_graph_break(model_folders, monkeypatch):
+    """As `engine.capture=compile` with `model.attention=auto`, a GPU's default, runs it after a first step."""
+    monkeypatch.setattr(attention, "MEASURED", {})
+    model = load_models(FAMILIES["sd"], ModelConfig(path=str(model_folders["sd"]))).denoiser
+    model.set_attn_processor(Fastest(["sdpa", "flash"], Attention("auto", "test")))
+    want = predict(model)
+    restore_unit_divisions(model)  # as `compile_regions` does
+    blocks = [block for block in model.modules() if type(block).__name__ == "BasicTransformerBlock"]
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="eager")
+    assert blocks and torch.equal(predict(model), want)
+
+
+def test_the_kernels_of_the_first_real_step_are_recorded(denoiser):
+    engaged = engage_attention(denoiser, "sdpa", "cpu")
+    assert "ran" not in engaged.row()
+    with torch.no_grad(), engaged.watched():
+        predict(denoiser)
+    assert engaged.row()["ran"] == ["flash"]
+    engage_attention(denoiser, "math", "cpu")
+    with torch.no_grad(), engaged.watched():  # a later step is not looked at
+        predict(denoiser)
+    assert engaged.ran == {"flash"}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_choice_is_measured_in_the_midst_of_training_an_adapter(model_folders, monkeypatch, checkpointing):
     """The first step of `auto` on a GPU: layers that carry adapters, blocks that are recomputed in backward."""
@@ -177,7 +235,7 @@ def test_a_choice_is_measured_in_the_midst_of_training_an_adapter(model_folders,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("choice", ["auto", "sdpa", "flash", "xformers", "math"])
+@pytest.mark.parametrize("choice", ["auto", "sdpa", "flash", "cudnn", "xformers", "math"])
 def test_on_a_gpu_the_choice_runs_forward_and_backward_in_bf16(choice, model_folders):
     if choice == "xformers":
         pytest.importorskip("xformers.ops")

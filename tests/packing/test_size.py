@@ -24,6 +24,14 @@ def machine(base: int, slope: int, seconds: dict[int, float], seen: list[int]):
     return probe
 
 
+def test_a_gpus_free_memory_includes_what_pytorch_keeps_for_later(monkeypatch):
+    """The class images' activations are in PyTorch's cache, which CUDA takes for used memory."""
+    cached = [300]
+    monkeypatch.setattr(torch.cuda, "empty_cache", cached.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000 - sum(cached), 1000))
+    assert free_bytes("cuda:0") == 1000
+
+
 def test_the_line_goes_through_first_and_last():
     assert fit([Probe(1, 150, 1.0), Probe(2, 999, 1.0), Probe(4, 300, 1.0)]) == (100.0, 50.0)
 

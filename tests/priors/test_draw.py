@@ -65,7 +65,7 @@ def test_ranks_share_the_blocks(tmp_path, models, key, monkeypatch):
     """Each block by exactly one rank; no image depends on which."""
     drawn = []
 
-    def draw(pipeline, key, block, batch):
+    def draw(pipeline, key, block, batch, beat):
         drawn.extend(block)
         for number in block:
             data = io.BytesIO()
@@ -110,8 +110,8 @@ def drawing_child(store, key, images, models, log, first_pause_s=0.0):
     try:
         draw = drawing._draw
 
-        def logged(pipeline, key, block, batch):
-            for number, sample in zip(block, draw(pipeline, key, block, batch)):
+        def logged(pipeline, key, block, batch, beat):
+            for number, sample in zip(block, draw(pipeline, key, block, batch, beat)):
                 with open(log, "a") as file:
                     file.write(f"{os.getpid()} {number}\n")
                 if number == 0:

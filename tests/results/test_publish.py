@@ -9,12 +9,13 @@ from safetensors import safe_open
 
 from dbtrain.errors import DataError
 from dbtrain.families import FAMILIES
-from dbtrain.models.adapters import LoraWeights, adapter, attach, detach, layers, read_rows
+from dbtrain.models.adapters import LoraWeights, adapter, attach, detach, layers
 from dbtrain.models.load import load_models
 from dbtrain.models.sampling import generate, make_pipeline
 from dbtrain.results.publish import KOHYA_FILE, LORA_FILE, MODEL_FOLDER, publish_lora, read_lora
 from dbtrain.settings.config import LoraConfig, ModelConfig, PublishConfig, RunConfig, TrainConfig
 from dbtrain.training.trainables import publish_weights
+from tests.kit.adapter_rows import read_rows
 from tests.kit.published import PUBLISHED
 
 PROVENANCE = {"subject": "rex", "dbtrain": "0"}

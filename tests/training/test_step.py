@@ -8,11 +8,12 @@ from torch import nn
 
 from dbtrain.models.family import Models
 from dbtrain.objective.noise import discrete_schedule, flow_schedule
-from dbtrain.randomness import Purpose, normals, stream_key, uniforms
+from dbtrain.randomness import Purpose, stream_key, uniforms
 from dbtrain.settings.config import ObjectiveConfig, PriorConfig, RunConfig, TrainConfig
 from dbtrain.training.step import TrainingStep
 from dbtrain.values import Batch, Conditioning, Role
 from tests.kit.fake_family import fake_family
+from tests.kit.normals import normals
 
 KEY = stream_key(7, "rex")
 BATCH, LAMBDA, GAMMA, STEP = 4, 0.625, 0.5, 10  # batch and lambda are exact in float32, where the step multiplies them

@@ -25,6 +25,21 @@ def test_this_machine_is_examined_as_data(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "broken, state, detail",
+    [
+        ("import xformers.ops", "fail", "no model loads"),
+        ("device='cuda'", "warn", "does not load: no"),
+        ("", "ok", "1"),
+    ],
+)
+def test_an_xformers_that_does_not_load_stops_every_run(broken, state, detail, monkeypatch):
+    """One whose operators cannot run here, as on a CPU, only keeps that attention from being chosen."""
+    monkeypatch.setattr(doctor, "installed", lambda name: "0.0.35.1")
+    check = doctor.check_xformers(lambda code: (not broken or broken not in code, "no"))
+    assert (check.state, bool(check.remedy)) == (state, state != "ok") and detail in check.detail
+
+
+@pytest.mark.parametrize(
     ("version", "state"),
     [(None, "fail"), ("2.9.1", "fail"), ("2.10.0", "ok"), ("2.13.0+cpu", "ok"), ("2.14.0rc1", "ok")],
 )

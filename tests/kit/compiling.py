@@ -1,0 +1,183 @@
+"""Compile the kernels that training launches for a GPU that is not here: `python -m tests.kit.compiling sm_90`.
+
+Prints a JSON list with a row for each compiled kernel. Triton has one driver a process, so each target takes a process
+of its own, with TRITON_INTERPRET=0 and an empty TRITON_CACHE_DIR.
+
+The project's own launchers are called with tensors on the `meta` device. Those tensors' addresses are 0, so Triton
+specialises alignment, divisibility by 16 and arguments equal to 1 exactly as it does in a launch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from dbtrain.objective import PARAMETERIZATIONS
+from dbtrain_kernels import adamw_triton, lora_triton, loss_triton, noising_triton
+from dbtrain_kernels.adamw import inputs as adamw_inputs
+from dbtrain_kernels.lora import SPLIT
+from dbtrain_kernels.loss import inputs as loss_inputs
+from dbtrain_kernels.noising import inputs as noising_inputs
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+"""GPUs by name: A100, H100 and H200, MI300X. The last number is the threads of a warp."""
+
+PROJECTIONS = {
+    "SD1.5 self": (4096, 320, 320),
+    "SD1.5 captions": (77, 768, 1280),
+    "SD1.5 middle": (64, 1280, 1280),
+    "SDXL feed-forward": (1024, 1280, 10240),
+    "FLUX.1": (4608, 3072, 3072),
+}
+"""Tokens of a sample, features in and features out of adapted layers."""
+
+FORMS = {
+    "pack": (torch.bfloat16, torch.bfloat16),
+    "solo": (torch.bfloat16, torch.float32),
+    "fp32": (torch.float32, torch.float32),
+}
+"""Dtypes of tokens and of the adapters' matrices: a pack in bf16, one subject in bf16, and training in fp32."""
+
+
+class Nowhere:
+    """What Triton (3.6, 3.7) asks of the active driver when it compiles without a launch."""
+
+    def __init__(self, target: GPUTarget):
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+
+
+class Compiled:
+    """Compiled kernels, in the order in which they were first wanted: (label of the call, kernel's name, kernel)."""
+
+    def __init__(self, target: GPUTarget):
+        triton.runtime.driver.set_active(Nowhere(target))
+        self.kernels: dict[int, tuple[str, str, Any]] = {}
+        self.label, run = "", JITFunction.run
+
+        def warm(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
+            self.kernels.setdefault(id(kernel), (self.label, function.__name__, kernel))
+            return kernel
+
+        JITFunction.run = warm
+
+
+def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Everything that training launches, as (label, call on the meta device)."""
+    for form, (tokens, matrices) in FORMS.items():
+        for name, sides in PROJECTIONS.items():
+            yield f"{form}, {name}, rank 16", partial(update, tokens, matrices, 16, *sides)
+        for name in ("SD1.5 self", "SD1.5 captions") if form == "fp32" else ("SD1.5 self",):
+            yield f"{form}, {name}, rank 128", partial(update, tokens, matrices, 128, *PROJECTIONS[name])
+    times = {"t by words": {}, "t in strata": {"strata": 4}, "noise offset": {"noise_offset": 0.1}}
+    for channels in (4, 16):
+        for name, options in times.items():
+            yield f"{channels} channels, {name}", partial(noise, (16, channels, 64, 64), **options)
+    for dtype in (torch.bfloat16, torch.float32):
+        for parameterization in PARAMETERIZATIONS:
+            yield f"{parameterization}, {dtype}", partial(lose, parameterization, dtype)
+    for options in ({}, {"ema": True}, {"compute": True}, {"ema": True, "compute": True}):
+        yield f"AdamW, {' '.join(options) or 'plain'}", partial(advance, **options)
+
+
+def update(dtype: torch.dtype, matrices: torch.dtype, rank: int, tokens: int, wide: int, out: int) -> None:
+    """A layer's adapters, forward and backward; the matrices are views of an arena, as in training."""
+    subjects = 8 if matrices == torch.bfloat16 else 1
+    made = partial(torch.empty, device="meta")
+    arena = made(subjects, 3_188_736, dtype=matrices)
+    down, up = (arena[:, : rank * side] for side in (wide, out))
+    down, up = down.view(subjects, rank, wide), up.view(subjects, out, rank)
+    x, base = (made(2 * subjects, tokens, side, dtype=dtype) for side in (wide, out))
+    scale_N = made(subjects)
+    _, small_NTR = lora_triton.forward(x, base, down, up, scale_N)
+    lora_triton.backward(base, small_NTR, x, down, up, scale_N, True, SPLIT)
+
+
+def noise(shape: tuple[int, ...], **options: Any) -> None:
+    """Noised latents of a schedule of 1000 steps."""
+    given = {"scale": 0.18215, "shift": 0.0, "noise_offset": 0.0, "first_S": None, "strata": 0}
+    given |= noising_inputs(shape, steps=1000, device="meta", **options)
+    noising_triton.launch(**given)
+
+
+def lose(parameterization: str, dtype: torch.dtype) -> None:
+    """The loss and its gradient, without and with a mask."""
+    for masked in (False, True):
+        given = loss_inputs((16, 4, 64, 64), parameterization, dtype, masked, device="meta")
+        loss_triton.launch(**{"mask": None, **given})
+
+
+def advance(**options: bool) -> None:
+    """An AdamW step of a pack's arenas; clip and decay are float64, as the engine has them."""
+    given = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "ema": None, "ema_decay": 0.0, "compute": None}
+    given |= adamw_inputs(8, 3_188_736, device="meta", **options)
+    given |= {name: given[name].double() for name in ("lr_N", "clip_N", "decay_N")}
+    adamw_triton.launch(**given)
+
+
+def row(label: str, name: str, kernel: Any) -> dict[str, Any]:
+    """What a compiled kernel takes and does. registers: of a thread. shared, stack: bytes of a program, of a thread."""
+    text = kernel.asm["ptx" if "ptx" in kernel.asm else "amdgcn"]
+    registers, stack = nvidia_usage(kernel.asm["cubin"]) if "cubin" in kernel.asm else amd_usage(text)
+    found = {"call": label, "kernel": name, "registers": registers, "stack": stack, "shared": kernel.metadata.shared}
+    return found | {trait: bool(re.search(pattern, text)) for trait, pattern in TRAITS.items()}
+
+
+TRAITS = {
+    "atomics": r"\b(atom|red)\.|_atomic_",
+    "tensor_cores": r"\bmma\.sync|\bwgmma\.mma|\bv_mfma_",
+    "wide_access": r"\.v4\.|\.v2\.b64|cp\.async[.\w]* \[[^]]*\], \[[^]]*\], (0x10|16)\b|_(load|store)_dwordx4",
+    "float64": r"\.f64\b|_f64\b",
+}
+"""What the assembly of a kernel (PTX, or AMD's) tells by a pattern. wide_access: 16 bytes a thread at once."""
+
+
+def nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) of a thread, by the cuobjdump that Triton brings."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
+    return int(registers), int(stack)
+
+
+def amd_usage(assembly: str) -> tuple[int, int]:
+    """(vector registers, bytes of scratch memory and 4 for each spilled register) of a thread."""
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    spilled = number("vgpr_spill_count") + number("sgpr_spill_count")
+    return number("vgpr_count"), number("private_segment_fixed_size") + 4 * spilled
+
+
+def main() -> None:
+    """Print the rows of the target that the command line names."""
+    compiled = Compiled(TARGETS[sys.argv[1]])
+    for compiled.label, call in calls():
+        call()
+    print(json.dumps([row(*entry) for entry in compiled.kernels.values()]))
+
+
+if __name__ == "__main__":
+    main()
