@@ -34,7 +34,8 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Subject:
-    """One row of a manifest: a thing to learn. `images` are resolved photo paths in a fixed order.
+    """One row of a manifest: a thing to learn. `images` are resolved photo paths in a fixed order, `masks` those of the
+    column `mask`.
 
     Overrides are None where the run's configuration holds. captions: a template for each photo, empty where `caption`
     or the run's template holds; None where that is so for all of them.
@@ -43,6 +44,7 @@ class Subject:
     id: str
     class_noun: str
     images: tuple[Path, ...]
+    masks: tuple[Path, ...] = ()
     caption: str | None = None
     captions: tuple[str, ...] | None = None
     identifier: str | None = None
@@ -55,7 +57,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Sample:
-    """One stored image with its provenance, as it comes out of a shard. `image` is the encoded file's bytes."""
+    """One stored image with its provenance, as it comes out of a shard. `image` is the encoded file's bytes.
+
+    mask: a grey PNG of the image's size, white where the subject is; None where there is none.
+    """
 
     key: str
     subject: str
@@ -64,6 +69,7 @@ class Sample:
     image: bytes
     extension: str
     meta: dict = field(default_factory=dict)
+    mask: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,8 @@ class Batch(Tensors):
     caption_B: row of each sample's caption in the bank. role_B: `Role`. slot_B: draw slot in the global batch; instance
     samples have slots 0..batch-1, prior samples batch..2*batch-1. size_B6: original height and width, crop top and
     left, target height and width in pixels (SDXL's micro-conditioning, arXiv 2307.01952, section 2.2). subject_B: each
-    sample's row in a pack, subject-major; None where there is one subject.
+    sample's row in a pack, subject-major; None where there is one subject. mask_B1HW: factors of the squared error of
+    each latent cell; None stands for 1.
     """
 
     images_BCHW: Tensor
@@ -127,6 +134,7 @@ class Batch(Tensors):
     slot_B: Tensor
     size_B6: Tensor
     subject_B: Tensor | None = None
+    mask_B1HW: Tensor | None = None
 
 
 @dataclass(frozen=True)

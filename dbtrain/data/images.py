@@ -80,6 +80,13 @@ def open_photo(
 
     srgb: apply the embedded colour profile.
     """
+    return open_with_alpha(source, max_pixels, max_bytes, srgb)[0]
+
+
+def open_with_alpha(
+    source: Path | bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES, srgb: bool = True
+) -> tuple[Image.Image, Image.Image | None]:
+    """(the image of `open_photo`, its opacity as a grey image; None where all of it is opaque)."""
     content = source if isinstance(source, bytes) else read_photo(source, max_bytes)
     name = "photo" if isinstance(source, bytes) else str(source)
     if len(content) > max_bytes:
@@ -89,10 +96,20 @@ def open_photo(
             problem = _header_problem(image, max_pixels)
             if problem is None:
                 image.load()
-                return _to_rgb(_upright(image), srgb)
+                image = _upright(image)
+                return _to_rgb(image, srgb), _alpha(image)
     except DECODE_ERRORS as error:
         problem = _decode_problem(error, content, max_pixels)
     raise DataError(f"{name}: {problem}")
+
+
+def may_be_transparent(content: bytes) -> bool:
+    """Whether a picture's header speaks of transparency; False for what is no picture."""
+    try:
+        with _header(content) as image:
+            return image.has_transparency_data
+    except DECODE_ERRORS:
+        return False
 
 
 def picture_size(content: bytes) -> tuple[int, int]:
@@ -129,7 +146,8 @@ def shorten(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def square(image: Image.Image, resolution: int, crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-    """uint8 [resolution, resolution, 3]: short side resized to `resolution` (Lanczos), then cropped.
+    """uint8 [resolution, resolution, 3]: short side resized to `resolution` (Lanczos), then cropped. Grey images, which
+    are masks, are resized linearly and have no third dimension.
 
     `crop` places the square within the spare room, (from the top, from the left), each in [0, 1]; uniform numbers
     make every position equally likely. The photo and what `shorten` made of it give the same result.
@@ -155,9 +173,19 @@ def to_pixels(array: np.ndarray) -> "Tensor":
 
 def encode(image: Image.Image) -> tuple[bytes, str]:
     """(file bytes, extension) of an image as it is stored: PNG, so that the very same pixels come out again."""
+    return _png(image.convert("RGB")), "png"
+
+
+def encode_grey(image: Image.Image) -> bytes:
+    """The file bytes of a grey image as it is stored: PNG."""
+    return _png(image.convert("L"))
+
+
+def _png(image: Image.Image) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(np.asarray(image.convert("RGB"))).save(out, "PNG", compress_level=PNG_LEVEL)
-    return out.getvalue(), "png"
+    # A new image, so that no metadata comes along.
+    Image.fromarray(np.asarray(image)).save(out, "PNG", compress_level=PNG_LEVEL)
+    return out.getvalue()
 
 
 def _header(content: bytes) -> Image.Image:
@@ -209,6 +237,15 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """The image's opacity as a grey image; None where all of it is opaque."""
+    if not image.has_transparency_data:
+        return None
+    image = _grey_from_16_bit(image) if image.mode.startswith("I") else image
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema()[0] == 255 else alpha
+
+
 def _to_rgb(image: Image.Image, srgb: bool = True) -> Image.Image:
     """The image as 8-bit RGB, over white where it is transparent. srgb: apply its colour profile."""
     if image.mode.startswith("I"):
@@ -235,7 +272,9 @@ def _grey_from_16_bit(image: Image.Image) -> Image.Image:
 def _resize_short_side(image: Image.Image, resolution: int) -> Image.Image:
     short = min(image.size)
     size = tuple(max(resolution, round(side * resolution / short)) for side in image.size)
-    return image.resize(size, Image.Resampling.LANCZOS)
+    # Lanczos rings at edges, and a mask that rings has weight where the subject is not.
+    how = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
+    return image.resize(size, how)
 
 
 def _offset(spare: int, share: float) -> int:

@@ -1,7 +1,8 @@
 """The index of a shard folder: what lies where, with a digest for all of it; and the order in which it is drawn.
 
 `index.jsonl` is sealed lines (`sealed.py`): a header, then a line for each sample in storage order. A line is a list
-under the header's `columns`, which keeps a million samples near 200 MB.
+under the header's `columns`, which keeps a million samples near 200 MB. Only a folder that holds masks has the column
+`masked`.
 """
 
 import re
@@ -21,6 +22,8 @@ INDEX_NAME = "index.jsonl"
 FORMAT = "dbtrain-shards"
 VERSION = 1
 COLUMNS = ["shard", "key", "offset", "length", "sha256", "caption"]
+MASKED = [*COLUMNS, "masked"]
+"""The columns of a folder with masks."""
 SHARD_NAME = re.compile(r"train-[0-9]{6}\.tar")
 KEY = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,63})-([01])-(0|[1-9][0-9]{0,8})")
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -30,7 +33,10 @@ TAR_END = 1024
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one sample lies: bytes [offset, offset + length) of a shard, whose SHA-256 is `sha256` (hex)."""
+    """Where one sample lies: bytes [offset, offset + length) of a shard, whose SHA-256 is `sha256` (hex).
+
+    masked: whether a mask lies beside the image.
+    """
 
     shard: str
     key: str
@@ -38,6 +44,7 @@ class Entry:
     length: int
     sha256: str
     caption: str
+    masked: bool = False
 
     @property
     def subject(self) -> str:
@@ -99,11 +106,18 @@ class Index:
             "version": VERSION,
             "samples": len(self.entries),
             "source": self.source,
-            "columns": COLUMNS,
+            "columns": MASKED if self.masked else COLUMNS,
             "shards": shards,
         }
         entries = ([numbers[r.shard], r.key, r.offset, r.length, r.sha256, r.caption] for r in self.entries)
+        if self.masked:
+            entries = ([*line, entry.masked] for line, entry in zip(entries, self.entries))
         return seal([header, *entries])
+
+    @cached_property
+    def masked(self) -> bool:
+        """Whether any sample has a mask."""
+        return any(entry.masked for entry in self.entries)
 
     def entries_of(self, subject: str, role: Role = Role.INSTANCE) -> tuple[Entry, ...]:
         """A subject's samples of a role in storage order; empty if it has none."""
@@ -154,7 +168,7 @@ def split_key(key: str) -> tuple[str, Role, int]:
 def _parse(content: bytes) -> Index:
     """The index in a file's bytes; ValueError, TypeError or LookupError says what is wrong."""
     header, *lines = unseal(content)
-    if header["format"] != FORMAT or header["version"] != VERSION or header["columns"] != COLUMNS:
+    if header["format"] != FORMAT or header["version"] != VERSION or header["columns"] not in (COLUMNS, MASKED):
         raise ValueError(f"format {header['format']} {header['version']}, want {FORMAT} {VERSION}")
     shards = tuple(Shard(*shard) for shard in header["shards"])
     entries = tuple(Entry(shards[line[0]].name, *line[1:]) for line in lines)
@@ -170,6 +184,8 @@ def _check(entries: tuple[Entry, ...], shards: tuple[Shard, ...]) -> None:
     numbers += [number for shard in shards for number in (shard.size, shard.count)]
     if not all(type(number) is int for number in numbers):
         raise ValueError("a size or an offset is no whole number")
+    if not all(type(entry.masked) is bool for entry in entries):
+        raise ValueError("a column `masked` is neither true nor false")
     if len({entry.key for entry in entries}) < len(entries):
         raise ValueError("a key stands twice")
     if len({shard.name for shard in shards}) < len(shards):

@@ -131,7 +131,8 @@ def _fill(
     whole, size, count = hashlib.sha256(), 0, 0
     while item is not None and (count == 0 or size + len(item[1]) + TAR_END <= max_bytes):
         sample, content = item
-        entries.append(Entry(name, sample.key, size, len(content), hashlib.sha256(content).hexdigest(), sample.caption))
+        proof, masked = hashlib.sha256(content).hexdigest(), sample.mask is not None
+        entries.append(Entry(name, sample.key, size, len(content), proof, sample.caption, masked))
         file.write(content)
         whole.update(content)
         size, count, item = size + len(content), count + 1, next(following, None)

@@ -152,12 +152,12 @@ def _sample(entry: Entry | None, group: dict | None) -> Sample:
         raise DataError(f"shard {entry.shard}: {others}")
     try:
         (extension,) = [name for name in tar.IMAGE_EXTENSIONS if name in group]
-        sample = tar.from_tar(group["__key__"], group[extension], extension, group[tar.META])
+        sample = tar.from_tar(group["__key__"], group[extension], extension, group[tar.META], group.get(tar.MASK))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"shard {entry.shard}, sample {entry.key}: provenance is damaged ({error!r})"
         raise DataError(f"{what}; {REMEDY}") from error
-    got = (group["__url__"], sample.key, sample.subject, sample.role, sample.caption)
-    if got != (entry.shard, entry.key, entry.subject, entry.role, entry.caption):
+    got = (group["__url__"], sample.key, sample.subject, sample.role, sample.caption, sample.mask is not None)
+    if got != (entry.shard, entry.key, entry.subject, entry.role, entry.caption, entry.masked):
         raise DataError(f"shard {entry.shard}, sample {entry.key}: differs from the index; {REMEDY}")
     return sample
 

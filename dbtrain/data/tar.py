@@ -1,7 +1,8 @@
-"""The bytes of one sample in a shard: two tar members, written and checked without any freedom.
+"""The bytes of one sample in a shard: two or three tar members, written and checked without any freedom.
 
-`<key>.<ext>` is the encoded image, `<key>.json` its provenance. Times, owners and modes are fixed, so that equal
-samples have equal bytes. What is read must be exactly such a pair: no links, devices, folders, other names or members.
+`<key>.<ext>` is the encoded image, `<key>.json` its provenance, `<key>.mask.png` its mask if it has one. Times, owners
+and modes are fixed, so that equal samples have equal bytes. What is read must be exactly these: no links, devices,
+folders, other names or members.
 """
 
 import json
@@ -12,13 +13,17 @@ from dbtrain.values import Role, Sample
 BLOCK = 512
 IMAGE_EXTENSIONS = ("png", "jpg", "webp")
 META = "json"
+MASK = "mask.png"
 
 
 def to_tar(sample: Sample) -> bytes:
     """The tar members of a sample, a multiple of 512 bytes."""
     meta = {"caption": sample.caption, "subject": sample.subject, "role": int(sample.role), "size": len(sample.image)}
+    if sample.mask is not None:
+        meta["mask_size"] = len(sample.mask)
     text = json.dumps(sample.meta | meta, sort_keys=True, separators=(",", ":")).encode()
-    return _member(f"{sample.key}.{sample.extension}", sample.image) + _member(f"{sample.key}.{META}", text)
+    pair = _member(f"{sample.key}.{sample.extension}", sample.image) + _member(f"{sample.key}.{META}", text)
+    return pair if sample.mask is None else pair + _member(f"{sample.key}.{MASK}", sample.mask)
 
 
 def problem(content: bytes, key: str) -> str | None:
@@ -34,6 +39,7 @@ def problem(content: bytes, key: str) -> str | None:
         names.append(member.name)
         offset += BLOCK + _padded(member.size)
     wanted = [[f"{key}.{extension}", f"{key}.{META}"] for extension in IMAGE_EXTENSIONS]
+    wanted += [[*pair, f"{key}.{MASK}"] for pair in wanted]
     if names not in wanted or offset != len(content):
         return f"holds {names}, want {wanted[0]}"
     return None
@@ -45,7 +51,8 @@ def members(content: bytes) -> dict[str, bytes]:
     while offset < len(content):
         member = _header(content, offset)
         start = offset + BLOCK
-        found[member.name.rpartition(".")[2]] = content[start : start + member.size]
+        # A key holds no dot.
+        found[member.name.partition(".")[2]] = content[start : start + member.size]
         offset = start + _padded(member.size)
     return found
 
@@ -54,7 +61,7 @@ def _header(content: bytes, offset: int) -> tarfile.TarInfo:
     return tarfile.TarInfo.frombuf(content[offset : offset + BLOCK], "utf-8", "strict")
 
 
-def from_tar(key: str, image: bytes, extension: str, meta: bytes) -> Sample:
+def from_tar(key: str, image: bytes, extension: str, meta: bytes, mask: bytes | None = None) -> Sample:
     """The sample in its members' contents; ValueError, TypeError or KeyError if they are no sample."""
     values = json.loads(meta)
     caption, subject = values.pop("caption"), values.pop("subject")
@@ -64,7 +71,9 @@ def from_tar(key: str, image: bytes, extension: str, meta: bytes) -> Sample:
         raise TypeError("width and height must be whole numbers above 0")
     if values.pop("size") != len(image):
         raise ValueError("the image's size differs from the one written down")
-    return Sample(key, subject, Role(values.pop("role")), caption, image, extension, values)
+    if values.pop("mask_size", None) != (None if mask is None else len(mask)):
+        raise ValueError("the mask's size differs from the one written down")
+    return Sample(key, subject, Role(values.pop("role")), caption, image, extension, values, mask)
 
 
 def _member(name: str, content: bytes) -> bytes:

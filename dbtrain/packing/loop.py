@@ -72,7 +72,8 @@ class PackedRun:
             self.size = packed.size
         with ExitStack() as ends:
             ends.callback(self.base.restore)
-            self.pack = make_pack(self.base, self.configs, self.size, room)
+            masked = self.work.index.masked and self.base.settings.data.weighs
+            self.pack = make_pack(self.base, self.configs, self.size, room, masked)
             self.seating = Seating(self.pack)
             ends.callback(self.seating.close)
             self.writer = Writer(2 * self.size, self.finished)

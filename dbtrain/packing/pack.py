@@ -59,7 +59,11 @@ class Observed:
 
 class Pack:
     """N rows for subjects. Ranks may differ up to `rank`, step counts up to `steps`, distinct captions up to `room`.
-    example: captions of any subject, used for shapes only."""
+    example: captions of any subject, used for shapes only.
+
+    masked: whether any subject of the run has masks. Then every batch has factors, since a recorded step cannot change
+    what it reads; those of subjects without masks are 1, which changes no bit.
+    """
 
     def __init__(
         self,
@@ -71,8 +75,9 @@ class Pack:
         steps: int,
         example: Conditioning | Tokens,
         room: int = CAPTIONS,
+        masked: bool = False,
     ):
-        self.family, self.models, self.config, self.size = family, models, config, size
+        self.family, self.models, self.config, self.size, self.masked = family, models, config, size, masked
         self.room = room
         self.roles = 2 if config.prior.weight > 0 else 1
         stack = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": rank})})
@@ -119,7 +124,8 @@ class Pack:
         role_B = torch.arange(self.roles).repeat_interleave(count).repeat(self.size)
         slot_B = torch.arange(self.roles * count).repeat(self.size)
         images, sizes = torch.randn(len(slot_B), *shape), torch.full((len(slot_B), 6), side)
-        batch = Batch(images, self.room * self.subject_B.cpu(), role_B, slot_B, sizes, self.subject_B)
+        masks = self._no_mask(images) if self.masked else None
+        batch = Batch(images, self.room * self.subject_B.cpu(), role_B, slot_B, sizes, self.subject_B, masks)
         return batch.to(self.device)
 
     def batch(self, banks: Sequence[tuple[int, Bank, int]]) -> Batch:
@@ -129,8 +135,17 @@ class Pack:
         for row, bank, step in banks:
             self.parts[row] = bank.draw(step, slots)
         known = [part for part in self.parts if part is not None]
-        joined = join_batches([part or known[0] for part in self.parts]).sent(self.device)
+        joined = join_batches([part or known[0] for part in self.parts])
+        if self.masked and joined.mask_B1HW is None:
+            joined = replace(joined, mask_B1HW=self._no_mask(joined.images_BCHW))
+        joined = joined.sent(self.device)
         return replace(joined, caption_B=joined.caption_B + self.room * self.subject_B, subject_B=self.subject_B)
+
+    def _no_mask(self, images_BCHW: Tensor) -> Tensor:
+        """Factors of 1 for these samples, moments or pixels."""
+        codec = self.family.codec
+        cell = 1 if codec.is_encoded(images_BCHW) else codec.cell
+        return torch.ones(len(images_BCHW), 1, *(side // cell for side in images_BCHW.shape[2:]))
 
     @property
     def warm_steps(self) -> int:
@@ -178,14 +193,14 @@ class Pack:
         self.sums_NV[list(rows)] = 0
 
 
-def make_pack(base: Base, configs: Sequence[RunConfig], size: int, room: int = CAPTIONS) -> Pack:
-    """An empty pack that the subjects with these settings fit in. room: most captions of a subject.
+def make_pack(base: Base, configs: Sequence[RunConfig], size: int, room: int = CAPTIONS, masked: bool = False) -> Pack:
+    """An empty pack that the subjects with these settings fit in. room: most captions of a subject. masked: see `Pack`.
 
     Its rank is the largest of all these subjects, so results do not depend on which train together.
     """
     rank, steps = (max(values) for values in zip(*((c.lora.rank, c.train.steps) for c in configs)))
     captions = captions_of(base.family, base.models, base.settings, [""], base.world.device)
-    return Pack(base.family, base.models, base.settings, size, rank, steps, captions, room)
+    return Pack(base.family, base.models, base.settings, size, rank, steps, captions, room, masked)
 
 
 def captions_room(index: Index, subjects: Iterable[str], data: DataConfig) -> int:

@@ -38,6 +38,7 @@ def import_images(
     say: gets a line for each note.
     """
     subject = subject_from_folder(folder, class_noun, say)
+    config = config.replaced("data.mask", False)  # all of a class image is trained
     findings = preflight([subject], config)
     for note in notes(findings):
         say(f"note: {note.line()}")

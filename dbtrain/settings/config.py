@@ -67,6 +67,12 @@ class DataConfig(Section):
     """Side of the square training image, in pixels."""
     crop: Literal["center", "random"] = "center"
     """Square crop after the short side is resized. `random` draws a position at every step; latents are not cached."""
+    mask: Annotated[bool | Literal["auto"], Mark.NO_RESULT] = "auto"
+    """Weigh the loss of photos by masks of the subject: the column `mask`, a `*-mask.png` beside the photo, or the
+    photo's own transparency. `auto` does where a photo has one, true wants one for each photo, false uses none."""
+    mask_floor: Annotated[Share, Mark.LATER] = 0.1
+    """Weight of what a mask leaves out; the subject's own is 1. 0 leaves the background free to become anything, and 1
+    is training without masks."""
     flip: bool = False
     """Mirror a sample left-right with probability 1/2. Leave off for subjects with text or a handed shape."""
     caption: Template = "a photo of {identifier} {class}"
@@ -90,6 +96,11 @@ class DataConfig(Section):
     makes shards from the manifest's photos, in the output folder."""
     schemes: Annotated[tuple[Scheme, ...], Mark.NO_RESULT] = ()
     """Schemes that an address in `data.shards` may have; any other is an error."""
+
+    @property
+    def weighs(self) -> bool:
+        """Whether masks change the loss where photos have them."""
+        return self.mask is not False and self.mask_floor < 1
 
 
 class IdentifierConfig(Section):

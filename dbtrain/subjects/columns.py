@@ -14,6 +14,7 @@ from dbtrain.errors import shown
 from dbtrain.settings.config import RunConfig
 from dbtrain.subjects.captions import CONTROL, LONE, check_caption, check_captions
 from dbtrain.subjects.finding import CellError
+from dbtrain.subjects.masks import masks_of
 from dbtrain.subjects.photos import IMAGES, photos_of
 from dbtrain.values import SUBJECT_ID
 
@@ -131,6 +132,7 @@ COLUMNS = {
         Column("subject", _id, "id", required=ID),
         Column("class", check_class, "class_noun", required=CLASS),
         Column("images", photos_of, "images", required=IMAGES),
+        Column("mask", masks_of, "masks"),
         Column("caption", _caption, "caption"),
         Column("captions", lambda cell, _: check_captions(cell), "captions"),
         Column("identifier", _identifier, "identifier"),

@@ -18,8 +18,11 @@ from dbtrain.data.stream import read_samples
 from dbtrain.errors import DataError, named, shown
 from dbtrain.values import Sample, Subject
 
-Line = tuple[str, str, str]
-"""What decides a stored photo, but for the resolution: SHA-256 of its file, caption, class noun."""
+Line = tuple[str, str, str, str]
+"""What decides a stored photo, but for the resolution: SHA-256 of its file, caption, class noun, SHA-256 of its mask's
+file (empty without a mask)."""
+MASK = "mask_sha256"
+"""Key of a stored photo's `meta`: the SHA-256 of its mask's file; absent without a mask."""
 REMEDY = "put its row and photos back, give it another id, or choose another --out"
 
 
@@ -61,7 +64,8 @@ def growth(
 
 def stored_line(sample: Sample) -> Line:
     """What decided a stored sample."""
-    return str(sample.meta.get("source_sha256")), sample.caption, str(sample.meta.get("class"))
+    meta = sample.meta
+    return str(meta.get("source_sha256")), sample.caption, str(meta.get("class")), str(meta.get(MASK, ""))
 
 
 def _refuse_resolution(sample: Sample, resolution: int, out: Path) -> None:
@@ -75,11 +79,13 @@ def _refuse_resolution(sample: Sample, resolution: int, out: Path) -> None:
 
 
 def _what_changed(lost: Counter[Line], wanted: Sequence[Line]) -> str:
-    """What a subject lost: a photo, or the caption or class of one that is still there."""
-    (digest, caption, noun), *_ = lost
+    """What a subject lost: a photo, or the caption, class or mask of one that is still there."""
+    (digest, caption, noun, mask), *_ = lost
     now = next((line for line in wanted if line[0] == digest), None)
     if now is None:
         return f"{sum(lost.values())} of its stored photos are gone or changed (sha256 {digest[:12]})"
+    if (caption, noun) == now[1:3] and mask != now[3]:
+        return f"the mask of a stored photo is another (sha256 {digest[:12]})"
     name, was, is_now = ("caption", caption, now[1]) if caption != now[1] else ("class", noun, now[2])
     return f"{name} was {shown(was)}, is {shown(is_now)}" if was != is_now else "a photo stands in it less often"
 

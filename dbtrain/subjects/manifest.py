@@ -1,9 +1,9 @@
 """The manifest: which subjects there are, what class each is of, and where its photos lie.
 
 Columns: `subject`, `class`, `images` (a folder, a glob, or a list; relative to the manifest's folder), and optionally
-`caption`, `captions`, `identifier`, `seed`, `steps`, `lr`, `rank`, `prior_weight`. An empty cell means that the run's
-configuration holds. In CSV a list is separated by semicolons. Capitals in names of columns do not matter, and columns
-of other names are one's own. One reading finds all defects; nothing is ever written.
+`mask` (the same), `caption`, `captions`, `identifier`, `seed`, `steps`, `lr`, `rank`, `prior_weight`. An empty cell
+means that the run's configuration holds. In CSV a list is separated by semicolons. Capitals in names of columns do not
+matter, and columns of other names are one's own. One reading finds all defects; nothing is ever written.
 """
 
 import difflib
@@ -141,7 +141,7 @@ def _check_row(row: ManifestRow, folder: Path, photos: bool) -> tuple[dict[str, 
     for name, column in COLUMNS.items():
         cell = row.cells.get(name)
         with _told(name, wrong):
-            if name == "images" and not photos:
+            if name in ("images", "mask") and not photos:
                 values[name] = ()
             elif name == "images" and cell is not None and cell != []:
                 found = find_photos(cell, folder)

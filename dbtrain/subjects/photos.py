@@ -53,12 +53,15 @@ def natural_key(text: str) -> tuple:
     return tuple((int(part), "") if part.isdigit() and part.isascii() else (-1, part) for part in parts), text
 
 
-def photos_of(cell: Any, folder: Path) -> tuple[Path, ...]:
-    """The photos of a cell, a text or a list of texts, in natural order. Relative paths start in `folder`."""
-    return tuple(find_photos(cell, folder).photos)
+def photos_of(cell: Any, folder: Path, masks: bool = False) -> tuple[Path, ...]:
+    """The photos of a cell, a text or a list of texts, in natural order. Relative paths start in `folder`.
+
+    masks: whether masks beside photos count too.
+    """
+    return tuple(find_photos(cell, folder, masks).photos)
 
 
-def find_photos(cell: Any, folder: Path) -> Found:
+def find_photos(cell: Any, folder: Path, masks: bool = False) -> Found:
     """The photos of a cell, as `photos_of`, with their captions and what lies beside them unused."""
     cells = cell if isinstance(cell, list) else [cell]
     if not all(isinstance(part, str) and part and "\0" not in part for part in cells):
@@ -69,6 +72,8 @@ def find_photos(cell: Any, folder: Path) -> Found:
             _add(found, part, folder)
     except OSError as error:
         raise CellError(f"got {shown(cell)} ({error.strerror})", *IMAGES) from error
+    if not masks:
+        found.photos = [photo for photo in found.photos if not is_mask(photo)]
     if not found.photos:
         raise CellError(f"got {shown(cell)}, which names no photo", *IMAGES)
     twice = [photo for photo, count in _counts(found.photos) if count > 1]
@@ -78,6 +83,15 @@ def find_photos(cell: Any, folder: Path) -> Found:
     names = {parent: os.listdir(parent) for parent in {photo.parent for photo in found.photos}}
     found.captions = captions_beside(found.photos, names)
     return found
+
+
+def is_mask(path: Path) -> bool:
+    """Whether a file is the mask `X-mask.png` of a photo X beside it. Without such a photo it is a photo itself."""
+    photo = path.name.casefold().removesuffix("-mask.png")
+    if len(photo) == len(path.name):
+        return False
+    name = path.name[: len(photo)]
+    return any(path.with_name(name + end).is_file() for end in (*SUFFIXES, *map(str.upper, SUFFIXES)))
 
 
 def _counts(photos: list[Path]) -> Iterable[tuple[Path, int]]:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.data.color import UNREAD
-from dbtrain.data.images import open_photo
+from dbtrain.data.images import read_photo
 from dbtrain.data.prefetch import ahead
 from dbtrain.errors import DataError, named
 from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.subjects.columns import COLUMNS
 from dbtrain.subjects.finding import Finding, defects
 from dbtrain.subjects.identifiers import remarks, same_tokens
+from dbtrain.subjects.masks import astray, mask_file, open_with_mask
 from dbtrain.subjects.prompts import fill
 from dbtrain.subjects.registry import read_registry, taken_identifiers, vocabulary_digest
 from dbtrain.values import Subject
@@ -115,31 +116,36 @@ def _identifiers(
 
 
 def _photos(subjects: Sequence[Subject], data: DataConfig) -> Iterator[Finding]:
-    """Photos that cannot be used, and for each subject what is to say about the others."""
+    """Photos and masks that cannot be used, and for each subject what is to say about the others."""
+    if data.mask is not False:
+        yield from (finding for subject in subjects for finding in astray(subject))
     pairs = ((subject, path) for subject in subjects for path in subject.images)
-    looks = ahead(lambda pair: _look(pair[1], data), pairs)
+    looks = ahead(lambda pair: _look(*pair, data), pairs)
     for subject in subjects:
         seen = [(path, next(looks)) for path in subject.images]
         for path, look in seen:
             if look.problem is not None:
-                what, _, remedy = look.problem.removeprefix(f"{path}: ").rpartition("; ")
-                yield Finding(subject.id, named(path), named(what), remedy)
+                # The photo is at fault, or else its mask.
+                mask = mask_file(subject, path)
+                place = mask if mask is not None and look.problem.startswith(f"{mask}: ") else path
+                what, _, remedy = look.problem.removeprefix(f"{place}: ").rpartition("; ")
+                yield Finding(subject.id, named(place), named(what), remedy)
         yield from _remarks(subject.id, seen, data.resolution)
 
 
 @dataclass(frozen=True)
 class Look:
-    """What preflight sees in a photo. problem: why it cannot be used, or None. short_side: in pixels, 0 with a problem.
-    unread: whether its colour profile could not be used."""
+    """What preflight sees in a photo. problem: why it or its mask cannot be used, or None. short_side: in pixels, 0
+    with a problem. unread: whether its colour profile could not be used."""
 
     problem: str | None = None
     short_side: int = 0
     unread: bool = False
 
 
-def _look(path: Path, data: DataConfig) -> Look:
+def _look(subject: Subject, path: Path, data: DataConfig) -> Look:
     try:
-        image = open_photo(path, data.max_pixels, srgb=data.srgb)
+        image, _ = open_with_mask(subject, path, read_photo(path), data)
     except DataError as error:
         return Look(problem=str(error))
     return Look(short_side=min(image.size), unread=UNREAD in image.info)

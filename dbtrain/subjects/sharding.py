@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbtrain.data.images import encode, open_photo, read_photo, shorten
+from dbtrain.data.images import encode, encode_grey, read_photo, shorten
 from dbtrain.data.index import FORMAT, INDEX_NAME, VERSION, Index, make_key
 from dbtrain.data.prefetch import ahead
 from dbtrain.data.shards import MARK, grow_shards, tidy, write_shards
@@ -15,13 +16,31 @@ from dbtrain.errors import DataError
 from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.storage.atomic import write_file
 from dbtrain.subjects.finding import Finding, defects, notes, refuse
-from dbtrain.subjects.growing import growth, summary
+from dbtrain.subjects.growing import MASK, growth, summary
+from dbtrain.subjects.masks import mask_source, open_with_mask
 from dbtrain.subjects.preflight import sift
 from dbtrain.values import OWN, Role, Sample, Subject
 
-SourceLine = tuple[Any, ...]
-"""Of a photo: its subject's id, class and caption (or None), the name of its file, the SHA-256 (hex) of its content,
-and its own caption where it has one."""
+
+@dataclass(frozen=True)
+class SourceLine:
+    """What decides a stored photo. photo, mask: SHA-256 (hex) of their files' content. own: its own caption.
+
+    `mask` and `own` are empty where the photo has none.
+    """
+
+    subject: str
+    noun: str
+    caption: str | None
+    file: str
+    photo: str
+    own: str = ""
+    mask: str = ""
+
+    def words(self) -> list[Any]:
+        """What is digested. A mask is named, since a caption could be a digest's text."""
+        words = [self.subject, self.noun, self.caption, self.file, self.photo]
+        return words + ([self.own] if self.own else []) + ([{"mask": self.mask}] if self.mask else [])
 
 
 def shard_subjects(
@@ -55,7 +74,7 @@ def shard_subjects(
     if ready:
         return _ready_made(config.data, subjects, findings, out, skip_bad, say)
     left_out = _left_out(findings, skip_bad and bool(subjects), say)
-    lines = source_lines(subjects)
+    lines = source_lines(subjects, config.data)
     source = source_digest(lines, config.data)
     if made is not None:
         tidy(out, made)
@@ -90,6 +109,11 @@ def _ready_made(
     absent = [subject for subject in subjects if not index.entries_of(subject.id)]
     findings = findings + [Finding(subject.id, place, "holds no photo of it", remedy) for subject in absent]
     sound = {subject.id for subject in subjects} - {subject.id for subject in absent}
+    if data.mask is True and data.weighs:
+        bare = sorted({entry.subject for entry in index.entries if entry.subject in sound and not entry.masked})
+        remedy = "make the shards with masks, or set data.mask=auto"
+        findings += [Finding(subject, place, "holds photos without a mask", remedy) for subject in bare]
+        sound -= set(bare)
     left_out = _left_out(findings, skip_bad and bool(sound), say)
     if left_out:
         out.mkdir(parents=True, exist_ok=True)
@@ -114,35 +138,44 @@ def _left_out(findings: list[Finding], skip: bool, say: Callable[[str], None]) -
 
 
 def photo_samples(subjects: Sequence[Subject], data: DataConfig) -> Iterator[Sample]:
-    """The subjects' photos as samples to store, in their order, as a run's settings want them.
+    """The subjects' photos as samples to store, in their order, as a run's settings want them: with masks unless
+    `data.mask` is false.
 
     `meta` has the photo's file name, SHA-256 and upright size in pixels (`width`, `height`), and the class noun. An
     empty caption means that the run's template holds. `meta[OWN]` is True where the caption is the photo's own.
+    `meta[MASK]` is the SHA-256 of the mask's file, where there is one.
     """
     photos = ((subject, number) for subject in subjects for number in range(len(subject.images)))
     return ahead(lambda photo: _photo_sample(*photo, data), photos)
 
 
 def source_digest(lines: Sequence[SourceLine], data: DataConfig) -> str:
-    """SHA-256 (hex) of everything that decides what shards hold: photos, ids, classes, captions, resolution, format."""
+    """SHA-256 (hex) of everything that decides what shards hold: photos, masks, ids, classes, captions, resolution,
+    format."""
     about = [FORMAT, VERSION, data.resolution, *([] if data.srgb else ["srgb=false"])]
     digest = hashlib.sha256(json.dumps(about).encode())
     for line in lines:
-        digest.update(json.dumps(line).encode())
+        digest.update(json.dumps(line.words()).encode())
     return digest.hexdigest()
 
 
-def source_lines(subjects: Sequence[Subject]) -> list[SourceLine]:
+def source_lines(subjects: Sequence[Subject], data: DataConfig) -> list[SourceLine]:
     """What decides the stored photos of subjects: a line for each, in order."""
     pairs = ((subject, number) for subject in subjects for number in range(len(subject.images)))
-    return list(ahead(_source_line, pairs))
+    return list(ahead(lambda pair: _source_line(*pair, data), pairs))
 
 
-def _source_line(pair: tuple[Subject, int]) -> SourceLine:
-    subject, number = pair
+def _source_line(subject: Subject, number: int, data: DataConfig) -> SourceLine:
     path, own = subject.images[number], _own_caption(subject, number)
-    photo = hashlib.sha256(read_photo(path)).hexdigest()
-    return subject.id, subject.class_noun, subject.caption, path.name, photo, *([own] if own else [])
+    content = read_photo(path)
+    photo, mask = hashlib.sha256(content).hexdigest(), _mask_digest(subject, path, content, data)
+    return SourceLine(subject.id, subject.class_noun, subject.caption, path.name, photo, own, mask)
+
+
+def _mask_digest(subject: Subject, path: Path, content: bytes, data: DataConfig) -> str:
+    """SHA-256 (hex) of what a photo's mask comes from; empty where it has none."""
+    source = mask_source(subject, path, content, data)
+    return "" if source is None else hashlib.sha256(source).hexdigest()
 
 
 def _grow(
@@ -156,9 +189,7 @@ def _grow(
 ) -> Index:
     """The index of a sound folder after it took in what has joined. Raises DataError for other changes, and for photos
     that cannot be read, before anything is written."""
-    wanted = [
-        (name, (photo, (own[0] if own else caption) or "", noun)) for name, noun, caption, _, photo, *own in lines
-    ]
+    wanted = [(line.subject, (line.photo, line.own or line.caption or "", line.noun, line.mask)) for line in lines]
     found = growth(subjects, wanted, made, out, config.data.resolution)
     joining = [*found.new, *found.grown]
     refuse(defects(sift(joining, [], config)[1]))
@@ -176,11 +207,10 @@ def _own_caption(subject: Subject, number: int) -> str:
 def _photo_sample(subject: Subject, number: int, data: DataConfig) -> Sample:
     path, own = subject.images[number], _own_caption(subject, number)
     content = read_photo(path)
-    try:
-        image = open_photo(content, data.max_pixels, srgb=data.srgb)
-    except DataError as error:
-        raise DataError(f"{path}: {str(error).removeprefix('photo: ')}") from error
+    image, mask = open_with_mask(subject, path, content, data)
+    mask_digest = _mask_digest(subject, path, content, data)
     stored, extension = encode(shorten(image, data.resolution))
+    stored_mask = None if mask is None else encode_grey(shorten(mask, data.resolution))
     meta = {
         "source": path.name,
         "source_sha256": hashlib.sha256(content).hexdigest(),
@@ -188,9 +218,10 @@ def _photo_sample(subject: Subject, number: int, data: DataConfig) -> Sample:
         "width": image.width,
         "height": image.height,
         **({OWN: True} if own else {}),
+        **({MASK: mask_digest} if mask_digest else {}),
     }
     key = make_key(subject.id, Role.INSTANCE, number)
-    return Sample(key, subject.id, Role.INSTANCE, own or subject.caption or "", stored, extension, meta)
+    return Sample(key, subject.id, Role.INSTANCE, own or subject.caption or "", stored, extension, meta, stored_mask)
 
 
 def _name_left_out(out: Path, left_out: dict[str, list[str]]) -> None:

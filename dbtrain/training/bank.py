@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dbtrain.data.images import flip, open_photo, square, to_pixels
 from dbtrain.data.index import order
+from dbtrain.data.masks import factors, open_mask
 from dbtrain.engines.world import together
 from dbtrain.errors import ConfigError, DataError, StopRequested
 from dbtrain.models.family import Codec, Family, Models, Tokens
@@ -38,14 +39,21 @@ class Item:
     caption: str
 
 
+Crop = tuple[float, float]
+"""Where a crop lies within the spare room: see `square`."""
+
+
 class Bank:
     """A subject's samples by role, drawn by (step, slot).
 
     moments: float32 [n, variants, 2C, h, w] by role on the device; empty where pixels are made each step; variant 1 is
-    the mirror image. texts: every distinct caption once, and the empty one where captions are dropped.
+    the mirror image. texts: every distinct caption once, and the empty one where captions are dropped. cell: pixels of
+    a side for one latent cell, for masks.
     """
 
-    def __init__(self, items: dict[Role, list[Item]], data: DataConfig, seed: int, subject: str, batch: int):
+    def __init__(
+        self, items: dict[Role, list[Item]], data: DataConfig, seed: int, subject: str, batch: int, cell: int = 8
+    ):
         self.items, self.data, self.seed, self.subject, self.batch_size = items, data, seed, subject, batch
         self.key = stream_key(seed, subject)
         self.texts = list(dict.fromkeys(item.caption for role in items for item in items[role]))
@@ -59,6 +67,8 @@ class Bank:
         self.caption_rows = {
             role: torch.tensor([self.texts.index(item.caption) for item in group]) for role, group in items.items()
         }
+        self.cell = cell
+        self.masks = self._center_masks() if data.crop == "center" else None
         self.readers = ThreadPoolExecutor(2)
 
     def cache(self, role: Role, codec: Codec, vae: nn.Module, device: str) -> Tensor:
@@ -92,23 +102,52 @@ class Bank:
             if self.data.flip
             else torch.zeros(len(slot_B), dtype=torch.bool)
         )
-        images, sizes = self._images(role, step, slot_B, pick_B, flip_B)
+        crops = [(0.5, 0.5)] * len(slot_B)
+        if self.data.crop == "random":
+            top_B, left_B = (uniforms(self.key, Purpose.CROP, step, 2 * slot_B + axis) for axis in (0, 1))
+            crops = list(zip(top_B.tolist(), left_B.tolist()))
+        images, sizes = self._images(role, crops, pick_B, flip_B)
+        masks = self._masks(role, crops, pick_B, flip_B)
         caption_B = self.caption_rows[role][pick_B]
         if self.data.caption_dropout and role == Role.INSTANCE:
             dropped_B = uniforms(self.key, Purpose.CAPTION, step, slot_B) < self.data.caption_dropout
             caption_B = torch.where(dropped_B, self.texts.index(""), caption_B)
-        return Batch(images, caption_B, torch.full_like(slot_B, int(role)), slot_B, sizes)
+        return Batch(images, caption_B, torch.full_like(slot_B, int(role)), slot_B, sizes, mask_B1HW=masks)
 
-    def _images(self, role: Role, step: int, slot_B: Tensor, pick_B: Tensor, flip_B: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def masked(self) -> bool:
+        """Whether any photo has a mask."""
+        return any(item.sample.mask is not None for item in self.items.get(Role.INSTANCE, ()))
+
+    def _center_masks(self) -> Tensor | None:
+        """Factors [n, 2, 1, h, w] of all photos and their mirror images under the center crop; None without masks."""
+        if not self.masked:
+            return None
+        ways = [[self._mask(item, (0.5, 0.5), way) for way in (False, True)] for item in self.items[Role.INSTANCE]]
+        return torch.stack([torch.stack(way) for way in ways])
+
+    def _masks(self, role: Role, crops: Sequence[Crop], pick_B: Tensor, flip_B: Tensor) -> Tensor | None:
+        """Factors [B, 1, h, w] of photos; None for priors, and where no photo has a mask."""
+        if role != Role.INSTANCE or not self.masked:
+            return None
+        if self.masks is not None:
+            return self.masks[pick_B, flip_B.long()]
+        work = zip(pick_B.tolist(), crops, flip_B.tolist())
+        return torch.stack([self._mask(self.items[role][pick], crop, mirrored) for pick, crop, mirrored in work])
+
+    def _mask(self, item: Item, crop: Crop, mirrored: bool) -> Tensor:
+        side = self.data.resolution
+        if item.sample.mask is None:
+            return torch.ones(1, side // self.cell, side // self.cell)
+        array = square(open_mask(item.sample.mask), side, crop)
+        return factors(flip(array) if mirrored else array, self.cell, self.data.mask_floor)
+
+    def _images(self, role: Role, crops: Sequence[Crop], pick_B: Tensor, flip_B: Tensor) -> tuple[Tensor, Tensor]:
         if role in self.moments:
             moments = self.moments[role]
             # If the host waited for this copy, it would also wait until the step before has ended.
             pick, flipped = sent(torch.stack([pick_B, flip_B.long()]), moments.device)
             return moments[pick, flipped], self.sizes[role][pick_B]
-        crops = [(0.5, 0.5)] * len(slot_B)
-        if self.data.crop == "random":
-            top_B, left_B = (uniforms(self.key, Purpose.CROP, step, 2 * slot_B + axis) for axis in (0, 1))
-            crops = list(zip(top_B.tolist(), left_B.tolist()))
         work = [
             (self.items[role][pick], crop, mirrored)
             for pick, crop, mirrored in zip(pick_B.tolist(), crops, flip_B.tolist())
@@ -117,15 +156,25 @@ class Bank:
         sizes = torch.tensor([_size_ids(item.sample, self.data.resolution, crop) for item, crop, _ in work])
         return torch.stack(pixels), sizes
 
-    def _pixels(self, item: Item, crop: tuple[float, float], mirrored: bool) -> Tensor:
+    def _pixels(self, item: Item, crop: Crop, mirrored: bool) -> Tensor:
         array = square(open_photo(item.sample.image), self.data.resolution, crop)
         return to_pixels(flip(array) if mirrored else array)
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
-    """One batch of the samples of several, in order, without `subject_B`."""
-    names = [name for name in Batch.__dataclass_fields__ if name != "subject_B"]
-    return Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    """One batch of the samples of several, in order, without `subject_B`. Parts without masks get factors of 1 beside
+    parts with masks."""
+    names = [name for name in Batch.__dataclass_fields__ if name not in ("subject_B", "mask_B1HW")]
+    joined = Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    some = next((part.mask_B1HW for part in parts if part.mask_B1HW is not None), None)
+    if some is None:
+        return joined
+    return replace(joined, mask_B1HW=torch.cat([_factors_of(part, some) for part in parts]))
+
+
+def _factors_of(part: Batch, like: Tensor) -> Tensor:
+    """The factors of a batch's samples; 1 for each, in the shape of `like`, where it has no masks."""
+    return like.new_ones(len(part.slot_B), *like.shape[1:]) if part.mask_B1HW is None else part.mask_B1HW
 
 
 def _size_ids(sample: Sample, resolution: int, crop: tuple[float, float] = (0.5, 0.5)) -> list[float]:
@@ -176,7 +225,7 @@ def fill_bank(
         wanted = (key, config.prior.images)
         priors = base.class_priors.kept.get(wanted) or ClassPriors(class_images(base, work, watch, config, key))
         items[Role.PRIOR] = [Item(sample, key.prompt) for sample in priors.samples]
-    bank = Bank(items, data, config.seed, subject.id, config.train.batch)
+    bank = Bank(items, data, config.seed, subject.id, config.train.batch, base.family.codec.cell)
     if data.cache_latents and data.crop == "center":
         with watch.clock.stage("encode"):
             bank.cache(Role.INSTANCE, base.family.codec, base.models.vae, base.world.device)

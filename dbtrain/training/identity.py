@@ -51,5 +51,8 @@ def training_identity(
 
 
 def data_digest(samples: Sequence[Sample]) -> str:
-    """One sha256 of a subject's stored images, in order."""
-    return hashlib.sha256(b"".join(hashlib.sha256(sample.image).digest() for sample in samples)).hexdigest()
+    """One sha256 of a subject's stored images, in order, and of their masks if there are any."""
+    parts = [hashlib.sha256(sample.image).digest() for sample in samples]
+    if any(sample.mask is not None for sample in samples):
+        parts += [b"masks", *(hashlib.sha256(sample.mask or b"").digest() for sample in samples)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()

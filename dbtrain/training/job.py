@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dbtrain import __version__
+from dbtrain.data.masks import used_samples
 from dbtrain.data.stream import read_samples, refuse_small
 from dbtrain.engines.capture import Capture, Eager, choose_capture, make_runner
 from dbtrain.engines.engine import BatchPlan, Engine, EngineState, keeps_whole, lr_scale, plan_batches
@@ -71,7 +72,7 @@ def open_job(
 def _instances(base: Base, work: Work, subject: Subject, config: RunConfig) -> tuple[list[Sample], Identity]:
     """A subject's stored photos, and all that decides its result."""
     entries, data = work.index.entries_of(subject.id), config.data
-    instances = list(read_samples(work.shards, entries, data.schemes))
+    instances = used_samples(read_samples(work.shards, entries, data.schemes), data, work.shards)
     refuse_small(instances, data.resolution, work.shards)
     return instances, training_identity(config, subject, base, work, instances)
 

@@ -69,7 +69,8 @@ class TrainingStep(nn.Module):
         alpha_B, sigma_B = (table_S[drawn.index_B] for table_S in (self.schedule.alpha_S, self.schedule.sigma_S))
         weight_B = self.weights(batch, drawn.index_B).to(drawn.clean.dtype)
         parameterization = self.schedule.parameterization
-        result = loss(prediction, drawn.clean, drawn.noise, alpha_B, sigma_B, weight_B, parameterization)
+        levels = (alpha_B, sigma_B, weight_B, parameterization)
+        result = loss(prediction, drawn.clean, drawn.noise, *levels, batch.mask_B1HW)
         return StepLoss(result.total, result.per_sample_B, weight_B)
 
     def prediction(self, batch: Batch, noisy: Tensor, time_B: Tensor) -> Tensor:

@@ -28,9 +28,12 @@ def preflight_verb(
     recipe: Recipe,
     overrides: Overrides = None,
     skip_bad: SkipBad = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Page to write, such as sheet.html: each photo as it will be trained.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Look at every row and every photo of a manifest and list what is wrong; nothing is written.
+    """Look at every row and every photo of a manifest and list what is wrong; nothing is written but the --sheet.
 
     With --skip-bad this succeeds if any subject is sound; `train --skip-bad` leaves the listed subjects out.
     """
@@ -45,7 +48,15 @@ def preflight_verb(
         tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
     except DataError as error:  # photos can be looked at where the base is not
         typer.echo(f"captions and identifiers are not checked: {error}", err=True)
-    subjects, findings = sift(*scan_manifest(manifest, config.data.shards is None), config, tokenizer)
+    found = scan_manifest(manifest, config.data.shards is None)
+    subjects, findings = sift(*found, config, tokenizer)
+    if sheet is not None:
+        if config.data.shards is not None:
+            raise ConfigError("--sheet: shows a manifest's own photos, and data.shards is set; take one of the two out")
+        from dbtrain.report.photo_sheet import write_sheet
+
+        write_sheet(sheet, found[0], findings, config)
+        typer.echo(f"look at {sheet}", err=True)
     if as_json:
         print_json([asdict(finding) for finding in findings])
     for finding in notes(findings):
@@ -157,7 +168,9 @@ def demo_verb(
 
 
 VERBS = {
-    "preflight": Verb(preflight_verb, "dbtrain preflight photos.csv --config sd15_lora --json"),
+    "preflight": Verb(preflight_verb, """\
+dbtrain preflight photos.csv --config sd15_lora --json
+dbtrain preflight photos.csv --config sd15_lora --sheet sheet.html"""),
     "train": Verb(train_verb, """\
 dbtrain train photos.csv --subject rex --config sd15_lora --out runs/rex train.steps=600
 deepspeed --num_gpus 2 launchers/train.py photos.csv --subjects all --config sd15_full_zero2 --out runs/all"""),

@@ -3,16 +3,18 @@ import hashlib
 import random
 import shutil
 import tarfile
+from dataclasses import replace
 
 import pytest
 import webdataset
 
 from dbtrain.data import tar
 from dbtrain.data.index import INDEX_NAME, TAR_END, Entry, Index, Shard
+from dbtrain.data.shards import write_shards
 from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DataError
 from tests.faults.damage import DAMAGES
-from tests.kit.made_photos import make_samples
+from tests.kit.made_photos import make_samples, mask_of, png
 
 
 @pytest.fixture
@@ -194,3 +196,29 @@ def test_a_length_that_no_file_has_is_refused_without_its_memory(folder, length)
 @pytest.mark.parametrize("name", list(HOSTILE)[: list(HOSTILE).index("empty provenance")])
 def test_hostile_members_never_reach_webdataset(name):
     assert tar.problem(HOSTILE[name], "cat-0-0")
+
+
+def test_masks_are_read_under_the_digest_of_their_sample_and_the_index_names_them(tmp_path):
+    samples = [replace(one, mask=png(mask_of(left=3 * i)) if i % 2 else None) for i, one in enumerate(make_samples())]
+    index = write_shards(samples, tmp_path / "s", max_bytes=10_000)
+    assert Index.load(tmp_path / "s") == index and index.masked and verify(tmp_path / "s") == []
+    assert list(read_samples(tmp_path / "s", index.entries)) == samples
+    plain = write_shards(make_samples(), tmp_path / "p")
+    assert not plain.masked and b"masked" not in (tmp_path / "p" / INDEX_NAME).read_bytes()
+    entry = index.entries[1]
+    content = bytearray((tmp_path / "s" / entry.shard).read_bytes())
+    content[entry.offset + entry.length - 600] ^= 1
+    (tmp_path / "s" / entry.shard).write_bytes(content)
+    with pytest.raises(DataError, match=f"sample {entry.key}: digest differs"):
+        list(read_samples(tmp_path / "s", [entry]))
+    other = replace(index.entries[3], masked=False)
+    with pytest.raises(DataError, match=f"sample {other.key}: differs from the index"):
+        list(read_samples(tmp_path / "s", [other]))
+
+
+def test_an_index_that_says_nonsense_of_masks_is_damaged(tmp_path):
+    samples = [replace(one, mask=png(mask_of())) for one in make_samples()]
+    index = write_shards(samples, tmp_path / "s")
+    replace(index, entries=(replace(index.entries[0], masked=1), *index.entries[1:])).save(tmp_path / "s")
+    with pytest.raises(DataError, match="neither true nor false"):
+        Index.load(tmp_path / "s")

@@ -36,3 +36,10 @@ def make_samples(subjects=3, photos=4):
             key = make_key(name, Role.INSTANCE, photo)
             caption = f"a photo of {{identifier}} {number}é"
             yield Sample(key, name, Role.INSTANCE, caption, image, "png", {"source": "x.png"})
+
+
+def mask_of(width=48, height=40, left=12) -> Image.Image:
+    """A mask that is white from the column `left` on."""
+    grey = np.zeros((height, width), np.uint8)
+    grey[:, left:] = 255
+    return Image.fromarray(grey)

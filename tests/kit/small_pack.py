@@ -121,10 +121,12 @@ def adapters_of(dtype: torch.dtype):
         torch.set_default_dtype(before)
 
 
-def make_pack(dtype, size: int, rank: int, steps: int, config: RunConfig | None = None, device: str = "cpu") -> Pack:
+def make_pack(
+    dtype, size: int, rank: int, steps: int, config: RunConfig | None = None, device: str = "cpu", masked: bool = False
+) -> Pack:
     models, example = models_of(dtype, device), captions(Case("any"), dtype).to(device)
     with adapters_of(dtype):
-        return Pack(FAMILY, models, config or Case("any").config, size, rank, steps, example)
+        return Pack(FAMILY, models, config or Case("any").config, size, rank, steps, example, masked=masked)
 
 
 def start(pack: Pack, case: Case, dtype: torch.dtype, found: Checkpoint | None = None) -> Start:

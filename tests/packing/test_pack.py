@@ -154,6 +154,46 @@ def test_gradients_are_those_of_vmap():
         assert want.norm() > 0 and ((want - mine).norm() / want.norm()).item() < EXACT, name
 
 
+class MaskedBank(FixedBank):
+    """The same samples with masks on the photos."""
+
+    def draw(self, step, slots):
+        mask = torch.rand(BATCH, 1, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        batch = super().draw(step, slots)
+        return replace(batch, mask_B1HW=torch.cat([mask.to(self.dtype), torch.ones_like(mask)]))
+
+
+def row_gradients(banks, masked):
+    """Gradients [N, P] of a pack of subjects at their first step."""
+    pack = make_pack(torch.float64, len(banks), 2, 12, masked=masked)
+    for row, bank in enumerate(banks):
+        pack.seat(row, start(pack, bank.case, torch.float64))
+    pack.module(pack.batch([(row, bank, 0) for row, bank in enumerate(banks)]), pack.engine.step_N).loss.backward()
+    return pack.engine.arenas[0].grad.clone()
+
+
+def test_a_masked_subject_in_a_pack_has_the_gradient_it_has_alone_and_changes_no_neighbour():
+    first, second = (replace(case, rank=2) for case in CASES[:2])
+    plain = [FixedBank(first, torch.float64), FixedBank(second, torch.float64)]
+    masked = MaskedBank(second, torch.float64)
+    together, without = row_gradients([plain[0], masked], True), row_gradients(plain, False)
+    alone = row_gradients([masked], True)
+    assert torch.equal(together[0], without[0]) and without[0].norm() > 0
+    assert ((together[1] - alone[0]).norm() / alone[0].norm()).item() < EXACT
+    assert ((together[1] - without[1]).norm() / without[1].norm()).item() > 0.1
+    assert torch.equal(row_gradients(plain, True), without), "factors of 1 change no bit"
+
+
+def test_every_batch_of_a_masked_pack_has_factors():
+    """A recorded step cannot change what it reads."""
+    pack = make_pack(torch.float32, 2, 2, 3, masked=True)
+    seats = [(0, FixedBank(CASES[0], torch.float32), 0)]
+    shapes = [batch.mask_B1HW.shape for batch in (pack.rehearsal((8, 4, 4)), pack.batch(seats))]
+    assert shapes == [(4 * BATCH, 1, 4, 4)] * 2
+    assert pack.batch([(1, MaskedBank(CASES[0], torch.float32), 0)]).mask_B1HW[: 2 * BATCH].eq(1).all()
+    assert make_pack(torch.float32, 2, 2, 3).batch(seats).mask_B1HW is None
+
+
 def test_nothing_of_a_pack_is_left_when_it_is_dropped():
     """Probes of larger and larger packs, and a graph's memory, must not wait for the garbage collector."""
     pack = make_pack(torch.float32, 2, 2, 3)

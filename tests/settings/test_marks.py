@@ -31,13 +31,15 @@ def test_the_settings_without_a_result_are_these():
     sections = dict.fromkeys(("engine", "checkpoint", "sample", "publish", "track"), True)
     keys = {
         "model": ("path", "revision", "variant", "single_file_layout", "attention"),
-        "data": ("max_pixels", "cache_latents", "cache_text", "shards", "schemes"),
+        "data": ("mask", "max_pixels", "cache_latents", "cache_text", "shards", "schemes"),
         "train": ("micro_batch", "gradient_checkpointing"),
         "prior": ("store", "batch"),
         "identifier": ("registry",),
+        "lora": ("init",),
     }
-    at_default = {"model": ("dtype",), "objective": ("shift",), "data": ("srgb", "caption_dropout")}
-    told = loads("", "x", ["model.dtype=bf16", "objective.shift=3", "data.srgb=false", "data.caption_dropout=0.1"])
+    at_default = {"model": ("dtype",), "objective": ("shift",), "data": ("mask_floor", "srgb", "caption_dropout")}
+    other = ["model.dtype=bf16", "objective.shift=3", "data.mask_floor=0", "data.srgb=false"]
+    told = loads("", "x", [*other, "data.caption_dropout=0.1"])
     assert without_result(told) == {**sections, **{name: dict.fromkeys(own, True) for name, own in keys.items()}}
     both = {name: (*keys.get(name, ()), *at_default.get(name, ())) for name in {**keys, **at_default}}
     plain = {**sections, **{name: dict.fromkeys(own, True) for name, own in both.items()}}

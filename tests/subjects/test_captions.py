@@ -14,7 +14,7 @@ from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.subjects.captions import MAX_BYTES, check_caption
 from dbtrain.subjects.finding import CellError
 from dbtrain.subjects.manifest import read_manifest, scan_manifest
-from dbtrain.subjects.sharding import shard_subjects, source_digest
+from dbtrain.subjects.sharding import shard_subjects, source_digest, source_lines
 from dbtrain.values import OWN
 
 CONFIG = RunConfig(data=DataConfig(resolution=32))
@@ -128,13 +128,17 @@ def test_every_placeholder_of_prompts_is_one_of_captions():
 def test_shards_hold_each_photos_caption_and_know_when_one_changed(cats, tmp_path):
     out = tmp_path / "shards"
     (plain,) = read_manifest(cats)
-    before = source_digest([plain], CONFIG.data)
+
+    def digest(subject):
+        return source_digest(source_lines([subject], CONFIG.data), CONFIG.data)
+
+    before = digest(plain)
     captions(cats, **{"p1.txt": "{subject} one"})
     index = shard_subjects(*scan_manifest(cats), out, CONFIG, str)
     samples = list(read_samples(out, index.entries))
     assert [(one.caption, one.meta.get(OWN)) for one in samples] == [("{subject} one", True), ("", None), ("", None)]
-    assert index.source != before == source_digest([replace(plain, captions=("", "", ""))], CONFIG.data)
+    assert index.source != before == digest(replace(plain, captions=("", "", "")))
     captions(cats, **{"p1.txt": "{subject} two"})
-    with pytest.raises(DataError, match="other photos, captions"):
+    with pytest.raises(DataError, match="caption was"):
         shard_subjects(*scan_manifest(cats), out, CONFIG, str)
     assert Index.load(out) == index

@@ -11,7 +11,7 @@ from dbtrain.storage.atomic import held
 from dbtrain.subjects import sharding
 from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.sharding import photo_samples, shard_subjects
-from tests.kit.made_photos import picture, png
+from tests.kit.made_photos import mask_of, picture, png
 
 CONFIG = RunConfig.model_validate({"data": {"resolution": 32}})
 
@@ -27,6 +27,9 @@ class Folder:
     def photo(self, subject, name, seed):
         (self.root / subject).mkdir(exist_ok=True)
         (self.root / subject / name).write_bytes(png(picture(seed=seed)))
+
+    def mask(self, subject, stem, left=12):
+        (self.root / subject / f"{stem}-mask.png").write_bytes(png(mask_of(left=left)))
 
     def join(self, subject, photos, noun="pet", caption=""):
         for number in range(photos):
@@ -49,7 +52,7 @@ class Folder:
         """Whether the folder is sound, and each subject has what a folder that is made at once has."""
         subjects = scan_manifest(self.root / "m.csv")[0]
         return not verify(self.out) and all(
-            self.stored(subject.id) == list(photo_samples([subject], 32)) for subject in subjects
+            self.stored(subject.id) == list(photo_samples([subject], CONFIG.data)) for subject in subjects
         )
 
 
@@ -92,6 +95,25 @@ def test_photos_that_join_stand_where_they_would_from_the_start(folder, encoded)
     assert folder.whole()
 
 
+def test_photos_with_masks_join_and_masks_that_changed_are_refused(folder):
+    bare = folder.stored("dog")
+    folder.photo("cat", "p9.png", 77)
+    folder.mask("cat", "p9")
+    folder.join("ant", 1)
+    folder.mask("ant", "p0")
+    index = folder.shard()
+    assert folder.whole() and folder.stored("dog") == bare
+    assert [entry.masked for entry in index.entries_of("cat")] == [False, False, True]
+    before = folder.files()
+    folder.photo("cat", "pa.png", 78)
+    folder.mask("cat", "p9", 13)
+    with pytest.raises(DataError, match="cat: the mask of a stored photo is another"):
+        folder.shard()
+    assert folder.files() == before
+    folder.mask("cat", "p9")
+    assert [entry.masked for entry in folder.shard().entries_of("cat")].count(True) == 1 and folder.whole()
+
+
 def test_a_row_that_is_gone_is_told_and_left_alone(folder, encoded):
     gone = folder.rows.pop("dog")
     before = folder.stored("dog")
@@ -116,10 +138,11 @@ def test_a_photo_under_another_name_is_the_same_photo(folder, encoded):
     [
         (lambda folder: (folder.root / "cat" / "p0.png").unlink(), "cat: 1 of its stored photos are gone or changed"),
         (lambda folder: folder.photo("cat", "p0.png", 99), "cat: 1 of its stored photos are gone or changed"),
+        (lambda folder: folder.mask("cat", "p0"), "cat: the mask of a stored photo is another"),
         (lambda folder: folder.join("cat", 0, "tiger"), "cat: class was 'pet', is 'tiger'"),
         (lambda folder: folder.join("cat", 0, caption="{identifier} x"), "caption was '', is '{identifier} x'"),
     ],
-    ids=["photo gone", "photo changed", "class", "caption"],
+    ids=["photo gone", "photo changed", "mask", "class", "caption"],
 )
 def test_other_changes_are_refused_by_name_and_nothing_is_written(folder, change, match):
     before = folder.files()

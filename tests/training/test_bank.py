@@ -1,16 +1,20 @@
 """The bank: a draw is a pure function of (step, slot), whatever ranks, micro-batches, caches and resumes do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dbtrain.data.images import flip, open_photo, square, to_pixels
 from dbtrain.data.index import order
 from dbtrain.engines.engine import plan_batches
 from dbtrain.engines.world import World
 from dbtrain.settings.config import DataConfig
-from dbtrain.training.bank import Bank, Item
+from dbtrain.training.bank import Bank, Item, join_batches
 from dbtrain.values import Batch, Role
+from tests.kit.made_photos import picture, png
 from tests.kit.main_job import make_bank, rig, sample, small_config
 
 BATCH = 8
@@ -25,7 +29,7 @@ def bank(priors=True, subject="rex", seed=0, **data) -> Bank:
 
 def rows(batch: Batch) -> dict[int, tuple]:
     """Slot -> everything else of the sample."""
-    names = [name for name in Batch.__dataclass_fields__ if name not in ("slot_B", "subject_B")]
+    names = [name for name, value in vars(batch).items() if name not in ("slot_B", "subject_B") and value is not None]
     return {
         int(slot): tuple(getattr(batch, name)[i].numpy().tobytes() for name in names)
         for i, slot in enumerate(batch.slot_B)
@@ -154,6 +158,42 @@ def test_cached_mirror_images_are_encoded_mirror_images():
         want = encode_images(models.vae, torch.stack([to_pixels(array), to_pixels(flip(array))]))
     torch.testing.assert_close(made.moments[Role.INSTANCE][1], want, rtol=1e-4, atol=1e-5)
     assert made.moments[Role.INSTANCE].shape == (3, 2, 8, 16, 16)
+
+
+def masked_bank(**data) -> Bank:
+    """A bank whose photos but the last have their own red channel as their mask: a ramp, from left to right in a wide
+    photo, from top to bottom in a tall one."""
+    made = bank(mask_floor=0.25, **data)
+    items = made.items[Role.INSTANCE]
+    photos = (picture(), picture().transpose(Image.Transpose.TRANSPOSE))
+    samples = [replace(sample(i), image=png(one), mask=png(one.getchannel("R"))) for i, one in enumerate(photos)]
+    items = [*(Item(one, items[0].caption) for one in samples), items[2]]
+    return Bank(made.items | {Role.INSTANCE: items}, made.data, 0, "rex", BATCH, 8)
+
+
+@pytest.mark.parametrize("data", [{}, {"flip": True}, {"crop": "random"}, {"crop": "random", "flip": True}], ids=str)
+def test_masks_follow_crop_and_mirror_of_their_photo(data):
+    """A mask that is the photo's red channel must be the red channel of what is trained; priors have 1."""
+    made = masked_bank(**data)
+    for step in range(6):
+        batch = made.batch(step, range(BATCH), "cpu")
+        picked = order(3, step * BATCH, BATCH, 0, "rex", Role.INSTANCE)
+        assert batch.mask_B1HW.shape == (2 * BATCH, 1, 4, 4) and (batch.mask_B1HW[BATCH:] == 1).all()
+        red = torch.nn.functional.avg_pool2d((batch.images_BCHW[:BATCH, :1] + 1) / 2, 8)
+        want = 0.25 + 0.75 * red
+        want[torch.tensor(picked) == 2] = 1
+        # The photo is resized by Lanczos and its mask linearly: a grey level or two apart in a smooth picture.
+        torch.testing.assert_close(batch.mask_B1HW[:BATCH], want, rtol=0, atol=0.012)
+
+
+def test_masks_change_nothing_else_of_a_draw_and_photos_without_have_none():
+    plain, made = bank().batch(3, range(BATCH), "cpu"), masked_bank().batch(3, range(BATCH), "cpu")
+    assert plain.mask_B1HW is None
+    for name in ("caption_B", "role_B", "slot_B"):
+        assert torch.equal(getattr(plain, name), getattr(made, name)), name
+    joined = join_batches([plain, made])
+    assert torch.equal(joined.mask_B1HW[: 2 * BATCH], torch.ones(2 * BATCH, 1, 4, 4))
+    assert torch.equal(joined.mask_B1HW[2 * BATCH :], made.mask_B1HW)
 
 
 def captioned(dropout=0.0, priors=True) -> Bank:

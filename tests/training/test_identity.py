@@ -1,5 +1,7 @@
 """A subject's own settings, and the digest that names its training."""
 
+from dataclasses import replace
+
 from dbtrain.data.index import Index
 from dbtrain.engines.world import World
 from dbtrain.training.identity import subject_config, training_identity
@@ -18,27 +20,32 @@ def test_a_subjects_own_settings_hold_for_it_alone():
     assert subject_config(config, Subject("tom", "cat", ())) == config
 
 
-def digest(tmp_path, *words, subject=REX, identifier="srx", photos=(0, 1)):
+def digest(tmp_path, *words, subject=REX, identifier="srx", photos=(0, 1), mask=None):
     from types import SimpleNamespace
 
     config = small_config(*words)
     models = SimpleNamespace(digests={"unet/config.json": "a"}, source="here")
     base = Base(World(0, 1, "cpu"), None, models, config, PriorCache(1))
     work = Work.under(tmp_path, config, [subject], {subject.id: identifier}, Index((), ()))
-    return training_identity(config, subject, base, work, [sample(number) for number in photos]).run
+    samples = [replace(sample(number), mask=mask) for number in photos]
+    return training_identity(config, subject, base, work, samples).run
 
 
 def test_all_that_decides_a_result_is_in_the_digest_and_nothing_else(tmp_path):
     """A run may go on elsewhere, at other intervals and on another engine, but not with another rate or photo."""
     plain = digest(tmp_path)
-    for words in (["track.every_steps=7"], ["checkpoint.every_steps=2"], ["engine.zero.stage=2"], ["prior.batch=2"]):
-        assert digest(tmp_path / "elsewhere", *words) == plain, words
+    elsewhere = ("track.every_steps=7", "checkpoint.every_steps=2", "engine.zero.stage=2", "prior.batch=2")
+    for word in (*elsewhere, "data.mask=false"):
+        assert digest(tmp_path / "elsewhere", word) == plain, word
     others = [
         digest(tmp_path, "train.lr=0.5"),
         digest(tmp_path, "lora.rank=3"),
         digest(tmp_path, identifier="qvx"),
         digest(tmp_path, photos=(1, 0)),
+        digest(tmp_path, mask=b"one"),
+        digest(tmp_path, mask=b"other"),
+        digest(tmp_path, "data.mask_floor=0.5"),
         digest(tmp_path, subject=Subject("rex", "cat", ())),
         digest(tmp_path, subject=Subject("rex", "dog", (), caption="a drawing of {identifier}")),
     ]
-    assert len({plain, *others}) == 7
+    assert len({plain, *others}) == 10

@@ -1,5 +1,7 @@
 """The training step against the equation in float64 autograd, written out sample by sample; mutants are caught."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -249,3 +251,35 @@ def test_the_last_timestep_of_a_zero_snr_schedule_gives_a_finite_gradient(weight
     step.first_S = torch.zeros(1000, dtype=torch.long)  # every word is at least 0, so t is always 999
     loss = step(batch_of(), STEP).loss
     assert torch.isfinite(loss) and torch.isfinite(gradients(loss, step.denoiser)).all()
+
+
+class Given(nn.Module):
+    """A denoiser whose prediction is a parameter, so that its gradient is the loss's own."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.answer = nn.Parameter(torch.randn(count, 4, 4, 4, dtype=torch.float64))
+
+    def forward(self, x_t, time_B, states_BTD):
+        return self.answer[: len(x_t)]
+
+
+def test_outside_the_mask_at_floor_0_the_gradient_is_exactly_zero():
+    step, batch = step_of(config("min_snr")), batch_of()
+    step.denoiser = Given(2 * BATCH)
+    mask = torch.ones(2 * BATCH, 1, 4, 4)
+    mask[:BATCH, :, :, :2] = 0
+    mask[0, 0, 0, 2] = 0.25
+    (masked,) = torch.autograd.grad(step(replace(batch, mask_B1HW=mask), STEP).loss, step.denoiser.parameters())
+    (whole,) = torch.autograd.grad(step(batch, STEP).loss, step.denoiser.parameters())
+    assert masked.dtype == torch.float64 and (masked[:BATCH, :, :, :2] == 0).all()
+    assert torch.equal(masked, whole * mask) and (masked[:BATCH, :, :, 2:] != 0).all()
+    assert (whole != 0).all()
+
+
+def test_factors_of_1_change_no_bit():
+    """A pack gives them to subjects without masks."""
+    step, batch = step_of(config("min_snr")), batch_of()
+    plain, ones = step(batch, STEP), step(replace(batch, mask_B1HW=torch.ones(2 * BATCH, 1, 4, 4)), STEP)
+    assert torch.equal(plain.loss, ones.loss) and torch.equal(plain.per_sample_B, ones.per_sample_B)
+    assert torch.equal(gradients(plain.loss, step.denoiser), gradients(ones.loss, step.denoiser))
