@@ -119,6 +119,8 @@ class Family:
     shapes: Mapping[str, Architecture]
     tokenize: Callable[[Models, Sequence[str]], Tokens] = pad_to_length
     absent: Mapping[str, Any] = field(default_factory=dict)
+    base_version: str = "unknown"
+    """kohya's name of the base (`ss_base_model_version`), by which A1111 and Forge choose what to offer."""
 
 
 def encode_images(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:

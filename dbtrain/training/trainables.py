@@ -14,6 +14,7 @@ from dbtrain.engines.engine import EngineState, ParamGroup
 from dbtrain.models.adapters import attach, fresh_row, from_state, reset_row
 from dbtrain.models.family import Family, Models
 from dbtrain.models.pipelines import assemble
+from dbtrain.results.older_programs import suit_older_programs
 from dbtrain.results.publish import MODEL_FOLDER, publish_lora
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import whole_folder
@@ -108,6 +109,7 @@ def publish_weights(
         module.to(dtype)
     with whole_folder(folder / MODEL_FOLDER) as temporary:
         assemble(family, models).save_pretrained(temporary, safe_serialization=True)
+        suit_older_programs(temporary)
     for module in components.values():
         module.float()
     return sorted(path for path in (folder / MODEL_FOLDER).rglob("*") if path.is_file())

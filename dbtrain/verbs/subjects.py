@@ -123,20 +123,26 @@ def generate_verb(
 
 
 def export_verb(
-    folder: Annotated[Path, typer.Argument(help="Finished LoRA subject: OUT/subjects/ID, or an adapter file.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Finished subject: OUT/subjects/ID; or an adapter of another trainer, or a diffusers folder."),
+    ],
+    out: Annotated[str, typer.Option(help="File to write, or a folder: the file then has the subject's name.")],
+    family: Annotated[
+        str | None, typer.Option(help="Family of the base, such as sd or sdxl, where the names do not tell it.")
+    ] = None,
 ) -> None:
-    """Write an adapter with the key names of kohya-ss and ComfyUI.
+    """Write an adapter with the key names of kohya-ss and ComfyUI, or a fully fine-tuned model as one checkpoint file.
+
+    Adapters of kohya, PEFT, diffusers and ComfyUI are read too. Whole models: Stable Diffusion 1, 2 and XL.
 
     \b
     Example:
       dbtrain export runs/rex/subjects/rex --out ComfyUI/models/loras/rex.safetensors
     """
-    from dbtrain.results.publish import export_kohya, read_lora
+    from dbtrain.results.exporting import export
 
-    weights, metadata = read_lora(folder)
-    provenance = {key: value for key, value in metadata.items() if key not in ("format", "lora_adapter_metadata")}
-    typer.echo(export_kohya(out, weights, provenance))
+    typer.echo(export(folder, out, family))
 
 
 def demo_verb(
