@@ -23,6 +23,7 @@ from dbtrain.models.adapters import LoraWeights, adapter, attach, detach, layers
 from dbtrain.models.family import Family, Models  # noqa: E402
 from dbtrain.models.load import load_models  # noqa: E402
 from dbtrain.models.sampling import make_pipeline  # noqa: E402
+from dbtrain.results.exporting import export  # noqa: E402
 from dbtrain.results.publish import MODEL_FOLDER, publish_lora  # noqa: E402
 from dbtrain.settings.config import LoraConfig, ModelConfig, PublishConfig, RunConfig, TrainConfig  # noqa: E402
 from dbtrain.training.trainables import publish_weights  # noqa: E402
@@ -71,6 +72,8 @@ def publish(folder: Path, name: str) -> list[dict[str, str]]:
     publish_weights(whole, family, models, settings, {}, {})
     shared = {"family": name, "pipeline": family.pipeline, "base": str(whole / MODEL_FOLDER)}
     cases = [picture({**shared, "name": f"{name}: whole model"}, whole, make_pipeline(family, models))]
+    single = str(export(whole / MODEL_FOLDER, str(folder / name / "single.safetensors")))
+    cases += [{**cases[0], "name": f"{name}: one file", "single": single}]
     for title, (text, alpha) in ADAPTERS.items():
         place = folder / name / title.replace(" ", "-").replace(",", "")
         place.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Run by the interpreter of another environment: load published files with its diffusers, and draw. Imports no dbtrain."""
+"""Load published files with another environment's diffusers and draw: run by its interpreter, and free of dbtrain."""
 
 import json
 import os
