@@ -24,7 +24,7 @@ from dbtrain.models.family import Family, Models  # noqa: E402
 from dbtrain.models.load import load_models  # noqa: E402
 from dbtrain.models.sampling import make_pipeline  # noqa: E402
 from dbtrain.results.exporting import export  # noqa: E402
-from dbtrain.results.publish import MODEL_FOLDER, publish_lora  # noqa: E402
+from dbtrain.results.publish import MODEL_FOLDER, publish_lora, read_lora  # noqa: E402
 from dbtrain.settings.config import LoraConfig, ModelConfig, PublishConfig, RunConfig, TrainConfig  # noqa: E402
 from dbtrain.training.trainables import publish_weights  # noqa: E402
 from tests.kit.compat_probe import draw  # noqa: E402
@@ -36,7 +36,7 @@ VERSIONS = {
     "0.35.2": "transformers==4.57.1 peft==0.17.1 accelerate==1.10.1 huggingface_hub==0.35.3 tokenizers==0.22.1",
     "0.36.0": "transformers==4.57.3 peft==0.18.0 accelerate==1.12.0 huggingface_hub==0.36.0 tokenizers==0.22.1",
     "0.37.1": "transformers==5.3.0 peft==0.18.1 accelerate==1.13.0 huggingface_hub==1.5.0 tokenizers==0.22.2",
-    "0.38.0": "transformers==5.7.0 peft==0.19.1 accelerate==1.13.0 huggingface_hub==1.13.0 tokenizers==0.22.2",
+    "0.38.0": "transformers==5.5.4 peft==0.19.1 accelerate==1.13.0 huggingface_hub==1.13.0 tokenizers==0.22.2",
     "0.39.0": "transformers==5.12.1 peft==0.19.1 accelerate==1.13.0 huggingface_hub==1.20.1 tokenizers==0.22.2",
     "0.42.1": "transformers==5.24.0 peft==0.21.2 accelerate==1.15.0 huggingface_hub==2.4.0 tokenizers==0.23.3",
 }
@@ -79,19 +79,18 @@ def publish(folder: Path, name: str) -> list[dict[str, str]]:
         place.mkdir(parents=True, exist_ok=True)
         weights = random_adapter(family, models, alpha, text)
         files = publish_lora(place, weights, {"family": name}, kohya=True)
-        with adapter(family, models, weights):
-            pipeline = make_pipeline(family, models)
-            cases += [
-                picture({**shared, "name": f"{name}: {title}{layout}", "adapter": str(file)}, place, pipeline)
-                for file, layout in zip(files, ("", " (kohya)"))
-            ]
+        for file, layout in zip(files, ("", " (kohya)")):
+            with adapter(family, models, read_lora(file)[0]):
+                case = {**shared, "name": f"{name}: {title}{layout}", "adapter": str(file)}
+                cases.append(picture(case, file, make_pipeline(family, models)))
     return cases
 
 
-def picture(case: dict[str, str], folder: Path, pipeline: object) -> dict[str, str]:
+def picture(case: dict[str, str], beside: Path, pipeline: object) -> dict[str, str]:
     """The case, with what dbtrain draws of it kept as a file."""
-    np.save(folder / "ours.npy", draw(pipeline))
-    return {**case, "ours": str(folder / "ours.npy")}
+    place = beside.with_name(f"{beside.stem}.ours.npy")
+    np.save(place, draw(pipeline))
+    return {**case, "ours": str(place)}
 
 
 def random_adapter(family: Family, models: Models, alpha: float, text: bool) -> LoraWeights:

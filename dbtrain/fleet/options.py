@@ -49,12 +49,12 @@ class Options:
 
 def absolute(path: str | None) -> str | None:
     """A path, absolute; an address, or None, as it is."""
-    return path if path is None or "://" in path else str(Path(path).absolute())
+    return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
 
 
 def absolute_name(name: str | None) -> str | None:
     """A name as `absolute` if it is a path of something here; a hub id and `embedded` as they are."""
-    return name if name is None or name == EMBEDDED or not Path(name).exists() else absolute(name)
+    return name if name is None or name == EMBEDDED or not Path(name).expanduser().exists() else absolute(name)
 
 
 PATHS: dict[str, dict[str, Callable[[str | None], str | None]]] = {

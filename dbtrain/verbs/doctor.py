@@ -19,6 +19,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from dbtrain.errors import DataError
 from dbtrain.tiny import BASE, EMBEDDED
 from dbtrain_launchers.ray_head import is_loopback, token_file_finding, token_path
 
@@ -268,18 +269,25 @@ def check_ray_head(address: str, ask: Callable[[str], tuple[bool, str]] = probe)
 
 
 def check_model(model: str) -> Check:
-    """Whether a base model can be found: `embedded`, a folder, a .safetensors file, or a hub id (not contacted)."""
+    """Whether a base model can be used: `embedded`, a folder, a .safetensors file, or a hub id (not contacted)."""
+    from dbtrain.families import FAMILIES
+    from dbtrain.models.base_check import base_problem, path_problem
+
     if model == EMBEDDED:
         return check_model(str(BASE))
-    place = Path(model)
-    if place.is_dir() and not (place / "model_index.json").is_file():
-        detail = f"{place} has no model_index.json"
-        return Check("model", "fail", detail, "give the folder of a diffusers pipeline")
-    if place.is_file() and place.suffix != ".safetensors":
-        detail = f"{place} is not a .safetensors file"
-        return Check("model", "fail", detail, "convert it; other formats can run code when loaded")
-    if place.exists():
-        return Check("model", "ok", str(place))
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+    problem = path_problem(model)
+    place = Path(model).expanduser()
+    if problem:
+        return Check("model", "fail", problem, "check the path")
+    if not place.exists():
         return Check("model", "warn", f"{model} is no path here; it will be looked up as a hub id")
-    return Check("model", "fail", f"{model} does not exist", "check the path")
+    try:
+        problems = {name: base_problem(FAMILIES[name], str(place)) for name in FAMILIES}
+    except DataError as error:
+        return Check("model", "fail", str(error), "fetch the base again")
+    fits = [name for name, problem in problems.items() if problem is None]
+    if fits:
+        return Check("model", "ok", f"{place}, model.family={' or '.join(fits)}")
+    # The family that comes nearest to the base says most about what is wrong with it.
+    detail = min(filter(None, problems.values()), key=lambda problem: "model.family=" in problem)
+    return Check("model", "fail", detail, "give a base of one of the families")

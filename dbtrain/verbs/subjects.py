@@ -26,11 +26,13 @@ def preflight_verb(
     Example:
       dbtrain preflight photos.csv --config sd15_lora --json
     """
-    from dbtrain.models.load import load_tokenizer
+    from dbtrain.families import FAMILIES
+    from dbtrain.models.load import load_tokenizer, refuse_base
     from dbtrain.settings import recipes
     from dbtrain.subjects.preflight import sift
 
     config = recipes.load(recipe, overrides or ())
+    refuse_base(FAMILIES[config.model.family], config.model)
     tokenizer = None
     try:
         tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
@@ -71,7 +73,9 @@ def train_verb(
     stop_at_once()
     if subjects not in (None, "all") or bool(subject) == bool(subjects):
         raise ConfigError("--subject, --subjects: give --subject ID (it repeats), or --subjects all")
-    config = recipes.load(recipe, overrides or ())
+    from dbtrain.fleet.options import anchored
+
+    config = anchored(recipes.load(recipe, overrides or ()))
     from dbtrain.train import train_manifest
 
     opened = partial(keep_origin, out, "train", manifest, recipe, overrides, skip_bad)
