@@ -71,9 +71,10 @@ def target(out: str, name: str, source: Path) -> Path:
     if not path.parent.is_dir():
         path.parent.mkdir(parents=True)
     if path.exists():
-        held = read_record(path.parent)
-        if path.samefile(adapter_file(source)) or (held is not None and path.name in held["files"]):
-            raise ConfigError(f"--out: {path} is the published adapter itself; give another file")
+        held, own = read_record(path.parent), adapter_file(source)
+        inside = source.is_dir() and any(path.samefile(file) for file in source.rglob("*.safetensors"))
+        if inside or (own.exists() and path.samefile(own)) or (held is not None and path.name in held["files"]):
+            raise ConfigError(f"--out: {path} is the published file itself; give another file")
     return path
 
 

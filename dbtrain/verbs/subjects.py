@@ -106,6 +106,12 @@ def generate_verb(
         ),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the sheet without --set.")] = "generated",
+    negative: Annotated[
+        str | None, typer.Option(help="What the pictures are to keep away from: the negative prompt of guidance.")
+    ] = None,
+    weight: Annotated[
+        float, typer.Option(min=-4, max=4, help="How much of the adapter is added to the base; 0 is the base alone.")
+    ] = 1.0,
 ) -> None:
     """Draw images of finished subjects; many adapters share one loaded base.
 
@@ -122,7 +128,7 @@ def generate_verb(
         raise ConfigError("FOLDER: is missing; give a finished subject, OUT/subjects/ID")
     if prompt and sets:
         raise ConfigError("--prompt, --set: give one of them")
-    for sheet in generate_finished(folders, prompt, settings, name, sets or ()):
+    for sheet in generate_finished(folders, prompt, settings, name, sets or (), negative, weight):
         typer.echo(sheet)
 
 

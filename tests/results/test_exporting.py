@@ -48,7 +48,7 @@ def test_never_onto_the_source(subject, way):
     if way == "hard link":
         os.link(source, out)
     for given in (subject, source):
-        with pytest.raises(ConfigError, match="is the published adapter itself"):
+        with pytest.raises(ConfigError, match="is the published file itself"):
             export(given, str(out))
     assert source.read_bytes() == before
 
@@ -108,3 +108,8 @@ def test_a_whole_model_becomes_one_file(family, model_folders, tmp_path):
     path = export(model_folders[family], str(tmp_path / "whole.safetensors"))
     assert any(name.startswith("model.diffusion_model.input_blocks.") for name in load_file(path))
     assert [entry.name for entry in tmp_path.iterdir()] == ["whole.safetensors"]
+    before = path.read_bytes()
+    assert export(model_folders[family], str(path)).read_bytes() == before
+    weights = model_folders[family] / "unet" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ConfigError, match="give another file"):
+        export(model_folders[family], str(weights))
