@@ -16,6 +16,7 @@ from dbtrain.storage.trouble import bare
 from dbtrain.subjects.manifest import read_manifest, scan_manifest
 from dbtrain.training.job import Finished, open_job
 from dbtrain.training.session import Session, open_session, restore_base
+from dbtrain.training.telemetry import refuse_trackers
 from dbtrain.values import Subject
 
 
@@ -34,6 +35,7 @@ def train_manifest(
     `Session.opened` is. Raises DataError for
     unknown ids or while another run works on `out`, and StopRequested when the process was asked to stop.
     """
+    refuse_trackers(config.track)
     photos = config.data.shards is None
     subjects = scan_manifest(manifest, photos)[0] if skip_bad else read_manifest(manifest, photos)
     known = {subject.id: subject for subject in subjects}

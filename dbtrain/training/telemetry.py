@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -45,6 +46,16 @@ class JsonLines:
         self.file.close()
 
 
+def refuse_trackers(track: TrackConfig) -> None:
+    """Raise ConfigError for trackers that are asked for and not installed; none is loaded."""
+    missing = [name for name in ("wandb", "trackio") if getattr(track, name) and find_spec(name) is None]
+    if missing:
+        raise ConfigError([MISSING.format(name=name) for name in missing])
+
+
+MISSING = "track.{name}: {name} is not installed; pip install 'dbtrain[trackers]', or set track.{name}=null"
+
+
 class TensorBoard:
     """TensorBoard event files under `tensorboard/`."""
 
@@ -74,10 +85,7 @@ class Tracker:
         try:
             self.api = __import__(module)
         except ImportError as error:
-            raise ConfigError(
-                f"track.{module}: {module} is not installed; pip install 'dbtrain[trackers]', "
-                f"or set track.{module}=null"
-            ) from error
+            raise ConfigError(MISSING.format(name=module)) from error
         self.project = project
 
     def start(self, run: str, settings: dict) -> None:

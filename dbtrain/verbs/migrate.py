@@ -160,9 +160,10 @@ def _words(text: str) -> list[str]:
     """Shell words of a command or a small script: continued lines joined, `export A=b` lines applied."""
     variables: dict[str, str] = {}
     words: list[str] = []
-    for line in re.sub(r"\\\s*\n", " ", text).splitlines():
+    text = text.replace("\r\n", "\n").lstrip("\ufeff")
+    for line in re.sub(r"(?<!\S)[\\^`][^\S\n]*\n|\\[^\S\n]*\n", " ", text).splitlines():
         try:
-            parts = shlex.split(line, comments=True)
+            parts = shlex.split(_keep_windows_paths(line), comments=True)
         except ValueError as error:
             raise ConfigError(f"migrate: {line.strip()[:60]!r}: {error}; check the quotes") from None
         parts = [re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda m: variables.get(m[1] or m[2], m[0]), part) for part in parts]
@@ -172,6 +173,18 @@ def _words(text: str) -> list[str]:
                 variables[name] = value
         words += parts
     return words
+
+
+def _keep_windows_paths(line: str) -> str:
+    """A line whose backslashes are separators of Windows paths, with slashes in their place."""
+
+    def slashes(found: re.Match[str]) -> str:
+        return found[0].replace("\\", "/")
+
+    drive, relative = r"[A-Za-z]:\\[^\s\"']*", r"\.{1,2}\\[^\s\"']+|\\\\[\w.-]+\\[^\s\"']+"
+    quoted = r"(?<=[=\s])\"(?:[A-Za-z]:|\.{1,2}|\\)\\[^\"]*\""
+    plain = r"(?<=[=\s])[\w.-]+(?:\\[\w.-]+)+(?=\s|$)"
+    return re.sub(rf"{quoted}|(?<=[=\s\"']){drive}|(?<=[=\s\"'])(?:{relative})|{plain}", slashes, line)
 
 
 def _flags(words: list[str]) -> dict[str, str]:
@@ -293,6 +306,11 @@ def _captions(command: _Command) -> dict[str, Any]:
     """The manifest's row; captions and prompts of the recipe are made templates on the way."""
     instance, prior = command.get("instance_prompt"), command.get("class_prompt")
     identifier, noun = _split_prompt(instance, prior)
+    if noun is not None and identifier and not prior:
+        command.notes.append(
+            f"guessed from {instance!r}: the identifier is {identifier!r}, the class {noun!r}; correct both in the "
+            "manifest, and `data.caption` in the recipe, where that is wrong"
+        )
     if noun is None:
         noun = "object"
         command.notes.append(f"no class noun found in {instance!r}; correct `class` in the manifest: it matters most")
@@ -323,9 +341,29 @@ def _split_prompt(instance: str, prior: str) -> tuple[str | None, str | None]:
         return found[1], noun
     words = subject.split()
     if noun is None and len(words) > 1:
-        return words[0], " ".join(words[1:])
+        place = _rare_word(words)
+        return words[place], " ".join(words[place + 1 :] or words[:place])
     # "a photo of sks" beside "a photo of a dog": the noun stands in the class prompt only.
     return (words[0] if len(words) == 1 and subject != noun else None), noun
+
+
+def _rare_word(words: list[str]) -> int:
+    """Which of a prompt's words is the identifier: the one that is no word, or else the first. Never the last of several,
+    unless it alone is none, as the class noun follows the identifier."""
+    return next((place for place, word in enumerate(words) if not _is_word(word)), 0)
+
+
+def _is_word(text: str) -> bool:
+    """Whether letters can be spoken as a word: at least a vowel, and no long run of consonants or digit."""
+    plain = text.lower().strip(".,;:!?")
+    if not plain.isalpha():
+        return False
+    vowels = len(re.findall("[aeiouy]", plain))
+    return bool(vowels) and not re.search(r"[bcdfghjklmnpqrstvwxz]{4}", plain) and plain not in IDENTIFIERS
+
+
+IDENTIFIERS = frozenset("sks ohwx zwx olis gabi tok hta ktn shs srx bnha".split())
+"""Identifiers that tutorials give, some of which can be spoken."""
 
 
 def _core(prompt: str) -> str:

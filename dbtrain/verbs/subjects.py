@@ -30,8 +30,10 @@ def preflight_verb(
     from dbtrain.models.load import load_tokenizer, refuse_base
     from dbtrain.settings import recipes
     from dbtrain.subjects.preflight import sift
+    from dbtrain.training.telemetry import refuse_trackers
 
     config = recipes.load(recipe, overrides or ())
+    refuse_trackers(config.track)
     refuse_base(FAMILIES[config.model.family], config.model)
     tokenizer = None
     try:
