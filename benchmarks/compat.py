@@ -58,7 +58,13 @@ def main() -> int:
     (out / "cases.json").write_text(json.dumps(cases, indent=1))
     rows = {version: look(out, version) for version in given.versions or VERSIONS}
     print(table([case["name"] for case in cases], rows))
-    return int(any(value != 0 for row in rows.values() for value in row.values()))
+    cells = [(version, name, value) for version, row in rows.items() for name, value in row.items()]
+    return int(any(value != 0 and not is_known(version, name) for version, name, value in cells))
+
+
+def is_known(version: str, case: str) -> bool:
+    """Whether a version's own reader fails at such a file: 0.39 at kohya's text layers beside transformers >= 5.6."""
+    return version == "0.39.0" and "with text" in case and case.endswith("(kohya)")
 
 
 def publish(folder: Path, name: str) -> list[dict[str, str]]:

@@ -55,9 +55,9 @@ THEIRS: dict[str, type | tuple[type, ...]] = {
 type deep within."""
 
 SWITCHED = frozenset(
-    """amp autotuning compile compression_training curriculum_learning data_efficiency elasticity eigenvalue hybrid_engine
-    nebula pipeline progressive_layer_drop quantize_training sparse_attention tensor_parallel use_node_local_storage
-    weight_quantization""".split()
+    """amp autotuning compile compression_training curriculum_learning data_efficiency elasticity eigenvalue
+    hybrid_engine nebula pipeline progressive_layer_drop quantize_training sparse_attention tensor_parallel
+    use_node_local_storage weight_quantization""".split()
 )
 """Top-level keys of DeepSpeed that change the training, and that templates often hold switched off."""
 ADAM = ("Adam", "AdamW")

@@ -109,7 +109,7 @@ def single_file_problem(family: Family, path: Path) -> str | None:
         kind = next((kind for part, kind in DENOISERS.items() if any(part in name for name in header)), None)
         if family.denoiser == "unet":
             what = f"is {kind}" if kind else "holds no U-Net under Stability's names"
-            return f"{named(path)} {what}, no base of model.family={family.name}; give a whole checkpoint of that family"
+            return f"{named(path)} {what}, no base of model.family={family.name}; give a whole checkpoint of it"
         return None
     if family.denoiser != "unet" or encoders != len(family.text_encoders):
         kind = "Stable Diffusion XL" if encoders == 2 else "Stable Diffusion 1 or 2"

@@ -102,9 +102,9 @@ def read_state(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Lora
             raise DataError(f"{named(name)}: a second adapter for the same layer; give a file with one")
         tensors[kind] = state[name]
     scales: dict[tuple[str, str], float] = {}
-    for (component, path), layer in found.items():
-        _refuse_broken(f"{component}.{path}", layer.tensors)
-        scales[component, path] = layer.scale(_alpha(settings, component, path, len(layer.tensors["down"])))
+    for (component, path), parts in found.items():
+        _refuse_broken(f"{component}.{path}", parts.tensors)
+        scales[component, path] = parts.scale(_alpha(settings, component, path, len(parts.tensors["down"])))
     return _gathered(found, scales)
 
 
@@ -137,7 +137,7 @@ def _taken_apart(name: str) -> tuple[str, str]:
         match = re.fullmatch(rf"(.+?){end}", name)
         if match:
             return match[1], kind
-    raise DataError(f"{named(name)}: is no adapter's name that is known; give a LoRA of diffusers, PEFT, kohya or ComfyUI")
+    raise DataError(f"{named(name)}: is no adapter's name; give a LoRA of diffusers, PEFT, kohya or ComfyUI")
 
 
 def place_of(layer: str) -> tuple[str, str]:
@@ -184,7 +184,7 @@ def _diffusers_path(path: str) -> str:
 
 
 def _unknown(layer: str) -> DataError:
-    return DataError(f"{named(layer)}: is the name of no layer that is known; LoRA of U-Nets and CLIP text encoders is read")
+    return DataError(f"{named(layer)}: is the name of no layer of a U-Net or a CLIP text encoder, and no other is read")
 
 
 def _refuse_broken(layer: str, tensors: Mapping[str, Tensor]) -> None:
@@ -194,10 +194,10 @@ def _refuse_broken(layer: str, tensors: Mapping[str, Tensor]) -> None:
         raise DataError(f"{named(layer)}: has no `{missing[0]}` matrix; the file is not whole")
     down, up = tensors["down"], tensors["up"]
     if down.dim() not in (2, 4) or up.dim() != down.dim():
-        raise DataError(f"{named(layer)}: matrices of {down.dim()} and {up.dim()} dimensions, want 2, or 4 of a convolution")
+        raise DataError(f"{named(layer)}: matrices of {down.dim()} and {up.dim()} dimensions, want 2 or 4 of both")
     if down.dim() == 4 and (down.shape[2:] != (1, 1) or up.shape[2:] != (1, 1)):
         size = "x".join(map(str, down.shape[2:]))
-        raise DataError(f"{named(layer)}: adapts a {size} convolution, and only linear layers and 1x1 convolutions are read")
+        raise DataError(f"{named(layer)}: adapts a {size} convolution; only linear layers and 1x1 ones are read")
     if not len(down) or up.shape[1] != len(down):
         raise DataError(f"{named(layer)}: matrices of the ranks {len(down)} and {up.shape[1]}, want one rank")
 

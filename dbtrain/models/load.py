@@ -70,7 +70,8 @@ def load_models(family: Family, config: ModelConfig) -> Models:
 def _variant_hint(error: Exception) -> str:
     """What may help where a hub model's weights are not found: many hold fp16 weights alone."""
     text = str(error)
-    return "if it holds fp16 weights alone, set model.variant=fp16; " if ".safetensors" in text or ".bin" in text else ""
+    told = ".safetensors" in text or ".bin" in text
+    return "if it holds fp16 weights alone, set model.variant=fp16; " if told else ""
 
 
 def _assemble(

@@ -55,7 +55,7 @@ def scheduler_as_trained(scheduler: Any, schedule: Schedule, config: ModelConfig
     return changed(scheduler, kind, told)
 
 
-def changed(scheduler: Any, kind: type, settings: dict[str, Any]) -> Any:
+def changed(scheduler: Any, kind: Any, settings: dict[str, Any]) -> Any:
     """A scheduler of this class with another one's settings, but for these.
 
     diffusers keeps in `_use_default_values` what a file did not say, and `from_config` drops those keys; without that

@@ -72,20 +72,22 @@ def checkpoint_of(folder: Path, family: str) -> dict[str, Tensor]:
 
 
 def _marks(scheduler: dict[str, Any]) -> dict[str, Tensor]:
-    held = {"v_pred": scheduler.get("prediction_type") == "v_prediction", "ztsnr": scheduler.get("rescale_betas_zero_snr")}
+    predicts_v = scheduler.get("prediction_type") == "v_prediction"
+    held = {"v_pred": predicts_v, "ztsnr": scheduler.get("rescale_betas_zero_snr")}
     return {name: torch.zeros(0) for name, holds in held.items() if holds}
 
 
 def _unet(folder: Path) -> dict[str, Tensor]:
     config = _config(folder)
-    if not isinstance(config["layers_per_block"], int):
-        raise ConfigError(f"export: {folder} has blocks of {config['layers_per_block']} layers; no single file holds them")
+    layers = config["layers_per_block"]
+    if not isinstance(layers, int):
+        raise ConfigError(f"export: {folder} has blocks of {layers} layers; no single file holds such a U-Net")
     attentive = frozenset(i for i, kind in enumerate(config["up_block_types"]) if "Attn" in kind)
 
     def rename(name: str) -> str:
         path, _, last = name.rpartition(".")
         try:
-            return f"{to_stability(path, config['layers_per_block'], attentive)}.{last}"
+            return f"{to_stability(path, layers, attentive)}.{last}"
         except KeyError:
             raise ConfigError(f"export: {folder}: {name} has no place in Stability's layout") from None
 

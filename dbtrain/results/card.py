@@ -15,6 +15,8 @@ from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import write_file
 from dbtrain.tiny import EMBEDDED
 
+TESTED = ("0.33.1", "0.42.1")
+"""Oldest and newest diffusers that `make compat` loads results with."""
 CARD = "README.md"
 CONFIG_FILE = "config.yaml"
 
@@ -51,6 +53,8 @@ Trained with dbtrain {__version__} (DreamBooth, arXiv 2208.12242).
 {sheet}```python
 {python_snippet({**record, "method": config.train.method}, ".", "sample.png")}
 ```
+
+Such results are tested with diffusers {TESTED[0]} to {TESTED[1]} and the transformers and PEFT of their day.
 
 | | |
 |---|---|

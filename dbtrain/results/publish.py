@@ -95,7 +95,7 @@ def read_lora(path: Path) -> tuple[LoraWeights, dict[str, str]]:
             metadata = opened.metadata() or {}
             state = {name: opened.get_tensor(name) for name in list(opened.keys())}
     except Exception as error:
-        raise DataError(f"{file}: cannot be read as an adapter ({error}); give a .safetensors file of a LoRA") from error
+        raise DataError(f"{file}: cannot be read as an adapter ({error}); give a LoRA as .safetensors") from error
     try:
         settings = _settings_beside(file) | json.loads(metadata.get("lora_adapter_metadata", "{}"))
         return read_state(state, settings), metadata

@@ -6,13 +6,13 @@ recipe trains what the command trained. Flags are those of diffusers 0.42 (examp
 """
 
 import re
-import shlex
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
 from dbtrain.errors import ConfigError
 from dbtrain.settings import recipes, yaml12
+from dbtrain.verbs.shell_words import flags_of, shell_words
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def migrate(command_line: str) -> Migration:
 
 
 def _take_apart(command_line: str) -> _Command:
-    words = _words(command_line)
+    words = shell_words(command_line)
     position = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if position is None:
         raise ConfigError("migrate: no script in the command line, want one of " + ", ".join(SCRIPTS))
@@ -147,58 +147,13 @@ def _take_apart(command_line: str) -> _Command:
         other = re.search(r"sd3|flux|sana|hidream|qwen|lumina|z_image", script)
         reason = f"dbtrain has no family for {other[0]} models" if other else "only these are understood"
         raise ConfigError(f"migrate: {script}: {reason}; want one of {', '.join(SCRIPTS)}")
-    launcher, own = _flags(words[:position]), _flags(words[position + 1:])
+    launcher, own = flags_of(words[:position]), flags_of(words[position + 1:])
     if "pretrained_model_name_or_path" not in own:
         raise ConfigError(f"migrate: {script} without --pretrained_model_name_or_path, want the base model")
     command = _Command(script, {**launcher, **own})
     if "accelerate" in words[:position] and "num_processes" not in launcher:
         command.notes.append("accelerate without --num_processes: taken as 1 process; correct train.batch if more")
     return command
-
-
-def _words(text: str) -> list[str]:
-    """Shell words of a command or a small script: continued lines joined, `export A=b` lines applied."""
-    variables: dict[str, str] = {}
-    words: list[str] = []
-    text = text.replace("\r\n", "\n").lstrip("\ufeff")
-    for line in re.sub(r"(?<!\S)[\\^`][^\S\n]*\n|\\[^\S\n]*\n", " ", text).splitlines():
-        try:
-            parts = shlex.split(_keep_windows_paths(line), comments=True)
-        except ValueError as error:
-            raise ConfigError(f"migrate: {line.strip()[:60]!r}: {error}; check the quotes") from None
-        parts = [re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda m: variables.get(m[1] or m[2], m[0]), part) for part in parts]
-        while parts and (parts[0] in ("export", "!") or re.match(r"\w+=", parts[0])):
-            name, equals, value = parts.pop(0).partition("=")
-            if equals:
-                variables[name] = value
-        words += parts
-    return words
-
-
-def _keep_windows_paths(line: str) -> str:
-    """A line whose backslashes are separators of Windows paths, with slashes in their place."""
-
-    def slashes(found: re.Match[str]) -> str:
-        return found[0].replace("\\", "/")
-
-    drive, relative = r"[A-Za-z]:\\[^\s\"']*", r"\.{1,2}\\[^\s\"']+|\\\\[\w.-]+\\[^\s\"']+"
-    quoted = r"(?<=[=\s])\"(?:[A-Za-z]:|\.{1,2}|\\)\\[^\"]*\""
-    plain = r"(?<=[=\s])[\w.-]+(?:\\[\w.-]+)+(?=\s|$)"
-    return re.sub(rf"{quoted}|(?<=[=\s\"']){drive}|(?<=[=\s\"'])(?:{relative})|{plain}", slashes, line)
-
-
-def _flags(words: list[str]) -> dict[str, str]:
-    """Flags with their values; the empty text for a switch, several values joined by a space."""
-    flags: dict[str, str] = {}
-    name = None
-    for word in words:
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            flags[name] = value
-        elif name:
-            flags[name] = f"{flags[name]} {word}".strip()
-    return flags
 
 
 def _plain(text: str) -> Any:
@@ -348,8 +303,7 @@ def _split_prompt(instance: str, prior: str) -> tuple[str | None, str | None]:
 
 
 def _rare_word(words: list[str]) -> int:
-    """Which of a prompt's words is the identifier: the one that is no word, or else the first. Never the last of several,
-    unless it alone is none, as the class noun follows the identifier."""
+    """Place of the identifier among a prompt's words: of the first that is no word, or else of the first."""
     return next((place for place, word in enumerate(words) if not _is_word(word)), 0)
 
 

@@ -137,7 +137,7 @@ def generate_verb(
 def export_verb(
     folder: Annotated[
         Path,
-        typer.Argument(help="Finished subject: OUT/subjects/ID; or an adapter of another trainer, or a diffusers folder."),
+        typer.Argument(help="Finished subject: OUT/subjects/ID; an adapter of any trainer; a diffusers folder."),
     ],
     out: Annotated[str, typer.Option(help="File to write, or a folder: the file then has the subject's name.")],
     family: Annotated[

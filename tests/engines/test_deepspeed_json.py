@@ -184,7 +184,7 @@ AUTO = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
 @pytest.mark.parametrize("kind", ["Adam", "AdamW"])
 def test_the_usual_template_of_autos_is_the_runs_own(given, kind):
     path = given({"optimizer": {"type": kind, "params": AUTO}, "zero_optimization": {"stage": 2},
-                  "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": "auto", "total_num_steps": "auto"}},
+                  "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}},
                   "fp16": {"enabled": "auto", "loss_scale": 0}, "bf16": {"enabled": "auto"}})  # fmt: skip
     assert resolve(path) == resolve(given({"zero_optimization": {"stage": 2}}))
 
@@ -214,7 +214,8 @@ OFF = {"amp": {"enabled": False, "opt_level": "auto"}, "elasticity": {"enabled":
 
 
 def test_sections_that_are_switched_off_say_nothing(given):
-    assert resolve(given({**OFF, "zero_optimization": {"stage": 2}})) == resolve(given({"zero_optimization": {"stage": 2}}))
+    plain = resolve(given({"zero_optimization": {"stage": 2}}))
+    assert resolve(given({**OFF, "zero_optimization": {"stage": 2}})) == plain
 
 
 @pytest.mark.parametrize("name", OFF)

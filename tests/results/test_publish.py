@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from dbtrain.families import FAMILIES
 from dbtrain.models.adapters import LoraWeights, adapter, attach, detach, layers, read_rows, renamed
 from dbtrain.models.load import load_models
 from dbtrain.models.sampling import generate, make_pipeline
-from dbtrain.results.card import CARD, CONFIG_FILE, publish_card
+from dbtrain.results.card import CARD, CONFIG_FILE, TESTED, publish_card
 from dbtrain.results.publish import KOHYA_FILE, LORA_FILE, MODEL_FOLDER, publish_lora, read_lora, save_safetensors
 from dbtrain.results.record import read_record, write_record
 from dbtrain.results.sheets import grid, publish_sheet
@@ -122,7 +124,8 @@ def test_every_version_of_diffusers_finds_its_settings_and_needs_no_alpha(bases,
         assert settings[f"{component}.r"] == settings[f"{component}.lora_alpha"] == 4
         assert settings[f"{component}.rank_pattern"] == settings[f"{component}.alpha_pattern"] == {}
         told = {f"{component}.{path}" for path in settings[f"{component}.target_modules"]}
-        assert told == {name.partition(".lora_")[0].replace("text_model.", "") for name in names if name.startswith(f"{component}.")}
+        held = {name.partition(".lora_")[0] for name in names if name.startswith(f"{component}.")}
+        assert told == {name.replace("text_model.", "") for name in held}
 
 
 def test_a_file_of_dbtrain_before_the_long_names_is_read(bases, tmp_path):
@@ -214,6 +217,13 @@ def test_the_card_shows_samples_where_there_are_some_and_code_that_loads(tmp_pat
     assert "from dbtrain.tiny import BASE" in embedded and "'embedded'" not in embedded
     single = card_of(tmp_path, {**RECORD, "base": "b.safetensors", "family": "sdxl"})[1]
     assert "StableDiffusionXLPipeline.from_single_file('b.safetensors')" in single
+
+
+def test_the_card_names_the_versions_that_make_compat_runs(tmp_path):
+    source = (Path(__file__).parents[2] / "benchmarks" / "compat.py").read_text()
+    versions = re.findall(r'^    "(0\.\d+\.\d+)": "transformers==', source, re.M)
+    assert len(versions) >= 6 and (versions[0], versions[-1]) == TESTED
+    assert f"diffusers {TESTED[0]} to {TESTED[1]}" in card_of(tmp_path, RECORD)[1]
 
 
 def test_the_cards_code_runs(tmp_path, monkeypatch, bases, model_folders):

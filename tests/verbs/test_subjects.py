@@ -304,6 +304,6 @@ def test_weight_zero_is_the_base(job):
 def test_a_whole_model_has_no_weight(job, model_folders, tmp_path):
     config = finished.finished_config(job[0] / "out" / "subjects" / "rex", [])
     models, family = finished.load_models(finished.FAMILIES["sd"], config.model), finished.FAMILIES["sd"]
-    with pytest.raises(finished.ConfigError, match="has no adapter to weigh"):
-        with finished.finished_pipeline(tmp_path, family, models, config, 0.5):
-            pass
+    pipeline = finished.finished_pipeline(tmp_path, family, models, config, 0.5)
+    with pytest.raises(finished.ConfigError, match="has no adapter to weigh"), pipeline:
+        pass
