@@ -13,7 +13,7 @@ CORES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST = $(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -q -n $(CORES) --dist worksteal -m "not gpu"
 BENCH ?= benchmarks/tiny_quality.py benchmarks/paper_shape.py
 
-.PHONY: help demo test browser lint gpu compat bench install clean
+.PHONY: help demo test browser lint gpu compat bench results install clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -47,6 +47,9 @@ compat: $(VENV)/.installed  ## what we publish, loaded by eight versions of diff
 
 bench: $(VENV)/.installed  ## the benchmarks that need no peer, or BENCH="a.py b.py"
 	@for script in $(BENCH); do echo "== $$script"; $(RUN) $(BIN)/python $$script || exit 1; done
+
+results: $(VENV)/.installed  ## docs/results.md and the README's figures, from benchmarks/results/
+	$(RUN) $(BIN)/python benchmarks/results_page.py
 
 install: $(VENV)/.installed  ## only the virtual environment, with dbtrain editable in it
 

@@ -22,6 +22,7 @@ REQUIRES = [
     "deepspeed>=0.18",
     "diffusers>=0.36",
     "fsspec>=2024.6",
+    "hjson>=3.1",
     "jinja2>=3.1",
     "ninja>=1.11",
     "numpy>=1.26",
@@ -53,6 +54,8 @@ EXTRAS = {
         "setuptools>=77",
         "triton>=3.6",
     ],
+    # Reads HEIC, the format of phones' photos.
+    "photos": ["pillow-heif>=0.21"],
     "gpu": ["xformers>=0.0.35"],
     # Empty: the shipped metrics need nothing more. lpips would bring torchvision, which replaces or breaks a CPU torch.
     "eval": [],
@@ -85,7 +88,10 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={**ROOTS, **CONFIGS},
-    package_data={"dbtrain": ["py.typed", "tiny/assets/**", "report/templates/**"], "dbtrain.configs": ["**"]},
+    package_data={
+        "dbtrain": ["py.typed", "tiny/assets/**", "report/templates/**", "subjects/*.txt"],
+        "dbtrain.configs": ["**"],
+    },
     include_package_data=False,
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -26,7 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "launchers")]
 import torch  # noqa: E402
 
 from dbtrain.bench import commit  # noqa: E402
-from dbtrain.subjects.sharding import shard_manifest  # noqa: E402
+from dbtrain.subjects.manifest import scan_manifest  # noqa: E402
+from dbtrain.subjects.sharding import shard_subjects  # noqa: E402
 from tests.faults.campaigns import (  # noqa: E402
     TIMED,
     Tally,
@@ -72,7 +73,7 @@ def damages(folder: Path, small: bool) -> list[Tally]:
     part = 20 if small else 1
     works = Works(folder / "damage")
     config = small_config()
-    shard_manifest(works.manifest, folder / "sound", config, str)
+    shard_subjects(*scan_manifest(works.manifest), folder / "sound", config, str)
     assert forked(works.priors(folder / "priors"), None, folder).code == 0
     found = []
     for tally in (
@@ -91,9 +92,9 @@ def preflight_cost(folder: Path, small: bool) -> dict:
     manifest = make_manifest(folder / "many", count, 5)
     code = (
         "import resource, sys, time; from dbtrain.settings.recipes import load\n"
-        "from dbtrain.subjects.preflight import sift\n"
+        "from dbtrain.subjects.manifest import scan_manifest; from dbtrain.subjects.preflight import sift\n"
         "from pathlib import Path; config = load('tiny'); begin = time.perf_counter()\n"
-        "subjects, findings = sift(Path(sys.argv[1]), config)\n"
+        "subjects, findings = sift(*scan_manifest(Path(sys.argv[1])), config)\n"
         "print(len(subjects), len(findings), time.perf_counter() - begin,"
         " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     )

@@ -56,8 +56,7 @@ def measure(subjects: int, workers: int, folder: Path) -> dict:
                 with ledger.commit():
                     attempts = ledger.start(number, unit.positions, name)
                     for subject in ledger.subjects(unit.positions):
-                        index.rows_of(subject.id)
-                    view.begin(unit)
+                        index.entries_of(subject.id)
                 return attempts
 
             begin = time.perf_counter()
@@ -104,10 +103,10 @@ def clocked(spent: dict[str, float], name: str, work: Callable):
 
 def rows_of(subjects: int):
     """An index as large as that many subjects have."""
-    from dbtrain.data.index import Index, Row, make_key
+    from dbtrain.data.index import Entry, Index, make_key
     from dbtrain.values import Role
 
-    rows = (Row("train-000000.tar", make_key(f"s{n:06d}", Role.INSTANCE, i), 0, 512, "0" * 64, "")
+    rows = (Entry("train-000000.tar", make_key(f"s{n:06d}", Role.INSTANCE, i), 0, 512, "0" * 64, "")
             for n in range(subjects) for i in range(PHOTOS))  # fmt: skip
     return Index(tuple(rows), ())
 

@@ -80,7 +80,7 @@ def share_priors(work: Path, subject: str) -> None:
     from dbtrain.data.stream import read_samples
 
     for block in sorted((work / "priors").glob("*/block-*")):
-        for sample in read_samples(block, Index.load(block).rows):
+        for sample in read_samples(block, Index.load(block).entries):
             (folder / f"{sample.key}.png").write_bytes(sample.image)
 
 

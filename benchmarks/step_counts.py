@@ -58,7 +58,8 @@ def batch_of(name: str, subjects: int) -> Batch:
     """One photo and one prior of each subject, as cached moments."""
     count, side = 2 * subjects, SHAPES[name].latent_side
     whole = torch.empty(count, dtype=torch.long, device="meta")
-    moments, sizes = torch.empty(count, 8, side, side, device="meta"), torch.empty(count, 6, device="meta")
+    moments = torch.empty(count, 2 * SHAPES[name].channels, side, side, device="meta")
+    sizes = torch.empty(count, 6, device="meta")
     return Batch(moments, whole, whole, whole, sizes, whole)
 
 
@@ -192,7 +193,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["sd15", "sdxl"])
     arguments = parser.parse_args()
     from dbtrain.bench.ops import counts, counts_table
 

@@ -1,6 +1,6 @@
-"""The `dbtrain` command: verbs only. Each parses its words, calls one function and prints what comes back.
+"""The `dbtrain` command. Each verb parses its arguments, calls one function and prints the result.
 
-Modules are imported inside the verbs, so that `dbtrain --help` answers at once.
+Verbs import what they need when they run, so that `dbtrain --help` answers at once.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,14 @@ from typer.core import TyperGroup
 
 from dbtrain.errors import DataError, DbtrainError, EngineError
 from dbtrain.storage.trouble import disk_trouble, memory_trouble
-from dbtrain.verbs import batch, bench, evaluation, launch, reporting, settings, stores, subjects
+from dbtrain.verbs import batch, bench, evaluation, importing, launch, reporting, settings, stores, subjects
+from dbtrain.verbs.options import add_verbs
 
 INTERRUPTED = 130
 
 EXIT_CODES = """Exit codes: 0 done; 1 other failure; 2 wrong settings or usage; 3 manifest, photos, shards or artefacts;
-4 training cannot go on; 5 cluster; 75 stopped on request (SIGTERM, SIGUSR1): requeue;
-130 interrupted. The same command again resumes."""
+4 training cannot go on; 5 cluster; 75 stopped on request (SIGTERM, SIGUSR1, first Ctrl-C): requeue;
+130 interrupted (second Ctrl-C). The same command again resumes."""
 
 
 class Verbs(TyperGroup):
@@ -49,7 +50,7 @@ app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, pretty_
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line (None is the process's own) and exits with its code."""
+    """Run a command line (None is this process's own) and exit with its code."""
     app(args=arguments, prog_name="dbtrain")
 
 
@@ -75,11 +76,8 @@ def _global(
     """
 
 
-THEMES = (settings, stores, batch, bench, launch, subjects, evaluation, reporting)
+THEMES = (settings, stores, importing, batch, bench, launch, subjects, evaluation, reporting)
 for theme in THEMES:
     for name, group in getattr(theme, "APPS", {}).items():
         app.add_typer(group, name=name)
-    for name, verb in getattr(theme, "VERBS", {}).items():
-        foreign = name in settings.TAKES_FOREIGN_OPTIONS
-        words = {"ignore_unknown_options": True, "allow_interspersed_args": False} if foreign else None
-        app.command(name, context_settings=words)(verb)
+    add_verbs(app, getattr(theme, "VERBS", {}))

@@ -26,7 +26,7 @@ class DataError(DbtrainError):
 
 
 class SubjectTaken(DataError):
-    """Another process trains the subject, or one did that is not known to be dead yet."""
+    """Another process trains the subject, or trained it and is not yet known to be dead."""
 
 
 class EngineError(DbtrainError):
@@ -36,24 +36,35 @@ class EngineError(DbtrainError):
 
 
 class FleetError(DbtrainError):
-    """The cluster or one of its workers failed in a way that a retry by itself does not mend."""
+    """The cluster or one of its workers failed in a way that a retry alone does not repair."""
 
     exit_code = 5
 
 
 class StopRequested(EngineError):
-    """SIGTERM or SIGUSR1 came: what was done is kept, and running the same command again goes on."""
+    """SIGTERM, SIGUSR1 or a first Ctrl-C came. Finished work is kept, and the same command run again goes on."""
 
     exit_code = 75
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what follows it; its kind if it says nothing."""
+    """The first line of an error's text; the name of its class if the text is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+NAMED = 8
+"""Most subjects that a message names one by one."""
+
+
+def reached(steps: Mapping[str, int]) -> str:
+    """Where subjects stand that go on later, in brackets: the steps made, by id; empty for none."""
+    told = [f"{name} after step {step}" for name, step in list(steps.items())[:NAMED]]
+    more = [f"and {len(steps) - NAMED} more"] if len(steps) > NAMED else []
+    return f" ({', '.join([*told, *more])})" if told else ""
+
+
 def summed(failed: Mapping[str, DbtrainError]) -> DbtrainError:
-    """One error that tells of every subject that failed; its exit code is theirs, where they agree on one."""
+    """One error with a line for every subject that failed. It keeps their exit code if they all have the same."""
     first, *others = failed.values()
     kind = type(first) if all(other.exit_code == first.exit_code for other in others) else EngineError
     return kind("\n".join(f"{name}: {error}" for name, error in failed.items()))

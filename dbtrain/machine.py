@@ -1,8 +1,10 @@
-"""What the kernel lets this process have of its machine, which in a container or a job is less than there is."""
+"""The part of its machine that this process may use. In a container or a job it is less than the whole machine."""
 
 import math
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -10,10 +12,23 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 VMSTAT = Path("/proc/vmstat")
 
 
-def cores() -> int:
-    """Cores that this process may use: those it may run on, at most as many as its cgroups give time for (rounded up).
+def in_main_thread() -> bool:
+    """Whether this is the main thread. Python lets no other set the handler of a signal."""
+    return threading.current_thread() is threading.main_thread()
 
-    A core more than that only makes threads wait for each other.
+
+def take_signals(numbers: Sequence[int], action: Callable[..., object]) -> None:
+    """Call `action` when one of these signals comes. Change nothing in a thread, and for signals that are ignored on
+    purpose: a shell's background jobs and the fleet's trainers ignore Ctrl-C."""
+    for number in numbers if in_main_thread() else ():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, action)
+
+
+def cores() -> int:
+    """Number of cores that this process may use: those it may run on, at most its cgroups' share of time (rounded up).
+
+    With more threads than that, threads only wait for each other.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = []
@@ -25,8 +40,10 @@ def cores() -> int:
 
 
 def cgroup_files(name: str) -> Iterator[str]:
-    """What a file says in this process's cgroup (version 2) and in those above it, the nearest first; cgroups without
-    the file, as the root's, are passed over."""
+    """The texts of a file in this process's cgroup (version 2) and in those above it, the nearest first.
+
+    Cgroups without the file, such as the root, are passed over.
+    """
     try:
         lines = MEMBERSHIP.read_text().splitlines()
     except OSError:
@@ -41,8 +58,11 @@ def cgroup_files(name: str) -> Iterator[str]:
 
 
 def oom_kills() -> int:
-    """How many processes the kernel has killed for memory: of this process's cgroup if that counts them (kills for want
-    of the whole machine's memory included), else of the machine, where they may be anybody's."""
+    """Number of processes that the kernel has killed for lack of memory.
+
+    Counted are those of this process's cgroup, also where the whole machine lacked memory. If the cgroup has no such
+    counter, those of the whole machine are counted, of all users.
+    """
     text = next(cgroup_files("memory.events"), None)
     if text is None:
         try:

@@ -1,7 +1,7 @@
 """Randomness as a function: every number is named by (seed, subject, purpose, step, draw slot, element).
 
-Nothing here keeps state, so results do not depend on the number of ranks, on neighbours or on resuming. A draw slot
-numbers the samples of one step's *global* batch.
+Nothing here keeps state, so results do not depend on the number of ranks, on the other subjects of a pack or on
+resuming. Draw slots number the samples of one step's *global* batch.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dbtrain_kernels.philox import normal, philox, uniform
+from dbtrain_kernels.philox import philox, uniform
 
 
 class Purpose(IntEnum):
@@ -26,7 +26,9 @@ class Purpose(IntEnum):
     CROP = 7
     ADAPTER = 8
     STRATUM = 9
+    # Reserved, without a user: a number that was given out is never given another meaning, for results depend on it.
     AUGMENT = 10
+    CAPTION = 11
 
 
 def stream_key(seed: int, subject: str, *names: object) -> tuple[int, int]:
@@ -37,19 +39,7 @@ def stream_key(seed: int, subject: str, *names: object) -> tuple[int, int]:
 
 
 Key = tuple[int, int] | tuple[Tensor, Tensor]
-"""Philox key of a subject's stream, or the two words [B] of each sample's own."""
-
-
-def normals(key: Key, purpose: Purpose, step: int | Tensor, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal float32 [B, *shape] for the draw slots [B] of a step (or of each sample's), on their device."""
-    count = 1
-    for side in shape:
-        count *= side
-    blocks = torch.arange((count + 3) // 4, device=slots.device)
-    low, high = (word[:, None] if isinstance(word, Tensor) else word for word in key)
-    turn = step[:, None] if isinstance(step, Tensor) else step
-    words = philox((low, high), (blocks[None, :], slots[:, None], turn, int(purpose)))
-    return normal(words).flatten(1)[:, :count].reshape(len(slots), *shape)
+"""Philox key of a subject's stream; or its two words as tensors [B], a key for each sample."""
 
 
 def uniforms(key: Key, purpose: Purpose, step: int | Tensor, slots: Tensor) -> Tensor:
@@ -61,6 +51,7 @@ def uniforms(key: Key, purpose: Purpose, step: int | Tensor, slots: Tensor) -> T
 def permutation(seed: int, subject: str, role: int, epoch: int, count: int) -> tuple[int, ...]:
     """A keyed shuffle of range(count): the order in which one epoch visits a subject's samples of a role."""
     words = philox(stream_key(seed, subject), (torch.arange(count), role, epoch, int(Purpose.ORDER)))
+    # Two 32-bit words as one 63-bit number, which fits an int64: equal numbers are rare, and a stable sort orders them.
     ranks = (words[0] << 31) | (words[1] >> 1)
     return tuple(torch.argsort(ranks, stable=True).tolist())
 

@@ -1,4 +1,4 @@
-"""The main job: build -> resume -> loop -> publish, for one subject after another on a base that stays loaded."""
+"""The main job: every subject of a manifest, one after another or in packs, on a base that is loaded once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from dbtrain.errors import DataError, DbtrainError, EngineError, StopRequested
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import LOCK, held
 from dbtrain.storage.trouble import bare
-from dbtrain.subjects.manifest import read_manifest, scan_manifest
+from dbtrain.subjects.finding import Finding, refuse
+from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.training.job import Finished, open_job
-from dbtrain.training.session import Session, open_session, restore_base
+from dbtrain.training.session import Base, Watch, Work, join_run, open_work
+from dbtrain.training.stopping import signals_as_before
 from dbtrain.training.telemetry import refuse_trackers
 from dbtrain.values import Subject
 
@@ -31,65 +33,80 @@ def train_manifest(
 ) -> tuple[list[dict[str, Any]], dict[str, DbtrainError]]:
     """The records of the chosen subjects (None is all), and the error of each that failed; the others are not affected.
 
-    skip_bad: leave subjects with findings out; they are told, and named in `shards/skipped.json`. opened: what
-    `Session.opened` is. Raises DataError for
-    unknown ids or while another run works on `out`, and StopRequested when the process was asked to stop.
+    skip_bad: leave subjects with findings out, print them, and name them in `shards/skipped.json`. opened: see `Watch`.
+    Raises DataError for unknown ids or while another run works on `out`, and StopRequested when the process was asked
+    to stop.
     """
     refuse_trackers(config.track)
-    photos = config.data.shards is None
-    subjects = scan_manifest(manifest, photos)[0] if skip_bad else read_manifest(manifest, photos)
-    known = {subject.id: subject for subject in subjects}
+    subjects, findings = scan_manifest(manifest, config.data.shards is None)
+    if not skip_bad:
+        refuse(findings)
+    known = dict.fromkeys(subject.id for subject in subjects)
     unknown = [name for name in chosen or () if name not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, 1)
         raise DataError(f"{manifest}: has no subject {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    with ExitStack() as fence:
-        if not from_first(start_world(), lambda: fence.enter_context(held(out / LOCK))):
-            raise DataError(f"{out}: another run is working there; wait for it or stop it, or use another --out")
-        session = open_session(config, subjects, manifest, out, quiet, skip_bad)
-        session.opened = opened
-        sound = [known[name] for name in chosen or known if name in session.identifiers]
-        return _train_all(session, sound)
+    return train_chosen(subjects, findings, config, out, chosen or [*known], quiet, skip_bad, opened)
 
 
-def _train_all(
-    session: Session, subjects: Sequence[Subject]
+def train_chosen(
+    subjects: Sequence[Subject],
+    findings: Sequence[Finding],
+    config: RunConfig,
+    out: Path,
+    chosen: Sequence[str],
+    quiet: bool = False,
+    skip_bad: bool = False,
+    opened: Callable[[], object] = lambda: None,
 ) -> tuple[list[dict[str, Any]], dict[str, DbtrainError]]:
+    """What `train_manifest` returns, for a manifest that `scan_manifest` has read. The photos of all subjects are
+    sharded, and the subjects with the ids `chosen` are trained."""
+    world = start_world()
+    with signals_as_before(), ExitStack() as fence:
+        if not from_first(world, lambda: fence.enter_context(held(out / LOCK))):
+            raise DataError(f"{out}: another run is working there; wait for it or stop it, or use another --out")
+        watch = Watch(quiet or not world.first, opened=opened)
+        base = join_run(config, watch)
+        work = open_work(base, watch, subjects, findings, out, chosen, skip_bad)
+        return _train_all(base, work, watch)
+
+
+def _train_all(base: Base, work: Work, watch: Watch) -> tuple[list[dict[str, Any]], dict[str, DbtrainError]]:
     records: list[dict[str, Any]] = []
     failed: dict[str, DbtrainError] = {}
 
     def finished(subject: Subject, outcome: dict[str, Any] | DbtrainError) -> None:
         if isinstance(outcome, DbtrainError):
             failed[subject.id] = outcome
-            session.say(f"{subject.id}: failed: {outcome}")
+            watch.say(f"{subject.id}: failed: {outcome}")
         else:
             records.append(outcome)
 
-    train_subjects(session, subjects, finished)
+    train_subjects(base, work, watch, finished)
     return records, failed
 
 
-def train_subjects(session: Session, subjects: Sequence[Subject], finished: Finished) -> None:
-    """Nothing; calls `finished` with every subject's record, or with the error that ended it, as soon as it is known.
+def train_subjects(base: Base, work: Work, watch: Watch, finished: Finished) -> None:
+    """Train every subject, and call `finished` with its record, or with the error that ended it, as soon as it ends.
 
     A failed subject does not affect the others; a disk that refuses ends them all. Raises StopRequested when the
     process was asked to stop.
     """
-    if session.config.engine.kind == "packed":
+    if base.settings.engine.kind == "packed":
         from dbtrain.packing.loop import train_packed
 
-        train_packed(session, subjects, finished)
+        train_packed(base, work, watch, finished)
         return
-    for subject in subjects:
-        finished(subject, train_subject(session, subject))
+    for subject in work.subjects:
+        finished(subject, train_subject(base, work, watch, subject))
 
 
-def train_subject(session: Session, subject: Subject) -> dict[str, Any] | DbtrainError:
+def train_subject(base: Base, work: Work, watch: Watch, subject: Subject) -> dict[str, Any] | DbtrainError:
     """The record of a subject, of this training or of an earlier one with the same settings and data; or what keeps it,
     and it alone, from being trained."""
     opened = None
     try:
-        opened = open_job(session, subject)
+        opened = open_job(base, work, watch, subject)
         if isinstance(opened, dict):
             return opened
         with closing(opened):
@@ -99,7 +116,7 @@ def train_subject(session: Session, subject: Subject) -> dict[str, Any] | Dbtrai
     except (EngineError, DataError) as error:
         if opened is not None:
             # Bad data in training may have met one rank alone, and the others would wait for it without end.
-            if isinstance(error, DataError) and session.world.size > 1:
+            if isinstance(error, DataError) and base.world.size > 1:
                 raise
-            restore_base(session)
+            base.restore()
         return bare(error)

@@ -1,7 +1,10 @@
 """The values that cross module borders.
 
-Legend of shape letters, used as name suffixes: B samples, C channels, H height, W width, T tokens, D features,
-N stacked subjects, R rank, S schedule steps. Pixels are RGB in [-1, 1]; latents are in the model's own scale.
+Legend of shape letters, used as name suffixes: B samples, C channels, H height, W width, T or L tokens,
+D features, O output features, N stacked subjects, R rank (in `error_NR`: roles), S steps of the noise schedule (in
+`rates_GNS`: of training), G groups of parameters, P parameters of a subject in a group, V measured values. h and w are
+the sides of latents. In `evaluate/`, N counts images, M photos, K values of an image, L layers, P patches.
+Pixels are RGB in [-1, 1]; latents are in the model's own scale.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUBJECT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-"""What a subject id may look like: it becomes a folder name and part of shard keys."""
+"""What a subject's id may look like. The id becomes the name of a folder and a part of shard keys."""
+
+OWN = "own_caption"
+"""Name in `Sample.meta` that is True where the caption is the photo's own, and not its subject's."""
 
 
 class Role(IntEnum):
@@ -30,13 +36,15 @@ class Role(IntEnum):
 class Subject:
     """One row of a manifest: a thing to learn. `images` are resolved photo paths in a fixed order.
 
-    Overrides are None where the run's configuration holds.
+    Overrides are None where the run's configuration holds. captions: a template for each photo, empty where `caption`
+    or the run's template holds; None where that is so for all of them.
     """
 
     id: str
     class_noun: str
     images: tuple[Path, ...]
     caption: str | None = None
+    captions: tuple[str, ...] | None = None
     identifier: str | None = None
     seed: int | None = None
     steps: int | None = None
@@ -60,24 +68,25 @@ class Sample:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Base of the values made of tensors: moves and indexes all of them together; absent ones stay None."""
+    """Base of the values made of tensors: all of them are moved and indexed together; absent ones stay None."""
 
     def to(self, *args, **kwargs):
         """The same value with every tensor moved or cast as `Tensor.to` does."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
     def __getitem__(self, index):
         """The rows of every tensor at an index."""
-        return self._map(lambda tensor: tensor[index])
+        return self.map(lambda tensor: tensor[index])
 
-    def _map(self, function):
+    def map(self, function):
+        """The same value with a function applied to every tensor."""
         present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return replace(self, **{name: function(value) for name, value in present.items()})
 
 
 @dataclass(frozen=True)
 class Conditioning(Tensors):
-    """What a denoiser is told about the caption. Only a `Family` makes one.
+    """The encoded caption that a denoiser takes. Only a `Family` makes one.
 
     states_BTD: token states. pooled_BD: a pooled text embedding (SDXL), or None.
     """

@@ -19,26 +19,30 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory):
-    """A random model of the Stable Diffusion 1.x layout (eps), as a diffusers folder; read only."""
-    from tests.kit.random_models import make_sd
+class ModelFolders(dict):
+    """Diffusers folders of random models by family name, each made when it is first asked for; read only."""
 
-    return make_sd(tmp_path_factory.mktemp("models") / "sd")
+    def __init__(self, root):
+        super().__init__()
+        self.root = root
 
+    def __missing__(self, name):
+        from tests.kit.random_models import FAMILIES
 
-@pytest.fixture(scope="session")
-def sdxl_folder(tmp_path_factory):
-    """A random model of the Stable Diffusion XL layout, as a diffusers folder; read only."""
-    from tests.kit.random_models import make_sdxl
-
-    return make_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+        self[name] = FAMILIES[name](self.root / name)
+        return self[name]
 
 
 @pytest.fixture(scope="session")
-def model_folders(sd_folder, sdxl_folder):
+def model_folders(tmp_path_factory):
     """The random models by family name."""
-    return {"sd": sd_folder, "sdxl": sdxl_folder}
+    return ModelFolders(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def sd_folder(model_folders):
+    """A random model of the Stable Diffusion 1.x layout (eps), as a diffusers folder; read only."""
+    return model_folders["sd"]
 
 
 @pytest.fixture(scope="session")

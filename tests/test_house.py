@@ -53,6 +53,54 @@ LEFTOVERS = ["TO" + "DO", "FIX" + "ME", "XX" + "X:"]
 PLACES = ["/" + "work/", "/" + "home/", "/" + "root/", "/" + "Users/", "/opt/" + "pypi", "/opt/" + "wheels"]
 HOSTS = ["pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", "index-" + "url", "find-" + "links"]
 
+AT_THE_TOP = {"__init__", "__main__", "cli", "train", "values", "randomness", "errors", "machine"}
+"""Modules directly in `dbtrain/`. A new module belongs in one of its folders."""
+
+CORE = """
+    dbtrain/train.py dbtrain/values.py dbtrain/randomness.py dbtrain/objective/*.py dbtrain/training/step.py
+    dbtrain/training/job.py dbtrain/training/session.py dbtrain/training/bank.py dbtrain/training/trainables.py
+    dbtrain/training/claims.py dbtrain/training/identity.py dbtrain/models/family.py dbtrain/models/adapters.py
+    dbtrain/families/sd.py dbtrain/families/sdxl.py dbtrain/engines/engine.py dbtrain/engines/world.py
+    dbtrain/engines/packed.py dbtrain/packing/pack.py
+"""
+WHEEL = "dbtrain/*.py dbtrain/*/*.py kernels/dbtrain_kernels/*.py launchers/dbtrain_launchers/*.py"
+BUDGETS = {
+    "core": (3_000, CORE),
+    "verbs": (1_700, "dbtrain/verbs/*.py"),
+    "report": (1_400, "dbtrain/report/*.py"),
+    "fleet": (2_700, "dbtrain/fleet/*.py"),
+    "evaluate": (1_500, "dbtrain/evaluate/*.py"),
+    "subjects and data": (2_200, "dbtrain/subjects/*.py dbtrain/data/*.py"),
+    "kernels": (1_300, "kernels/dbtrain_kernels/*.py"),
+    "wheel": (20_000, WHEEL),
+}
+"""Most lines of each room, and its files. Raise a budget only in a commit that says why."""
+MAX_FAMILY_LINES = 150
+
+COVERED = {
+    "dbtrain/__main__.py": "tests/test_cli.py",
+    "dbtrain/bench/flops.py": "tests/bench/test_operators.py",
+    "dbtrain/families/*.py": "tests/contracts/test_family.py",
+    "dbtrain/models/adapter_names.py": "tests/models/test_adapters.py",
+    "dbtrain/models/architectures.py": "tests/bench/test_operators.py",
+    "dbtrain/models/pipelines.py": "tests/contracts/test_family.py",
+    "dbtrain/models/schedules.py": "tests/contracts/test_family.py",
+    "dbtrain/models/unet.py": "tests/contracts/test_family.py",
+    "dbtrain/verbs/launch.py": "tests/contracts/test_launcher.py",
+    "kernels/dbtrain_kernels/*_triton.py": "tests/contracts/test_op.py",
+    "kernels/dbtrain_kernels/cases.py": "tests/contracts/test_op.py",
+    "kernels/dbtrain_kernels/reference.py": "tests/contracts/test_op.py",
+    "launchers/dbtrain_launchers/on_*.py": "tests/contracts/test_launcher.py",
+}
+"""Modules without a test file of their name, and the tests that cover them: mostly those of a contract."""
+PACKAGES = {
+    "dbtrain": "tests",
+    "kernels/dbtrain_kernels": "tests/kernels",
+    "launchers/dbtrain_launchers": "tests/launchers",
+    "embedded/dbtrain_embedded": "tests/embedded",
+}
+"""Folders of sources, and the folders of their tests."""
+
 
 def tracked(*patterns: str) -> list[Path]:
     """Files that git tracks, and new ones that it does not ignore; all files where there is no repository."""
@@ -89,6 +137,43 @@ def functions(path: Path) -> list[tuple[str, int, int]]:
             is_kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
             lines = node.end_lineno - body[0].lineno + 1 + (node.body[0].lineno - node.lineno)
             found.append((f"{path.name}:{node.name}", lines, MAX_KERNEL_LINES if is_kernel else MAX_FUNCTION_LINES))
+    return found
+
+
+def sources() -> list[Path]:
+    """Every source file of ours, from the root of the project."""
+    return [path.relative_to(ROOT) for folder in PACKAGES for path in tracked(f"{folder}/*.py")]
+
+
+def lines_of(patterns: str) -> int:
+    """Lines in all files of some patterns, which spaces part; each pattern must match."""
+    files = {pattern: list(ROOT.glob(pattern)) for pattern in patterns.split()}
+    assert [pattern for pattern, matched in files.items() if not matched] == []
+    return sum(len(path.read_text("utf-8").splitlines()) for path in set().union(*files.values()))
+
+
+def namesake(module: Path) -> Path:
+    """The test file of a module's name: `dbtrain/data/tar.py` has `tests/data/test_tar.py`."""
+    folder = next(folder for folder in PACKAGES if module.is_relative_to(folder))
+    return Path(PACKAGES[folder]) / module.parent.relative_to(folder) / f"test_{module.stem.strip('_')}.py"
+
+
+def private_names(files: list[Path]) -> list[str]:
+    """A line for every private name of one file that another file imports, or reads as an attribute."""
+    trees = {path: ast.parse((ROOT / path).read_text("utf-8")) for path in files}
+    named = (ast.FunctionDef, ast.ClassDef)
+    own = {path: {node.name for node in ast.walk(tree) if isinstance(node, named)} for path, tree in trees.items()}
+    for path, tree in trees.items():
+        nodes = [node for node in ast.walk(tree) if isinstance(getattr(node, "ctx", None), ast.Store)]
+        own[path] |= {node.id for node in nodes if isinstance(node, ast.Name)}
+        own[path] |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    private = {name for names in own.values() for name in names if name.startswith("_") and not name.startswith("__")}
+    found = []
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            names += [node.attr] if isinstance(node, ast.Attribute) else []
+            found += [f"{path}:{node.lineno} {name}" for name in names if name in private - own[path]]
     return found
 
 
@@ -151,3 +236,41 @@ def test_a_long_function_is_seen(tmp_path):
     path = tmp_path / "long.py"
     path.write_text('def f():\n    """Not counted.\n\n    Nor this.\n    """\n' + "    x = 1\n" * 90)
     assert functions(path) == [("long.py:f", 91, MAX_FUNCTION_LINES)]
+
+
+def test_nothing_new_lies_at_the_top():
+    assert {path.stem for path in (ROOT / "dbtrain").glob("*.py")} == AT_THE_TOP
+
+
+@pytest.mark.parametrize("room", BUDGETS)
+def test_a_room_keeps_its_budget(room):
+    budget, patterns = BUDGETS[room]
+    assert lines_of(patterns) <= budget
+
+
+def test_a_family_keeps_its_budget():
+    sizes = {path.name: lines_of(str(path.relative_to(ROOT))) for path in ROOT.glob("dbtrain/families/*.py")}
+    assert {name: lines for name, lines in sizes.items() if lines > MAX_FAMILY_LINES} == {}
+
+
+def test_every_module_has_a_test_of_its_name():
+    modules = [path for path in sources() if path.name != "__init__.py"]
+    without = [path for path in modules if not (ROOT / namesake(path)).exists()]
+    assert [str(path) for path in without if not any(path.match(pattern) for pattern in COVERED)] == []
+
+
+def test_covered_modules_have_no_test_of_their_name_and_their_tests_exist():
+    modules = [path for path in sources() if not (ROOT / namesake(path)).exists()]
+    assert [pattern for pattern in COVERED if not any(path.match(pattern) for path in modules)] == []
+    assert [name for name in COVERED.values() if not (ROOT / name).exists()] == []
+
+
+def test_private_names_stay_in_their_file():
+    assert private_names(sources()) == []
+
+
+def test_private_names_that_are_read_elsewhere_are_seen(tmp_path):
+    (tmp_path / "one.py").write_text("def _f(): ...\nclass A:\n    def __init__(self):\n        self._x = self._x\n")
+    (tmp_path / "two.py").write_text("from one import _f\nimport os\nprint(a._x, os._exit)\n")
+    found = private_names([tmp_path / "one.py", tmp_path / "two.py"])
+    assert [line.split("two.py:")[1] for line in found] == ["1 _f", "3 _x"]

@@ -35,6 +35,9 @@ ORDER = (
     ("dbtrain.values", "dbtrain.randomness", "dbtrain.machine", "dbtrain_embedded"),
     ("dbtrain", "dbtrain.errors", "dbtrain.tiny", "dbtrain_kernels"),
 )
+ON_THE_GROUND = ("dbtrain", "dbtrain.families", "dbtrain.objective")
+"""Package files that only hold names, as text: they import nothing of ours, and settings read them."""
+
 DOORS = {
     "diffusers": ["dbtrain.families", "dbtrain.models", "dbtrain_embedded"],
     "transformers": ["dbtrain.families", "dbtrain.models", "dbtrain_embedded", "dbtrain.evaluate"],
@@ -89,7 +92,7 @@ def place(name: str, modules: set[str]) -> tuple[int, str] | None:
         return None
     while name not in modules and "." in name:
         name = name.rpartition(".")[0]
-    if name == "dbtrain":
+    if name in ON_THE_GROUND:
         return len(ORDER) - 1, name
     listed = [
         (len(folder), row, folder)

@@ -7,8 +7,9 @@ from decimal import Decimal, getcontext
 import pytest
 import torch
 
-from dbtrain.randomness import Purpose, normals, permutation, stream_key, uniform_range, uniforms
+from dbtrain.randomness import Purpose, permutation, stream_key, uniform_range, uniforms
 from dbtrain_kernels.philox import normal, philox
+from tests.kit.normals import normals
 
 KEY = stream_key(0, "rex")
 

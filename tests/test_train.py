@@ -8,8 +8,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dbtrain.engines.engine import BatchPlan
-from dbtrain.engines.world import World
 from dbtrain.engines.zero import ZeroEngine
 from dbtrain.errors import DataError, SubjectTaken, summed
 from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
@@ -17,12 +15,14 @@ from dbtrain.results.publish import read_lora
 from dbtrain.results.record import read_record
 from dbtrain.settings.recipes import load
 from dbtrain.storage.atomic import LOCK, file_digest, held
+from dbtrain.subjects import manifest
 from dbtrain.subjects.manifest import read_manifest
+from dbtrain.subjects.rows import read_rows
 from dbtrain.train import train_manifest, train_subjects
+from dbtrain.training import claims
 from dbtrain.training.bank import Bank
-from dbtrain.training.identity import subject_config
 from dbtrain.training.job import Job
-from dbtrain.training.session import open_session
+from dbtrain.training.session import Watch, join_run, open_work
 from dbtrain.training.step import TrainingStep
 from tests.kit.main_job import sd_folder, small_config, write_job
 
@@ -194,30 +194,31 @@ def test_a_non_finite_gradient_stops_too(job, tmp_path, monkeypatch):
 SOLO_OR_PACKED = pytest.mark.parametrize("engine", [(), ("engine.kind=packed", "engine.packed.size=2")])
 
 
-def outcomes(session, subjects) -> dict:
+def outcomes(run) -> dict:
     told = {}
-    train_subjects(session, subjects, lambda subject, outcome: told.update({subject.id: outcome}))
+    train_subjects(*run, lambda subject, outcome: told.update({subject.id: outcome}))
     return told
 
 
 def opened(job, out, *words):
-    """A session on three subjects, with their shards made, and the subjects."""
-    config, manifest = small_config("train.steps=2", "sample.images=0", *words), job / "photos.csv"
-    subjects = read_manifest(manifest)
-    return open_session(config, subjects, manifest, out, quiet=True), subjects
+    """Base, work and watch for three subjects, with their shards made."""
+    config = small_config("train.steps=2", "sample.images=0", *words)
+    subjects, watch = read_manifest(job / "photos.csv"), Watch(quiet=True)
+    base = join_run(config, watch)
+    return base, open_work(base, watch, subjects, (), out, ["rex", "tom", "ben"]), watch
 
 
 @SOLO_OR_PACKED
 def test_bad_data_of_one_subject_leaves_the_others_alone(job, tmp_path, engine):
     """A torn sample and a foreign checkpoint: each ends its own subject, with the code of bad data."""
-    session, subjects = opened(job, tmp_path, *engine)
-    row = session.index.rows_of("rex")[0]
+    run = opened(job, tmp_path, *engine)
+    row = run[1].index.entries_of("rex")[0]
     shard = tmp_path / "shards" / row.shard
     with shard.open("r+b") as file:
         file.seek(row.offset + 700)
         file.write(b"torn")
     save_checkpoint(tmp_path / "subjects" / "tom" / "checkpoints", Checkpoint(1, "b" * 64, {}), keep=1)
-    told = outcomes(session, subjects)
+    told = outcomes(run)
     assert list(told) == ["rex", "tom", "ben"]
     assert type(told["rex"]) is type(told["tom"]) is DataError
     assert "sample rex-0-0: digest differs" in str(told["rex"]) and "other settings or data" in str(told["tom"])
@@ -234,18 +235,18 @@ def test_a_disk_that_refuses_ends_them_all(job, tmp_path, monkeypatch, at):
     def refuse(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    session, subjects = opened(job, tmp_path)
+    run = opened(job, tmp_path)
     monkeypatch.setattr(*((Folder, "open") if at == "read" else (Job, "write")), refuse)
     told = {}
     with pytest.raises(OSError, match="Input/output error"):
-        train_subjects(session, subjects, lambda subject, outcome: told.update({subject.id: outcome}))
+        train_subjects(*run, lambda subject, outcome: told.update({subject.id: outcome}))
     assert told == {}
 
 
 @SOLO_OR_PACKED
 def test_a_subject_is_trained_by_one_process_at_a_time(job, tmp_path, engine, monkeypatch):
-    session, subjects = opened(job, tmp_path, *engine)
-    session.taken_wait_s, seen, draw = 0.1, set(), Bank.draw
+    run, seen, draw = opened(job, tmp_path, *engine), set(), Bank.draw
+    monkeypatch.setattr(claims, "WAIT_S", 0.1)
 
     def looking(self, *words):
         with held(tmp_path / "subjects" / self.subject / LOCK) as free:
@@ -254,13 +255,13 @@ def test_a_subject_is_trained_by_one_process_at_a_time(job, tmp_path, engine, mo
 
     monkeypatch.setattr(Bank, "draw", looking)
     with held(tmp_path / "subjects" / "rex" / LOCK):
-        told = outcomes(session, subjects)
+        told = outcomes(run)
     assert type(told["rex"]) is SubjectTaken
     assert seen == {("tom", False), ("ben", False)}
     for name in ("rex", "tom", "ben"):
         with held(tmp_path / "subjects" / name / LOCK) as free:
             assert free, name
-    assert {name for name, outcome in outcomes(session, subjects).items() if isinstance(outcome, dict)} == set(told)
+    assert {name for name, outcome in outcomes(run).items() if isinstance(outcome, dict)} == set(told)
 
 
 def test_an_unknown_subject_gets_a_hint_before_anything_is_loaded(job, tmp_path):
@@ -269,45 +270,18 @@ def test_an_unknown_subject_gets_a_hint_before_anything_is_loaded(job, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_subjects_own_settings_hold_for_it_alone(tmp_path):
-    write_job(tmp_path)
-    (tmp_path / "photos.csv").write_text(
-        "subject,class,images,steps,lr,seed,caption\n"
-        "rex,dog,rex,2,2e-3,5,a drawing of {identifier} dog\n"
-        "tom,cat,tom,,,,\n"
-    )
-    config = small_config()
-    rex, tom = read_manifest(tmp_path / "photos.csv")
-    own = subject_config(config, rex)
-    assert (own.train.steps, own.train.lr, own.seed) == (2, 2e-3, 5)
-    assert subject_config(config, tom) == config
+def test_the_manifest_is_read_once(tmp_path, monkeypatch):
+    write_job(tmp_path, subjects="rex:dog tom:cat")
 
+    def read_and_remove(path):
+        rows = read_rows(path)
+        path.unlink()
+        return rows
 
-def test_the_stop_flag_of_any_rank_reaches_all(monkeypatch):
-    """The flag is summed with the losses, so that no rank stops alone; here one process plays the sum."""
-    from types import SimpleNamespace
-
-    from dbtrain import train
-
-    monkeypatch.setattr(train.dist, "all_reduce", lambda totals: totals.add_(torch.tensor([0.0, 0, 0, 1])))
-    loss = SimpleNamespace(loss=torch.ones(()), per_sample_B=torch.ones(2))
-    engine = SimpleNamespace(backward=lambda loss: None, step=lambda scale: 1.0, groups=[SimpleNamespace(lr=1.0)])
-    batch = SimpleNamespace(role_B=torch.tensor([0, 1]))
-
-    class Engine(SimpleNamespace):
-        def __call__(self, *_):
-            return loss
-
-    values, _ = train.train_step(
-        Engine(**vars(engine)),
-        SimpleNamespace(batch=lambda *_: batch),
-        BatchPlan(1, 1, 1),
-        0,
-        SimpleNamespace(world=World(0, 1, "cpu"), stop=False),
-        1.0,
-    )
-    assert values["stop"] == 1
-    assert values["loss"] == 1
+    monkeypatch.setattr(manifest, "read_rows", read_and_remove)
+    config = small_config("train.steps=1", "sample.images=0")
+    records, failed = train_manifest(tmp_path / "photos.csv", config, tmp_path / "out", ["tom"], quiet=True)
+    assert [record["subject"] for record in records] == ["tom"] and not failed
 
 
 def test_ready_made_shards_are_read_from_an_address_that_was_allowed(finished, job, tmp_path):

@@ -41,7 +41,7 @@ from dbtrain.packing.size import used_bytes
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import write_file
 from dbtrain.tiny import DEMO
-from dbtrain.training.session import load_base
+from dbtrain.training import session
 from dbtrain.training.step import TrainingStep
 from dbtrain.training.trainables import DTYPES, make_trainable
 from dbtrain.values import Batch, Conditioning
@@ -75,7 +75,7 @@ def load(config: RunConfig, random_weights: bool) -> Base:
     world, side = start_world(), config.data.resolution // 8
     draw = torch.Generator().manual_seed(0)
     if not random_weights:
-        models, family = load_base(config, world), FAMILIES[config.model.family]
+        models, family = session.Base.load(config, world).models, FAMILIES[config.model.family]
         with torch.no_grad():
             tokens = tuple(ids.to(world.device) for ids in family.tokenize(models, ["a photo of srx dog", "a photo"]))
             captions = family.encode_tokens(models.text_encoders, tokens)
@@ -124,19 +124,6 @@ def packed(base: Base, config: RunConfig, size: int) -> Iterator[Rig]:
 
 
 @dataclass
-class Solo:
-    """One subject's engine with a batch for it."""
-
-    engine: ZeroEngine
-    batch: Batch
-
-    def step(self) -> None:
-        """One training step."""
-        self.engine.backward(self.engine(self.batch, 0).loss)
-        self.engine.step(1.0)
-
-
-@dataclass
 class Rig:
     """A pack with a batch for it."""
 
@@ -149,8 +136,8 @@ class Rig:
 
 
 @contextmanager
-def alone(base: Base, config: RunConfig) -> Iterator[Solo]:
-    """A subject alone under DeepSpeed, warm."""
+def alone(base: Base, config: RunConfig) -> Iterator[SimpleNamespace]:
+    """`step`, a training step of a subject alone under DeepSpeed, warm."""
     family, plan = FAMILIES[config.model.family], plan_batches(config.train.batch, None, 1)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "zero"})})
     groups = make_trainable(family, base.models, config, "rex")
@@ -160,10 +147,14 @@ def alone(base: Base, config: RunConfig) -> Iterator[Solo]:
     role_B, slot_B = torch.arange(roles).repeat_interleave(count), torch.arange(roles * count)
     sizes = torch.full((len(slot_B), 6), float(config.data.resolution))
     batch = Batch(torch.randn(len(slot_B), *base.shape), 0 * role_B, role_B, slot_B, sizes).to(base.world.device)
-    solo = Solo(engine, batch)
+
+    def step() -> None:
+        engine.backward(engine(batch, 0).loss)
+        engine.step(1.0)
+
     try:
-        solo.step()
-        yield solo
+        step()
+        yield SimpleNamespace(step=step)
     finally:
         engine.close()
         detach(base.models.denoiser)
@@ -307,21 +298,9 @@ def whole_run(config: RunConfig, subjects: int, classes: int, folder: Path) -> f
     (folder / f"{name}.csv").write_text("\n".join(["subject,class,images", *rows]) + "\n")
     (folder / "recipe.yaml").write_text(render(config))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [
-        sys.executable,
-        "-m",
-        "dbtrain",
-        "train",
-        folder / f"{name}.csv",
-        "--subjects",
-        "all",
-        "--config",
-        folder / "recipe.yaml",
-        "--out",
-        folder / name,
-        "--quiet",
-    ]
-    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [f"{folder}/{name}.csv", "--config", f"{folder}/recipe.yaml", "--out", f"{folder}/{name}"]
+    command = [sys.executable, "-m", "dbtrain", "train", *words, "--subjects", "all", "--quiet"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

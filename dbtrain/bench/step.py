@@ -49,11 +49,8 @@ class Way:
     @property
     def name(self) -> dict[str, Any]:
         """The way in a row's words."""
-        return {
-            "capture": self.settings.engine.capture,
-            "attention": self.settings.model.attention,
-            "subjects": self.size,
-        }
+        settings = self.settings
+        return {"capture": settings.engine.capture, "attention": settings.model.attention, "subjects": self.size}
 
 
 def variant(config: RunConfig, capture: str, attention: str) -> RunConfig:
@@ -74,15 +71,15 @@ def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
         for capture in plan.captures
         for attention in plan.attentions
     ]
-    refused: list[dict[str, Any]] = []
+    refused: dict[tuple[str, ...], dict[str, Any]] = {}  # a way once, at whatever size
     for turn in range(plan.turns):
         for way in list(ways):
             try:
                 take_turn(way, base, plan.steps, first=turn == 0)
             except (ConfigError, EngineError, torch.OutOfMemoryError) as error:
                 ways.remove(way)
-                refused.append({**way.name, "why": first_line(error)})
-    refused = [one for i, one in enumerate(refused) if not any(_alike(one, other) for other in refused[:i])]
+                row = {**way.name, "why": first_line(error)}
+                refused.setdefault((row["capture"], row["attention"], row["why"]), row)
     top = ceiling_flop_per_s(device, config.train.precision)
     flops = {size: flops_of(base, config, size) for size in {way.size for way in ways}}
     cuda = device.startswith("cuda")
@@ -92,13 +89,8 @@ def measure(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "base": base.models.source,
         "gemm_flop_per_s": top,
         "rows": [{**way.name, **way.facts, **summary(way, flops[way.size], top)} for way in ways],
-        "refused": refused,
+        "refused": list(refused.values()),
     }
-
-
-def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two ways were refused for the same reason, at whatever size."""
-    return {**one, "subjects": 0} == {**other, "subjects": 0}
 
 
 def take_turn(way: Way, base: Base, steps: int, first: bool) -> None:

@@ -1,20 +1,20 @@
 """Photos as pixels: opened safely, turned upright, made RGB, resized and cropped.
 
 Decisions, each of which a test holds:
-- JPEG, PNG and WebP only, told by content and never by name. Animated PNG and WebP are refused, since no frame is
-  obviously meant; of a multi-picture JPEG (MPO: depth or gain maps from phones) the first, main picture is used.
+- JPEG, PNG, WebP, AVIF and, with the extra `photos`, HEIC; known by content and never by name. Animations are
+  refused, since no frame is obviously meant. Of a multi-picture JPEG or HEIC (depth or gain maps, bursts from phones)
+  the main picture is used.
 - The size in pixels is checked in the header, before anything is decoded.
-- Transparency is laid over white. 16-bit samples keep their upper 8 bits. CMYK is converted by Pillow's plain formula.
-- Embedded colour profiles are not applied: values are read as sRGB, as base models' training data were.
+- Transparency is laid over white. 16-bit samples keep their upper 8 bits. CMYK without a profile is converted by
+  Pillow's plain formula.
+- Embedded colour profiles are applied (`color.py`); values without one are sRGB, as base models' training data were.
 """
 
 import io
 import os
-import re
 import stat
 import struct
 import threading
-import warnings
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from dbtrain.data.color import to_srgb
+from dbtrain.data.formats import START, missing, picture_kind, readable
 from dbtrain.errors import DataError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-SIGNATURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
-"""How the files of these formats begin."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-"""File name endings (lower case) that a manifest accepts."""
-MAX_PIXELS = 50_000_000
+MANY = ("MPO", "HEIF")
+"""Pillow's names of formats that can hold other pictures beside the main one, which comes first."""
+MAX_PIXELS = 200_000_000
+"""Most pixels of a photo: phones take up to 16320x12240. `data.max_pixels` replaces it."""
 MAX_BYTES = 128 * 2**20
 MIN_SIDE = 16
 """Shortest side of a usable photo, in pixels."""
@@ -73,8 +73,13 @@ TURNS = {
 _header_lock = threading.Lock()
 
 
-def open_photo(source: Path | bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
-    """An upright RGB image from a file or its bytes; a DataError names the file, the defect and the remedy."""
+def open_photo(
+    source: Path | bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES, srgb: bool = True
+) -> Image.Image:
+    """An upright RGB image from a file or its bytes; a DataError names the file, the defect and the remedy.
+
+    srgb: apply the embedded colour profile.
+    """
     content = source if isinstance(source, bytes) else read_photo(source, max_bytes)
     name = "photo" if isinstance(source, bytes) else str(source)
     if len(content) > max_bytes:
@@ -84,7 +89,7 @@ def open_photo(source: Path | bytes, max_pixels: int = MAX_PIXELS, max_bytes: in
             problem = _header_problem(image, max_pixels)
             if problem is None:
                 image.load()
-                return _to_rgb(_upright(image))
+                return _to_rgb(_upright(image), srgb)
     except DECODE_ERRORS as error:
         problem = _decode_problem(error, content, max_pixels)
     raise DataError(f"{name}: {problem}")
@@ -156,45 +161,38 @@ def encode(image: Image.Image) -> tuple[bytes, str]:
 
 
 def _header(content: bytes) -> Image.Image:
-    """The lazily opened image. Pillow's size warning is silenced because `_header_problem` judges size itself."""
-    with _header_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+    """The lazily opened image. Pillow's own cap is off meanwhile, because `_header_problem` checks the size."""
+    with _header_lock:
+        cap, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(content), formats=list(readable().values()))
+        finally:
+            Image.MAX_IMAGE_PIXELS = cap
 
 
 def _header_problem(image: Image.Image, max_pixels: int) -> str | None:
     """What makes a photo unusable though its header is sound; None if nothing does."""
     width, height = image.size
-    rules = (
-        (
-            width * height > max_pixels,
-            f"has {width}x{height} pixels, the cap is {max_pixels / 1e6:g} million; reduce the photo",
-        ),
-        (
-            getattr(image, "is_animated", False) and image.format != "MPO",
-            f"is an animation of {getattr(image, 'n_frames', 1)} frames; save the frame you mean as a still photo",
-        ),
-        (
-            min(width, height) < MIN_SIDE,
-            f"has {width}x{height} pixels, the short side needs {MIN_SIDE}; use a larger photo",
-        ),
-        (
-            max(width, height) > MAX_ASPECT * min(width, height),
-            f"has {width}x{height} pixels, longer than {MAX_ASPECT}:1; crop the photo to the subject",
-        ),
-    )
-    return next((message for wrong, message in rules if wrong), None)
+    size = f"has {width}x{height} pixels"
+    if width * height > max_pixels:
+        return f"{size}, the cap is {max_pixels / 1e6:g} million; reduce the photo, or raise data.max_pixels"
+    if getattr(image, "is_animated", False) and image.format not in MANY:
+        return f"is an animation of {getattr(image, 'n_frames', 1)} frames; save the frame you mean as a still photo"
+    if min(width, height) < MIN_SIDE:
+        return f"{size}, the short side needs {MIN_SIDE}; use a larger photo"
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return f"{size}, longer than {MAX_ASPECT}:1; crop the photo to the subject"
+    return None
 
 
 def _decode_problem(error: Exception, content: bytes, max_pixels: int) -> str:
     """The defect and remedy for a file that Pillow could not decode."""
     if isinstance(error, Image.DecompressionBombError):
         return f"has far more than {max_pixels / 1e6:g} million pixels; reduce the photo"
-    if isinstance(error, Image.UnidentifiedImageError) and not SIGNATURE.match(content):
-        return (
-            f"is no JPEG, PNG or WebP photo, whatever its name says (it begins with {shown(content[:8])}); "
-            "convert it to one of these"
-        )
+    kind = picture_kind(content[:START])
+    if isinstance(error, Image.UnidentifiedImageError) and kind not in readable():
+        what = f"is no JPEG, PNG or WebP photo{f' but {kind}' if kind else ''}, whatever its name says"
+        return f"{what} (it begins with {shown(content[:8])}); {missing(kind)}"
     return f"is damaged or cut short ({shown(str(error))}); copy the photo again or take it out"
 
 
@@ -211,10 +209,12 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """The image as 8-bit RGB, over white where it is transparent."""
+def _to_rgb(image: Image.Image, srgb: bool = True) -> Image.Image:
+    """The image as 8-bit RGB, over white where it is transparent. srgb: apply its colour profile."""
     if image.mode.startswith("I"):
         image = _grey_from_16_bit(image)
+    if srgb:
+        image = to_srgb(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

@@ -1,7 +1,7 @@
 """The index of a shard folder: what lies where, with a digest for all of it; and the order in which it is drawn.
 
-`index.jsonl` is sealed lines (`sealed.py`): a header, and one line a sample in storage order. A row is a list under the
-header's `columns`, which keeps a million samples near 200 MB.
+`index.jsonl` is sealed lines (`sealed.py`): a header, then a line for each sample in storage order. A line is a list
+under the header's `columns`, which keeps a million samples near 200 MB.
 """
 
 import re
@@ -29,7 +29,7 @@ TAR_END = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Entry:
     """Where one sample lies: bytes [offset, offset + length) of a shard, whose SHA-256 is `sha256` (hex)."""
 
     shard: str
@@ -64,7 +64,7 @@ class Shard:
 class Index:
     """All samples of a shard folder in storage order, its shards, and the digest of the input it was made from."""
 
-    rows: tuple[Row, ...]
+    entries: tuple[Entry, ...]
     shards: tuple[Shard, ...]
     source: str = ""
 
@@ -87,7 +87,7 @@ class Index:
         return index
 
     def save(self, directory: Path) -> None:
-        """Nothing; afterwards the folder holds this index, whole."""
+        """Write the index into the folder, whole or not at all."""
         write_file(Path(directory) / INDEX_NAME, self.to_bytes())
 
     def to_bytes(self) -> bytes:
@@ -97,15 +97,15 @@ class Index:
         header = {
             "format": FORMAT,
             "version": VERSION,
-            "samples": len(self.rows),
+            "samples": len(self.entries),
             "source": self.source,
             "columns": COLUMNS,
             "shards": shards,
         }
-        rows = ([numbers[r.shard], r.key, r.offset, r.length, r.sha256, r.caption] for r in self.rows)
-        return seal([header, *rows])
+        entries = ([numbers[r.shard], r.key, r.offset, r.length, r.sha256, r.caption] for r in self.entries)
+        return seal([header, *entries])
 
-    def rows_of(self, subject: str, role: Role = Role.INSTANCE) -> tuple[Row, ...]:
+    def entries_of(self, subject: str, role: Role = Role.INSTANCE) -> tuple[Entry, ...]:
         """A subject's samples of a role in storage order; empty if it has none."""
         return self._by_subject.get((subject, role), ())
 
@@ -115,12 +115,12 @@ class Index:
         return tuple(dict.fromkeys(subject for subject, _ in self._by_subject))
 
     @cached_property
-    def _by_subject(self) -> dict[tuple[str, Role], tuple[Row, ...]]:
-        groups: dict[tuple[str, Role], list[Row]] = {}
-        for row in self.rows:
-            subject, role, _ = split_key(row.key)
-            groups.setdefault((subject, role), []).append(row)
-        return {group: tuple(rows) for group, rows in groups.items()}
+    def _by_subject(self) -> dict[tuple[str, Role], tuple[Entry, ...]]:
+        groups: dict[tuple[str, Role], list[Entry]] = {}
+        for entry in self.entries:
+            subject, role, _ = split_key(entry.key)
+            groups.setdefault((subject, role), []).append(entry)
+        return {group: tuple(entries) for group, entries in groups.items()}
 
 
 def order(count: int, start: int, n: int, seed: int, subject: str, role: Role = Role.INSTANCE) -> list[int]:
@@ -157,24 +157,24 @@ def _parse(content: bytes) -> Index:
     if header["format"] != FORMAT or header["version"] != VERSION or header["columns"] != COLUMNS:
         raise ValueError(f"format {header['format']} {header['version']}, want {FORMAT} {VERSION}")
     shards = tuple(Shard(*shard) for shard in header["shards"])
-    rows = tuple(Row(shards[line[0]].name, *line[1:]) for line in lines)
-    if len(rows) != header["samples"]:
-        raise ValueError(f"{len(rows)} rows for {header['samples']} samples")
-    _check(rows, shards)
-    return Index(rows, shards, header["source"])
+    entries = tuple(Entry(shards[line[0]].name, *line[1:]) for line in lines)
+    if len(entries) != header["samples"]:
+        raise ValueError(f"{len(entries)} entries for {header['samples']} samples")
+    _check(entries, shards)
+    return Index(entries, shards, header["source"])
 
 
-def _check(rows: tuple[Row, ...], shards: tuple[Shard, ...]) -> None:
-    """Nothing; ValueError if names are unsafe, keys repeat, or the rows do not fill the shards without gaps."""
-    numbers = [number for row in rows for number in (row.offset, row.length)]
+def _check(entries: tuple[Entry, ...], shards: tuple[Shard, ...]) -> None:
+    """Raise ValueError if names are unsafe, keys repeat, or the entries do not fill the shards without gaps."""
+    numbers = [number for entry in entries for number in (entry.offset, entry.length)]
     numbers += [number for shard in shards for number in (shard.size, shard.count)]
     if not all(type(number) is int for number in numbers):
         raise ValueError("a size or an offset is no whole number")
-    if len({row.key for row in rows}) < len(rows):
+    if len({entry.key for entry in entries}) < len(entries):
         raise ValueError("a key stands twice")
     if len({shard.name for shard in shards}) < len(shards):
         raise ValueError("a shard stands twice")
-    left = iter(rows)
+    left = iter(entries)
     for shard in shards:
         if not SHARD_NAME.fullmatch(shard.name) or not DIGEST.fullmatch(shard.sha256):
             raise ValueError(f"shard {shown(shard.name)} has an unsafe name or no digest")
@@ -182,17 +182,17 @@ def _check(rows: tuple[Row, ...], shards: tuple[Shard, ...]) -> None:
         if end + TAR_END != shard.size:
             raise ValueError(f"shard {shard.name} has {shard.size} bytes for {end} in samples")
     if next(left, None) is not None:
-        raise ValueError("more rows than the shards hold")
+        raise ValueError("more entries than the shards hold")
 
 
-def _fill(shard: Shard, rows: Iterator[Row]) -> int:
-    """The end of the last of the next `shard.count` rows, which must follow each other from the shard's start."""
+def _fill(shard: Shard, entries: Iterator[Entry]) -> int:
+    """The end of the last of the next `shard.count` entries, which must follow each other from the shard's start."""
     end = 0
     for _ in range(shard.count):
-        row = next(rows, None)
-        if row is None or row.shard != shard.name or row.offset != end or row.length <= 0 or row.length % 512:
-            raise ValueError(f"rows of shard {shard.name} leave a gap or overlap after byte {end}")
-        if not SUBJECT_ID.fullmatch(split_key(row.key)[0]) or not DIGEST.fullmatch(row.sha256):
-            raise ValueError(f"row {shown(row.key)} has an unsafe name or no digest")
-        end += row.length
+        entry = next(entries, None)
+        if entry is None or entry.shard != shard.name or entry.offset != end or entry.length <= 0 or entry.length % 512:
+            raise ValueError(f"entries of shard {shard.name} leave a gap or overlap after byte {end}")
+        if not SUBJECT_ID.fullmatch(split_key(entry.key)[0]) or not DIGEST.fullmatch(entry.sha256):
+            raise ValueError(f"entry {shown(entry.key)} has an unsafe name or no digest")
+        end += entry.length
     return end

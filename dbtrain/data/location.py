@@ -9,7 +9,7 @@ import re
 import stat
 from collections.abc import Collection
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast, get_args
+from typing import BinaryIO, cast, get_args
 
 from dbtrain.errors import DataError, shown
 from dbtrain.settings.config import Scheme
@@ -19,36 +19,6 @@ REMOTE: tuple[str, ...] = get_args(Scheme)
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9]*://[A-Za-z0-9._/ -]*")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-class Place(Protocol):
-    """What a reader needs of a place."""
-
-    def names(self) -> list[str]:
-        """The names of what lies there."""
-
-    def open(self, name: str) -> BinaryIO:
-        """A seekable file for reading; DataError unless it is a plain file of that very name, OSError if missing."""
-
-
-def place_of(directory: Path | str, schemes: Collection[str] = ()) -> Place:
-    """The place that a folder or address names; DataError for an address whose scheme was not allowed.
-
-    A Path is always a folder, whatever its name looks like.
-    """
-    if isinstance(directory, Path):
-        return Folder(directory)
-    text = str(directory)
-    match = ADDRESS.match(text)
-    if match is None:
-        return Folder(Path(directory))
-    scheme = match[1].lower()
-    if scheme not in REMOTE or scheme not in schemes:
-        offered = f", or allow its scheme ({', '.join(REMOTE)})" if scheme in REMOTE else ""
-        raise DataError(f"{shown(text)}: is an address; give a folder on this machine{offered}")
-    if not PLAIN.fullmatch(text) or ".." in text.split("/"):
-        raise DataError(f"{shown(text)}: is no plain address; write SCHEME://NAME/NAME without `..`, `::` or `@`")
-    return Address(text)
 
 
 class Folder:
@@ -62,7 +32,7 @@ class Folder:
         return [entry.name for entry in self.path.iterdir()]
 
     def open(self, name: str) -> BinaryIO:
-        """A regular file of the folder."""
+        """A regular file of the folder. OSError if it is missing."""
         descriptor = os.open(self.path / _checked(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
@@ -88,6 +58,30 @@ class Address:
     def open(self, name: str) -> BinaryIO:
         """An object of the store; only the ranges that are read are fetched."""
         return cast(BinaryIO, self.files.open(f"{self.root}/{_checked(name)}", "rb"))
+
+
+Place = Folder | Address
+"""`names()`: what lies there. `open(name)`: a plain file of that very name, for reading; DataError if it is none."""
+
+
+def place_of(directory: Path | str, schemes: Collection[str] = ()) -> Place:
+    """The place that a folder or an address names. A Path is always a folder, whatever its name looks like.
+
+    Raises DataError for an address whose scheme was not allowed.
+    """
+    if isinstance(directory, Path):
+        return Folder(directory)
+    text = str(directory)
+    match = ADDRESS.match(text)
+    if match is None:
+        return Folder(Path(directory))
+    scheme = match[1].lower()
+    if scheme not in REMOTE or scheme not in schemes:
+        offered = f", or allow its scheme ({', '.join(REMOTE)})" if scheme in REMOTE else ""
+        raise DataError(f"{shown(text)}: is an address; give a folder on this machine{offered}")
+    if not PLAIN.fullmatch(text) or ".." in text.split("/"):
+        raise DataError(f"{shown(text)}: is no plain address; write SCHEME://NAME/NAME without `..`, `::` or `@`")
+    return Address(text)
 
 
 def _checked(name: str) -> str:

@@ -3,20 +3,21 @@
 A stored sample is the upright RGB photo, its short side reduced to the training resolution, as PNG: cropping it gives
 the very pixels that the photo itself would give. The same input gives the same bytes.
 
-While a folder is being written it holds a locked `.writing`; the index comes last. After a kill, the same command takes
-away what the dead writer left (the mark proves that those files are ours) and starts over.
+While a folder is being written it holds a locked `.writing`, and the index comes last. After a kill, the same command
+removes what the dead writer left and starts over; the mark proves that those files are ours.
 """
 
 import hashlib
-from collections import deque
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 from dbtrain.data import tar
-from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Index, Row, Shard, make_key
-from dbtrain.data.stream import SKIPPED
+from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Entry, Index, Shard, make_key
+from dbtrain.data.stream import SKIPPED, read_samples
 from dbtrain.errors import DataError, shown
 from dbtrain.storage.atomic import TEMPORARY, held, sync_folder, write_file
 from dbtrain.values import SUBJECT_ID, Sample
@@ -24,6 +25,12 @@ from dbtrain.values import SUBJECT_ID, Sample
 MAX_BYTES = 256 * 2**20
 """Size above which a shard ends, in bytes."""
 MARK = ".writing"
+"""File of a folder that is being written, locked by its writer."""
+GROWING = ".growing"
+"""The same for a folder that holds sound shards, and gets more."""
+NUMBER = re.compile("[0-9]{6}")
+Stored = tuple[Sample, bytes]
+"""A sample and its bytes in a tar file."""
 
 
 def write_shards(
@@ -36,60 +43,105 @@ def write_shards(
     """
     out = Path(out)
     with _claim(out, remake):
-        packed = _Peeking((sample, tar.pack(sample)) for sample in _checked(samples))
-        rows: list[Row] = []
-        shards: list[Shard] = []
-        while packed.peek() is not None:
-            name = f"train-{len(shards):06d}.tar"
-
-            def write(file: BinaryIO, name: str = name) -> None:
-                shards.append(_fill(file, name, packed, max_bytes, rows))
-
-            write_file(out / name, write)
-        if not rows:
+        entries, shards = _write(samples, out, 0, max_bytes)
+        if not entries:
             raise DataError(f"{out}: no samples to write; check the manifest")
-        index = Index(tuple(rows), tuple(shards), source)
+        index = Index(tuple(entries), tuple(shards), source)
         index.save(out)
     return index
 
 
-class _Peeking:
-    """An iterator that can be looked into one item ahead."""
+def grow_shards(
+    samples: Iterable[Sample],
+    out: Path,
+    made: Index,
+    replaced: Collection[str] = (),
+    source: str = "",
+    max_bytes: int = MAX_BYTES,
+) -> Index:
+    """The index of a sound folder `out`, to which samples of new subjects were added, and samples of the subjects
+    `replaced` in place of those that they had. made: its index before.
 
-    def __init__(self, items: Iterable):
-        self._items = iter(items)
-        self._next: deque = deque()
+    Shards are never changed: new ones come beside them, then the index, which says what counts, then those that it no
+    longer names are removed. A subject that shares a shard with a replaced one moves with it. After a kill, `tidy`
+    removes what does not count.
+    """
+    out = Path(out)
+    with held(out / GROWING) as ours:
+        if not ours or Index.load(out) != made:
+            raise DataError(f"{out}: another process is writing there; wait for it, then run again")
+        stale = _shards_of(made, replaced)
+        moved = [entry for entry in made.entries if entry.shard in stale and entry.subject not in replaced]
+        first = 1 + max(int(NUMBER.findall(shard.name)[0]) for shard in made.shards)
+        added, new = _write(chain(read_samples(out, moved), samples), out, first, max_bytes)
+        entries = [entry for entry in made.entries if entry.shard not in stale]
+        shards = [shard for shard in made.shards if shard.name not in stale]
+        index = Index((*entries, *added), (*shards, *new), source)
+        index.save(out)
+        tidy(out, index)
+        (out / GROWING).unlink()
+    return index
 
-    def peek(self) -> tuple[Sample, bytes] | None:
-        """The next item, which stays; None at the end."""
-        if not self._next:
-            self._next.append(next(self._items, None))
-        return self._next[0]
 
-    def take(self) -> tuple[Sample, bytes]:
-        """The next item, which must be there."""
-        item = self.peek()
-        assert item is not None
-        self._next.popleft()
-        return item
+def _shards_of(made: Index, subjects: Collection[str]) -> set[str]:
+    """The shards of some subjects, and of those that share a shard with them, and so on: a subject's samples stay
+    together, in their order."""
+    found: set[str] = set()
+    names = set(subjects)
+    while more := {entry.shard for entry in made.entries if entry.subject in names} - found:
+        found |= more
+        names |= {entry.subject for entry in made.entries if entry.shard in more}
+    return found
 
 
-def _fill(file: BinaryIO, name: str, packed: _Peeking, max_bytes: int, rows: list[Row]) -> Shard:
-    """The shard written into an open file: samples while they fit, one at least; `rows` grows by them."""
+def tidy(out: Path, index: Index) -> None:
+    """Remove shards that the index does not name, and remains of killed writers. Only where nobody is writing."""
+    named = {shard.name for shard in index.shards} | {INDEX_NAME, SKIPPED, GROWING}
+    for path in out.iterdir():
+        if _is_ours(path.name) and path.name not in named:
+            path.unlink()
+    sync_folder(out)
+
+
+def _write(
+    samples: Iterable[Sample], out: Path, first: int, max_bytes: int
+) -> tuple[list[Entry], list[Shard]]:
+    """What was written: entries and shards, whose numbers begin with `first`."""
+    stored = ((sample, tar.to_tar(sample)) for sample in _checked(samples))
+    entries: list[Entry] = []
+    shards: list[Shard] = []
+    waiting = next(stored, None)
+    while waiting is not None:
+        name = f"train-{first + len(shards):06d}.tar"
+
+        def write(file: BinaryIO, name: str = name) -> None:
+            nonlocal waiting
+            shard, waiting = _fill(file, name, waiting, stored, max_bytes, entries)
+            shards.append(shard)
+
+        write_file(out / name, write)
+    return entries, shards
+
+
+def _fill(
+    file: BinaryIO, name: str, item: Stored | None, following: Iterator[Stored], max_bytes: int, entries: list[Entry]
+) -> tuple[Shard, Stored | None]:
+    """(the shard written into an open file, the first item that is not in it; None at the end): `item` and those that
+    follow, while they fit, one at least. `entries` grows by them."""
     whole, size, count = hashlib.sha256(), 0, 0
-    while (item := packed.peek()) is not None and (count == 0 or size + len(item[1]) + TAR_END <= max_bytes):
-        sample, content = packed.take()
-        rows.append(Row(name, sample.key, size, len(content), hashlib.sha256(content).hexdigest(), sample.caption))
+    while item is not None and (count == 0 or size + len(item[1]) + TAR_END <= max_bytes):
+        sample, content = item
+        entries.append(Entry(name, sample.key, size, len(content), hashlib.sha256(content).hexdigest(), sample.caption))
         file.write(content)
         whole.update(content)
-        size, count = size + len(content), count + 1
+        size, count, item = size + len(content), count + 1, next(following, None)
     file.write(bytes(TAR_END))
     whole.update(bytes(TAR_END))
-    return Shard(name, whole.hexdigest(), size + TAR_END, count)
+    return Shard(name, whole.hexdigest(), size + TAR_END, count), item
 
 
 def _checked(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """The samples as they come; DataError for unsafe or repeated names, or a subject that comes back after another."""
+    """The samples as they come. DataError for unsafe or repeated names, or a subject that comes back after another."""
     subjects: set[str] = set()
     keys: set[str] = set()
     current = None
@@ -113,7 +165,7 @@ def _checked(samples: Iterable[Sample]) -> Iterator[Sample]:
 
 @contextmanager
 def _claim(out: Path, remake: bool) -> Iterator[None]:
-    """The right to write shards into a folder: it holds nothing of anybody else, and nobody else is writing there."""
+    """Hold the folder for one writer. Raises DataError where it holds other files, or another process writes there."""
     out.mkdir(parents=True, exist_ok=True)
     found = [path.name for path in out.iterdir()]
     taken = [] if MARK in found else [name for name in found if not (remake and _is_ours(name))]
@@ -139,11 +191,11 @@ def _is_ours(name: str) -> bool:
     whole = name
     if name.startswith(".") and name.endswith(TEMPORARY):
         whole = name[1:].removesuffix(TEMPORARY).rpartition(".")[0]
-    return SHARD_NAME.fullmatch(whole) is not None or whole in (INDEX_NAME, SKIPPED)
+    return SHARD_NAME.fullmatch(whole) is not None or whole in (INDEX_NAME, SKIPPED, GROWING)
 
 
 def _sweep(out: Path) -> None:
-    """Nothing; afterwards no shard, index or remains of one are in the folder. The index goes first."""
+    """Remove all shards, the index and remains of them from the folder, the index first."""
     (out / INDEX_NAME).unlink(missing_ok=True)
     for path in out.iterdir():
         if _is_ours(path.name):

@@ -18,7 +18,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dbtrain.data import tar
 from dbtrain.data.images import picture_size
-from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Index, Row, Shard
+from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Entry, Index, Shard
 from dbtrain.data.location import Place, place_of
 from dbtrain.data.prefetch import ahead
 from dbtrain.errors import DataError
@@ -31,27 +31,27 @@ SKIPPED = "skipped.json"
 REMEDY = "remake with `dbtrain shard MANIFEST --out DIR --config RECIPE`"
 
 
-def read_samples(directory: Path | str, rows: Iterable[Row], schemes: Collection[str] = ()) -> Iterator[Sample]:
-    """The samples of index rows, in storage order; ranges that touch are read as one. `schemes`: see `place_of`.
+def read_samples(directory: Path | str, entries: Iterable[Entry], schemes: Collection[str] = ()) -> Iterator[Sample]:
+    """The samples of index entries, in storage order; ranges that touch are read as one. `schemes`: see `place_of`.
 
     A DataError names the shard and the sample that is missing, damaged, or not what the index says; the samples before
     it have come out by then, and they are sound.
     """
     place = place_of(directory, schemes)
-    ordered = sorted(set(rows), key=lambda row: (row.shard, row.offset))
+    ordered = sorted(set(entries), key=lambda entry: (entry.shard, entry.offset))
     sources = ({"url": run[0].shard, "stream": _RangeReader(_verified(place, run))} for run in _runs(ordered))
     members = tar_file_expander(sources, handler=reraise_exception)
     groups = group_by_keys(members, handler=reraise_exception)
     try:
-        for row, group in zip_longest(ordered, groups):
-            yield _sample(row, group)
+        for entry, group in zip_longest(ordered, groups):
+            yield _sample(entry, group)
     except DataError as error:
         # webdataset adds its own arguments to exceptions that pass through it.
         raise DataError(error.args[0]) from None
 
 
 def refuse_small(samples: Iterable[Sample], resolution: int, directory: Path | str) -> None:
-    """Nothing; DataError for a sample that was made smaller than training wants it."""
+    """Raise DataError for a sample that was stored smaller than training wants it."""
     for sample in samples:
         stored = min(picture_size(sample.image))
         had = min(sample.meta.get("width", stored), sample.meta.get("height", stored))
@@ -69,10 +69,10 @@ def verify(directory: Path | str, schemes: Collection[str] = ()) -> list[str]:
         return [str(error)]
     known = {shard.name for shard in index.shards} | {INDEX_NAME, SKIPPED}
     stray = sorted(name for name in place.names() if name not in known and not name.startswith("."))
-    rows: dict[str, list[Row]] = {shard.name: [] for shard in index.shards}
-    for row in index.rows:
-        rows[row.shard].append(row)
-    damage = ahead(lambda shard: _shard_damage(place, shard, rows[shard.name]), index.shards)
+    entries: dict[str, list[Entry]] = {shard.name: [] for shard in index.shards}
+    for entry in index.entries:
+        entries[entry.shard].append(entry)
+    damage = ahead(lambda shard: _shard_damage(place, shard, entries[shard.name]), index.shards)
     return [f"{name}: is not in the index; take it out" for name in stray] + [
         line for lines in damage for line in lines
     ]
@@ -93,85 +93,86 @@ class _RangeReader:
         return bytes(part)
 
 
-def _runs(rows: list[Row]) -> Iterator[list[Row]]:
+def _runs(entries: list[Entry]) -> Iterator[list[Entry]]:
     """Rows in storage order, cut where their bytes do not touch."""
-    run: list[Row] = []
-    for row in rows:
-        if run and (row.shard != run[-1].shard or row.offset != run[-1].offset + run[-1].length):
+    run: list[Entry] = []
+    for entry in entries:
+        if run and (entry.shard != run[-1].shard or entry.offset != run[-1].offset + run[-1].length):
             yield run
             run = []
-        run.append(row)
+        run.append(entry)
     if run:
         yield run
 
 
-def _verified(place: Place, run: list[Row]) -> Iterator[bytes]:
-    """The bytes of touching rows, one row at a time and each after its proof; then the end of a tar file."""
+def _verified(place: Place, run: list[Entry]) -> Iterator[bytes]:
+    """The bytes of touching entries, one entry at a time and each after its proof; then the end of a tar file."""
     with _open(place, run[0].shard) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(min(run[0].offset, size))
-        for row in run:
+        for entry in run:
             # Never more than there is: an index may claim any length.
-            content = file.read(min(row.length, size))
-            problem = _row_problem(row, content)
+            content = file.read(min(entry.length, size))
+            problem = _entry_problem(entry, content)
             if problem is not None:
                 raise DataError(problem)
             yield content
     yield bytes(TAR_END)
 
 
-def _row_problem(row: Row, content: bytes) -> str | None:
-    """One line on what is wrong with a row's bytes; None if they are what the index says."""
+def _entry_problem(entry: Entry, content: bytes) -> str | None:
+    """One line on what is wrong with an entry's bytes; None if they are what the index says."""
     problem: str | None
-    if len(content) < row.length:
-        problem = f"is cut short ({len(content)} of {row.length} bytes)"
-    elif hashlib.sha256(content).hexdigest() != row.sha256:
+    if len(content) < entry.length:
+        problem = f"is cut short ({len(content)} of {entry.length} bytes)"
+    elif hashlib.sha256(content).hexdigest() != entry.sha256:
         problem = "digest differs from the index"
     else:
-        problem = tar.problem(content, row.key)
-    return None if problem is None else f"shard {row.shard}, sample {row.key}: {problem}; {REMEDY}"
+        problem = tar.problem(content, entry.key)
+    return None if problem is None else f"shard {entry.shard}, sample {entry.key}: {problem}; {REMEDY}"
 
 
-def _sample_problem(row: Row, content: bytes) -> str | None:
-    """One line on what is wrong with the sample in a row's sound members; None if nothing is."""
-    group = {"__url__": row.shard, "__key__": row.key, **tar.members(content)}
+def _sample_problem(entry: Entry, content: bytes) -> str | None:
+    """One line on what is wrong with the sample in an entry's sound members; None if nothing is."""
+    group = {"__url__": entry.shard, "__key__": entry.key, **tar.members(content)}
     try:
-        _sample(row, group)
+        _sample(entry, group)
     except DataError as error:
         return str(error)
     return None
 
 
-def _sample(row: Row | None, group: dict | None) -> Sample:
-    """The sample of a row out of the members webdataset grouped; DataError unless they agree in every point."""
+def _sample(entry: Entry | None, group: dict | None) -> Sample:
+    """The sample of an entry out of the members webdataset grouped; DataError unless they agree in every point."""
     others = f"other samples than in the index; {REMEDY}"
-    if row is None:
+    if entry is None:
         assert group is not None, "zip_longest pairs nothing with nothing"
         raise DataError(f"shard {group['__url__']}: {others}")
     if group is None:
-        raise DataError(f"shard {row.shard}: {others}")
+        raise DataError(f"shard {entry.shard}: {others}")
     try:
         (extension,) = [name for name in tar.IMAGE_EXTENSIONS if name in group]
-        sample = tar.unpack(group["__key__"], group[extension], extension, group[tar.META])
+        sample = tar.from_tar(group["__key__"], group[extension], extension, group[tar.META])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(f"shard {row.shard}, sample {row.key}: provenance is damaged ({error!r}); {REMEDY}") from error
+        what = f"shard {entry.shard}, sample {entry.key}: provenance is damaged ({error!r})"
+        raise DataError(f"{what}; {REMEDY}") from error
     got = (group["__url__"], sample.key, sample.subject, sample.role, sample.caption)
-    if got != (row.shard, row.key, row.subject, row.role, row.caption):
-        raise DataError(f"shard {row.shard}, sample {row.key}: differs from the index; {REMEDY}")
+    if got != (entry.shard, entry.key, entry.subject, entry.role, entry.caption):
+        raise DataError(f"shard {entry.shard}, sample {entry.key}: differs from the index; {REMEDY}")
     return sample
 
 
-def _shard_damage(place: Place, shard: Shard, rows: list[Row]) -> list[str]:
+def _shard_damage(place: Place, shard: Shard, entries: list[Entry]) -> list[str]:
     """One line for each damage of a shard, in one pass over its bytes."""
     whole, found = hashlib.sha256(), []
     try:
         with _open(place, shard.name) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
-            for row in rows:
-                content = file.read(min(row.length, size))
+            for entry in entries:
+                content = file.read(min(entry.length, size))
                 whole.update(content)
-                found.append(_row_problem(row, content) or _sample_problem(row, content))
+                found.append(_entry_problem(entry, content) or _sample_problem(entry, content))
             while piece := file.read(PIECE):
                 whole.update(piece)
     except OSError as error:

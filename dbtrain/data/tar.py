@@ -1,4 +1,4 @@
-"""The bytes of one sample in a shard: two tar members, written and judged without any freedom.
+"""The bytes of one sample in a shard: two tar members, written and checked without any freedom.
 
 `<key>.<ext>` is the encoded image, `<key>.json` its provenance. Times, owners and modes are fixed, so that equal
 samples have equal bytes. What is read must be exactly such a pair: no links, devices, folders, other names or members.
@@ -14,7 +14,7 @@ IMAGE_EXTENSIONS = ("png", "jpg", "webp")
 META = "json"
 
 
-def pack(sample: Sample) -> bytes:
+def to_tar(sample: Sample) -> bytes:
     """The tar members of a sample, a multiple of 512 bytes."""
     meta = {"caption": sample.caption, "subject": sample.subject, "role": int(sample.role), "size": len(sample.image)}
     text = json.dumps(sample.meta | meta, sort_keys=True, separators=(",", ":")).encode()
@@ -54,7 +54,7 @@ def _header(content: bytes, offset: int) -> tarfile.TarInfo:
     return tarfile.TarInfo.frombuf(content[offset : offset + BLOCK], "utf-8", "strict")
 
 
-def unpack(key: str, image: bytes, extension: str, meta: bytes) -> Sample:
+def from_tar(key: str, image: bytes, extension: str, meta: bytes) -> Sample:
     """The sample in its members' contents; ValueError, TypeError or KeyError if they are no sample."""
     values = json.loads(meta)
     caption, subject = values.pop("caption"), values.pop("subject")

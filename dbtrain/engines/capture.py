@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import NamedTuple
@@ -23,8 +23,6 @@ from dbtrain.values import Batch
 Step = Callable[[Batch], None]
 WARM_STEPS = 3
 """Real training steps that run one by one before the recording: kernels are compiled and libraries choose in them."""
-REGIONS = ("BasicTransformerBlock", "ResnetBlock2D")
-"""Blocks that repeat in a U-Net: compiled by themselves, they are compiled once for each set of shapes."""
 SHAPES = 64
 """Most sets of shapes of a kind of block. PyTorch's own limit is 8, and SD1.5's residual blocks come in 14."""
 
@@ -53,21 +51,21 @@ def choose_capture(settings: EngineConfig, device_type: str) -> Capture:
     return Capture("graph", "auto: a pack's step reads and writes the same tensors each time", may_fall_back=True)
 
 
-def make_runner(choice: Capture, denoiser: nn.Module) -> Eager:
+def make_runner(choice: Capture, denoiser: nn.Module, regions: Sequence[str]) -> Eager:
     """What runs the steps of a denoiser, as chosen."""
     if choice.mode == "graph":
         return Recorded(choice)
-    return Compiled(choice, denoiser) if choice.mode == "compile" else Eager(choice)
+    return Compiled(choice, denoiser, regions) if choice.mode == "compile" else Eager(choice)
 
 
-def compile_regions(denoiser: nn.Module, backend: str = "inductor") -> int:
+def compile_regions(denoiser: nn.Module, regions: Sequence[str], backend: str = "inductor") -> int:
     """The number of repeated blocks that are now compiled on their first call, until `release`.
 
     Let one step run before: attention that is chosen by measurement is measured where a shape is first met.
     """
     known = inspect.signature(torch.compile).parameters
     more = {"recompile_limit": SHAPES} if "recompile_limit" in known else {}
-    blocks = [block for block in denoiser.modules() if type(block).__name__ in REGIONS]
+    blocks = [block for block in denoiser.modules() if type(block).__name__ in regions]
     for block in blocks:
         block.compile(dynamic=False, backend=backend, **more)
     return len(blocks)
@@ -105,15 +103,16 @@ class Eager:
 class Compiled(Eager):
     """Runs the first step as it is, and from there on with the denoiser's regions compiled."""
 
-    def __init__(self, choice: Capture, denoiser: nn.Module):
+    def __init__(self, choice: Capture, denoiser: nn.Module, regions: Sequence[str]):
         super().__init__(choice)
         self.denoiser: nn.Module | None = denoiser
+        self.regions = regions
 
     def __call__(self, step: Step, batch: Batch) -> None:
         """One training step on a batch."""
         step(batch)
         if self.denoiser is not None:
-            compile_regions(self.denoiser)
+            compile_regions(self.denoiser, self.regions)
             self.denoiser = None
 
 
@@ -146,7 +145,7 @@ class Recorded(Eager):
     def _fill(self, batch: Batch) -> Batch:
         """The buffers, with a batch copied into them; no wait, since both are on the device."""
         if self.buffers is None:
-            self.buffers = batch._map(torch.clone)
+            self.buffers = batch.map(torch.clone)
             return self.buffers
         for name in (field.name for field in fields(batch)):
             buffer, value = getattr(self.buffers, name), getattr(batch, name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dbtrain.engines.world import World
 from dbtrain.errors import ConfigError
-from dbtrain.settings.config import TrainConfig
+from dbtrain.settings.config import EngineConfig, TrainConfig
 
 EngineState = dict[str, dict[str, Tensor]]
 """fp32 tensors by kind (`master`, `exp_avg`, `exp_avg_sq`, `ema`) and parameter name, whole, whatever the sharding."""
@@ -65,18 +65,19 @@ def lr_scale(step: int, config: TrainConfig, steps: int) -> float:
 
 
 class Engine(Protocol):
-    """What `train.py` needs of an engine."""
+    """What a job reads of its engine, whichever it is. A subject that trains alone is row 0.
 
-    world: World
+    How a step is made differs: `ZeroEngine` takes the gradient of each micro-batch and a rate for the step, and its
+    ranks share one subject; `PackedEngine` updates all rows at once, from tensors that stay on the device.
+    """
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this rank's share of the global loss."""
+    def state(self, row: int = 0) -> EngineState:
+        """Everything to resume a row's subject from, on the CPU of the first rank; other ranks get empty groups."""
 
-    def step(self, scale: float) -> float:
-        """Clip and update with `scale` times the peak learning rates; the gradient norm before clipping."""
 
-    def state(self) -> EngineState:
-        """Everything to resume from, gathered on the first rank (other ranks get empty groups)."""
+def keeps_whole(settings: EngineConfig) -> bool:
+    """Whether each rank has every weight whole, while the engine trains and after it is closed.
 
-    def load(self, state: EngineState, step: int) -> None:
-        """Put back a state taken after `step` steps, from any world size or ZeRO stage."""
+    Where it has not (ZeRO stage 3), all ranks must run the model together, and the base must be loaded anew afterwards.
+    """
+    return settings.kind == "packed" or settings.zero.stage < 3

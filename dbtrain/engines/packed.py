@@ -1,8 +1,8 @@
-"""The packed engine: AdamW over the rows of arenas, a subject a row, each with its own settings, clock and fate.
+"""The packed engine: AdamW over the rows of arenas. Each row is a subject with its own settings, step count and end.
 
-A row's numbers never meet another row's: its gradient norm, clip, learning rate, bias correction and EMA are its own.
-A row that is empty, done or no longer finite stays as it is in every bit, by `where` and never by a factor of 0.
-Nothing in a step waits for the device, so that a step can be captured.
+No row reads another row's numbers: its gradient norm, clip, learning rate, bias correction and EMA are its own.
+A row that is empty, done or no longer finite stays as it is in every bit. `where` keeps it so: a factor of 0 would not,
+as 0 times NaN is NaN. Nothing in a step waits for the device, so that a step can be captured.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dbtrain.settings.config import TrainConfig
 from dbtrain_kernels.adamw import adamw
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
-# That contract is for gradients that travel between processes; strides over rows are what an arena is for.
+# PyTorch's layout warning concerns DDP; our gradients are strided views.
 warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract", UserWarning)
 
 
 class Arena:
-    """The parameters of one group for N subjects: master, grad and moments as tensors [N, P], a row for each subject.
+    """The parameters of one group for N subjects: master, grad, Adam moments as tensors [N, P], a row a subject.
 
     The layers' parameters become views of `compute`, which is the masters themselves, or a copy of them in the compute
     precision; backward adds straight into `grad`.
@@ -52,7 +52,7 @@ class Arena:
             param.data, param.grad = self.view(source, name), self.view(self.grad, name)
 
     def __getitem__(self, kind: str) -> Tensor:
-        """The arena [N, P] of a kind of state; KeyError for an EMA that nobody asked for."""
+        """The arena [N, P] of a kind of state; KeyError for an EMA that was not asked for."""
         return self.tensors[kind]
 
     def show(self, row: int, kind: str = "master") -> None:
@@ -110,7 +110,7 @@ class PackedEngine:
     def update(self, sound_N: Tensor) -> Tensor:
         """Gradient norm [N] of each row before clipping, after one step of each live row that is sound.
 
-        sound_N: whether a row's loss is finite. The gradients are used up.
+        sound_N: whether a row's loss is finite. All gradients are 0 afterwards.
         """
         train, (clips, joint_N) = self.train, self._clips()
         active_N = self.live_N & sound_N
@@ -129,7 +129,8 @@ class PackedEngine:
         return norm_N
 
     def _clips(self) -> tuple[list[Tensor], Tensor | None]:
-        """The clip of each arena's norm that clips the joint norm of a subject's arenas, and that norm if several."""
+        """Clip threshold of each arena, chosen so that all arenas shrink by one factor; and the subject's joint norm
+        (None with one arena). Why arenas are clipped together: docs/decisions/packed-equals-solo.md."""
         if len(self.arenas) == 1:
             return [self.clip_N], None
         norms = [torch.linalg.vector_norm(arena.grad.to(arena["exp_avg"].dtype), dim=1) for arena in self.arenas]
@@ -139,9 +140,10 @@ class PackedEngine:
 
     @torch.no_grad()
     def load(self, row: int, state: EngineState, step: int, settings: RowSettings) -> None:
-        """Seat a subject: its state after `step` steps (moments that it lacks are 0, an EMA starts at the masters).
+        """Put a subject's state after `step` steps into a row. Adam moments that it lacks are 0; an EMA that it lacks
+        starts at the masters.
 
-        Its matrices may be smaller than the row's, which has zeros beside them; those stay 0.
+        Its matrices may be smaller than the row's. The rest of the row is 0 and stays 0.
         """
         names = {name for arena in self.arenas for name in arena.params}
         if differing := names ^ state["master"].keys():
@@ -165,7 +167,7 @@ class PackedEngine:
             self.rates_GNS[group, row, : len(rates)] = torch.tensor(rates, dtype=torch.float64)
         self.failed_N[row], self.live_N[row] = False, step < settings.steps
 
-    def state(self, row: int) -> EngineState:
+    def state(self, row: int = 0) -> EngineState:
         """Everything to resume a subject from, at its own rank, copied to the CPU."""
         return {
             kind: {
@@ -178,13 +180,13 @@ class PackedEngine:
 
     @torch.no_grad()
     def show(self, row: int, kind: str = "master") -> None:
-        """Make a row's layers compute with its masters, or with its EMA; for the EMA of a subject that is done."""
+        """Make a row's layers compute with its masters, or with the EMA of a subject that is done."""
         for arena in self.arenas:
             arena.show(row, kind)
 
     @torch.no_grad()
     def release(self, row: int) -> None:
-        """Empty a row; it goes on computing with what it holds, and nothing of it changes."""
+        """Make a row free. It still computes with the weights it holds, and none of them changes."""
         self.live_N[row] = self.failed_N[row] = False
 
 

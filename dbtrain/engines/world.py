@@ -1,8 +1,8 @@
-"""This process's place among the ranks, and what the ranks of a run settle together.
+"""This process's place among the ranks, and how the ranks of a run agree.
 
 One rank chooses for all, and what fails on one rank fails on all. A network share may show each rank another state of
-it: ranks that went on from different steps would mix their weights, and the others would wait without end for a rank
-that gave up. A world of one settles everything by itself, at no cost."""
+its files. Ranks that went on from different steps would mix their weights, and if one rank gave up, the others would
+wait for it without end. With one rank nothing is sent."""
 
 from __future__ import annotations
 
@@ -65,27 +65,29 @@ Value = TypeVar("Value")
 
 
 def from_first(world: World, choose: Callable[[], Value]) -> Value:
-    """What `choose` gives on the first rank, on every rank; its DbtrainError likewise. Others do not call it."""
+    """The value that `choose` returns on the first rank, on every rank; its DbtrainError likewise. One message; other
+    ranks do not call `choose`."""
     if world.size == 1:
         return choose()
-    told: list[Any] = [_tried(choose) if world.first else None]
-    dist.broadcast_object_list(told)
-    value, error = told[0]
+    answer: list[Any] = [_tried(choose) if world.first else None]
+    dist.broadcast_object_list(answer)
+    value, error = answer[0]
     if error is not None:
         raise error
     return value
 
 
 def together(world: World, work: Callable[[], Value]) -> Value:
-    """What `work` gives on this rank; where it fails on some, the first one's DbtrainError on every rank."""
+    """The value that `work` returns on this rank. If it fails on some ranks, every rank raises the DbtrainError of the
+    first of them."""
     if world.size == 1:
         return work()
     value, error = _tried(work)
     errors: list[DbtrainError | None] = [None] * world.size
     dist.all_gather_object(errors, error)
-    for met in errors:
-        if met is not None:
-            raise met
+    for raised in errors:
+        if raised is not None:
+            raise raised
     return value
 
 

@@ -98,15 +98,15 @@ class ZeroEngine:
         """
         for settings, group in zip(self.deepspeed.optimizer.param_groups, self.groups):
             settings["lr"] = group.lr * scale
-        # DeepSpeed tells no norm at stage 0, and frees the gradients in its step.
+        # DeepSpeed gives no norm at stage 0, and frees the gradients in its step.
         norm = nn.utils.get_total_norm([param.grad for param in self.names.values()]) if self._stage == 0 else None
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
         self._update_ema()
         return 0.0 if norm is None else float(norm)
 
-    def state(self) -> EngineState:
-        """Masters, moments and EMA, whole, in fp32 on the CPU of the first rank."""
+    def state(self, row: int = 0) -> EngineState:
+        """Masters, Adam moments and EMA, whole, in fp32 on the CPU of the first rank. The one subject is row 0."""
         kinds = ["master", "exp_avg", "exp_avg_sq", *(["ema"] if self.config.train.ema else [])]
         gathered: EngineState = {kind: {} for kind in kinds}
         for name, param in self.names.items():

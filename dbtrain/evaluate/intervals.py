@@ -28,9 +28,6 @@ class Interval:
     high: float
     count: int
 
-    def __str__(self) -> str:
-        return shown(self.row())
-
     def row(self, counted: str = "count") -> dict[str, float | int | None]:
         """The interval as JSON: NaN becomes None, and the count is called `counted`."""
         cells = {"value": self.value, "low": self.low, "high": self.high}

@@ -22,7 +22,7 @@ def read_photos(folder: Path, subject: str, config: RunConfig, shards: Path | No
     """
     place, schemes = shards or config.data.shards or folder.parent.parent / "shards", config.data.schemes
     absent = isinstance(place, Path) and not place.is_dir()
-    rows = () if absent else _index(place, tuple(schemes), _stamp(place)).rows_of(subject)
+    rows = () if absent else _index(place, tuple(schemes), _stamp(place)).entries_of(subject)
     if not rows:
         raise DataError(
             f"{place}: holds no photos of {subject!r}; keep the run folder whole, or name its shards with --shards"

@@ -114,43 +114,36 @@ class Metric:
     """
 
     score: str
-    row: Literal["tuned", "real"]
-    better: Literal["higher", "lower"]
     encoder: Literal["identity", "clip", "distance"]
     measure: Callable[[SubjectFeatures], Values]
     meaning: str
+    better: Literal["higher", "lower"] = "higher"
+    row: Literal["tuned", "real"] = "tuned"
     column: bool = True
 
 
+OF_PHOTOS = "cosine of the subject's real images, without self pairs: the scale's upper end"
 METRICS: dict[str, Metric] = {
     "identity": Metric(
         "dino",
-        "tuned",
-        "higher",
         "identity",
         lambda s: across(s.generated_identity_ND, s.real_identity_MD),
         "likeness to the photos: cosine of every image with every photo, identity encoder",
     ),
     "clip_i": Metric(
         "clip_i",
-        "tuned",
-        "higher",
         "clip",
         lambda s: across(s.generated_clip_ND, s.real_clip_MD),
         "likeness to the photos: cosine of every image with every photo, CLIP",
     ),
     "clip_t": Metric(
         "clip_t",
-        "tuned",
-        "higher",
         "clip",
         lambda s: paired(s.generated_clip_ND, s.texts_with_identifier_ND),
         "agreement with the prompt: cosine of an image and its text, identifier kept",
     ),
     "clip_t_plain": Metric(
         "clip_t_plain",
-        "tuned",
-        "higher",
         "clip",
         lambda s: paired(s.generated_clip_ND, s.texts_without_identifier_ND),
         "agreement with the prompt: cosine of an image and its text, identifier left out",
@@ -158,8 +151,6 @@ METRICS: dict[str, Metric] = {
     ),
     "prompt_gap": Metric(
         "prompt_gap",
-        "tuned",
-        "higher",
         "clip",
         lambda s: prompt_gap(s.generated_clip_ND, s.texts_without_identifier_ND, s.prompt_N),
         "how much prompts decide: CLIP-T without identifier, minus the same with the other prompts' texts",
@@ -167,36 +158,19 @@ METRICS: dict[str, Metric] = {
     ),
     "pres": Metric(
         "pres",
-        "tuned",
-        "lower",
         "identity",
         lambda s: across(s.class_identity_PD, s.real_identity_MD),
         "the class drawn as the subject: cosine of the class prompt's images with every photo",
+        better="lower",
     ),
     "div": Metric(
         "div",
-        "tuned",
-        "higher",
         "distance",
         lambda s: Values(s.distance_pairs.double(), s.pair_prompt),
         "how far apart images of one prompt are, by LPIPS or the distance named in its place",
     ),
-    "real_identity": Metric(
-        "dino",
-        "real",
-        "higher",
-        "identity",
-        lambda s: within(s.real_identity_MD),
-        "cosine of the subject's real images, without self pairs: the scale's upper end",
-    ),
-    "real_clip_i": Metric(
-        "clip_i",
-        "real",
-        "higher",
-        "clip",
-        lambda s: within(s.real_clip_MD),
-        "cosine of the subject's real images, without self pairs: the scale's upper end",
-    ),
+    "real_identity": Metric("dino", "identity", lambda s: within(s.real_identity_MD), OF_PHOTOS, row="real"),
+    "real_clip_i": Metric("clip_i", "clip", lambda s: within(s.real_clip_MD), OF_PHOTOS, row="real"),
 }
 """Every metric by its key. A new one is a function and a row here; evaluation.json, tables and the report follow."""
 SCORES = {

@@ -1,4 +1,7 @@
-"""Model families: one file an architecture, with everything that dbtrain knows of it, and a name in this table."""
+"""Model families: one file an architecture, and a row in this table.
+
+A file holds what dbtrain knows of its architecture alone. What several share is in `flow.py` and `dbtrain.models.unet`.
+"""
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -23,5 +26,13 @@ class Rows(Mapping[str, Any]):
         return len(self.places)
 
 
-FAMILIES = Rows({"sd": "sd:SD", "sdxl": "sdxl:SDXL"})
+FAMILIES = Rows(
+    {
+        "sd": "sd:SD",
+        "sdxl": "sdxl:SDXL",
+        "sd3": "sd3:SD3",
+        "flux": "flux:FLUX",
+        "flux2_klein": "flux2_klein:FLUX2_KLEIN",
+    }
+)
 """A `models.family.Family` for each architecture, by the name used in `model.family`."""

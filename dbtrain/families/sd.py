@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.family import Family, Tokens
+from dbtrain.models.family import Family, KohyaLayer, Tokens
 from dbtrain.models.schedules import diffusion
 from dbtrain.models.unet import CODEC, REGIONS, SAMPLERS, UNET, text_path
 from dbtrain.values import Batch, Conditioning
@@ -19,10 +19,10 @@ def denoise(unet: nn.Module, x_t_BCHW: Tensor, time_B: Tensor, conditioning: Con
     return unet(x_t_BCHW, time_B, conditioning.states_BTD, return_dict=False)[0]
 
 
-def kohya(component: str, path: str) -> str:
+def kohya(component: str, path: str) -> KohyaLayer:
     """kohya's name of a layer: diffusers' path with underscores, behind `lora_unet` or `lora_te`."""
     name = f"lora_unet.{path}" if component == "unet" else f"lora_te.{text_path(path)}"
-    return name.replace(".", "_")
+    return KohyaLayer(name.replace(".", "_"))
 
 
 SD15 = Architecture(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.family import Family, Tokens
+from dbtrain.models.family import Family, KohyaLayer, Tokens
 from dbtrain.models.schedules import diffusion
 from dbtrain.models.stability_names import to_stability
 from dbtrain.models.unet import CODEC, REGIONS, SAMPLERS, UNET, text_path
@@ -26,10 +26,11 @@ def denoise(unet: nn.Module, x_t_BCHW: Tensor, time_B: Tensor, conditioning: Con
 
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
-def kohya(component: str, path: str) -> str:
+
+def kohya(component: str, path: str) -> KohyaLayer:
     """kohya's name of a layer: Stability's block names with underscores, behind `lora_unet`, `lora_te1`, `lora_te2`."""
     name = f"{KOHYA[component]}.{to_stability(path) if component == 'unet' else text_path(path)}"
-    return name.replace(".", "_")
+    return KohyaLayer(name.replace(".", "_"))
 
 
 XL = Architecture(

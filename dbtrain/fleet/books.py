@@ -7,10 +7,10 @@ the commits around these calls.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dbtrain.fleet.causes import BLAMED, End, stands_alone, verdict_on
+from dbtrain.fleet.causes import BLAMED, End, Verdict, stands_alone, verdict_on
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.schedule import Limits, View, WorkUnit
 from dbtrain.fleet.status import Screen
@@ -61,19 +61,20 @@ class Books:
         whether the attempt was worked on; if not, it counts neither as a failure nor as a loss."""
         attempt = flight.open.pop(position)
         row = self.ledger.row(position)
-        state, failures, losses, pack = "waiting", row["failures"], row["losses"], row["pack"]
+        so_far = row["failures"], row["losses"], row["pack"]
         if begun:
-            verdict = verdict_on(end.cause, failures, losses, pack, flight.unit.pack, self.limits)
-            state, failures, losses, pack = verdict.state, verdict.failures, verdict.losses, verdict.pack
-        entry = {"state": state, "failures": failures, "losses": losses, "pack": pack,
-                 "cause": end.cause if begun else "unbegun", "reason": end.reason}  # fmt: skip
+            verdict = verdict_on(end.cause, *so_far, flight.unit.pack, self.limits)
+        else:
+            verdict = Verdict("waiting", *so_far)
+        entry = {**asdict(verdict), "cause": end.cause if begun else "unbegun", "reason": end.reason}
         self.ledger.fail(position, attempt, entry, seconds)
         self.screen.note(row["id"], entry)
-        if state == "waiting":
-            self.view.add(flight.unit.class_noun, position, stands_alone(failures, losses), pack)
+        if verdict.state == "waiting":
+            alone = stands_alone(verdict.failures, verdict.losses)
+            self.view.add(flight.unit.class_noun, position, alone, verdict.pack)
 
     def land(self, flight: Flight, end: End) -> None:
-        """Enter the early end of a unit: it is that of the subjects that were worked on, and the others wait again."""
+        """Enter the early end of a unit. Subjects in training get this cause; the rest of the unit waits again."""
         self.view.end(flight.unit, drawn=False)
         if flight.unit.kind == "prior":
             self._land_prior(flight, end)

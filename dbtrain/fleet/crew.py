@@ -1,9 +1,18 @@
 """The driver's end of a worker: one Ray actor, or a gang of them that trains as one. Nothing here waits.
 
-A crew is a small state machine fed with finished Ray calls: placing (actors are being made) -> starting (trainers load
-the base) -> idle <-> busy. When a trainer dies (-> dying, until its reason is known) the crew starts its trainers anew;
-when an actor dies the crew is lost and the driver makes another. Ray's own restarts and retries are off: only the
-ledger decides what is tried again.
+A crew is a small state machine fed with finished Ray calls:
+
+    from                    to        when
+    (new)                   placing   actors are being made
+    placing                 starting  every actor has said where it is; trainers load the base
+    starting                idle      every trainer has sent `Ready`
+    idle                    busy      the driver gives an order
+    busy                    idle      every trainer has sent `UnitDone`
+    starting, idle, busy    dying     one trainer has died
+    dying                   starting  it is known why, or DYING_S have passed; new trainers of the next generation
+
+A crew that loses an actor is lost in any state, and the driver makes another. Ray's own restarts and retries are off:
+only the ledger decides what is tried again.
 """
 
 from __future__ import annotations
@@ -48,8 +57,9 @@ class Actor(Worker):
 
     def describe(self) -> dict[str, Any]:
         """Where in the cluster this worker is."""
-        node = ray.get_runtime_context().get_node_id()
-        return {**super().describe(), "node": node, "ip": ray.util.get_node_ip_address(), "born": born(os.getpid())}
+        node, pid = ray.get_runtime_context().get_node_id(), os.getpid()
+        here = {"host": socket.gethostname(), "ip": ray.util.get_node_ip_address()}
+        return {**here, "node": node, "pid": pid, "born": born(pid)}
 
 
 class Lost(Exception):
@@ -61,7 +71,7 @@ class Crew:
 
     def __init__(self, name: str, shape: Shape, task: Task):
         self.name, self.shape, self.task = name, shape, task
-        self.state, self.generation, self.restarts = "placing", 0, 0
+        self.state, self.generation, self.restarts, self.bad_starts = "placing", 0, 0, 0
         self.last_class: str | None = None
         self.unit: WorkUnit | None = None
         self.number = 0
@@ -151,7 +161,7 @@ class Crew:
         return heard + self._bury()
 
     def _bury(self) -> list[Message]:
-        """`Died`, and new trainers, once it is known, or too late to learn, why the old ones ended."""
+        """Report the trainers' death and restart them, once the cause is known or `DYING_S` have passed."""
         late = bool(self.ends) and time.monotonic() - self.dying > DYING_S
         end = end_of_gang(self.ends, len(self.ends) if late else len(self.members))
         if end is None:

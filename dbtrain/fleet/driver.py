@@ -1,8 +1,8 @@
 """The driver: gives waiting subjects to idle workers and enters what becomes of them, until nothing is left to do.
 
-The driver alone writes the ledger. An order and a result are in the ledger before anything follows from them, so the
-driver may be killed at any moment: the same command goes on. One loop, no threads: schedule -> wait for messages ->
-one commit -> again.
+While a driver is alive, only it writes the ledger. An order and a result are in the ledger before anything follows from
+them, so the driver may be killed at any moment: the same command goes on. One loop, no threads: schedule -> wait for
+messages -> one commit -> again.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import signal
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import ray
 
 from dbtrain.data.index import Index
-from dbtrain.errors import FleetError, StopRequested
+from dbtrain.errors import FleetError, StopRequested, reached
 from dbtrain.fleet.books import Books, Flight
 from dbtrain.fleet.causes import End
 from dbtrain.fleet.cluster import has_gpus, room
@@ -31,7 +32,9 @@ from dbtrain.fleet.options import Options
 from dbtrain.fleet.run_folder import mark
 from dbtrain.fleet.schedule import Idle, Limits, schedule
 from dbtrain.fleet.status import Screen, summarize
+from dbtrain.machine import take_signals
 from dbtrain.priors.store import BLOCK
+from dbtrain.results.checkpoint import newest_step
 from dbtrain.settings.config import RunConfig
 
 TICK_S = 1.0
@@ -60,19 +63,19 @@ class Driver:
         self.shape = Shape(options.gang, 0, options.cpus, options.hang_s)
         self.crews: dict[str, Crew] = {}
         self.flights: dict[int, Flight] = {}
-        self.bad_starts: dict[str, int] = {}
-        self.made = self.units = 0
+        self.names, self.numbers = count(1), count(1)
         self.cramped = False
         self.stopping: str | None = None
+        self.interrupted: dict[str, int] = {}
+        """Steps in the checkpoints of the subjects that a stop interrupted, by id."""
         self.disk: str | None = None
-        """Why the disk or the share takes no more, which ends the run; None while it does."""
+        """The disk error that ends the run; None while writes succeed."""
         self.refused: set[int] = set()
         self.unplaced = 0
 
     def drive(self) -> None:
         """Work until nothing waits, or a stop is asked for."""
-        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(name, lambda number, _: setattr(self, "stopping", signal.Signals(number).name))
+        take_signals((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), self.ask_stop)
         slow = fast = 0.0
         ended = "failed"
         try:
@@ -95,8 +98,16 @@ class Driver:
         if self.disk:
             raise FleetError(f"{self.out}: {self.disk}")
         if self.stopping:
-            left = self.ledger.counts()["waiting"]
-            raise StopRequested(f"stopped on request ({self.stopping}), {left} subjects wait; the same command goes on")
+            left, steps = self.ledger.counts()["waiting"], reached(self.interrupted)
+            raise StopRequested(
+                f"stopped on request ({self.stopping}), {left} subjects wait{steps}; the same command goes on"
+            )
+
+    def ask_stop(self, number: int, _: object = None) -> None:
+        """Stop because of a signal. Raises KeyboardInterrupt for a Ctrl-C after an earlier request."""
+        if number == signal.SIGINT and self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = signal.Signals(number).name
 
     def conclude(self, ended: str) -> None:
         """End all crews, and leave the ledger and the terminal as they should be."""
@@ -118,8 +129,7 @@ class Driver:
         self.warn_of_room(members)
         wanted = self.options.workers or max(1, members // self.shape.size)
         while len(self.crews) < wanted:
-            self.made += 1
-            name = f"worker-{self.made:03d}"
+            name = f"worker-{next(self.names):03d}"
             measure = None
             if self.pack is None and not any(crew.task.measure for crew in self.crews.values()):
                 largest, rank = self.ledger.widest()
@@ -158,19 +168,17 @@ class Driver:
         if not idle or self.pack is None:
             return
         alive = sum(crew.state != "placing" for crew in self.crews.values())
-        view, orders = self.books.view, []
-        units = schedule(view, [Idle(crew.name, crew.last_class) for crew in idle], alive, self.books.limits)
+        orders, waiting = [], [Idle(crew.name, crew.last_class) for crew in idle]
+        units = schedule(self.books.view, waiting, alive, self.books.limits)
         with self.ledger.commit():
             for name, unit in units:
-                self.units += 1
-                number, crew = self.units, self.crews[name]
+                number, crew = next(self.numbers), self.crews[name]
                 attempts = self.ledger.start(number, unit.positions, name) if unit.kind == "train" else {}
                 self.flights[number] = Flight(unit, crew, attempts or dict.fromkeys(unit.positions, 0))
                 subjects = self.ledger.subjects(unit.positions)
-                rows = tuple(row for subject in subjects for row in self.index.rows_of(subject.id))
+                rows = tuple(row for subject in subjects for row in self.index.entries_of(subject.id))
                 after = tuple(tuple(self.books.todo.get(position, ())) for position in unit.positions)
                 orders.append((crew, Order(number, unit, subjects, rows, after)))
-                view.begin(unit)
         for crew, order in orders:
             crew.give(order)
 
@@ -217,8 +225,7 @@ class Driver:
 
     def on_ready(self, crew: Crew, ready: Ready) -> None:
         """Note that a trainer has loaded the base, and the size of a pack if the trainer has measured that."""
-        self.bad_starts.pop(crew.name, None)
-        self.unplaced = 0
+        crew.bad_starts = self.unplaced = 0
         if not self.ledger.same_base(ready.base):
             raise FleetError(
                 f"{self.out}: holds a run of another base than {self.config.model.path}; use another --out"
@@ -234,8 +241,8 @@ class Driver:
         at_work = [position for flight in self.flights.values() if flight.crew is crew for position in flight.open]
         end = self.sift(end, at_work[:1])
         if not self.abandon(crew, end) and end.cause not in NO_START:
-            self.bad_starts[crew.name] = self.bad_starts.get(crew.name, 0) + 1
-            if self.bad_starts[crew.name] >= BAD_STARTS:
+            crew.bad_starts += 1
+            if crew.bad_starts >= BAD_STARTS:
                 raise FleetError(f"{crew.name}: its trainer cannot start: {end.reason}; see {self.out / 'logs'}")
 
     def sift(self, end: End, positions: list[int]) -> End:
@@ -273,11 +280,18 @@ class Driver:
 
     def wind_down(self) -> None:
         """Let trainers finish their step and checkpoint, as long as there is time; their subjects wait again."""
+        at_work = [position for flight in self.flights.values() if flight.unit.kind == "train"
+                   for position in flight.open]  # fmt: skip
         for crew in self.crews.values():
             crew.ask_stop()
         end = time.monotonic() + self.options.grace_s
         while self.flights and time.monotonic() < end:
             self.listen(0.2)
+        for position in at_work:
+            row = self.ledger.row(position)
+            step = newest_step(self.out / "subjects" / row["id"] / "checkpoints")
+            if row["state"] != "finished" and step:
+                self.interrupted[row["id"]] = step
 
 
 def rows_of_packs(config: RunConfig, options: Options, ledger: Ledger) -> int | None:

@@ -6,21 +6,28 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dbtrain.data.index import INDEX_NAME, Index
 from dbtrain.data.stream import SKIPPED
-from dbtrain.errors import ConfigError, DataError
 from dbtrain.fleet.ledger import Ledger
+from dbtrain.fleet.living import (
+    photos_digest,
+    refuse_changed_rows,
+    settings_relation,
+    stored_photos,
+    take_in,
+    with_identifiers,
+)
 from dbtrain.models.load import load_tokenizer
+from dbtrain.results.identity import Relation
 from dbtrain.settings.config import RunConfig
+from dbtrain.settings.marks import deciding
 from dbtrain.storage.atomic import file_digest
-from dbtrain.subjects.manifest import read_manifest, scan_manifest
+from dbtrain.subjects.finding import refuse
+from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
-from dbtrain.subjects.sharding import shard_manifest
-from dbtrain.training.identity import IRRELEVANT
+from dbtrain.subjects.sharding import shard_subjects
 
 
 def tell(line: str) -> None:
@@ -39,36 +46,46 @@ def enter_run(
     """The index of the run's shards, once the ledger holds the run. skip_bad: enter subjects with findings as skipped,
     with the findings as reasons.
 
-    A run that is there already must have the same settings (ConfigError) and manifest (DataError). Then neither the
-    manifest nor a photo is read again.
+    A run that is there already must have the same settings, or the same for more steps (ConfigError), and its rows must
+    say the same (DataError). What has joined is taken in. If neither the manifest nor a photo has changed, no photo is
+    read.
     """
     config_digest, manifest_digest = settings_digest(config), file_digest(manifest)
-    run = ledger.run()
+    run, folder = ledger.run(), out / "shards"
+    how = Relation.SAME if run is None else settings_relation(run, config, config_digest, out)
+    subjects, findings = scan_manifest(manifest, config.data.shards is None)
+    if run is not None and how is Relation.SAME and run["manifest_digest"] == manifest_digest:
+        # Photos that are in the shards may have been removed since.
+        same = bool(findings) or run["photos_digest"] in (None, photos_digest(subjects))
+        if same and (folder / INDEX_NAME).exists():
+            return Index.load(folder)
+    if not skip_bad:
+        refuse(findings)
     if run is not None:
-        if run["config_digest"] != config_digest:
-            raise ConfigError(f"{out}: holds a run with other settings ({_difference(run, config)}); use another --out")
-        if run["manifest_digest"] != manifest_digest:
-            raise DataError(f"{out}: holds a run of another manifest than {manifest}; use another --out")
-        if (out / "shards" / INDEX_NAME).exists():
-            return Index.load(out / "shards")
+        refuse_changed_rows(ledger, subjects, out)
     tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
-    photos = config.data.shards is None
-    subjects = scan_manifest(manifest, photos)[0] if skip_bad else read_manifest(manifest, photos)
     registry = Path(config.identifier.registry or out / REGISTRY)
-    index = shard_manifest(manifest, out / "shards", config, say, skip_bad, tokenizer, registry)
+    if run is not None and (folder / INDEX_NAME).exists():
+        with ledger.commit():  # of a run by an earlier dbtrain, before its shards grow
+            ledger.note_photos(stored_photos(Index.load(folder)), anew=False)
+    index = shard_subjects(subjects, findings, folder, config, say, skip_bad, tokenizer, registry)
+    stored = set(index.subjects)
+    sound = [subject for subject in subjects if subject.id in stored]
+    names = recorded_identifiers(registry, tokenizer, sound, config.identifier.tokens, config.seed)
+    about: dict[str, str | None] = {
+        "config": config.model_dump_json(),
+        "config_digest": config_digest,
+        "manifest": str(manifest.resolve()),
+        "manifest_digest": manifest_digest,
+        "photos_digest": photos_digest(sound),
+    }
+    named, skipped = with_identifiers(sound, names), left_out(folder / SKIPPED)
     if run is None:
-        stored = set(index.subjects)
-        sound = [subject for subject in subjects if subject.id in stored]
-        names = recorded_identifiers(registry, tokenizer, sound, config.identifier.tokens, config.seed)
-        about = {
-            "config": config.model_dump_json(),
-            "config_digest": config_digest,
-            "manifest": str(manifest.resolve()),
-            "manifest_digest": manifest_digest,
-        }
-        named = (replace(subject, identifier=names[subject.id]) for subject in sound)
         with ledger.commit():
-            ledger.create_run(about, named, left_out(out / "shards" / SKIPPED))
+            ledger.create_run(about, named, skipped)
+            ledger.note_photos(stored_photos(index))
+    else:
+        take_in(ledger, about, named, skipped, stored_photos(index), how is Relation.LONGER, say)
     return index
 
 
@@ -81,18 +98,3 @@ def left_out(path: Path) -> dict[str, str]:
 def settings_digest(config: RunConfig) -> str:
     """One sha256 of the settings that decide results."""
     return hashlib.sha256(json.dumps(deciding(config), sort_keys=True).encode()).hexdigest()
-
-
-def deciding(config: RunConfig) -> dict[str, Any]:
-    """The settings that decide results."""
-    return config.model_dump(mode="json", exclude=IRRELEVANT)
-
-
-def _difference(run: dict[str, Any], config: RunConfig) -> str:
-    old, new = deciding(RunConfig.model_validate_json(run["config"])), deciding(config)
-    pairs = [(f"{part}.{key}", old[part][key], new[part][key]) for part in old if isinstance(old[part], dict)
-             for key in old[part] if old[part][key] != new[part][key]]  # fmt: skip
-    pairs += [
-        (part, old[part], new[part]) for part in old if not isinstance(old[part], dict) and old[part] != new[part]
-    ]
-    return "; ".join(f"{key} was {before!r}, is {now!r}" for key, before, now in pairs[:3])

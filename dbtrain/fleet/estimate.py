@@ -51,7 +51,8 @@ def estimate(source: Path, subjects: int, classes: int) -> dict[str, Any]:
     if not costs:
         return {"basis": 0, "gpu_seconds": None, "prior_gpu_seconds": None, "result_bytes": None, "from": None}
     sample = costs[:: max(1, len(costs) // 50)]
-    size = sum(folder_bytes(source / "subjects" / name) for name, _ in sample) / len(sample)
+    files = [path for name, _ in sample for path in (source / "subjects" / name).rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files) / len(sample)
     mean = sum(seconds for _, seconds in costs) / len(costs)
     return {
         "basis": len(costs),
@@ -60,11 +61,6 @@ def estimate(source: Path, subjects: int, classes: int) -> dict[str, Any]:
         "result_bytes": round(size * subjects),
         "from": str(source),
     }
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def describe(plan: dict[str, Any]) -> str:

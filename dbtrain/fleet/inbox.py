@@ -19,6 +19,7 @@ INBOX = "requests"
 RULES = {
     "cancel": (["waiting"], "cancelled", "cancelled on request"),
     "retry": (["quarantined", "cancelled"], "waiting", "retried on request"),
+    "rot": (["finished"], "waiting", "its result rotted after it was finished"),
 }
 """From which states each request takes a subject, where to, and the reason that is kept."""
 
@@ -49,7 +50,10 @@ def request(folder: Path, verb: str, ids: Sequence[str] | None) -> int | None:
 
 def apply(ledger: Ledger, asked: dict[str, Any]) -> list[tuple[int, str]]:
     """(position, class) of the subjects that a request changes now."""
-    return ledger.settle(asked["ids"], *RULES[asked["verb"]])
+    changed = ledger.settle(asked["ids"], *RULES[asked["verb"]])
+    if asked["verb"] == "rot":
+        ledger.forget_after([position for position, _ in changed])
+    return changed
 
 
 def take_requests(ledger: Ledger, folder: Path) -> list[tuple[str, list[tuple[int, str]]]]:

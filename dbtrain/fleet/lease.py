@@ -30,7 +30,13 @@ class Lease:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        if not any(self._take() for _ in range(LEASE_TRIES)):
+        for _ in range(LEASE_TRIES):
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+        else:
             holder = os.pread(self.descriptor, 200, 0).decode(errors="replace").strip()
             os.close(self.descriptor)
             raise FleetError(
@@ -39,14 +45,6 @@ class Lease:
             )
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
-
-    def _take(self) -> bool:
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.01)
-            return False
-        return True
 
     def release(self) -> None:
         """Let another driver take over."""

@@ -1,4 +1,4 @@
-"""The ledger: what became of every subject of a run, in SQLite on a local disk, written by one driver.
+"""The ledger: what became of every subject of a run, in SQLite on a local disk, written by the lease's holder.
 
 A subject's state changes by compare-and-set on (state, attempt): a late message of an attempt that was given up changes
 nothing, so each subject finishes once. Commits are durable (WAL, synchronous=FULL), many changes to one commit.
@@ -26,11 +26,13 @@ STATES = ("waiting", "running", "finished", "quarantined", "cancelled", "skipped
 SCHEMA = """
 CREATE TABLE run (
   one INTEGER PRIMARY KEY CHECK (one = 1), config TEXT, config_digest TEXT, manifest TEXT, manifest_digest TEXT,
-  base_digest TEXT, created REAL, driver_pid INTEGER, driver_host TEXT, heartbeat REAL, state TEXT, pack INTEGER);
+  base_digest TEXT, created REAL, driver_pid INTEGER, driver_host TEXT, heartbeat REAL, state TEXT, pack INTEGER,
+  photos_digest TEXT);
 CREATE TABLE subjects (
   position INTEGER PRIMARY KEY, id TEXT UNIQUE, class TEXT, spec TEXT, state TEXT NOT NULL, attempts INTEGER NOT NULL,
   failures INTEGER NOT NULL, losses INTEGER NOT NULL, pack INTEGER, worker TEXT, cause TEXT, reason TEXT,
-  run TEXT, files TEXT, seconds REAL, gpu_seconds REAL, stages_s TEXT, started REAL, finished REAL);
+  run TEXT, files TEXT, seconds REAL, gpu_seconds REAL, stages_s TEXT, started REAL, finished REAL,
+  photos TEXT);
 CREATE INDEX by_state ON subjects (state);
 CREATE TABLE afterwards (
   position INTEGER, name TEXT, how TEXT, outcome TEXT, PRIMARY KEY (position, name)) WITHOUT ROWID;
@@ -41,6 +43,14 @@ CREATE TABLE spent (kind TEXT, class TEXT, worker TEXT, gpu_seconds REAL, ended 
 CREATE TABLE workers (name TEXT PRIMARY KEY, node TEXT, host TEXT, pid INTEGER, state TEXT, unit INTEGER, since REAL,
   restarts INTEGER);
 """
+
+
+ADDED = (("run", "pack", "INTEGER"), ("run", "photos_digest", "TEXT"), ("subjects", "photos", "TEXT"))
+"""(table, column, type) of what ledgers of this format lack that an earlier dbtrain made."""
+ENTER = (
+    "INSERT INTO subjects (position, id, class, spec, state, reason, attempts, failures, losses) "
+    "VALUES (?, ?, ?, ?, ?, ?, 0, 0, 0)"
+)
 
 
 def encode_subject(subject: Subject) -> str:
@@ -84,8 +94,9 @@ class Ledger:
 
     def _add_columns(self) -> None:
         """Add what ledgers of this format that an earlier dbtrain made lack; a driver alone does this."""
-        if "pack" not in {row["name"] for row in self.db.execute("PRAGMA table_info(run)")}:
-            self.db.execute("ALTER TABLE run ADD COLUMN pack INTEGER")
+        for table, name, kind in ADDED:
+            if name not in {row["name"] for row in self.db.execute(f"PRAGMA table_info({table})")}:
+                self.db.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
 
     def close(self) -> None:
         """Let go of the file."""
@@ -117,27 +128,29 @@ class Ledger:
         return dict(row) if row else None
 
     def create_run(
-        self, about: dict[str, str], subjects: Iterable[Subject], skipped: dict[str, str] | None = None
+        self, about: Mapping[str, str | None], subjects: Iterable[Subject], skipped: dict[str, str] | None = None
     ) -> None:
         """Enter a run and its subjects, all waiting. `identifier` of a subject is the one that it was given.
         skipped: reasons of subjects that are left out, by id."""
         self.db.execute(
-            "INSERT INTO run (one, config, config_digest, manifest, manifest_digest, created, state) "
-            "VALUES (1, :config, :config_digest, :manifest, :manifest_digest, :created, 'new')",
-            {**about, "created": time.time()},
-        )
-        row = (
-            "INSERT INTO subjects (position, id, class, spec, state, reason, attempts, failures, losses) "
-            "VALUES (?, ?, ?, ?, ?, ?, 0, 0, 0)"
+            "INSERT INTO run (one, config, config_digest, manifest, manifest_digest, photos_digest, created, state) "
+            "VALUES (1, :config, :config_digest, :manifest, :manifest_digest, :photos_digest, :created, 'new')",
+            {"photos_digest": None, **about, "created": time.time()},
         )
         waiting = ((n, each.id, each.class_noun, encode_subject(each), "waiting", None)
                    for n, each in enumerate(subjects))  # fmt: skip
-        self.db.executemany(row, waiting)
+        self.db.executemany(ENTER, waiting)
         left_out = ((None, name, None, "{}", "skipped", reason) for name, reason in (skipped or {}).items())
-        self.db.executemany(row, left_out)
+        self.db.executemany(ENTER, left_out)
+
+    def note_photos(self, digests: Mapping[str, str], anew: bool = True) -> None:
+        """Keep one digest of each subject's stored photos, by id. anew: also where there is one."""
+        where = "id=?" if anew else "id=? AND photos IS NULL"
+        change = f"UPDATE subjects SET photos=? WHERE {where}"  # noqa: S608 - our own
+        self.db.executemany(change, [(digest, name) for name, digest in digests.items()])
 
     def same_base(self, digest: str) -> bool:
-        """Whether this is the base of the run so far; the first digest that is given is."""
+        """Whether the digest equals the run's; the first one is stored."""
         self.db.execute("UPDATE run SET base_digest=? WHERE base_digest IS NULL", (digest,))
         return self._value("SELECT base_digest FROM run") == digest
 
@@ -243,6 +256,10 @@ class Ledger:
     def note_after(self, position: int, name: str, how: str, outcome: str) -> None:
         """Keep what became of something that was asked for a finished subject: `done`, or why not. how: settings."""
         self.db.execute("INSERT OR REPLACE INTO afterwards VALUES (?, ?, ?, ?)", (position, name, how, outcome))
+
+    def forget_after(self, positions: Iterable[int]) -> None:
+        """Forget what was done with subjects whose result is to be made anew."""
+        self.db.executemany("DELETE FROM afterwards WHERE position=?", [(position,) for position in positions])
 
     def retry_after(self, asked: Mapping[str, str]) -> None:
         """Forget of what is asked (settings by name) whatever was not done, so that it is tried again."""

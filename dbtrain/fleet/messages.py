@@ -11,7 +11,7 @@ from dbtrain.fleet.schedule import WorkUnit
 from dbtrain.values import Subject
 
 if TYPE_CHECKING:
-    from dbtrain.data.index import Row
+    from dbtrain.data.index import Entry
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Order:
     number: int
     unit: WorkUnit
     subjects: tuple[Subject, ...] = ()
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Entry, ...] = ()
     after: tuple[tuple[str, ...], ...] = ()
 
 

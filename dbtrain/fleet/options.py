@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from dbtrain.errors import ConfigError
 from dbtrain.machine import cores
 from dbtrain.settings.config import RunConfig
-from dbtrain.tiny import EMBEDDED
+from dbtrain.settings.marks import absolute_name
 
 
 @dataclass(frozen=True)
@@ -45,36 +45,6 @@ class Options:
         """CPUs of an embedded Ray: for the workers asked for, or those that this process may use."""
         wanted = self.workers or max(1, int(cores() / self.cpus) // self.gang)
         return max(1, round(wanted * self.gang * self.cpus))
-
-
-def absolute(path: str | None) -> str | None:
-    """A path, absolute; an address, or None, as it is."""
-    return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
-
-
-def absolute_name(name: str | None) -> str | None:
-    """A name as `absolute` if it is a path of something here; a hub id and `embedded` as they are."""
-    return name if name is None or name == EMBEDDED or not Path(name).expanduser().exists() else absolute(name)
-
-
-PATHS: dict[str, dict[str, Callable[[str | None], str | None]]] = {
-    "model": {"path": absolute_name, "single_file_layout": absolute_name},
-    "data": {"shards": absolute},
-    "prior": {"store": absolute},
-    "identifier": {"registry": absolute},
-    "engine": {"deepspeed": absolute},
-}
-"""Settings that name places, by section and key."""
-
-
-def anchored(config: RunConfig) -> RunConfig:
-    """The settings with relative paths made absolute: workers on a cluster run in a folder of Ray's choice."""
-    sections = {}
-    for name, keys in PATHS.items():
-        section = getattr(config, name)
-        places = {key: anchor(getattr(section, key)) for key, anchor in keys.items()}
-        sections[name] = section.model_copy(update=places)
-    return config.model_copy(update=sections)
 
 
 def anchored_options(options: Options) -> Options:

@@ -10,8 +10,9 @@ from dbtrain.errors import ConfigError, DataError, FleetError
 from dbtrain.fleet.inbox import take_requests
 from dbtrain.fleet.lease import WHERE, Lease, ledger_folder
 from dbtrain.fleet.ledger import Ledger
-from dbtrain.fleet.options import Options, anchored, anchored_options, check_after
+from dbtrain.fleet.options import Options, anchored_options, check_after
 from dbtrain.settings.config import RunConfig
+from dbtrain.settings.marks import anchored
 from dbtrain.storage.atomic import LOCK, held, write_file
 
 
@@ -50,7 +51,7 @@ def _run(
             write_file(out / WHERE, str(folder).encode())
         with ledger.commit():
             ledger.take_over()
-        # What was asked of a driver in its last moments.
+        # Apply requests that the previous driver did not read.
         take_requests(ledger, folder)
         from dbtrain.fleet.entry import enter_run, tell
 

@@ -26,6 +26,11 @@ def mark(out: Path) -> str:
     return path.read_text(errors="replace")
 
 
+def is_marked(out: Path) -> bool:
+    """Whether this is the folder of a run, as a driver marked it: a machine without the mount has another one."""
+    return (out / NAME).exists()
+
+
 def trouble_of(out: Path, token: str, write: bool = False) -> str | None:
     """What is wrong on this machine with the folder of a run, in one line; None if nothing is.
 

@@ -1,4 +1,4 @@
-"""Who does what next: a pure function of what waits, which workers are idle and a few limits.
+"""Who does what next: a function of what waits, which workers are idle and a few limits.
 
 Units are guided (Polychronopoulos & Kuck 1987): each takes a fixed part of a worker's fair share of what is left, so
 they are long at first and short at the end, where all workers should stop together. A unit keeps to one class, because
@@ -76,7 +76,7 @@ class Priors:
 
 @dataclass
 class View:
-    """What is to be done by the ledger, in memory."""
+    """In-memory copy of the ledger's open work."""
 
     waiting: dict[str, deque[int]] = field(default_factory=dict)
     alone: deque[tuple[str, int]] = field(default_factory=deque)
@@ -113,7 +113,7 @@ class View:
         self.alone = deque(entry for entry in self.alone if entry[1] not in positions)
 
     def begin(self, unit: WorkUnit) -> None:
-        """Note that a unit of `schedule` is under way."""
+        """Note that a unit is under way, with the parts of its class's priors if they are new."""
         self.busy[unit.class_noun] += 1
         if unit.kind == "prior":
             priors = self.priors[unit.class_noun]
@@ -154,82 +154,73 @@ def put(queue: deque[int], position: int) -> None:
 
 
 def schedule(view: View, idle: Sequence[Idle], alive: int, limits: Limits) -> list[tuple[str, WorkUnit]]:
-    """A unit for each idle worker that has something to do, by the worker's name. Changes nothing."""
+    """A unit for each idle worker that has something to do, by the worker's name. The view has them under way."""
     choice = _Choice(view, max(1, alive), limits)
     units: list[tuple[str, WorkUnit]] = []
     free = deque(idle)
-    while free and (parts := choice.priors(len(free))):
-        units += [(free.popleft().name, part) for part in parts]
+    while free and (part := choice.prior(len(free))):
+        view.begin(part)
+        units.append((free.popleft().name, part))
     for worker in free:
         unit = choice.retry() or choice.train(worker) or choice.after(worker)
         if unit is None:
             break  # What there is does not depend on who asks.
+        view.begin(unit)
         units.append((worker.name, unit))
     return units
 
 
+@dataclass(frozen=True)
 class _Choice:
-    """One call of `schedule`: the view, and what this call has given out already."""
+    """What may begin next, by a view in which everything that was given out is under way. alive: workers."""
 
-    def __init__(self, view: View, alive: int, limits: Limits):
-        self.view, self.alive, self.limits = view, alive, limits
-        self.taken: Counter[str] = Counter()
-        self.taken_after: Counter[str] = Counter()
-        self.busy = Counter(view.busy)
-        self.begun: set[str] = set()
-        self.redone: Counter[str] = Counter()
-        self.retried = 0
-        self.left = sum(map(len, view.waiting.values()))
-        self.drawing = sum(priors.drawing for priors in view.priors.values())
+    view: View
+    alive: int
+    limits: Limits
 
     def ready(self, class_noun: str) -> bool:
         return not self.limits.prior_parts or self.view.priors[class_noun].ready
 
-    def priors(self, free: int) -> list[WorkUnit]:
-        """Parts of one class's priors, if trainable subjects would run out or no priors are under way."""
+    def prior(self, free: int) -> WorkUnit | None:
+        """A part of a class's priors: of those begun, else of a new class if trainable subjects would run out or no
+        priors are under way. free: workers that have nothing to do."""
+        view = self.view
         if not self.limits.prior_parts:
-            return []
-        for noun, priors in self.view.priors.items():
-            if self.redone[noun] < len(priors.todo):
-                part = priors.todo[self.redone[noun]]
-                self.redone[noun] += 1
-                return [self._busy(WorkUnit("prior", noun, part=part, parts=priors.parts))]
-        pending = [noun for noun in self.view.priors if self._pending(noun)]
-        ready = sum(len(queue) - self.taken[noun] for noun, queue in self.view.waiting.items() if self.ready(noun))
-        if not pending or (self.drawing and ready >= 2 * self.alive * self.limits.pack):
-            return []
-        noun = max(pending, key=lambda pending_noun: len(self.view.waiting[pending_noun]))
-        parts = max(1, min(self.limits.prior_parts, free // len(pending)))
-        self.begun.add(noun)
-        self.drawing += parts
-        return [self._busy(WorkUnit("prior", noun, part=part, parts=parts)) for part in range(parts)]
+            return None
+        for noun, priors in view.priors.items():
+            if priors.todo:
+                return WorkUnit("prior", noun, part=priors.todo[0], parts=priors.parts)
+        pending = [noun for noun in view.priors if self._pending(noun)]
+        ready = sum(len(queue) for noun, queue in view.waiting.items() if self.ready(noun))
+        drawing = any(priors.drawing for priors in view.priors.values())
+        if not pending or (drawing and ready >= 2 * self.alive * self.limits.pack):
+            return None
+        noun = max(pending, key=lambda pending_noun: len(view.waiting[pending_noun]))
+        return WorkUnit("prior", noun, parts=max(1, min(self.limits.prior_parts, free // len(pending))))
 
     def _pending(self, noun: str) -> bool:
         wanted = self.view.waiting.get(noun) or any(entry[0] == noun for entry in self.view.alone)
-        return bool(wanted) and not self.view.priors[noun].parts and noun not in self.begun
+        return bool(wanted) and not self.view.priors[noun].parts
 
     def retry(self) -> WorkUnit | None:
         """A failed subject alone, while few enough workers do that."""
-        running = self.view.retrying + self.retried
-        allowed = max(1, int(self.alive * self.limits.retry_share)) if self.left > self.taken.total() else self.alive
-        entries = [entry for entry in self.view.alone if self.ready(entry[0])] if self.view.alone else []
-        if running >= allowed or self.retried >= len(entries):
+        view = self.view
+        allowed = max(1, int(self.alive * self.limits.retry_share)) if any(view.waiting.values()) else self.alive
+        entry = next((entry for entry in view.alone if self.ready(entry[0])), None)
+        if entry is None or view.retrying >= allowed:
             return None
-        noun, position = entries[self.retried]
-        self.retried += 1
-        return self._busy(WorkUnit("train", noun, (position,), self._pack(position), retry=True))
+        noun, position = entry
+        return WorkUnit("train", noun, (position,), self._pack(position), retry=True)
 
     def train(self, worker: Idle) -> WorkUnit | None:
         """The next subjects in storage order of the worker's own class, else of the class with most left a worker."""
-        noun = self._class(worker, self.view.waiting, self.taken)
+        waiting = self.view.waiting
+        noun = self._class(worker, waiting)
         if noun is None:
             return None
-        queue, start = self.view.waiting[noun], self.taken[noun]
-        size = unit_size(self.left - self.taken.total(), self.alive, self.limits)
-        pack = self._pack(queue[start])
-        positions = tuple(takewhile(lambda position: self._pack(position) == pack, islice(queue, start, start + size)))
-        self.taken[noun] += len(positions)
-        return self._busy(WorkUnit("train", noun, positions, pack))
+        pack, size = self._pack(waiting[noun][0]), unit_size(sum(map(len, waiting.values())), self.alive, self.limits)
+        same = takewhile(lambda position: self._pack(position) == pack, islice(waiting[noun], size))
+        return WorkUnit("train", noun, tuple(same), pack)
 
     def _pack(self, position: int) -> int:
         """Rows of the pack that a subject trains in. Never fewer because few are left: the last bits of a result depend
@@ -238,28 +229,18 @@ class _Choice:
 
     def after(self, worker: Idle) -> WorkUnit | None:
         """Finished subjects to draw and score."""
-        noun = self._class(worker, self.view.after, self.taken_after, trained=True)
+        finished = self.view.after
+        noun = self._class(worker, finished, trained=True)
         if noun is None:
             return None
-        left = sum(map(len, self.view.after.values())) - self.taken_after.total()
-        start = self.taken_after[noun]
-        positions = tuple(islice(self.view.after[noun], start, start + math.ceil(left / self.alive / 4)))
-        self.taken_after[noun] += len(positions)
-        return self._busy(WorkUnit("after", noun, positions))
+        size = math.ceil(sum(map(len, finished.values())) / self.alive / 4)
+        return WorkUnit("after", noun, tuple(islice(finished[noun], size)))
 
-    def _class(self, worker: Idle, queues: dict[str, deque[int]], taken: Counter, trained: bool = False) -> str | None:
-        left = {
-            noun: len(queue) - taken[noun]
-            for noun, queue in queues.items()
-            if len(queue) > taken[noun] and (trained or self.ready(noun))
-        }
+    def _class(self, worker: Idle, queues: dict[str, deque[int]], trained: bool = False) -> str | None:
+        left = {noun: len(queue) for noun, queue in queues.items() if queue and (trained or self.ready(noun))}
         if worker.last_class in left:
             return worker.last_class
-        return max(left, key=lambda noun: left[noun] / (self.busy[noun] + 1), default=None)
-
-    def _busy(self, unit: WorkUnit) -> WorkUnit:
-        self.busy[unit.class_noun] += 1
-        return unit
+        return max(left, key=lambda noun: left[noun] / (self.view.busy[noun] + 1), default=None)
 
 
 def unit_size(left: int, alive: int, limits: Limits) -> int:

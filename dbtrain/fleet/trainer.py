@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from dbtrain.errors import StopRequested
@@ -55,18 +54,19 @@ def run(link: Connection) -> None:
 def _serve(link: Connection, task: Task) -> None:
     from dbtrain.fleet.work import WORK, measure_pack
     from dbtrain.models.load import base_digest
-    from dbtrain.training.session import join_session
+    from dbtrain.training.session import Watch, join_run
 
     send = _sender(link)
-    session = join_session(RunConfig.model_validate(task.config), Path(task.out), True, _beat(send))
-    send(Ready(base_digest(session.models), measure_pack(session, task.measure) if task.measure else None))
+    watch = Watch(quiet=True, beat=_beat(send))
+    base = join_run(RunConfig.model_validate(task.config), watch)
+    send(Ready(base_digest(base.models), measure_pack(base, watch, task.measure) if task.measure else None))
     while True:
         while not link.poll(0.2):
-            if session.stop:
+            if watch.stop.asked:
                 raise StopRequested("stopped on request between units")
         order: Order = pickle.loads(link.recv_bytes())  # noqa: S301 - from our own driver
         start = time.monotonic()
-        WORK[order.unit.kind](session, task, order, send)
+        WORK[order.unit.kind](base, watch, task, order, send)
         send(UnitDone(order.number, time.monotonic() - start))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from dbtrain.evaluate.protocol import Protocol, evaluate_finished
 from dbtrain.fleet.causes import BLAMED, explain
 from dbtrain.fleet.messages import Failed, FollowedUp, Measure, Order, Published, Task
 from dbtrain.models.sampling import draw_samples, sampling_mode
-from dbtrain.packing.loop import measured_size
+from dbtrain.packing.size import measured_size
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import prior_key
 from dbtrain.results.finished import finished_config, finished_pipeline, refuse_nothing
@@ -28,7 +29,8 @@ from dbtrain.results.record import finished_record
 from dbtrain.results.sheets import publish_sheet
 from dbtrain.subjects.prompts import fill
 from dbtrain.train import train_subjects
-from dbtrain.training.session import Session
+from dbtrain.training.identity import subject_config
+from dbtrain.training.session import Base, Watch, Work, prior_folder
 from dbtrain.values import Subject
 
 Send = Callable[[Any], None]
@@ -55,7 +57,7 @@ class Charges:
 
 @contextlib.contextmanager
 def beating(beat: Callable[[str], None], stage: str) -> Iterator[None]:
-    """Beat at every forward pass of a module: a picture may take long, and what draws or scores it knows no fleet."""
+    """Send a heartbeat on every forward pass of a module, since the code that draws or scores sends none."""
     hook = register_module_forward_pre_hook(lambda *_: beat(stage))
     try:
         yield
@@ -63,65 +65,67 @@ def beating(beat: Callable[[str], None], stage: str) -> Iterator[None]:
         hook.remove()
 
 
-def measure_pack(session: Session, measure: Measure) -> int:
+def measure_pack(base: Base, watch: Watch, measure: Measure) -> int:
     """How many subjects a pack holds on this machine, under `engine.packed.size: auto`."""
-    with beating(session.beat, "measure"):
-        return measured_size(session, Subject("measured", "", (), rank=measure.rank), measure.most)
+    config = subject_config(base.settings, Subject("measured", "", (), rank=measure.rank))
+    with beating(watch.beat, "measure"):
+        return measured_size(base, watch, [config], measure.most)
 
 
-def train(session: Session, task: Task, order: Order, send: Send) -> None:
+def train(base: Base, watch: Watch, task: Task, order: Order, send: Send) -> None:
     """Train a unit's subjects in packs of the unit's rows; send each one's outcome as it ends."""
-    session.identifiers = {subject.id: subject.identifier for subject in order.subjects if subject.identifier}
-    session.index = Index(order.rows, ())
+    identifiers = {subject.id: subject.identifier for subject in order.subjects if subject.identifier}
     positions = {subject.id: position for subject, position in zip(order.subjects, order.unit.positions)}
     charges = Charges(list(positions), order.unit.pack)
 
     def finished(subject: Subject, outcome: dict[str, Any] | DbtrainError) -> None:
-        seconds = charges.end(subject.id) * session.world.size
-        if not session.world.first:
+        seconds = charges.end(subject.id) * base.world.size
+        if not base.world.first:
             return
         if isinstance(outcome, Exception):
             send(Failed(order.number, positions[subject.id], explain(outcome), seconds))
         else:
             send(Published(order.number, positions[subject.id], subject.id, seconds))
 
-    engine = session.config.engine
-    if engine.kind == "packed":
-        packed = engine.packed.model_copy(update={"size": order.unit.pack})
-        session.config = session.config.model_copy(update={"engine": engine.model_copy(update={"packed": packed})})
-    train_subjects(session, order.subjects, finished)
+    settings = base.settings
+    if settings.engine.kind == "packed":
+        packed = settings.engine.packed.model_copy(update={"size": order.unit.pack})
+        settings = settings.model_copy(update={"engine": settings.engine.model_copy(update={"packed": packed})})
+    work = Work.under(Path(task.out), settings, order.subjects, identifiers, Index(order.rows, ()))
+    train_subjects(replace(base, settings=settings), work, watch, finished)
 
 
-def draw_priors(session: Session, task: Task, order: Order, send: Send) -> None:
+def draw_priors(base: Base, watch: Watch, task: Task, order: Order, send: Send) -> None:
     """Draw this unit's part of a class's priors; a gang's members share it among themselves."""
-    config, unit, world = session.config, order.unit, session.world
+    config, unit, world = base.settings, order.unit, base.world
+    store = prior_folder(config, Path(task.out))
     if world.size == 1:
         world = World(unit.part, unit.parts, world.device)
-    key = prior_key(config, session.models, unit.class_noun)
+    key = prior_key(config, base.models, unit.class_noun)
 
     def stop() -> bool:
-        session.beat("prior")  # also while another run draws the same images
-        return session.stop
+        watch.beat("prior")  # also while another run draws the same images
+        return watch.stop.asked
 
-    with sampling_mode(session.models), beating(session.beat, "prior"):
+    with sampling_mode(base.models), beating(watch.beat, "prior"):
         images, batch = config.prior.images, config.prior.batch
-        make_priors(session.prior_store, key, images, session.family, session.models, world, batch, stop=stop)
-    if session.stop:
+        make_priors(store, key, images, base.family, base.models, world, batch, stop=stop)
+    if watch.stop.asked:
         raise StopRequested("stopped on request while priors were drawn")
 
 
-def draw_and_score(session: Session, task: Task, order: Order, send: Send) -> None:
+def draw_and_score(base: Base, watch: Watch, task: Task, order: Order, send: Send) -> None:
     """Generate and evaluate for finished subjects. An error of one subject is sent, and the others go on. Of a gang
     the first member works alone."""
-    work = zip(order.subjects, order.unit.positions, order.after) if session.world.first else ()
+    work = zip(order.subjects, order.unit.positions, order.after) if base.world.first else ()
     for subject, position, names in work:
         for name in names:
-            if session.stop:
+            if watch.stop.asked:
                 raise StopRequested("stopped on request between subjects")
             outcome = "done"
             try:
-                with beating(session.beat, name):
-                    AFTER[name](session, session.out / "subjects" / subject.id, task)
+                with beating(watch.beat, name):
+                    AFTER[name](base, Path(task.out) / "subjects" / subject.id, task)
             except Exception as error:
                 end = explain(error)
                 if not BLAMED[end.cause] or end.cause == "file":
@@ -131,31 +135,31 @@ def draw_and_score(session: Session, task: Task, order: Order, send: Send) -> No
             send(FollowedUp(order.number, position, name, outcome))
 
 
-def generate(session: Session, folder: Path, task: Task) -> None:
+def generate(base: Base, folder: Path, task: Task) -> None:
     """Draw the recipe's prompts into the subject's `generated.png`."""
     record, config = finished_record(folder), finished_config(folder, ())
     refuse_nothing(folder, {"generated": config.sample.prompts}, config)
     names = {"identifier": record["identifier"], "class_noun": record["class"]}
     texts = [fill(prompt, **names) for prompt in config.sample.prompts]
-    with finished_pipeline(folder, session.family, session.models, config) as pipeline:
+    with finished_pipeline(folder, base.family, base.models, config) as pipeline:
         rows = draw_samples(pipeline, texts, config.sample, config.data.resolution, config.train.precision)
     publish_sheet(folder, rows, texts, "generated")
 
 
-def evaluate(session: Session, folder: Path, task: Task) -> None:
+def evaluate(base: Base, folder: Path, task: Task) -> None:
     """Score the subject by the run's evaluation protocol into its `evaluation.json`."""
     protocol = Protocol(**task.evaluation)
-    judge = warm_judge(protocol.identity, protocol.clip, session.world.device, protocol.distance)
-    evaluate_finished(folder, session.models, session.family, protocol, judge)
+    judge = warm_judge(protocol.identity, protocol.clip, base.world.device, protocol.distance)
+    evaluate_finished(folder, base.models, base.family, protocol, judge)
 
 
 warm_judge = cache(load_judge)
 """The encoders, loaded once a worker."""
 
 
-AFTER: dict[str, Callable[[Session, Path, Task], None]] = {"generate": generate, "evaluate": evaluate}
+AFTER: dict[str, Callable[[Base, Path, Task], None]] = {"generate": generate, "evaluate": evaluate}
 """What can be asked for finished subjects, by its name."""
-WORK: dict[str, Callable[[Session, Task, Order, Send], None]] = {
+WORK: dict[str, Callable[[Base, Watch, Task, Order, Send], None]] = {
     "train": train,
     "prior": draw_priors,
     "after": draw_and_score,

@@ -35,6 +35,19 @@ class Worker:
 
     Calls may run in another order than they were sent in, as an actor's do on several threads. So `start`, `halt` and
     `give` name a generation, and a call of an old generation changes nothing of a newer one.
+
+    parent         process that trainers are forked from; None before the first, and where it died or cannot start
+    link           pipe to the trainer; None while there is no trainer
+    trainer        the trainer's pid; 0 where none could be forked
+    generation     number of the newest trainer that `start` made
+    least          lowest generation that may still start; `halt` raises it
+    heard, stage   when the trainer's last message came, and the stage that it named
+    limit_s        seconds that the trainer may be silent; None while it has nothing to do
+    end            why the trainer ends, where that is known before it is dead
+    killed_before  `oom_kills()` when the trainer was last given work; if it is more after a death by SIGKILL, the
+                   kernel killed the trainer for memory
+    token          what DIR/fleet.token must hold, else DIR is not mounted here
+    lock           held while link, trainer and generation change
     """
 
     def __init__(self, name: str, out: str, hang_s: float):
@@ -45,13 +58,8 @@ class Worker:
         self.limit_s: float | None = None
         self.heard, self.stage = time.monotonic(), "start"
         self.end: End | None = None
-        """Why the trainer ends, where that is known before it is dead."""
         self.token = ""
         self.lock = threading.Lock()
-
-    def describe(self) -> dict[str, Any]:
-        """Where this worker is."""
-        return {"host": socket.gethostname(), "pid": os.getpid()}
 
     def free_port(self) -> int:
         """A port that a gang's first member may listen on."""
@@ -61,7 +69,7 @@ class Worker:
 
     def start(self, task: Task, generation: int) -> int:
         """The pid of a fresh trainer that begins to load the base; a former one is killed. Its messages bear the
-        generation's number. A generation that is over or there already changes nothing."""
+        generation's number. Ignored if that generation was halted or has started."""
         with self.lock:
             if generation < self.least or generation <= self.generation:
                 return self.trainer
@@ -100,8 +108,8 @@ class Worker:
         self.parent = None
 
     def give(self, order: bytes, generation: int) -> None:
-        """Send the trainer of a generation an order, pickled: unpacking it here would import what it is made of. The
-        death of that trainer shows in `poll`, and the next trainer never gets this order."""
+        """Send the trainer of a generation an order. Kept pickled, because unpickling would import the data modules.
+        The death of that trainer shows in `poll`, and the next trainer never gets this order."""
         with self.lock:
             if generation != self.generation:
                 return
@@ -133,7 +141,7 @@ class Worker:
         return generation, messages
 
     def _hear(self, message: Message | Beat | Leaving | Published) -> list[Message]:
-        """What the driver gets of a trainer's message: verified, and with its end weighed."""
+        """A trainer's message for the driver; files verified, cause corrected if the disk is at fault."""
         self.heard = time.monotonic()
         match message:
             case Beat(stage):
@@ -177,6 +185,7 @@ class Worker:
             self.parent.kill()
 
     def _bury(self, link: Connection) -> list[Message]:
+        """`Died` of the trainer whose pipe has closed; nothing if `start` or `halt` has dealt with it already."""
         with self.lock:
             if link is not self.link:
                 return []

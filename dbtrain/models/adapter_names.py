@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dbtrain.models.adapters import TEXT_MODEL, LoraWeights
+from dbtrain.models.family import KohyaLayer
 
 SHORT_CLIP = re.compile(r"(encoder\.layers|embeddings|final_layer_norm)\b")
 """How the path of a CLIP layer begins in transformers >= 5.6."""
@@ -33,17 +34,38 @@ def to_diffusers(weights: LoraWeights) -> dict[str, Tensor]:
     return state
 
 
-def to_kohya(weights: LoraWeights, name_of: Callable[[str, str], str]) -> dict[str, Tensor]:
+def to_kohya(weights: LoraWeights, layer_of: Callable[[str, str], KohyaLayer]) -> dict[str, Tensor]:
     """The names of kohya-ss and ComfyUI: `<name>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
-    name_of: the family's own name of a layer, from its component and path.
+    layer_of: the family's own place of a layer, from its component and path. k layers that stand in one there become
+    one adapter of k times the rank and alpha.
     """
-    state = {}
+    state: dict[str, Tensor] = {}
+    fused: dict[tuple[str, tuple[int, ...]], dict[int, tuple[Tensor, Tensor]]] = {}
     for component, matrices in weights.matrices.items():
         for path, (down, up) in matrices.items():
-            name = name_of(component, path)
+            layer = layer_of(component, path)
+            if len(layer.sizes) > 1:
+                fused.setdefault((layer.name, layer.sizes), {})[layer.place] = down, up
+                continue
             trail = (1, 1) if f"{component}.{path}" in weights.conv else ()
-            state[f"{name}.lora_down.weight"] = down.reshape(*down.shape, *trail).contiguous()
-            state[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *trail).contiguous()
-            state[f"{name}.alpha"] = torch.tensor(weights.scale * len(down))
+            state[f"{layer.name}.lora_down.weight"] = down.reshape(*down.shape, *trail).contiguous()
+            state[f"{layer.name}.lora_up.weight"] = up.reshape(*up.shape, *trail).contiguous()
+            state[f"{layer.name}.alpha"] = torch.tensor(weights.scale * len(down))
+    for (name, sizes), parts in fused.items():
+        down, up = _fused(parts, sizes)
+        state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = down, up
+        state[f"{name}.alpha"] = torch.tensor(weights.scale * len(down))
     return state
+
+
+def _fused(parts: dict[int, tuple[Tensor, Tensor]], sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """One adapter (A, B) of the layers with these numbers: A stacked, B block by block, zero for a layer that has none.
+
+    The whole is then B A = (B_1 A_1; B_2 A_2; ...), one under the other as the layer has its outputs.
+    """
+    place, (down, up) = next(iter(parts.items()))
+    unit = len(up) // sizes[place]
+    empty = [(torch.zeros_like(down), up.new_zeros(unit * size, up.shape[1])) for size in sizes]
+    found = [parts.get(number, nothing) for number, nothing in enumerate(empty)]
+    return torch.cat([one for one, _ in found]), torch.block_diag(*(one for _, one in found))

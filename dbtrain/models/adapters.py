@@ -28,7 +28,7 @@ class StackedLora(nn.Module):
     """A frozen linear layer or 1x1 convolution with N low-rank updates: y = base(x) + scale_n B_n A_n x.
 
     down_NRD [N, rank, in], up_NDR [N, out, rank]: the trained matrices, fp32. scale_N: alpha / rank of each subject.
-    rows: the subjects whose samples come in; all of them, but for a look at one alone or (empty) at the bare base.
+    rows: slice of adapters to apply: all; one, to sample a subject; none, for the base.
     """
 
     def __init__(self, base: nn.Linear | nn.Conv2d, subjects: int, rank: int, scale: float):
@@ -43,7 +43,7 @@ class StackedLora(nn.Module):
 
     @property
     def in_features(self) -> int:
-        """Channels in, as a linear layer has them: attention asks its layers."""
+        """Input channels; diffusers' attention reads this attribute."""
         return self.base.weight.shape[1]
 
     @property
@@ -87,7 +87,7 @@ def attach(model: nn.Module, patterns: Iterable[str], subjects: int, rank: int, 
     if not paths:
         raise ConfigError(
             f"lora.targets: no layer of {type(model).__name__} matches {', '.join(patterns)}; "
-            "`dbtrain doctor --layers MODEL` lists the layers that can carry an adapter"
+            "patterns are matched with the ends of layer names, such as attn1.to_q"
         )
     for path in paths:
         model.set_submodule(path, StackedLora(model.get_submodule(path), subjects, rank, alpha / rank))
@@ -170,22 +170,6 @@ class LoraWeights:
         return replace(self, matrices=matrices, alpha=float(self.rank))
 
 
-def read_rows(components: dict[str, nn.Module], row: int, alpha: float) -> LoraWeights:
-    """A subject's adapter, copied out of its row of every component that has adapters."""
-    matrices, conv, rank = {}, set(), 0
-    for component, model in components.items():
-        found = layers(model)
-        if not found:
-            continue
-        matrices[component] = {
-            path: (layer.down_NRD[row].detach().float().cpu().clone(), layer.up_NDR[row].detach().float().cpu().clone())
-            for path, layer in found
-        }
-        conv |= {f"{component}.{path}" for path, layer in found if isinstance(layer.base, nn.Conv2d)}
-        rank = found[0][1].down_NRD.shape[1]
-    return LoraWeights(matrices, alpha, rank, frozenset(conv))
-
-
 def from_state(trained: dict[str, Tensor], components: dict[str, nn.Module], alpha: float) -> LoraWeights:
     """A subject's adapter in an engine state: [1, ...] matrices by `<component>.<path>.down_NRD` and `.up_NDR`."""
     matrices: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -250,7 +234,7 @@ def has_layer(model: nn.Module, path: str) -> bool:
 
 
 def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) -> None:
-    """Nothing; DataError unless every matrix of an adapter belongs to a layer of the base, in that layer's shape."""
+    """Raise DataError unless every matrix of an adapter belongs to a layer of the base, in that layer's shape."""
     for component, matrices in weights.matrices.items():
         for path, (down, up) in matrices.items():
             try:

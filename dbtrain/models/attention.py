@@ -54,9 +54,6 @@ class Shape(NamedTuple):
     keys: int
     width: int
 
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.heads}x{self.queries}x{self.width} on {self.keys} keys, {self.dtype}"
-
 
 MEASURED: dict[Shape, dict[str, float]] = {}
 """Median ms of forward and backward of every candidate, for each shape that this process has met."""
@@ -87,7 +84,7 @@ def engage_attention(denoiser: nn.Module, choice: str, device_type: str, precisi
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     before = denoiser.attn_processors
     if choice == "auto":
-        return _engage_auto(denoiser, device_type, dtype)
+        return _engage_auto(denoiser, device_type, precision)
     try:
         _require(choice, device_type, dtype)
         denoiser.set_attn_processor(processor_of(choice))
@@ -98,15 +95,28 @@ def engage_attention(denoiser: nn.Module, choice: str, device_type: str, precisi
     return Attention(choice, f"asked for; {' and '.join(sorted(ran))} ran in every kind of layer")
 
 
-def _engage_auto(denoiser: nn.Module, device_type: str, dtype: torch.dtype) -> Attention:
+def keep_attention(denoiser: nn.Module, choice: str, device_type: str, precision: str = "fp32") -> Attention:
+    """What runs in a transformer's attention, which is left as it is: its processors call PyTorch's own pick.
+
+    diffusers' `set_attention_backend` sets the default of every model in the process, and some transformers ignore it,
+    so other choices raise ConfigError.
+    """
+    if choice not in ("auto", "sdpa"):
+        raise ConfigError(
+            f"model.attention: {type(denoiser).__name__} runs PyTorch's own pick alone, got {choice}; use auto or sdpa"
+        )
+    return Attention("sdpa", f"{choice}: a transformer's processors call PyTorch's own pick")
+
+
+def _engage_auto(denoiser: nn.Module, device_type: str, precision: str) -> Attention:
     if device_type != "cuda":
-        attention = engage_attention(denoiser, "sdpa", device_type, _precision(dtype))
+        attention = engage_attention(denoiser, "sdpa", device_type, precision)
         attention.reason = f"auto: nothing else is meant for {device_type}"
         return attention
     able, refused = [], []
     for name in CANDIDATES:
         try:
-            engage_attention(denoiser, name, device_type, _precision(dtype))
+            engage_attention(denoiser, name, device_type, precision)
             able.append(name)
         except ConfigError as error:
             refused.append(str(error).removeprefix("model.attention: "))
@@ -115,15 +125,11 @@ def _engage_auto(denoiser: nn.Module, device_type: str, dtype: torch.dtype) -> A
     return attention
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "bf16" if dtype == torch.bfloat16 else "fp32"
-
-
 def _require(name: str, device_type: str, dtype: torch.dtype) -> None:
-    if name != "xformers" and not (name == "flash" and device_type == "cuda" and dtype == torch.float32):
-        return
-    if name == "flash":
+    if name == "flash" and device_type == "cuda" and dtype == torch.float32:
         raise ConfigError("model.attention: flash needs bf16 on a GPU; set train.precision=bf16, or use sdpa")
+    if name != "xformers":
+        return
     if device_type != "cuda":
         raise ConfigError(
             f"model.attention: xformers needs a CUDA device, and this run is on {device_type}; use model.attention=auto"

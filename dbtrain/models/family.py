@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dbtrain.errors import ConfigError
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.attention import Attention
+from dbtrain.models.attention import Attention, engage_attention
 from dbtrain.objective.noise import Schedule
-from dbtrain.settings.config import ModelConfig
+from dbtrain.settings.config import ModelConfig, RunConfig
 from dbtrain.values import Batch, Conditioning
 
 Tokens = tuple[Tensor, ...]
-"""Token ids [B, T], one tensor a text encoder."""
+"""Token ids [B, T], one tensor a text encoder, and then the masks that a family needs."""
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Models:
     digests: dict[str, str] = field(default_factory=dict)
     attention: Attention | None = None
     """What computes the denoiser's attention; None until that is chosen."""
+    told: dict[str, Any] = field(default_factory=dict)
+    """What the base's `model_index.json` says to its pipeline, of the names in `Family.told`."""
 
     def components(self, denoiser: str) -> dict[str, nn.Module]:
         """The trainable components by their names on disk; denoiser: the name of that component."""
@@ -61,17 +64,20 @@ class Codec:
 
     encode(vae, pixels [B, 3, H, W] in [-1, 1]) -> moments [B, 2C, h, w], float32: mean and log-variance of a Gaussian,
     stacked along channels. scale(vae) -> (scale, shift): the denoiser's latents are (sample - shift) * scale.
-    cell: pixels of a side for one cell of the denoiser's grid. channels: C.
+    cell: pixels of a side for one cell of the denoiser's grid. multiple: what the pixels of a side must be divisible
+    by; a transformer has one image token for each square of this side. channels: C of the published models.
     """
 
     channels: int
     cell: int
     encode: Callable[[nn.Module, Tensor], Tensor]
     scale: Callable[[nn.Module], tuple[float, float]]
+    multiple: int = 8
 
     def is_encoded(self, images_BCHW: Tensor) -> bool:
-        """Whether images are moments, and not pixels that are still to be encoded."""
-        return images_BCHW.shape[1] == 2 * self.channels
+        """Whether images are moments, and not pixels that are still to be encoded: RGB has 3 channels, moments have an
+        even number of them."""
+        return images_BCHW.shape[1] != 3
 
 
 def pad_to_length(models: Models, captions: Sequence[str]) -> Tokens:
@@ -88,20 +94,47 @@ def pad_to_length(models: Models, captions: Sequence[str]) -> Tokens:
     )
 
 
+class KohyaLayer(NamedTuple):
+    """A layer's name in kohya's files. Where that layer holds several of diffusers', one under the other, sizes are the
+    shares of its output features that they have, in order, and place is the number of this one."""
+
+    name: str
+    place: int = 0
+    sizes: tuple[int, ...] = (1,)
+
+
+def unshifted(scheduler: Any, tokens: int) -> float:
+    """1: noise levels are trained as they are drawn."""
+    return 1.0
+
+
+def by_guidance(models: Models, guidance: float) -> dict[str, Any]:
+    """The arguments of a pipeline that takes classifier-free guidance and nothing else of its own."""
+    return {"guidance_scale": guidance}
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture.
 
     pipeline: diffusers' pipeline class. denoiser, text_encoders: names of components on disk. components: the classes
     that a component may have, as `library:Class`, by its name on disk. absent: parts of the pipeline that are left out.
+    told: values in the base's `model_index.json` that change how its pipeline samples.
 
     schedule(scheduler, settings) -> the training schedule, and the sampling scheduler that agrees with it.
     tokenize(models, captions) -> Tokens; encode_tokens(text_encoders, tokens) -> Conditioning;
     denoise(denoiser, x_t_BCHW, time_B, conditioning, batch) -> prediction_BCHW.
-    samplers: diffusers' scheduler classes for drawing priors, by the name in `prior.sampler`.
+    samplers: diffusers' scheduler classes for drawing priors, by their names in `prior.sampler`; there `auto` is the
+    model's own.
+    shift(scheduler, image tokens) -> the factor by which noise levels are moved in training.
+    call(models, guidance) -> arguments of the pipeline's call beside prompts, sizes and steps.
+    attend(denoiser, choice, device, precision) -> what now computes its attention, as `engage_attention`.
 
-    kohya(component, path) -> the name of a layer in kohya's files. regions: class names of the blocks that repeat in
-    the denoiser, which are compiled one by one. shapes: published sizes, to count and to time without weights.
+    kohya(component, path) -> a layer in kohya's files; None for a family whose adapters no reader takes by such names.
+    regions: class names of the blocks that repeat in the denoiser, which are compiled one by one. shapes: published
+    sizes, to count and to time without weights. trains_text: whether diffusers loads adapters of all its text encoders.
+    negative: whether the pipeline takes a negative prompt.
+    base_version: kohya's name of the base (`ss_base_model_version`), by which A1111 and Forge choose what to offer.
     """
 
     name: str
@@ -114,13 +147,74 @@ class Family:
     encode_tokens: Callable[[dict[str, nn.Module], Tokens], Conditioning]
     denoise: Callable[[nn.Module, Tensor, Tensor, Conditioning, Batch], Tensor]
     samplers: Mapping[str, str]
-    kohya: Callable[[str, str], str]
+    kohya: Callable[[str, str], KohyaLayer] | None
     regions: tuple[str, ...]
     shapes: Mapping[str, Architecture]
     tokenize: Callable[[Models, Sequence[str]], Tokens] = pad_to_length
     absent: Mapping[str, Any] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
+    shift: Callable[[Any, int], float] = unshifted
+    call: Callable[[Models, float], dict[str, Any]] = by_guidance
+    attend: Callable[[nn.Module, str, str, str], Attention] = engage_attention
+    trains_text: bool = True
+    negative: bool = True
     base_version: str = "unknown"
-    """kohya's name of the base (`ss_base_model_version`), by which A1111 and Forge choose what to offer."""
+
+
+def refuse_impossible(family: Family, config: RunConfig) -> None:
+    """Raise ConfigError for settings that a family cannot have."""
+    prior, train, side, multiple = config.prior, config.train, config.data.resolution, family.codec.multiple
+    samplers = ("auto", "imported", *family.samplers)
+    rules = [
+        (
+            prior.weight > 0 and prior.sampler not in samplers,
+            f"prior.sampler: {family.name} has no {prior.sampler}; use one of {', '.join(samplers)}",
+        ),
+        (
+            config.publish.kohya and family.kohya is None,
+            f"publish.kohya: {family.name} has no names in kohya's files that diffusers reads; set it to false",
+        ),
+        (
+            train.text_encoder and not family.trains_text,
+            f"train.text_encoder: diffusers loads no adapter of some text encoder of {family.name}; set it to false",
+        ),
+        (
+            side % multiple != 0,
+            f"data.resolution: is {side}, and {family.name} takes multiples of {multiple}",
+        ),
+    ]
+    rules += [
+        (
+            config.model.dtype == "bf16" and (train.method == "full" or train.text_encoder),
+            "model.dtype: is bf16, but weights that train are kept in fp32; set it to fp32",
+        ),
+        (
+            config.model.dtype == "bf16" and train.precision == "fp32",
+            "model.dtype: is bf16, but train.precision is fp32; set both alike",
+        ),
+    ]
+    for wrong, message in rules:
+        if wrong:
+            raise ConfigError(message)
+
+
+def noise_shift(family: Family, models: Models, config: RunConfig) -> float:
+    """The factor s by which training moves noise levels; ConfigError where the distribution of t cannot be moved.
+
+    `auto` is 1 for models without a scheduler, which only measurements have.
+    """
+    tokens = (config.data.resolution // family.codec.multiple) ** 2
+    shift = 1.0
+    if config.objective.shift != "auto":
+        shift = float(config.objective.shift)
+    elif models.scheduler is not None:
+        shift = family.shift(models.scheduler, tokens)
+    if shift != 1 and config.objective.timesteps == "stratified":
+        raise ConfigError(
+            f"objective.timesteps: stratified cannot be moved by the shift {shift:.3g}; use logit_normal or uniform, "
+            "or set objective.shift=1"
+        )
+    return shift
 
 
 def encode_images(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:

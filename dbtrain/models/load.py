@@ -38,7 +38,7 @@ def refuse_base(family: Family, config: ModelConfig) -> None:
 
 
 def load_models(family: Family, config: ModelConfig) -> Models:
-    """The base model in fp32, frozen, in evaluation mode, on the CPU.
+    """The base model in `model.dtype` (its VAE in fp32), frozen, in evaluation mode, on the CPU.
 
     Raises ConfigError when the source is missing or is no model of this family.
     """
@@ -49,13 +49,13 @@ def load_models(family: Family, config: ModelConfig) -> Models:
     if source.endswith((".safetensors", ".ckpt")):
         return _load_single_file(family, config, source)
     try:
-        index = _component_index(source, config)
+        index = _index(family, source, config)
         parts = {
             name: _load_component(family, source, name, index, config)
             for name in (family.denoiser, "vae", *family.text_encoders)
         }
         tokenizers = {
-            name: _load_part_tokenizer(source, name.replace("text_encoder", "tokenizer"), config)
+            name: _load_part_tokenizer(family, source, name.replace("text_encoder", "tokenizer"), config)
             for name in family.text_encoders
         }
         scheduler = _load_scheduler(source, index, config)
@@ -64,7 +64,9 @@ def load_models(family: Family, config: ModelConfig) -> Models:
             f"model.path: cannot load {config.path!r} as {family.name}: {first_line(error)}; {_variant_hint(error)}"
             f"give a diffusers folder, a .safetensors file, or {A_HUB_ID}"
         ) from error
-    return _assemble(family, config, source, parts, tokenizers, scheduler)
+    models = _assemble(family, config, source, parts, tokenizers, scheduler)
+    models.told = {name: index[name] for name in family.told if name in index}
+    return models
 
 
 def _variant_hint(error: Exception) -> str:
@@ -99,9 +101,11 @@ def _index_path(source: str, config: ModelConfig) -> Path:
     return Path(source) / name if is_local(source) else Path(hf_hub_download(source, name, revision=config.revision))
 
 
-def _component_index(source: str, config: ModelConfig) -> dict[str, list[str]]:
+def _index(family: Family, source: str, config: ModelConfig) -> dict[str, Any]:
     index = json.loads(_index_path(source, config).read_text())
-    return {name: entry for name, entry in index.items() if isinstance(entry, list)}
+    if index.get("_class_name") != family.pipeline:
+        raise ValueError(f"it is a {index.get('_class_name')}, and this family is {family.pipeline}")
+    return index
 
 
 def _load_component(family: Family, source: str, name: str, index: dict, config: ModelConfig) -> torch.nn.Module:
@@ -111,15 +115,15 @@ def _load_component(family: Family, source: str, name: str, index: dict, config:
         raise ValueError(f"component {name} is a {class_name}, want one of {', '.join(known)}")
     loader = class_of(known[class_name])
     variant = {"variant": config.variant} if config.variant else {}
+    dtype = torch.bfloat16 if config.dtype == "bf16" and name != "vae" else torch.float32
     return loader.from_pretrained(
-        source, subfolder=name, revision=config.revision, use_safetensors=True, torch_dtype=torch.float32, **variant
+        source, subfolder=name, revision=config.revision, use_safetensors=True, torch_dtype=dtype, **variant
     )
 
 
-def _load_part_tokenizer(source: str, name: str, config: ModelConfig) -> Any:
-    from transformers import CLIPTokenizer
-
-    return _with_vocabulary(CLIPTokenizer.from_pretrained(source, subfolder=name, revision=config.revision))
+def _load_part_tokenizer(family: Family, source: str, name: str, config: ModelConfig) -> Any:
+    loader = class_of(family.components.get(name, ("transformers:CLIPTokenizer",))[0])
+    return _with_vocabulary(loader.from_pretrained(source, subfolder=name, revision=config.revision))
 
 
 def _with_vocabulary(tokenizer: Any) -> Any:
@@ -153,6 +157,8 @@ def _load_single_file(family: Family, config: ModelConfig, source: str) -> Model
             "offline, set model.single_file_layout to a diffusers folder of the same architecture"
         ) from error
     parts = {name: getattr(pipeline, name) for name in (family.denoiser, "vae", *family.text_encoders)}
+    if config.dtype == "bf16":
+        parts |= {name: module.to(torch.bfloat16) for name, module in parts.items() if name != "vae"}
     tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_encoders}
     return _assemble(family, config, source, parts, tokenizers, marked(pipeline.scheduler, marks_of(Path(source))))
 

@@ -12,13 +12,13 @@ from PIL import Image
 
 from dbtrain.engines.capture import as_python
 from dbtrain.models.family import Family, Models
-from dbtrain.models.pipelines import assemble
+from dbtrain.models.pipelines import arguments, assemble
 from dbtrain.settings.config import SampleConfig
 
 
 def make_pipeline(family: Family, models: Models, sampler: str | None = None) -> Any:
-    """A diffusers pipeline around the loaded models, sharing their weights; sampler None keeps the model's own."""
-    return assemble(family, models, family.samplers[sampler] if sampler else None)
+    """A diffusers pipeline around the loaded models, sharing their weights; None and `auto` keep its sampler."""
+    return assemble(family, models, None if sampler in (None, "auto") else family.samplers[sampler])
 
 
 def image_seed(*names: object) -> int:
@@ -43,19 +43,19 @@ def generate(
 
     Every image has its own CPU generator, so its noise does not depend on the batch it is drawn in or on the device.
     """
-    device = pipeline.device.type
+    device, told = pipeline.device.type, arguments(pipeline, guidance)
     for start in range(0, len(prompts), batch):
         chunk = slice(start, start + batch)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]]
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             yield from pipeline(
-                list(prompts[chunk]),
+                prompt=list(prompts[chunk]),
                 generator=generators,
                 height=resolution,
                 width=resolution,
                 num_inference_steps=steps,
-                guidance_scale=guidance,
                 output_type="pil",
+                **told,
                 **({} if negative is None else {"negative_prompt": [negative] * len(generators)}),
             ).images
 

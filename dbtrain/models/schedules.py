@@ -10,6 +10,8 @@ from dbtrain.settings.config import ModelConfig
 
 def diffusion(scheduler: Any, config: ModelConfig) -> tuple[Schedule, Any]:
     """The training schedule of a DDPM-like scheduler, and the sampling scheduler that agrees with it."""
+    if config.parameterization == "flow":
+        raise ConfigError("model.parameterization: flow is for flow models alone; use epsilon, v_prediction or sample")
     schedule = schedule_of(scheduler, config)
     return schedule, scheduler_as_trained(scheduler, schedule, config)
 

@@ -4,7 +4,7 @@ from dbtrain.models.family import Codec, encode_images, latent_scale
 
 UNET = "diffusers:UNet2DConditionModel"
 CODEC = Codec(channels=4, cell=8, encode=encode_images, scale=latent_scale)
-SAMPLERS = {"ddpm": "DDPMScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler", "ddim": "DDIMScheduler"}
+SAMPLERS = {"ddpm": "DDPMScheduler", "euler_ancestral": "EulerAncestralDiscreteScheduler"}
 REGIONS = ("BasicTransformerBlock", "ResnetBlock2D")
 
 

@@ -18,13 +18,21 @@ def logit_normal(uniform_B: Tensor, objective: ObjectiveConfig) -> Tensor:
     return torch.sigmoid(objective.logit_mean + objective.logit_std * torch.special.ndtri(uniform_B))
 
 
-def timestep_index(uniform_B: Tensor, objective: ObjectiveConfig, steps: int) -> Tensor:
+def shifted(level_B: Tensor, shift: float) -> Tensor:
+    """Relative noise levels moved towards noise: s l / (1 + (s - 1) l), which adds ln s to their logit (arXiv
+    2403.03206, eq. 23)."""
+    return shift * level_B / (1 + (shift - 1) * level_B)
+
+
+def timestep_index(uniform_B: Tensor, objective: ObjectiveConfig, steps: int, shift: float = 1.0) -> Tensor:
     """Schedule index [B] in 0..steps-1 of uniform numbers in (0, 1), float64 [B]. Not for `stratified`."""
-    level_B = load(str(DISTRIBUTIONS[objective.timesteps]))(uniform_B, objective)
+    level_B = shifted(load(str(DISTRIBUTIONS[objective.timesteps]))(uniform_B, objective), shift)
     return (level_B * steps).long().clamp_(0, steps - 1)
 
 
-def first_words(objective: ObjectiveConfig, steps: int, device: torch.device) -> Tensor | None:
+def first_words(
+    objective: ObjectiveConfig, steps: int, device: torch.device, shift: float = 1.0
+) -> Tensor | None:
     """Border word of each schedule index, int64 [steps]: the smallest 32-bit Philox word whose t is that index or more.
 
     t must be equal on every device, but floats differ in the last bit. So t is drawn by comparing a word with this
@@ -37,6 +45,6 @@ def first_words(objective: ObjectiveConfig, steps: int, device: torch.device) ->
     low_S, high_S = torch.full((steps,), -1), torch.full((steps,), 2**32)
     while bool((high_S - low_S > 1).any()):
         middle_S = (low_S + high_S) // 2
-        reached_S = timestep_index(uniform_of(middle_S), objective, steps) >= index_S
+        reached_S = timestep_index(uniform_of(middle_S), objective, steps, shift) >= index_S
         low_S, high_S = torch.where(reached_S, low_S, middle_S), torch.where(reached_S, middle_S, high_S)
     return high_S.to(device)

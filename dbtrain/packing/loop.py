@@ -1,4 +1,5 @@
-"""Who sits where: subjects take rows of a pack, train side by side, end each at its own step, and make room at once.
+"""Train many subjects in a pack: assign them to rows, train all rows together, end each subject at its own last step,
+and reuse its row at once.
 
 While a pack trains, one thread fills the next subjects' banks, and another writes what finished subjects leave behind.
 The pack always runs all its rows, so that a subject's result depends on the size of the pack and on nothing else in it.
@@ -7,336 +8,225 @@ The pack always runs all its rows, so that a subject's result depends on the siz
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dbtrain.data.prefetch import ahead
-from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested, first_line
+from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested, first_line, reached
 from dbtrain.models.adapters import only_row
-from dbtrain.models.family import encode_images
-from dbtrain.packing.clock import Clock
-from dbtrain.packing.pack import Observed, Pack, Start
-from dbtrain.packing.size import Probe, choose_size, free_bytes, timed, used_bytes
+from dbtrain.packing.pack import Observed, Start, captions_room, make_pack
+from dbtrain.packing.seating import Seat, Seating
+from dbtrain.packing.size import measured_size
+from dbtrain.packing.writing import Writer
 from dbtrain.priors.store import prior_key
-from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
-from dbtrain.results.record import looks_finished
+from dbtrain.results.checkpoint import Checkpoint
+from dbtrain.results.record import LAST_SHEET, looks_finished
 from dbtrain.storage.trouble import bare
-from dbtrain.training.bank import captions_of, ensure_priors
+from dbtrain.training.bank import captions_of, complete_priors, stored_priors
 from dbtrain.training.identity import subject_config
-from dbtrain.training.job import Finished, Job, open_job
-from dbtrain.training.session import ClassPriors, Session, restore_base
-from dbtrain.training.telemetry import Progress, Sink, Stages, open_sinks, peak_memory_gib
+from dbtrain.training.job import REMEDY, Finished, Job, open_job
+from dbtrain.training.session import Base, ClassPriors, Watch, Work
+from dbtrain.training.telemetry import Progress
 from dbtrain.training.trainables import fresh_adapter
 from dbtrain.values import Subject
 
-CLASSES = 8
-"""Classes whose priors stay encoded on the device; the subjects under way hold on to theirs in any case."""
 Prepared = tuple[Job, Start]
 
 
-def train_packed(session: Session, subjects: Sequence[Subject], finished: Finished) -> None:
-    """What `train.train_subjects` is, many subjects at a time; `finished` is called from this thread alone."""
-    if session.world.size > 1:
+def train_packed(base: Base, work: Work, watch: Watch, finished: Finished) -> None:
+    """Train many subjects at a time; see `train.train_subjects`. `finished` is called from this thread alone."""
+    if base.world.size > 1:
         raise ConfigError(
-            f"engine.kind: a pack trains in one process, got {session.world.size}; start one `dbtrain train` (or one "
+            f"engine.kind: a pack trains in one process, got {base.world.size}; start one `dbtrain train` (or one "
             "fleet worker) a GPU"
         )
-    if subjects:
-        PackedRun(session, subjects, finished).run()
-
-
-def measured_size(session: Session, subject: Subject, most: int) -> int:
-    """Subjects that a pack holds under `engine.packed.size: auto`, if all of them, at most so many, are like this one."""
-    return PackedRun(session, [subject], lambda *_: None).measured_size(most)
-
-
-@dataclass
-class Seat:
-    """A subject in its row. shares: seconds by stage that were spent on it. step: steps asked of the device."""
-
-    row: int
-    job: Job
-    shares: dict[str, float]
-    sinks: list[Sink]
-    step: int
-    begun: float = field(default_factory=time.perf_counter)
-    wait_s: float = 0.0
-    logged_step: int = 0
-    values: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.logged_step = self.step
-
-    def at(self, every: int) -> bool:
-        """Whether what comes every so many steps (0 is never) comes now."""
-        return every > 0 and self.step % every == 0
-
-    @property
-    def due(self) -> bool:
-        """Whether there is anything to do for it but to go on."""
-        config = self.job.config
-        every = (config.track.every_steps, config.checkpoint.every_steps, config.sample.every_steps)
-        return self.step >= config.train.steps or any(self.at(steps) for steps in every)
+    if work.subjects:
+        PackedRun(base, work, watch, finished).run()
 
 
 class PackedRun:
     """The training of some subjects in a pack, from the first bank to the last record."""
 
-    def __init__(self, session: Session, subjects: Sequence[Subject], finished: Finished):
-        before = session.stages.seconds
-        self.session, self.subjects, self.tell = session, subjects, finished
-        session.start_stages()
-        # Of its own: what the functions below time for themselves must not count twice.
-        self.clock = Clock(Stages(session.beat), before)
-        self.configs = [subject_config(session.config, subject) for subject in subjects]
-        self.seats: dict[int, Seat] = {}
+    def __init__(self, base: Base, work: Work, watch: Watch, finished: Finished):
+        self.base, self.work, self.finished = base, work, finished
+        self.clock = watch.clock.continued()
+        # What the functions below time for themselves must not count twice.
+        self.watch = watch.timed_apart()
+        self.configs = [subject_config(base.settings, subject) for subject in work.subjects]
         self.priorless: dict[str, DbtrainError] = {}
-        self.writer = ThreadPoolExecutor(1)
-        self.pending: deque[tuple[Subject | None, Future]] = deque()
-        self.ended = 0
 
     def run(self) -> None:
         """Train every subject; see `train_packed`."""
-        session, begun = self.session, time.perf_counter()
-        self._check()
-        self._draw_priors()
+        begun, packed, subjects = time.perf_counter(), self.base.settings.engine.packed, self.work.subjects
+        self._refuse_mixed_priors()
+        self._complete_priors()
         self.clock.lap("prior")
-        try:
-            self.size = self._size()
-            self.pack = self._pack(self.size)
+        room = captions_room(self.work.index, (subject.id for subject in subjects), self.base.settings.data)
+        if packed.size == "auto":
+            self.size = measured_size(self.base, self.watch, self.configs, len(subjects), room)
+        else:
+            self.size = packed.size
+        with ExitStack() as ends:
+            ends.callback(self.base.restore)
+            self.pack = make_pack(self.base, self.configs, self.size, room)
+            self.seating = Seating(self.pack)
+            ends.callback(self.seating.close)
+            self.writer = Writer(2 * self.size, self.finished)
+            ends.callback(self.writer.close)  # comes first: a subject is ours until its results are written
             self.clock.lap("capture")
-            self.common = self.clock.common(len(self.subjects))
-            with closing(ahead(self._prepare, self.subjects, threads=1, depth=self.size)) as prepared:
+            self.common = self.clock.common(len(subjects))
+            with closing(ahead(self._prepare, subjects, threads=1, depth=self.size)) as prepared:
                 self._train(prepared)
-        finally:
-            self.writer.shutdown(wait=True)  # what was handed to it is a finished subject's, whatever ended the run
-            for seat in self.seats.values():
-                close(seat.sinks)
-                seat.job.close()
-            restore_base(session)
         self.clock.lap("idle")
-        spent = "  ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.clock.stages.seconds.items())
-        session.say(f"pack: {self.ended} subjects in {time.perf_counter() - begun:.1f} s; by stage: {spent}")
-        session.start_stages()
+        spent = "  ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.clock.seconds.items())
+        wall_s = time.perf_counter() - begun
+        self.watch.say(f"pack: {self.writer.ended} subjects in {wall_s:.1f} s; by stage: {spent}")
 
-    def _check(self) -> None:
-        """Nothing; ConfigError for what the subjects cannot have of their own in a pack."""
-        for subject, config in zip(self.subjects, self.configs):
-            if (config.prior.weight > 0) != (self.session.config.prior.weight > 0):
+    def _refuse_mixed_priors(self) -> None:
+        """Raise ConfigError where some subjects have priors and others none, which one pack cannot hold."""
+        weight = self.base.settings.prior.weight
+        for subject, config in zip(self.work.subjects, self.configs):
+            if (config.prior.weight > 0) != (weight > 0):
                 raise ConfigError(
                     f"{subject.id}: prior_weight is {config.prior.weight} while prior.weight is 0, and the subjects of "
                     "a pack have priors all or none; set prior.weight, or take the column out"
                 )
 
-    def _draw_priors(self) -> None:
-        """Complete the priors of every class that is needed, with the base as it is. What fails for a class is kept for
-        its subjects, and holds no others up."""
-        session = self.session
-        session.classes_kept = max(session.classes_kept, CLASSES)
-        if session.config.prior.weight > 0:
-            todo = [one for one in self.subjects if not looks_finished(session.out / "subjects" / one.id)]
-            for noun in dict.fromkeys(subject.class_noun for subject in todo):
-                key = prior_key(session.config, session.models, noun)
-                try:
-                    samples = ensure_priors(session, session.config, key)
-                except StopRequested:
-                    raise
-                except DbtrainError as error:
-                    self.priorless |= {one.id: bare(error) for one in todo if one.class_noun == noun}
-                    continue
-                session.keep_priors((key, session.config.prior.images), ClassPriors(samples))
-
-    def _pack(self, size: int) -> Pack:
-        """An empty pack that every subject fits in; always as wide, so that the same subjects give the same bits."""
-        session = self.session
-        rank, steps = (max(values) for values in zip(*((c.lora.rank, c.train.steps) for c in self.configs)))
-        captions = captions_of(session.family, session.models, session.config, [""], session.world.device)
-        return Pack(session.family, session.models, session.config, size, rank, steps, captions)
-
-    def _sample_shape(self) -> torch.Size:
-        """Shape of a sample as the banks give it: VAE moments, or pixels where they are encoded anew each step."""
-        data, session = self.session.config.data, self.session
-        pixels = torch.zeros(1, 3, data.resolution, data.resolution, device=session.world.device)
-        with torch.no_grad():
-            cached = data.cache_latents and data.crop == "center"
-            return (encode_images(session.models.vae, pixels) if cached else pixels).shape[1:]
-
-    def _size(self) -> int:
-        """Rows of the pack: as the settings say, or as measured."""
-        settings = self.session.config.engine.packed
-        if settings.size != "auto":
-            return settings.size
-        return self.measured_size(len(self.subjects))
-
-    def measured_size(self, most: int) -> int:
-        """Rows of a pack that fit and are fastest on this machine, for at most so many subjects."""
-        session, device = self.session, self.session.world.device
-        size, why = choose_size(self._probe, session.config.engine.packed, free_bytes(device), most)
-        session.say(f"engine.packed.size: auto: {why}")
-        return size
-
-    def _probe(self, size: int) -> Probe | None:
-        """Memory and time of a pack's step, on random samples of the shapes of training; None where memory ran out."""
-        device = self.session.world.device
-        try:
-            with used_bytes(device) as used:
-                pack = self._pack(size)
-                batch = pack.rehearsal(self._sample_shape())
-                for _ in range(pack.warm_steps):
-                    pack.step(batch)
-            return Probe(size, used[0], timed(lambda: pack.step(batch), device))
-        except torch.OutOfMemoryError:
-            return None
-        finally:
-            # A pack is in no circle of references, so nothing of it is left when the next one is measured.
-            restore_base(self.session)
+    def _complete_priors(self) -> None:
+        """Complete the priors of every class that is needed, before the base trains. The error of a class is kept for
+        its subjects, and the others go on."""
+        base, work, settings = self.base, self.work, self.base.settings
+        if not settings.prior.weight > 0:
+            return
+        todo = [subject for subject in work.subjects if not looks_finished(work.folder(subject))]
+        for noun in dict.fromkeys(subject.class_noun for subject in todo):
+            key = prior_key(settings, base.models, noun)
+            try:
+                samples = complete_priors(base, work, self.watch, settings, key)
+            except StopRequested:
+                raise
+            except DbtrainError as error:
+                self.priorless |= {subject.id: bare(error) for subject in todo if subject.class_noun == noun}
+                continue
+            base.class_priors.keep((key, settings.prior.images), ClassPriors(samples))
 
     def _prepare(self, subject: Subject) -> tuple[Subject, Prepared | dict[str, Any] | DbtrainError]:
-        """What a subject trains from, or its record if it is done, or what keeps it from training. Runs ahead, in a
-        thread of its own, and touches nothing that trains."""
+        """What a subject trains from, or its record if it is finished, or what keeps it from training. This runs ahead,
+        in a thread of its own, and touches nothing that trains."""
         if subject.id in self.priorless:
             return subject, self.priorless[subject.id]
-        session = replace(self.session, stages=Stages(), priors_drawn=True)
+        base = self.base
         try:
-            job = open_job(session, subject)
+            job = open_job(base, self.work, self.watch, subject, stored_priors)
             if isinstance(job, dict):
                 return subject, job
-            family, models, config = session.family, session.models, job.config
-            captions = captions_of(family, models, config, job.bank.texts, session.world.device)
-            found = job.checkpoint()
-            if found is None:
-                found = Checkpoint(0, job.run, {"master": fresh_adapter(family, models, config, subject.id)})
+            captions = captions_of(base.family, base.models, job.config, job.bank.texts, base.world.device)
+            checkpoint = job.checkpoint()
+            if checkpoint is None:
+                adapter = fresh_adapter(base.family, base.models, job.config, subject.id)
+                checkpoint = Checkpoint(0, job.identity.run, {"master": adapter})
         except DbtrainError as error:
             return subject, bare(error)
         except torch.OutOfMemoryError as error:
             return subject, EngineError(f"memory ran out while its photos were encoded: {first_line(error)}")
-        return subject, (job, Start(subject.id, config, captions, found))
+        return subject, (job, Start(subject.id, job.config, captions, checkpoint))
 
     def _train(self, prepared: Iterator) -> None:
+        seating, stop = self.seating, self.watch.stop
         steps = sum(config.train.steps for config in self.configs)
-        self.progress = Progress(f"pack of {self.size}", steps, 0, self.session.quiet)
-        self.done_steps = 0
+        self.progress, self.done_steps = Progress(f"pack of {self.size}", steps, 0, self.watch.quiet), 0
         try:
             while self._fill(prepared):
                 self._step()
-                if self.session.stop or any(seat.due for seat in self.seats.values()):
+                if stop.asked or any(seat.due.anything for seat in seating):
                     self._settle()
-                self._tell_ended()
-                if self.session.stop and self._left():
-                    self._tell_ended(wait=True)
+                self._tell_written()
+                if stop.asked and self._left():
+                    self._tell_written(wait=True)
+                    steps_made = {seat.job.subject.id: seat.step for seat in seating}
                     raise StopRequested(
-                        f"pack: stopped on request, {len(self.seats)} subjects under way; run the same command to go on"
+                        f"pack: stopped on request, {len(seating)} subjects under way{reached(steps_made)}; run the "
+                        "same command to go on"
                     )
-            self._tell_ended(wait=True)
+            self._tell_written(wait=True)
         finally:
             self.progress.close()
 
     def _left(self) -> int:
-        """Subjects that have not ended; checkpoints are on their way to the disk too, and are nobody's end."""
-        return len(self.subjects) - self.ended - sum(subject is not None for subject, _ in self.pending)
+        """Subjects that train or have not begun."""
+        return len(self.work.subjects) - self.writer.ended - self.writer.ending
 
     def _fill(self, prepared: Iterator) -> bool:
-        """Whether any subject is seated, after subjects took all free rows."""
+        """Whether any subject sits, after subjects took all free rows."""
         for row in range(self.size):
-            while row not in self.seats:
-                found = next(prepared, None)
-                if found is None:
+            while row not in self.seating.seats:
+                ready = next(prepared, None)
+                if ready is None:
                     break
-                subject, what = found
+                subject, what = ready
                 shares = dict(self.common)
                 self.clock.lap("encode", [shares])
                 if isinstance(what, tuple):
-                    self._seat(row, what[0], what[1], shares)
+                    job, start = what
+                    self.seating.seat(row, job, start, shares)
                 else:
-                    self._tell(subject, what)
-        return bool(self.seats)
-
-    def _seat(self, row: int, job: Job, start: Start, shares: dict[str, float]) -> None:
-        self.pack.seat(row, start)
-        sinks = open_sinks(job.config, job.folder, job.subject.id)
-        self.seats[row] = Seat(row, job, shares, sinks, start.found.step)
+                    self.writer.tell(subject, what)
+        return len(self.seating) > 0
 
     def _step(self) -> None:
-        """One step of every seated subject."""
-        begun, seats = time.perf_counter(), list(self.seats.values())
-        batch = self.pack.batch([(seat.row, seat.job.bank, seat.step) for seat in seats])
-        wait_s = time.perf_counter() - begun
-        self.pack.step(batch)
-        for seat in seats:
-            seat.step, seat.wait_s = seat.step + 1, seat.wait_s + wait_s
-        self.done_steps += len(seats)
+        """Make one step of every subject."""
+        self.seating.step()
+        self.done_steps += len(self.seating)
         self.progress.advance(self.done_steps)
-        self.clock.lap("train", [seat.shares for seat in seats], self.size)
+        self.clock.lap("train", self.seating.shares, self.size)
 
     def _settle(self) -> None:
         """Do what is due: end subjects, write log lines and checkpoints, draw samples."""
         rows = self.pack.observe()
-        self.clock.lap("train", [seat.shares for seat in self.seats.values()], self.size)
+        self.clock.lap("train", self.seating.shares, self.size)
         shown = []
-        for seat in list(self.seats.values()):
-            seen, config = rows[seat.row], seat.job.config
+        for seat in self.seating:
+            seen, now = rows[seat.row], seat.due
             if seen.failed:
                 self._fail(seat, seen)
-            elif not seen.live:
-                shown.append(self._log(seat, seen))
+                continue
+            if now.log or not seen.live:
+                shown.append(self.seating.log(seat, seen))
+            if not seen.live:
                 self._finish(seat, seen)
-            else:
-                if seat.at(config.track.every_steps):
-                    shown.append(self._log(seat, seen))
-                if self.session.stop or seat.at(config.checkpoint.every_steps):
-                    self._checkpoint(seat, seen)
-                if seat.at(config.sample.every_steps):
-                    self._sample(seat, f"step-{seat.step:06d}")
+                continue
+            if now.checkpoint or self.watch.stop.asked:
+                self._checkpoint(seat, seen)
+            if now.sample:
+                self._sample(seat, f"step-{seat.step:06d}")
         if shown:
             self.progress.report(self.done_steps, {name: _total(name, shown) for name in shown[0]})
 
-    def _log(self, seat: Seat, seen: Observed) -> dict[str, float]:
-        """The interval's values, written to the subject's sinks."""
-        passed = max(time.perf_counter() - seat.begun, 1e-9)
-        rate = (seen.step - seat.logged_step) / passed
-        seat.values = {
-            **seen.values,
-            "images_per_s": rate * seat.job.images_a_step,
-            "steps_per_s": rate,
-            "data_wait_share": seat.wait_s / passed,
-            "memory_gib": peak_memory_gib(self.session.world.device),
-        }
-        for sink in seat.sinks:
-            sink.log(seen.step, seat.values)
-        seat.begun, seat.wait_s, seat.logged_step = time.perf_counter(), 0.0, seen.step
-        self.pack.forget([seat.row])
-        return seat.values
-
     def _checkpoint(self, seat: Seat, seen: Observed) -> None:
-        """Copy a row's state; the writer makes a checkpoint of it."""
+        """Copy a row's state, and let the writer make a checkpoint of it."""
         job = seat.job
-        checkpoint = Checkpoint(seen.step, job.run, self.pack.engine.state(seat.row), seen.average)
-        self._write(None, save_checkpoint, job.folder / "checkpoints", checkpoint, job.config.checkpoint.keep)
+        self.writer.write(None, job.save, job.snapshot(self.pack.engine, seen.step, seat.row, seen.average))
         self.clock.lap("save", [seat.shares])
 
     def _sample(self, seat: Seat, name: str) -> Path | None:
         """The sheet of a subject's validation prompts, drawn by the base with its row alone."""
-        with only_row(self.session.models.components(self.session.family.denoiser).values(), seat.row):
+        with only_row(self.base.models.components(self.base.family.denoiser).values(), seat.row):
             sheet = seat.job.sample(name)
         self.clock.lap("sample", [seat.shares])
         return sheet
 
     def _finish(self, seat: Seat, seen: Observed) -> None:
-        """Draw a subject's samples, hand its results to the writer, and make room."""
+        """Draw a subject's samples, hand its results to the writer, and make its row free."""
         job, engine = seat.job, self.pack.engine
         state = engine.state(seat.row)
         if "ema" in state:
             engine.show(seat.row, "ema")
-        sheet = self._sample(seat, "samples")
-        ran = {"capture": self.pack.runner.choice._asdict()}
-        record = {**job.record(seat.values), **ran, "steps": seen.step, "pack_size": self.size}
+        sheet = self._sample(seat, LAST_SHEET)
+        record = {**job.record(seat.values, self.pack.runner.choice), "steps": seen.step, "pack_size": self.size}
         self.clock.lap("save", [seat.shares])
         record["stages_s"] = {name: round(seconds, 3) for name, seconds in seat.shares.items()}
 
@@ -344,55 +234,27 @@ class PackedRun:
             job.write(state, record, sheet)
             return record
 
-        self._write(job.subject, write)
+        self.writer.write(job.subject, write)
         self._leave(seat)
 
     def _fail(self, seat: Seat, seen: Observed) -> None:
-        """Report a subject whose numbers went bad; its row still holds the last good state."""
+        """Report a subject that met a NaN or an infinity; its row still holds the last good state."""
         if seat.job.config.checkpoint.every_steps:
             self._checkpoint(seat, seen)
         self._leave(seat)
-        error = (
-            f"step {seen.step + 1}: the loss or its gradient is not finite; the state after step {seen.step} is kept. "
-        )
-        self._tell(seat.job.subject, EngineError(error + "Lower train.lr, set train.clip_norm, or train in fp32"))
+        what = f"step {seen.step + 1}: the loss or its gradient is not finite; the state after step {seen.step} is kept"
+        self.writer.tell(seat.job.subject, EngineError(f"{what}. {REMEDY}"))
 
     def _leave(self, seat: Seat) -> None:
-        self.pack.engine.release(seat.row)
-        close(seat.sinks)
-        self.writer.submit(seat.job.close)  # after what is still to be written for it
-        del self.seats[seat.row]
+        self.seating.leave(seat)
+        self.writer.afterwards(seat.job.close)  # others may train the subject once all is written for it
 
-    def _write(self, subject: Subject | None, work: Callable, *arguments: Any) -> None:
-        """Queue work for the writer; the queue is bounded by waiting for its oldest entry."""
-        self.pending.append((subject, self.writer.submit(work, *arguments)))
-        while len(self.pending) > 2 * self.size:
-            self._tell_oldest()
-
-    def _tell_ended(self, wait: bool = False) -> None:
-        """Report the subjects whose results are on disk; with `wait`, all that are on their way."""
-        while self.pending and (wait or self.pending[0][1].done()):
-            self._tell_oldest()
+    def _tell_written(self, wait: bool = False) -> None:
+        self.writer.tell_written(wait)
         self.clock.lap("idle" if wait else "save")
 
-    def _tell_oldest(self) -> None:
-        subject, written = self.pending.popleft()
-        outcome = written.result()
-        if subject is not None:
-            self._tell(subject, outcome)
 
-    def _tell(self, subject: Subject, outcome: dict[str, Any] | DbtrainError) -> None:
-        self.ended += 1
-        self.tell(subject, outcome)
-
-
-def close(sinks: Sequence[Sink]) -> None:
-    """Flush and let go of a subject's sinks."""
-    for sink in sinks:
-        sink.close()
-
-
-def _total(name: str, shown: Sequence[dict[str, float]]) -> float:
+def _total(name: str, shown: list[dict[str, float]]) -> float:
     """A value of the subjects that were just logged: rates add up, everything else is a mean."""
     total = sum(values.get(name, 0.0) for values in shown)
     return total if name.endswith("_per_s") else total / len(shown)

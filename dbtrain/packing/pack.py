@@ -1,17 +1,18 @@
 """A pack: N subjects' adapters on one base, and one training step of them all.
 
-Everything that a step reads lies on the device and is changed in place when a subject takes a row, and a step never
-waits for the device: `advance` can be captured.
+`advance` can be captured: all that a step reads is on the device, a new subject changes it in place, and no step waits
+for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from dbtrain.data.index import Index
 from dbtrain.engines.capture import WARM_STEPS, choose_capture, make_runner
 from dbtrain.engines.engine import lr_scale
 from dbtrain.engines.packed import PackedEngine, RowSettings
@@ -19,14 +20,15 @@ from dbtrain.models.adapters import layers
 from dbtrain.models.family import Family, Models, Tokens
 from dbtrain.randomness import stream_key
 from dbtrain.results.checkpoint import Checkpoint
-from dbtrain.settings.config import RunConfig
-from dbtrain.training.bank import Bank, join_batches
+from dbtrain.settings.config import DataConfig, RunConfig
+from dbtrain.training.bank import Bank, captions_of, join_batches
+from dbtrain.training.session import Base
 from dbtrain.training.step import TrainingStep
 from dbtrain.training.trainables import DTYPES, lora_alpha, make_stack, peak_lr, trained_components
 from dbtrain.values import Batch, Conditioning
 
 CAPTIONS = 2
-"""Most distinct captions of a subject: its photos' and its class's."""
+"""Distinct captions of a subject whose photos share one: theirs and its class's. Others ask for more room."""
 WINDOW = 50
 """Steps over which the error that `train.stop_loss` looks at is averaged."""
 MEASURED = ("loss", "loss_instance", "loss_prior", "grad_norm", "lr")
@@ -39,13 +41,14 @@ class Start:
     subject: str
     config: RunConfig
     captions: Conditioning | Tokens
-    found: Checkpoint
+    checkpoint: Checkpoint
 
 
 @dataclass(frozen=True)
 class Observed:
-    """A row as it is: means of the measured values since the row was last looked at, updates made, whether it still
-    trains, whether it met a number that is not finite, and the average that `train.stop_loss` looks at."""
+    """The state of a row. values: means of the measured values since `forget`. step: updates made. live: whether it
+    still trains. failed: whether it met a number that is not finite. average: what `train.stop_loss` is compared with.
+    """
 
     values: dict[str, float]
     step: int
@@ -55,7 +58,8 @@ class Observed:
 
 
 class Pack:
-    """N rows for subjects. Ranks may differ up to `rank`, step counts up to `steps`. example: captions of any one."""
+    """N rows for subjects. Ranks may differ up to `rank`, step counts up to `steps`, distinct captions up to `room`.
+    example: captions of any subject, used for shapes only."""
 
     def __init__(
         self,
@@ -66,8 +70,10 @@ class Pack:
         rank: int,
         steps: int,
         example: Conditioning | Tokens,
+        room: int = CAPTIONS,
     ):
         self.family, self.models, self.config, self.size = family, models, config, size
+        self.room = room
         self.roles = 2 if config.prior.weight > 0 else 1
         stack = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": rank})})
         groups = make_stack(family, models, stack, size)
@@ -76,13 +82,13 @@ class Pack:
         self.engine = PackedEngine(groups, config.train, steps, DTYPES[config.train.precision])
         self.key_N2 = torch.zeros(size, 2, dtype=torch.long, device=device)
         self.prior_N = torch.zeros(size, device=device)
-        self.captions = _blank(example, size * CAPTIONS)
+        self.captions = _blank(example, size * self.room)
         self.module = TrainingStep(family, models, config, self.key_N2, self.captions, self.prior_N)
         self.subject_B = torch.arange(size, device=device).repeat_interleave(self.roles * config.train.batch)
         self.sums_NV = torch.zeros(size, len(MEASURED) + 1, dtype=torch.float64, device=device)
         self.average_N = torch.zeros(size, dtype=torch.float64, device=device)
         self.parts: list[Batch | None] = [None] * size
-        self.runner = make_runner(choose_capture(config.engine, device.type), models.denoiser)
+        self.runner = make_runner(choose_capture(config.engine, device.type), models.denoiser, family.regions)
 
     @torch.no_grad()
     def seat(self, row: int, start: Start) -> None:
@@ -96,15 +102,16 @@ class Pack:
             for component in trained_components(self.family, self.models, config)
         ]
         settings = RowSettings(rates, config.train.clip_norm, config.train.weight_decay)
-        self.engine.load(row, start.found.state, start.found.step, settings)
+        self.engine.load(row, start.checkpoint.state, start.checkpoint.step, settings)
         for module in trained_components(self.family, self.models, config).values():
             for _, layer in layers(module):
                 layer.scale_N[row] = lora_alpha(config) / config.lora.rank
         self.key_N2[row] = torch.tensor(stream_key(config.seed, start.subject))
         self.prior_N[row] = config.prior.weight
+        assert len(tensors_of(start.captions)[0]) <= self.room, "its captions would run into the next row's"
         for table, own in zip(tensors_of(self.captions), tensors_of(start.captions)):
-            table[row * CAPTIONS : row * CAPTIONS + len(own)] = own
-        self.sums_NV[row], self.average_N[row] = 0, start.found.average
+            table[row * self.room : row * self.room + len(own)] = own
+        self.sums_NV[row], self.average_N[row] = 0, start.checkpoint.average
 
     def rehearsal(self, shape: Sequence[int]) -> Batch:
         """Random samples for every row; shape: of a sample's moments, or of its pixels where they are encoded anew."""
@@ -112,28 +119,22 @@ class Pack:
         role_B = torch.arange(self.roles).repeat_interleave(count).repeat(self.size)
         slot_B = torch.arange(self.roles * count).repeat(self.size)
         images, sizes = torch.randn(len(slot_B), *shape), torch.full((len(slot_B), 6), side)
-        batch = Batch(images, CAPTIONS * self.subject_B.cpu(), role_B, slot_B, sizes, self.subject_B)
+        batch = Batch(images, self.room * self.subject_B.cpu(), role_B, slot_B, sizes, self.subject_B)
         return batch.to(self.device)
 
     def batch(self, banks: Sequence[tuple[int, Bank, int]]) -> Batch:
-        """The samples of (row, bank, step) for each subject that trains; an empty row shows what was last seen."""
+        """The samples of (row, bank, step) for each subject that trains; a row without a subject gets its last samples
+        again."""
         slots = range(self.config.train.batch)
         for row, bank, step in banks:
             self.parts[row] = bank.draw(step, slots)
         known = [part for part in self.parts if part is not None]
         joined = join_batches([part or known[0] for part in self.parts]).to(self.device, non_blocking=True)
-        return Batch(
-            joined.images_BCHW,
-            joined.caption_B + CAPTIONS * self.subject_B,
-            joined.role_B,
-            joined.slot_B,
-            joined.size_B6,
-            self.subject_B,
-        )
+        return replace(joined, caption_B=joined.caption_B + self.room * self.subject_B, subject_B=self.subject_B)
 
     @property
     def warm_steps(self) -> int:
-        """Steps after which one takes the time that it goes on to take."""
+        """Steps to make before a step can be timed: those that compile or record, and choose kernels."""
         return {"graph": WARM_STEPS + 1, "compile": 2}.get(self.runner.choice.mode, 1)
 
     def step(self, batch: Batch) -> None:
@@ -165,7 +166,7 @@ class Pack:
             self.engine.live_N &= ~(moved_N & (step_N >= WINDOW) & (self.average_N < self.config.train.stop_loss))
 
     def observe(self) -> list[Observed]:
-        """Every row as it is; the only place that waits for the device."""
+        """The state of every row. Only this method waits for the device."""
         engine = self.engine
         flags = (engine.step_N, engine.live_N, engine.failed_N, self.average_N)
         table = torch.cat([self.sums_NV, torch.stack([flag.double() for flag in flags], 1)], 1).tolist()
@@ -175,6 +176,22 @@ class Pack:
     def forget(self, rows: Sequence[int]) -> None:
         """Start new means of the measured values of rows."""
         self.sums_NV[list(rows)] = 0
+
+
+def make_pack(base: Base, configs: Sequence[RunConfig], size: int, room: int = CAPTIONS) -> Pack:
+    """An empty pack that the subjects with these settings fit in. room: most captions of a subject.
+
+    Its rank is the largest of all these subjects, so results do not depend on which train together.
+    """
+    rank, steps = (max(values) for values in zip(*((c.lora.rank, c.train.steps) for c in configs)))
+    captions = captions_of(base.family, base.models, base.settings, [""], base.world.device)
+    return Pack(base.family, base.models, base.settings, size, rank, steps, captions, room)
+
+
+def captions_room(index: Index, subjects: Iterable[str], data: DataConfig) -> int:
+    """Most distinct captions that a bank of these subjects can have, the class's included."""
+    own = (len({entry.caption for entry in index.entries_of(name)}) for name in subjects)
+    return max(1, *own, 1) + 1 + (data.caption_dropout > 0)
 
 
 def _observed(row: list[float]) -> Observed:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from dbtrain.errors import EngineError
-from dbtrain.settings.config import PackedConfig
+from dbtrain.packing.pack import CAPTIONS, make_pack
+from dbtrain.settings.config import PackedConfig, RunConfig
+from dbtrain.training.session import Base, Watch
 
 GAIN = 0.97
 """A pack of twice the size is worth it if a subject's step takes less than this share of the time."""
@@ -38,7 +40,7 @@ def fit(probes: Sequence[Probe]) -> tuple[float, float]:
 
 
 def expected_bytes(probes: Sequence[Probe], size: int) -> float:
-    """What a pack of a size will take: by the line through the probes; after a single one, that many times as much."""
+    """Bytes that a pack of a size will take: by the line through the probes, or in proportion if there is one probe."""
     if len(probes) == 1:
         return probes[0].bytes * size / probes[0].size
     start, slope = fit(probes)
@@ -64,23 +66,66 @@ def choose_size(probe: Callable[[int], Probe | None], settings: PackedConfig, fr
         if (wanted := expected_bytes(probes, size)) > budget:
             why = f"{size} would need {wanted / 2**30:.2f} of {budget / 2**30:.2f} GiB"
             break
-        found = probe(size)
-        if found is None:
+        measured = probe(size)
+        if measured is None:
             why = f"memory ran out at {size}"
             break
-        probes.append(found)
+        probes.append(measured)
         if probes[-1].seconds_a_subject > GAIN * probes[-2].seconds_a_subject:
             why = f"{size} was no faster"
             break
-    best = min(probes, key=lambda one: one.seconds_a_subject)
-    steps = ", ".join(f"{one.size}: {1e3 * one.seconds_a_subject:.1f} ms" for one in probes)
+    best = min(probes, key=lambda each: each.seconds_a_subject)
+    steps = ", ".join(f"{each.size}: {1e3 * each.seconds_a_subject:.1f} ms" for each in probes)
     return best.size, f"{best.size} subjects a pack ({why}; step of a subject at {steps})"
+
+
+def measured_size(
+    base: Base, watch: Watch, configs: Sequence[RunConfig], most: int, room: int = CAPTIONS
+) -> int:
+    """Rows of the fastest pack that fits this machine. configs: of subjects that it must hold, such as the largest one.
+    most: subjects that there are. room: most captions of a subject. The base must carry no adapters, and carries none
+    afterwards.
+    """
+    device = base.world.device
+
+    def probe(size: int) -> Probe | None:
+        return measure(base, configs, size, room)
+
+    size, why = choose_size(probe, base.settings.engine.packed, free_bytes(device), most)
+    watch.say(f"engine.packed.size: auto: {why}")
+    return size
+
+
+def measure(base: Base, configs: Sequence[RunConfig], size: int, room: int = CAPTIONS) -> Probe | None:
+    """Memory and time of a pack's step, on random samples of the shapes of training; None where memory ran out."""
+    device = base.world.device
+    try:
+        with used_bytes(device) as used:
+            pack = make_pack(base, configs, size, room)
+            batch = pack.rehearsal(sample_shape(base))
+            for _ in range(pack.warm_steps):
+                pack.step(batch)
+        return Probe(size, used[0], timed(lambda: pack.step(batch), device))
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        # A pack is in no circle of references, so nothing of it is left when the next one is measured.
+        base.restore()
+
+
+@torch.no_grad()
+def sample_shape(base: Base) -> torch.Size:
+    """Shape of a sample as the banks give it: VAE moments, or pixels where they are encoded anew each step."""
+    data = base.settings.data
+    pixels = torch.zeros(1, 3, data.resolution, data.resolution, device=base.world.device)
+    cached = data.cache_latents and data.crop == "center"
+    return (base.family.codec.encode(base.models.vae, pixels) if cached else pixels).shape[1:]
 
 
 @contextmanager
 def used_bytes(device: str) -> Iterator[list[int]]:
-    """A list that afterwards holds the bytes that the block took at its peak: on a GPU what the allocator counted, on a
-    CPU what autograd kept for backward, of which the rest is a small part."""
+    """A list that holds, after the block, the bytes that the block took at its peak. On a GPU these are what the
+    allocator counted; on a CPU they are what autograd kept for backward, which is nearly all."""
     used: list[int] = []
     if device.startswith("cuda"):
         torch.cuda.synchronize()

@@ -43,11 +43,11 @@ def make_priors(
     stop: Callable[[], bool] = lambda: False,
     beat: Callable[[], object] = lambda: None,
 ) -> int:
-    """Number of images this rank drew; the ranks share the blocks. Afterwards (and a barrier) all are there and sound.
+    """The number of images that this rank drew. The ranks share the blocks; after a barrier all are there and sound.
 
-    Damaged blocks are drawn anew. Blocks that another run draws at this moment are waited for. `stop` is asked between
-    blocks; when it says so, the rest is left for another time. `beat` is told of every image and every look at what
-    another run draws, for whoever would take this process to hang.
+    Damaged blocks are drawn anew. If another run is drawing a block, this one waits for it.
+    stop: asked between blocks; after True this function returns, and the other blocks stay missing.
+    beat: called for every image, and on every look at a block that another run draws, to show that this process works.
     """
     folder = store / key.name
     # By number, not by place in the list: a slower rank already sees the blocks of the others.
@@ -55,7 +55,7 @@ def make_priors(
     waiting = [start for start in mine if _todo(folder, start, images)]
     if waiting and key.sampler == IMPORTED:
         raise DataError(_lacking(folder, key, images))
-    pipeline, drawn, told = None, 0, False
+    pipeline, drawn, said = None, 0, False
     while waiting:
         pipeline = pipeline or make_pipeline(family, models, key.sampler)
         busy = []
@@ -63,13 +63,20 @@ def make_priors(
             if stop():
                 return drawn
             with held(folder / f".block-{start:06d}.lock") as ours:
-                if ours:
-                    drawn += _complete(folder, start, images, key, pipeline, batch, report, beat)
-                else:
+                if not ours:
                     busy.append(start)
-        if busy and not told:
+                    continue
+                todo = _todo(folder, start, images)
+                if todo:
+                    write_key(folder, key)
+                for block in todo:
+                    report(f"priors: {key.prompt!r} images {block.start}-{block.stop - 1} of {images}")
+                    samples = _draw(pipeline, key, block, batch, beat)
+                    write_shards(samples, block_folder(folder, block), remake=True)
+                    drawn += len(block)
+        if busy and not said:
             report(f"priors: {key.prompt!r} images {busy[0]} and on are being drawn by another run; waiting for it")
-            told = True
+            said = True
         waiting = busy
         beat()
         time.sleep(POLL_S if busy else 0)
@@ -77,7 +84,7 @@ def make_priors(
 
 
 def _lacking(folder: Path, key: PriorKey, images: int) -> str:
-    """Why a class's imported images do not do."""
+    """Why a class's imported images do not suffice, and what to do."""
     damaged = [block_folder(folder, block) for block in chain(folder, images) if verify(block_folder(folder, block))]
     if damaged:
         return f"{damaged[0]}: is damaged; {remedy(key.sampler)}"
@@ -95,38 +102,14 @@ def _todo(folder: Path, start: int, images: int) -> list[range]:
     return damaged + missing_blocks(folder, stop, start)
 
 
-def _complete(
-    folder: Path,
-    start: int,
-    images: int,
-    key: PriorKey,
-    pipeline,
-    batch: int,
-    report: Callable[[str], None],
-    beat: Callable[[], object],
-) -> int:
-    """Number of images drawn so that the BLOCK from `start` is whole; its lock is held."""
-    todo = _todo(folder, start, images)
-    if todo:
-        write_key(folder, key)
-    for block in todo:
-        report(f"priors: {key.prompt!r} images {block.start}-{block.stop - 1} of {images}")
-        write_shards(_told(_draw(pipeline, key, block, batch), beat), block_folder(folder, block), remake=True)
-    return sum(len(block) for block in todo)
-
-
-def _told(samples: Iterator[Sample], beat: Callable[[], object]) -> Iterator[Sample]:
-    for sample in samples:
-        beat()
-        yield sample
-
-
-def _draw(pipeline, key: PriorKey, block: range, batch: int) -> Iterator[Sample]:
+def _draw(pipeline, key: PriorKey, block: range, batch: int, beat: Callable[[], object]) -> Iterator[Sample]:
+    """The images of a block, with a call of `beat` for each."""
     seeds = [image_seed(key.name, number) for number in block]
     images = generate(
         pipeline, [key.prompt] * len(block), seeds, key.resolution, key.steps, key.guidance, key.precision, batch
     )
     for number, image in zip(block, images):
+        beat()
         data = io.BytesIO()
         image.save(data, "PNG")
         meta = {"height": image.height, "width": image.width, "seed": seeds[number - block.start]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,20 +23,25 @@ from dbtrain.priors.store import (
 )
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import held
+from dbtrain.subjects.finding import notes, refuse
 from dbtrain.subjects.manifest import subject_from_folder
 from dbtrain.subjects.preflight import preflight
 from dbtrain.subjects.sharding import photo_samples
 
 
-def import_images(folder: Path, class_noun: str, store: Path, config: RunConfig) -> tuple[int, int]:
-    """(images brought in, images of the class now there); photos that are there already are passed over.
+def import_images(
+    folder: Path, class_noun: str, store: Path, config: RunConfig, say: Callable[[str], object] = lambda line: None
+) -> tuple[int, int]:
+    """(images imported now, images of the class in the store). Photos that the store already has are passed over.
 
-    The photos are checked as a subject's are; nothing is written if one of them is bad.
+    The photos are checked like those of a subject. If one of them is bad, DataError is raised and nothing is written.
+    say: gets a line for each note.
     """
-    subject = subject_from_folder(folder, class_noun)
+    subject = subject_from_folder(folder, class_noun, say)
     findings = preflight([subject], config)
-    if findings:
-        raise DataError("\n".join(finding.line() for finding in findings))
+    for note in notes(findings):
+        say(f"note: {note.line()}")
+    refuse(findings)
     key = imported_key(config, subject.class_noun)
     place = store / key.name
     with held(place / ".import.lock") as ours:
@@ -44,22 +50,22 @@ def import_images(folder: Path, class_noun: str, store: Path, config: RunConfig)
         blocks = [block_folder(place, block) for block in all_blocks(place)]
         known = {sample.meta["source_sha256"] for block in blocks for sample in read_block(block, IMPORTED)}
         digests = {hashlib.sha256(read_photo(path)).hexdigest(): path for path in reversed(subject.images)}
-        wanted = {digests[one] for one in digests.keys() - known}
+        wanted = {digests[digest] for digest in digests.keys() - known}
         new = [path for path in subject.images if path in wanted]
         write_key(place, key)
         left = new
         while left:
             block = _free_block(place, len(left))
-            photos = photo_samples(replace(subject, images=tuple(left[: len(block)])), config.data.resolution)
-            samples = (prior_sample(key, number, one.image, one.extension, one.meta)
-                       for number, one in zip(block, photos))  # fmt: skip
+            photos = photo_samples([replace(subject, images=tuple(left[: len(block)]))], config.data)
+            samples = (prior_sample(key, number, photo.image, photo.extension, photo.meta)
+                       for number, photo in zip(block, photos))  # fmt: skip
             write_shards(samples, block_folder(place, block))
             left = left[len(block) :]
     return len(new), held_images(place)
 
 
 def _free_block(folder: Path, images: int) -> range:
-    """Numbers for at most so many further images: the first that no block holds, in one block."""
+    """The next image numbers that no block holds: at most `images` of them, all in one block."""
     first = held_images(folder)
     later = [block.start for block in all_blocks(folder) if block.start > first]
     return range(first, min([first - first % BLOCK + BLOCK, first + images, *later]))

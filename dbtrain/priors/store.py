@@ -1,9 +1,9 @@
 """Class priors: images of `a photo of a <class>` from the frozen base, made once for all its subjects.
 
 The store's folder for a class is named by everything that decides the images. It grows block by block; a block is a
-shard folder of its own, whole or absent. Whoever draws a block holds its lock, which ends with the process: any number
-of runs can fill one store, and each image is made once. A user's own class images are imported into a folder whose key
-says so. Encoded images lie beside the images, under digests too (`proved.py`).
+shard folder of its own, whole or absent. The process that draws a block holds the block's lock, which ends with the
+process. So any number of runs can fill one store, and each image is made once. A user's own class images are imported
+into a folder whose key says so. Encoded images lie beside the images, also under digests (`storage/kept_tensors.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dbtrain.models.family import Models
 from dbtrain.models.load import base_digest
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import held, sweep, write_file
-from dbtrain.storage.kept_tensors import proved_tensor, tensor_damage
+from dbtrain.storage.kept_tensors import kept_tensor, tensor_damage
 from dbtrain.subjects.prompts import fill, slug
 from dbtrain.values import Role, Sample
 
@@ -67,9 +67,10 @@ def prior_key(config: RunConfig, models: Models, class_noun: str) -> PriorKey:
     if prior.sampler == IMPORTED:
         return imported_key(config, class_noun)
     model = config.model
-    told = [str(one) for one in (model.parameterization, model.zero_terminal_snr) if one != "auto"]
+    replaced = [str(value) for value in (model.parameterization, model.zero_terminal_snr) if value != "auto"]
+    replaced += [] if model.dtype == "fp32" else [model.dtype]
     return PriorKey(
-        " ".join([base_digest(models), *told]),
+        " ".join([base_digest(models), *replaced]),
         prompt,
         prior.sampler,
         prior.steps,
@@ -109,18 +110,19 @@ def held_images(folder: Path) -> int:
 
 def chain(folder: Path, images: int | None = None) -> list[range]:
     """The image numbers of the blocks that hold the first `images` images (None is all) without a gap."""
-    held_by, found, start = _by_start(folder), [], 0
+    held_by, blocks, start = _by_start(folder), [], 0
     while (images is None or start < images) and start in held_by:
-        found.append(held_by[start])
-        start = found[-1].stop
-    return found
+        blocks.append(held_by[start])
+        start = blocks[-1].stop
+    return blocks
 
 
 def all_blocks(folder: Path) -> list[range]:
     """The image numbers of every finished block of a class's folder, in order."""
     names = [BLOCK_NAME.fullmatch(path.name) for path in folder.glob("block-*")]
-    found = [range(int(name[1]), int(name[1]) + int(name[2])) for name in names if name]
-    done = [block for block in found if block and _is_done(block_folder(folder, block))]
+    blocks = [range(int(name[1]), int(name[1]) + int(name[2])) for name in names if name]
+    places = {block: block_folder(folder, block) for block in blocks if block}
+    done = [block for block, place in places.items() if (place / INDEX_NAME).exists() and not (place / MARK).exists()]
     return sorted(done, key=lambda block: (block.start, block.stop))
 
 
@@ -129,17 +131,13 @@ def block_folder(folder: Path, block: range) -> Path:
     return folder / f"block-{block.start:06d}-{len(block):03d}"
 
 
-def _is_done(block: Path) -> bool:
-    return (block / INDEX_NAME).exists() and not (block / MARK).exists()
-
-
 def _by_start(folder: Path) -> dict[int, range]:
     """The longest block that begins at each number."""
     return {block.start: block for block in all_blocks(folder)}
 
 
 def write_key(folder: Path, key: PriorKey) -> None:
-    """Nothing; afterwards a class's folder says what its images were made with."""
+    """Write into a class's folder what its images are made with."""
     content = json.dumps(asdict(key), indent=1).encode()
     with held(folder / f".{KEY_FILE}.lock", wait=True):
         sweep(folder, KEY_FILE)
@@ -154,7 +152,7 @@ def prior_sample(key: PriorKey, number: int, image: bytes, extension: str, meta:
 
 
 def read_priors(store: Path, key: PriorKey, images: int) -> list[Sample]:
-    """The first `images` priors, verified."""
+    """The first `images` priors, verified. Raises DataError where there are fewer, or where one is damaged."""
     blocks = block_folders(store / key.name, images)
     samples = [sample for block in blocks for sample in read_block(block, key.sampler)]
     if len(samples) < images:
@@ -165,23 +163,23 @@ def read_priors(store: Path, key: PriorKey, images: int) -> list[Sample]:
 def read_block(block: Path, sampler: str) -> Iterator[Sample]:
     """The samples of a block, verified."""
     try:
-        yield from read_samples(block, Index.load(block).rows)
+        yield from read_samples(block, Index.load(block).entries)
     except DataError as error:
         defect = str(error).partition(";")[0]
         raise DataError(f"{block}: {defect}; {remedy(sampler)}") from error
 
 
 def remedy(sampler: str) -> str:
-    """What to do about a damaged block, by what its images came from."""
+    """What to do about a damaged block, by the sampler of its images."""
     if sampler == IMPORTED:
         return "delete this folder and run `dbtrain prior import` again"
     return "train or run `dbtrain prior make` again, which draws it anew"
 
 
 def images_digest(store: Path, key: PriorKey, images: int) -> str:
-    """SHA-256 of the index entries of the first `images` images: names imported images, which no key can."""
-    rows = [row for block in block_folders(store / key.name, images) for row in Index.load(block).rows]
-    return hashlib.sha256("".join(row.sha256 for row in rows[:images]).encode()).hexdigest()
+    """SHA-256 of the digests of the first `images` images. A key does not name imported images; this does."""
+    entries = [entry for block in block_folders(store / key.name, images) for entry in Index.load(block).entries]
+    return hashlib.sha256("".join(entry.sha256 for entry in entries[:images]).encode()).hexdigest()
 
 
 def prior_moments(
@@ -193,16 +191,16 @@ def prior_moments(
 ) -> torch.Tensor:
     """The samples' encoded images, kept beside the images and encoded once for all runs on one kind of device.
 
-    They are encoded in groups of BLOCK from number 0, so a larger set adds groups and changes none. `about` is what
-    else decides them: model digest, resolution, mirror images, device.
+    Groups of BLOCK images from number 0 are encoded together, so a larger set adds groups and changes none.
+    about: what else decides the numbers: model digest, resolution, mirror images, device.
     """
     about = {**about, "torch": torch.__version__}
     parts = []
     for start in range(0, len(samples), BLOCK):
         group = samples[start : start + BLOCK]
-        digest = hashlib.sha256(b"".join(hashlib.sha256(one.image).digest() for one in group)).hexdigest()
+        digest = hashlib.sha256(b"".join(hashlib.sha256(sample.image).digest() for sample in group)).hexdigest()
         place = store / key.name / LATENTS
-        parts.append(proved_tensor(place, {**about, "images": digest}, partial(encode, group)))
+        parts.append(kept_tensor(place, {**about, "images": digest}, partial(encode, group)))
     return torch.cat(parts)
 
 
@@ -224,7 +222,7 @@ def list_store(store: Path) -> list[dict[str, Any]]:
 
 
 def store_damage(store: Path) -> list[str]:
-    """One line for everything in a store that does not verify: keys, blocks, encoded images. Empty means sound."""
+    """One line for each damage in a store: of keys, blocks, encoded images. Empty means sound."""
     damage = []
     for folder in _class_folders(store):
         sampler = ""
@@ -240,12 +238,12 @@ def store_damage(store: Path) -> list[str]:
 
 
 def _block_damage(folder: Path, sampler: str) -> list[str]:
-    """One line for each defect of a class's blocks, and for each block that nothing leads up to."""
-    blocks, held_there = all_blocks(folder), held_images(folder)
+    """One line for each defect of a class's blocks, and for each block after a gap."""
+    blocks, images = all_blocks(folder), held_images(folder)
     places = [block_folder(folder, block) for block in blocks]
     damage = [f"{place}: {line.partition(';')[0]}; {remedy(sampler)}" for place in places for line in verify(place)]
     filled = "`dbtrain prior import` of the lost images" if sampler == IMPORTED else "the next run"
-    apart = [place for block, place in zip(blocks, places) if block.start > held_there]
+    apart = [place for block, place in zip(blocks, places) if block.start > images]
     return damage + [f"{place}: does not follow the blocks before it; {filled} fills the gap" for place in apart]
 
 

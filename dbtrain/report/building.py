@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,25 +20,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from dbtrain.data.index import Row
+from dbtrain.data.index import Entry
 from dbtrain.errors import DataError, DbtrainError
 from dbtrain.machine import cores
 from dbtrain.report.facts import Facts, read_facts, row
 from dbtrain.report.pages import ASSETS, OVER, TEMPLATES, View, index_page, subject_page, version
 from dbtrain.report.pictures import Thumbnails, put
-from dbtrain.report.reading import (
-    CONFIG,
-    EVALUATION,
-    RECORD,
-    RUN_BYTES,
-    Stamp,
-    read_object,
-    read_text,
-    settings,
-    stamps,
-    text,
-)
+from dbtrain.report.reading import CONFIG, EVALUATION, RUN_BYTES, Stamp, read_object, read_text, settings, stamps, text
 from dbtrain.report.sheets import NO_PICTURES, covers, evaluated, load_index, photos, strips
+from dbtrain.results.record import RECORD
 from dbtrain.storage.atomic import LOCK, held, write_file
 from dbtrain.values import SUBJECT_ID
 
@@ -79,15 +69,11 @@ class PageJob:
     digest: str
     files: list[Stamp]
     ledger: Mapping[str, Any]
-    photos: tuple[Row, ...]
+    photos: tuple[Entry, ...]
 
 
-@dataclass(frozen=True)
-class LedgerRows:
-    """The fleet's row of each subject, and its number of retries by cause."""
-
-    rows: Mapping[str, Mapping[str, Any]]
-    retries: Mapping[str, int]
+Ledger = tuple[Mapping[str, Mapping[str, Any]], Mapping[str, int] | None]
+"""(the fleet's row of each subject, number of retries by cause). A run without a ledger has no rows and None."""
 
 
 def build(run: Path) -> Path:
@@ -111,7 +97,7 @@ def rebuild(
     """
     begin = time.perf_counter()
     ledger = read_ledger(run)
-    if ledger is None and not (run / SUBJECTS).is_dir():
+    if ledger[1] is None and not (run / SUBJECTS).is_dir():
         raise DataError(
             f"{run}: holds no run (neither subjects/ nor ledger.sqlite); "
             "give the folder that was --out of `dbtrain train` or `dbtrain batch run`"
@@ -126,10 +112,8 @@ def rebuild(
         return _rebuild(run, out, view, ledger, fresh, processes or cores(), begin)
 
 
-def _rebuild(
-    run: Path, out: Path, view: View, ledger: LedgerRows | None, fresh: bool, processes: int, begin: float
-) -> Built:
-    ledger_rows = ledger.rows if ledger else {}
+def _rebuild(run: Path, out: Path, view: View, ledger: Ledger, fresh: bool, processes: int, begin: float) -> Built:
+    ledger_rows, retries = ledger
     linked = {name for name in ledger_rows if (run / SUBJECTS / name).is_symlink()}
     notes = [f"{name} is left out: {SUBJECTS}/{name} is a link" for name in sorted(linked)]
     known = sorted({*subject_ids(run / SUBJECTS), *ledger_rows} - linked)
@@ -137,19 +121,24 @@ def _rebuild(
     share = Build(run, view, common, fresh)
     jobs = list(_jobs(share, known, ledger_rows, notes))
     before, entries = _state(out)
-    current = {} if fresh else {job.subject: entry for job in jobs if (entry := _current(out, entries, job))}
+    current = {
+        job.subject: entry
+        for job in ([] if fresh else jobs)
+        if (entry := entries.get(job.subject)) and entry["digest"] == job.digest
+        if (out / SUBJECTS / job.subject / INDEX).exists()
+    }
     stale = [job for job in jobs if job.subject not in current]
     for name in ASSETS:
         put(out / name, (TEMPLATES / name).read_bytes())
-    made = dict(_make(stale, partial(make_page, build=share), processes))
+    made = dict(_make(stale, share, processes))
     entries = {name: made.get(name) or current[name] for name in known}
     for name in before & set(subject_ids(out / SUBJECTS)) - set(known):
         shutil.rmtree(out / SUBJECTS / name)
     rows = [entries[name]["row"] for name in known]
     notes += [f"{name}: its page could not be made: {why}" for name in known if (why := entries[name].get("failed"))]
     evaluation = read_object(run / EVALUATION, notes, RUN_BYTES)
-    over = not is_worked_on(run) and (ledger is None or all(row["state"] in OVER for row in rows))
-    page = index_page(view, rows, ledger.retries if ledger else None, evaluation, common, notes)
+    over = not is_worked_on(run) and (retries is None or all(row["state"] in OVER for row in rows))
+    page = index_page(view, rows, retries, evaluation, common, notes)
     if stale:
         os.sync()  # once for all pages, before a file says that they exist
     write_file(out / STATE, json.dumps({"version": version(), "subjects": entries}).encode())
@@ -158,11 +147,8 @@ def _rebuild(
 
 
 def own_folder(folder: Path) -> Path:
-    """The folder, made if it does not exist.
-
-    Raises DataError for a link or a file in its place: the report writes and deletes in the folder, and a link may lead
-    to another run.
-    """
+    """The folder, made if it does not exist. Raises DataError for a link or a file in its place: the report writes and
+    deletes in the folder, and a link may lead to another run."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise DataError(f"{folder}: is a link or a file, want a folder that the report can make; move it away")
     folder.mkdir(exist_ok=True)
@@ -180,17 +166,16 @@ def is_worked_on(run: Path) -> bool:
         return False
 
 
-def read_ledger(run: Path) -> LedgerRows | None:
-    """The rows and retries in the fleet's ledger of a run; None for a run without a ledger."""
+def read_ledger(run: Path) -> Ledger:
+    """The rows and retries in the fleet's ledger of a run."""
     from dbtrain.fleet.lease import has_ledger
 
     if not has_ledger(run):
-        return None
+        return {}, None
     from dbtrain.fleet.status import read_rows, summarize_run
 
-    rows = {str(row["subject"]): row for row in read_rows(run)}
-    rows = {subject: row for subject, row in rows.items() if SUBJECT_ID.fullmatch(subject)}
-    return LedgerRows(rows, summarize_run(run)["retries"])
+    rows = {str(row["subject"]): row for row in read_rows(run) if SUBJECT_ID.fullmatch(str(row["subject"]))}
+    return rows, summarize_run(run)["retries"]
 
 
 def subject_ids(parent: Path) -> list[str]:
@@ -218,7 +203,7 @@ def _jobs(build: Build, known: list[str], ledger: Mapping[str, Any], notes: list
     base = hashlib.sha256(json.dumps(shared, sort_keys=True).encode())
     for name in known:
         folder = build.run / SUBJECTS / name
-        files, photo_rows = stamps(folder), index.rows_of(name) if index else ()
+        files, photo_rows = stamps(folder), index.entries_of(name) if index else ()
         own = ledger.get(name, {})
         state = own.get("state") or ("finished" if any(path == RECORD for path, _, _ in files) else "unfinished")
         refresh_s = None if state in OVER else build.view.refresh_s
@@ -230,8 +215,7 @@ def _jobs(build: Build, known: list[str], ledger: Mapping[str, Any], notes: list
 
 def newest_checkpoint(folder: Path) -> str | None:
     """The name of a subject's last checkpoint folder, or None."""
-    names = [name for name in subject_ids(folder / "checkpoints") if name.startswith("step-")]
-    return max(names, default=None)
+    return max((name for name in subject_ids(folder / "checkpoints") if name.startswith("step-")), default=None)
 
 
 def _state(out: Path) -> tuple[set[str], dict[str, Any]]:
@@ -245,17 +229,9 @@ def _state(out: Path) -> tuple[set[str], dict[str, Any]]:
     return set(entries), entries if state.get("version") == version() else {}
 
 
-def _current(out: Path, entries: Mapping[str, Any], job: PageJob) -> dict[str, Any] | None:
-    """The entry of a page that need not be made again; None if the page must be made."""
-    entry = entries.get(job.subject)
-    same = entry is not None and entry["digest"] == job.digest
-    return entry if same and (out / SUBJECTS / job.subject / INDEX).exists() else None
-
-
-def _make(
-    jobs: list[PageJob], make: Callable[[PageJob], dict[str, Any]], processes: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _make(jobs: list[PageJob], build: Build, processes: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """(subject, entry) of each page made. Many pages are made by several processes."""
+    make = partial(make_page, build=build)
     if len(jobs) <= ALONE or processes == 1:
         yield from ((job.subject, make(job)) for job in jobs)
         return
@@ -269,9 +245,16 @@ def make_page(job: PageJob, build: Build) -> dict[str, Any]:
     Files of a subject may make its page fail in any way, and the other pages must still be made. Then the page says
     why, and so does "failed" in the entry.
     """
-    out = own_folder(build.run / FOLDER / SUBJECTS / job.subject)
+    folder, out = build.run / SUBJECTS / job.subject, own_folder(build.run / FOLDER / SUBJECTS / job.subject)
+    thumbnails = Thumbnails(out, build.fresh)
     try:
-        return _made_page(job, build, out)
+        facts = read_facts(folder, job.subject, job.ledger)
+        pictures = {
+            "photos": photos(build.run / "shards", job.photos, thumbnails, facts.notes),
+            "strips": strips(folder, job.files, facts, thumbnails),
+            "evaluated": evaluated(folder, facts, thumbnails),
+        }
+        entry = _put_page(job, build, out, facts, pictures, newest_checkpoint(folder))
     except (DbtrainError, OSError):
         raise
     except Exception as error:
@@ -279,18 +262,6 @@ def make_page(job: PageJob, build: Build) -> dict[str, Any]:
         notes = [f"its files make no page: {failed}"]
         facts = Facts(job.subject, {}, {"state": job.ledger.get("state")}, {}, [], {}, notes)
         return {**_put_page(job, build, out, facts, NO_PICTURES, None), "failed": failed}
-
-
-def _made_page(job: PageJob, build: Build, out: Path) -> dict[str, Any]:
-    folder = build.run / SUBJECTS / job.subject
-    facts = read_facts(folder, job.subject, job.ledger)
-    thumbnails = Thumbnails(out, build.fresh)
-    pictures = {
-        "photos": photos(build.run / "shards", job.photos, thumbnails, facts.notes),
-        "strips": strips(folder, job.files, facts, thumbnails),
-        "evaluated": evaluated(folder, facts, thumbnails),
-    }
-    entry = _put_page(job, build, out, facts, pictures, newest_checkpoint(folder))
     thumbnails.sweep()
     return entry
 

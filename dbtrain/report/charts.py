@@ -119,6 +119,4 @@ def nice(low: float, high: float, most: int) -> list[float]:
 
 def short(value: float) -> str:
     """A number in few characters: 0.25, 40, 12k."""
-    if abs(value) >= 10_000:
-        return f"{value / 1000:g}k"
-    return f"{value:.4g}"
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:.4g}"

@@ -12,19 +12,8 @@ from typing import Any
 
 from dbtrain.errors import ConfigError
 from dbtrain.evaluate.scores import SCORES, title
-from dbtrain.report.reading import (
-    CONFIG,
-    EVALUATION,
-    LOG,
-    RECORD,
-    number,
-    numbers,
-    read_log,
-    read_object,
-    read_text,
-    settings,
-    text,
-)
+from dbtrain.report.reading import CONFIG, EVALUATION, number, numbers, read_log, read_object, read_text, settings, text
+from dbtrain.results.record import RECORD
 from dbtrain.subjects.prompts import fill
 
 SHOWN = tuple(score for score, metric in SCORES.items() if metric.column)
@@ -133,28 +122,20 @@ def _filled(template: str, words: Mapping[str, Any]) -> str:
 def score_table(evaluation: Any) -> list[dict[str, Any]]:
     """The rows of a score table from {"scores", "base", "real"}, in SCORES' order. Unknown scores are left out.
 
-    The table is empty if `evaluation` is no mapping.
+    more: whether a larger value is better. The table is empty if `evaluation` is no mapping.
     """
-    rows: list[dict[str, Any]] = []
-    if not isinstance(evaluation, Mapping):
-        return rows
-    for key in SCORES:
+    rows = []
+    for key, metric in SCORES.items() if isinstance(evaluation, Mapping) else ():
         own, base, real = (_interval(evaluation.get(part), key) for part in ("scores", "base", "real"))
         if own["value"] is not None:
-            rows.append({**about_score(key), **own, "base": base, "real": real})
+            about = {"key": key, "name": title(key), "meaning": metric.meaning, "more": metric.better == "higher"}
+            rows.append({**about, **own, "base": base, "real": real})
     return rows
-
-
-def about_score(key: str) -> dict[str, Any]:
-    """{"key", "name", "meaning", "more"} of a score. more: whether a larger value is better."""
-    metric = SCORES[key]
-    return {"key": key, "name": title(key), "meaning": metric.meaning, "more": metric.better == "higher"}
 
 
 def _interval(scores: Any, key: str) -> dict[str, float | None]:
     cell = scores.get(key) if isinstance(scores, Mapping) else None
-    if not isinstance(cell, Mapping):
-        cell = {"value": cell}
+    cell = cell if isinstance(cell, Mapping) else {"value": cell}
     return {part: number(cell.get(part)) for part in ("value", "low", "high")}
 
 
@@ -162,7 +143,7 @@ def read_facts(folder: Path, subject: str, ledger: Mapping[str, Any]) -> Facts:
     """The facts of a subject from its folder, which need not exist, and its row of the ledger, {} without a ledger."""
     notes: list[str] = []
     record, evaluation = (read_object(folder / name, notes) for name in (RECORD, EVALUATION))
-    log = read_log(folder / LOG, notes)
+    log = read_log(folder, notes)
     return Facts(subject, record, dict(ledger), evaluation, log, settings(read_text(folder / CONFIG, notes)), notes)
 
 

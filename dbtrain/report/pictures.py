@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image
-
 from dbtrain.data.images import open_photo
 
 SIDE = 192
@@ -45,20 +43,16 @@ class Thumbnails:
         """
         key = hashlib.sha256(f"{FORM}\n{identity}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
         if key not in self.made:
-            self.made[key] = self._make(key, open_photo(content()))
+            image, small = open_photo(content()), io.BytesIO()
+            image.thumbnail((SIDE, SIDE))
+            image.save(small, "JPEG", quality=QUALITY, subsampling=0)
+            self.made[key] = f"{key}-{image.width}x{image.height}.jpg"
+            put(self.folder / self.made[key], small.getvalue())
         name = self.made[key]
         self.used.add(name)
         match = NAME.fullmatch(name)
         assert match is not None, "only such names are made and listed"
         return {"src": name, "width": int(match[2]), "height": int(match[3])}
-
-    def _make(self, key: str, image: Image.Image) -> str:
-        image.thumbnail((SIDE, SIDE))
-        out = io.BytesIO()
-        image.save(out, "JPEG", quality=QUALITY, subsampling=0)
-        name = f"{key}-{image.width}x{image.height}.jpg"
-        put(self.folder / name, out.getvalue())
-        return name
 
     def sweep(self) -> None:
         """Delete the thumbnails in the folder that this page does not show."""

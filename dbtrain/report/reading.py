@@ -108,10 +108,10 @@ def read_object(path: Path, notes: list[str], most: int = MAX_BYTES) -> dict[str
     return value
 
 
-def read_log(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The log's lines that are JSON objects with a step, in file order; a line half written is left out."""
+def read_log(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The lines of a folder's log that are JSON objects with a step, in order; a line half written is left out."""
     lines = []
-    for line in read_text(path, notes, tail=True).splitlines():
+    for line in read_text(folder / LOG, notes, tail=True).splitlines():
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):

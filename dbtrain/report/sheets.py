@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dbtrain.data.index import Index, Row
+from dbtrain.data.index import Entry, Index
 from dbtrain.data.stream import read_samples
 from dbtrain.errors import DataError
 from dbtrain.report.facts import Facts
@@ -36,11 +35,14 @@ def load_index(shards: Path, notes: list[str]) -> Index | None:
         return None
 
 
-def photos(shards: Path, rows: Sequence[Row], thumbnails: Thumbnails, notes: list[str]) -> list[Picture]:
+def photos(shards: Path, rows: Sequence[Entry], thumbnails: Thumbnails, notes: list[str]) -> list[Picture]:
     """The subject's photos as stored for training; each is compared with its digest in the index before it is shown."""
     pictures: list[Picture] = []
     for row in rows[:PHOTOS]:
-        stored = partial(_stored_photo, shards, row)
+
+        def stored(row: Entry = row) -> bytes:
+            return next(iter(read_samples(shards, [row]))).image
+
         try:
             thumbnail = thumbnails.of(row.sha256, stored)
         except (DataError, OSError) as error:
@@ -50,11 +52,6 @@ def photos(shards: Path, rows: Sequence[Row], thumbnails: Thumbnails, notes: lis
     if len(rows) > PHOTOS:
         notes.append(f"{len(rows) - PHOTOS} more photos are not shown")
     return pictures
-
-
-def _stored_photo(shards: Path, row: Row) -> bytes:
-    (sample,) = read_samples(shards, [row])
-    return sample.image
 
 
 def strips(folder: Path, files: Sequence[Stamp], facts: Facts, thumbnails: Thumbnails) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import accumulate
 from statistics import mean, median
 from typing import Any
 
@@ -25,9 +26,9 @@ SPANS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 2
 
 def counts(rows: Rows) -> list[tuple[str, int]]:
     """(state, subjects) of every state that occurs."""
-    order = {state: i for i, state in enumerate(STATES)}
     subjects = Counter(row["state"] for row in rows)
-    return sorted(subjects.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
+    known = {state: subjects.pop(state) for state in STATES if state in subjects}
+    return [*known.items(), *sorted(subjects.items())]
 
 
 def stage_table(rows: Rows) -> dict[str, Any]:
@@ -146,13 +147,10 @@ def cost(rows: Rows, price: float | None) -> charts.Chart | None:
     spent = sorted((end, seconds) for end, seconds in ended if end)
     if len(spent) < 2:
         return None
-    total, line = 0.0, []
-    for end, seconds in spent:
-        total += seconds / 3600 * (price if price is not None else 1.0)
-        line.append((end, total))
-    unit = "cost" if price is not None else "device hours"
-    ticks, sentence = time_ticks(line[0][0], line[-1][0]), f"{total:.4g} {unit} for {len(spent)} subjects"
-    return charts.lines("Cost", {unit: line}, sentence, y_label=unit, x_labels=ticks, zero=True)
+    unit, hour = ("device hours", 1.0) if price is None else ("cost", price)
+    ends, sums = [end for end, _ in spent], list(accumulate(seconds / 3600 * hour for _, seconds in spent))
+    ticks, sentence = time_ticks(ends[0], ends[-1]), f"{sums[-1]:.4g} {unit} for {len(spent)} subjects"
+    return charts.lines("Cost", {unit: list(zip(ends, sums))}, sentence, y_label=unit, x_labels=ticks, zero=True)
 
 
 def clock(seconds: float, date: bool) -> str:
@@ -175,8 +173,7 @@ def time_ticks(low: float, high: float) -> dict[float, str]:
 
 def spell(seconds: float) -> str:
     """A duration as short text: 42 s, 3.5 min, 12 h, 3 days."""
-    for size, unit in ((86400 * 2, "days"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            per = 86400 if unit == "days" else size
+    for least, per, unit in ((86400 * 2, 86400, "days"), (3600, 3600, "h"), (60, 60, "min")):
+        if seconds >= least:
             return f"{seconds / per:.3g} {unit}"
     return f"{seconds:.3g} s"

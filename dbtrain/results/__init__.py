@@ -1,1 +1,1 @@
-"""What a subject leaves behind: checkpoints, weights, card, sheets, record; and its use afterwards."""
+"""What training writes for a subject: checkpoints, weights, card, sheets, record; and the use of finished subjects."""

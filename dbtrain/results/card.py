@@ -17,12 +17,14 @@ from dbtrain.tiny import EMBEDDED
 
 TESTED = ("0.33.1", "0.42.1")
 """Oldest and newest diffusers that `make compat` loads results with."""
+TESTED_FAMILIES = ("sd", "sdxl")
+"""Families whose results it loads."""
 CARD = "README.md"
 CONFIG_FILE = "config.yaml"
 
 
 def publish_card(folder: Path, record: dict[str, Any], config: RunConfig, recipe_yaml: str) -> None:
-    """README.md, a model card with usage, recipe and provenance, and config.yaml; hubs index the front matter."""
+    """Write README.md, a model card with usage, recipe and provenance, and config.yaml. Hubs index its front matter."""
     write_file(folder / CONFIG_FILE, recipe_yaml.encode())
     lora = config.train.method == "lora"
     front = yaml.safe_dump(
@@ -40,6 +42,10 @@ def publish_card(folder: Path, record: dict[str, Any], config: RunConfig, recipe
         f"| {key} | `{_cell(record[key])}` |"
         for key in ("identifier", "class", "steps", "seed", "base", "base_digest", "data_digest", "run", "dbtrain")
     )
+    tested = ""
+    if record.get("family", "sd") in TESTED_FAMILIES:
+        versions = f"diffusers {TESTED[0]} to {TESTED[1]} and the transformers and PEFT of their day"
+        tested = f"Such results are tested with {versions}.\n\n"
     write_file(
         folder / CARD,
         f"""---
@@ -54,9 +60,7 @@ Trained with dbtrain {__version__} (DreamBooth, arXiv 2208.12242).
 {python_snippet({**record, "method": config.train.method}, ".", "sample.png")}
 ```
 
-Such results are tested with diffusers {TESTED[0]} to {TESTED[1]} and the transformers and PEFT of their day.
-
-| | |
+{tested}| | |
 |---|---|
 {rows}
 
@@ -76,7 +80,7 @@ def _cell(value: object) -> str:
 def python_snippet(record: Mapping[str, Any], folder: str, image: str) -> str:
     """Code that loads a subject from `folder` and saves a picture of its caption as `image`.
 
-    record: {"base", "family", "method", "caption"}, texts from anywhere: each stands in the code as a literal.
+    record: {"base", "family", "method", "caption"}. Its texts may come from anyone, so the code holds them as literals.
     """
     base, kind = str(record.get("base")), "DiffusionPipeline"
     imports, source = [], f"{kind}.from_pretrained({base!r})"
@@ -91,4 +95,4 @@ def python_snippet(record: Mapping[str, Any], folder: str, image: str) -> str:
     lora = [] if record.get("method") == "full" else [f"pipe.load_lora_weights({folder!r})"]
     caption = str(record.get("caption"))
     lines = [f"from diffusers import {kind}", *imports, "", f"pipe = {source}", *lora]
-    return "\n".join([*lines, f"pipe({caption!r}).images[0].save({image!r})"])
+    return "\n".join([*lines, f"pipe(prompt={caption!r}).images[0].save({image!r})"])

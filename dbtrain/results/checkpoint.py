@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dbtrain.engines.engine import EngineState
 from dbtrain.errors import DataError
+from dbtrain.results.identity import About, Identity, Relation, difference, relation
 from dbtrain.storage.atomic import file_digest, hidden, sweep, whole_folder
 
 STATE, ABOUT, MANIFEST = "state.safetensors", "state.json", "manifest.json"
@@ -23,26 +24,29 @@ STEP_FOLDER = re.compile(r"step-[0-9]{8}")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: the engine's state after `step` steps, and whose it is.
+    """What a checkpoint holds: the engine's state after `step` steps, and the digest `run` of the training.
 
-    average: the photos' error that `train.stop_loss` looks at, where an engine keeps it.
+    average: the running mean of the photos' error, which `train.stop_loss` is compared with; 0 where none is kept.
+    about: see `identity.Identity`; empty in checkpoints of an earlier dbtrain.
     """
 
     step: int
     run: str
     state: EngineState
     average: float = 0.0
+    about: About = field(default_factory=dict)
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """The folder written, whole or not at all; afterwards only the `keep` newest good ones remain."""
+    """The folder of the checkpoint, written whole or not at all. Only the `keep` newest good checkpoints remain."""
     from safetensors.torch import save_file
 
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{checkpoint.step:08d}"
     sweep(root)
     flat = {f"{kind}/{name}": tensor for kind, group in checkpoint.state.items() for name, tensor in group.items()}
-    about = {"step": checkpoint.step, "run": checkpoint.run, "average": checkpoint.average}
+    about: dict[str, Any] = {"step": checkpoint.step, "run": checkpoint.run, "average": checkpoint.average}
+    about |= {"about": checkpoint.about} if checkpoint.about else {}
     with whole_folder(final) as temporary:
         save_file(flat, temporary / STATE)
         (temporary / ABOUT).write_text(json.dumps(about))
@@ -52,44 +56,51 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return final
 
 
-def latest_checkpoint(root: Path, run: str) -> tuple[Path | None, list[str]]:
-    """The folder of the newest checkpoint that verifies, or None, and a line for every newer one that did not.
+def latest_checkpoint(root: Path, wanted: Identity) -> tuple[Path | None, list[str]]:
+    """(folder of the newest checkpoint that verifies or None, one line for every newer one that does not).
 
-    Raises DataError for a good checkpoint of another run: resuming from it would mix two trainings.
+    Raises DataError for a good checkpoint of another run, unless that is the same for fewer steps: resuming from it
+    would mix two trainings.
     """
     passed_over: list[str] = []
-    for folder in _folders(root):
+    for folder in checkpoint_folders(root):
         defect = verify_checkpoint(folder)
         if not defect:
-            return _own(folder, run), passed_over
+            return _own(folder, wanted), passed_over
         passed_over.append(f"{folder}: {defect}; falling back to the one before")
     return None, passed_over
 
 
-def named_checkpoint(root: Path, name: str, run: str) -> Path:
-    """The checkpoint that a user asked for by its folder's name; DataError if it is missing, damaged or foreign."""
-    there = ", ".join(folder.name for folder in _folders(root)) or "none"
+def named_checkpoint(root: Path, name: str, wanted: Identity) -> Path:
+    """The checkpoint of a folder's name. Raises DataError if it is missing, damaged or of another run."""
+    there = ", ".join(folder.name for folder in checkpoint_folders(root)) or "none"
     if not (root / name).is_dir():
         raise DataError(f"checkpoint.resume: {root / name} does not exist (there are: {there}); correct the name")
     defect = verify_checkpoint(root / name)
     if defect:
         raise DataError(f"checkpoint.resume: {root / name}: {defect}; name another (there are: {there}), or `latest`")
-    return _own(root / name, run)
+    return _own(root / name, wanted)
 
 
-def _own(folder: Path, run: str) -> Path:
+def checkpoint_identity(folder: Path) -> Identity:
+    """The training that a verified checkpoint belongs to."""
+    about = _about(folder)
+    return Identity.read(str(about.get("run")), about.get("about"))
+
+
+def _own(folder: Path, wanted: Identity) -> Path:
     """A verified checkpoint's folder; DataError if it is another run's."""
-    found = str(_about(folder).get("run"))
-    if found != run:
+    found = checkpoint_identity(folder)
+    if relation(found, wanted) not in (Relation.SAME, Relation.LONGER):
         raise DataError(
-            f"{folder}: belongs to a run with other settings or data (run {found[:12]}, "
-            f"this one is {run[:12]}); use another --out, or delete the folder to start afresh"
+            f"{folder}: belongs to a run with other settings or data ({difference(found, wanted)}); use another "
+            "--out, or delete the folder to start afresh"
         )
     return folder
 
 
 def verify_checkpoint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None; nothing is parsed before its digest has proved it."""
+    """What is wrong with a checkpoint's files, or None. No file is parsed before its digest is checked."""
     try:
         digests = json.loads((folder / MANIFEST).read_text())
         if not isinstance(digests, dict) or digests.keys() != {STATE, ABOUT}:
@@ -108,6 +119,11 @@ def verify_checkpoint(folder: Path) -> str | None:
     return None
 
 
+def newest_step(root: Path) -> int:
+    """The step of the newest checkpoint, by its name; 0 where there is none. Whether it verifies is not looked at."""
+    return int(folders[0].name.removeprefix("step-")) if (folders := checkpoint_folders(root)) else 0
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """The contents of a verified checkpoint, on the CPU."""
     from safetensors.torch import load_file
@@ -117,25 +133,28 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     for key, tensor in load_file(folder / STATE).items():
         kind, name = key.split("/", 1)
         state.setdefault(kind, {})[name] = tensor
-    return Checkpoint(about["step"], about["run"], state, about.get("average", 0.0))
+    return Checkpoint(about["step"], about["run"], state, about.get("average", 0.0), about.get("about", {}))
 
 
 def _about(folder: Path) -> dict[str, Any]:
     return json.loads((folder / ABOUT).read_text())
 
 
-def _folders(root: Path) -> list[Path]:
+def checkpoint_folders(root: Path) -> list[Path]:
+    """The folders of all checkpoints, the newest first; whether they verify is not looked at."""
     found = [path for path in root.iterdir() if STEP_FOLDER.fullmatch(path.name)] if root.is_dir() else []
     return sorted(found, reverse=True)
 
 
 def tidy_checkpoints(root: Path, keep: int) -> None:
-    """Nothing; afterwards there are no remains of a killed writer, and no checkpoint older than the `keep` newest good
-    ones. Damaged ones do not count, so that the last good one is never deleted."""
+    """Remove the remains of killed writers, and every checkpoint older than the `keep` newest good ones.
+
+    Damaged checkpoints do not count, so that the last good one is never deleted.
+    """
     good = 0
-    for folder in _folders(root):
+    for folder in checkpoint_folders(root):
         if good >= keep:
-            # Out of sight first: a deletion that is killed leaves no half checkpoint under a real name.
+            # Renamed first, so that a killed deletion leaves no half checkpoint under a real name.
             os.rename(folder, hidden(folder))
         else:
             good += verify_checkpoint(folder) is None

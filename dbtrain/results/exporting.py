@@ -53,7 +53,7 @@ def family_of(weights: LoraWeights, metadata: dict[str, str], source: Path) -> s
         return str(said)
     version = metadata.get("ss_base_model_version", "")
     for name in FAMILIES:
-        if version and version == FAMILIES[name].base_version:
+        if version not in ("", "unknown") and version == FAMILIES[name].base_version:
             return name
     if version.startswith("sdxl"):
         return "sdxl"

@@ -26,14 +26,14 @@ from dbtrain.settings.recipes import load
 from dbtrain.subjects.prompts import application, fill, read_set
 
 SHEET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-"""What the name of a sheet looks like; it becomes a file's and a folder's."""
+"""What a sheet's name looks like. The name becomes that of a file and of a folder."""
 
 
 @contextmanager
 def finished_pipeline(
     folder: Path | None, family: Family, models: Models, config: RunConfig, weight: float = 1.0
 ) -> Iterator[Any]:
-    """The pipeline of a finished subject: the base with its adapter on it, or its own model; of the base for None.
+    """The pipeline of a finished subject: the base with its adapter, or its own model. None gives the plain base's.
 
     weight: how much of the adapter is added to the base; 0 is the base alone. Raises ConfigError for another weight
     than 1 where there is no adapter.
@@ -52,13 +52,13 @@ def finished_pipeline(
 
 
 def own_device() -> torch.device:
-    """Where this machine draws and scores."""
+    """The device on which this machine draws and scores."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass
 class WarmBase:
-    """The base model that was asked for last, kept on this machine's device for the next subject of the same base."""
+    """The base model that was loaded last, kept on this machine's device for the next subject of the same base."""
 
     config: ModelConfig | None = None
     models: Models | None = None
@@ -81,48 +81,50 @@ def generate_finished(
     negative: str | None = None,
     weight: float = 1.0,
 ) -> Iterator[Path]:
-    """The sheets drawn for each finished subject folder; adapters of one base share it, loaded once.
+    """The sheets drawn for each finished subject's folder. A base is loaded once for all adapters that follow on it.
 
-    prompts: templates with `{subject}`; None are those of the subject's own recipe. sets: names of prompt sets, each a
-    sheet of its own name, in place of prompts. overrides: `a.b=c` settings. negative: a template of what the pictures
-    are to keep away from. weight: of the adapters, as in `finished_pipeline`.
-    Raises DataError for a folder that holds no finished subject, ConfigError for an unknown set, names that are no
-    names of a sheet, and where there is nothing to draw.
+    prompts: templates with `{subject}`; None takes those of the subject's own recipe. sets: names of prompt sets, in
+    place of prompts; each set gives one sheet of its name. overrides: `a.b=c` settings. negative: a template of what
+    the pictures are to keep away from. weight: of the adapters, as in `finished_pipeline`.
+    Raises DataError for a folder without a finished subject, and ConfigError for an unknown set, for a bad name of a
+    sheet, and where there is nothing to draw.
     """
     warm = WarmBase()
     titles = sheet_titles(sets) if sets else {name: ""}
     refuse_titles([*titles])
-    for one in sets:
-        read_set(one)
+    for prompt_set in sets:
+        read_set(prompt_set)
     for folder in folders:
         record, config = finished_record(folder), finished_config(folder, overrides)
         noun, family = record["class"], FAMILIES[config.model.family]
         sheets = {
-            title: application(one, noun) if sets else tuple(prompts or config.sample.prompts)
-            for title, one in titles.items()
+            title: application(prompt_set, noun) if sets else tuple(prompts or config.sample.prompts)
+            for title, prompt_set in titles.items()
         }
         refuse_nothing(folder, sheets, config)
+        if negative and not family.negative:
+            raise ConfigError(f"--negative: the pipeline of {family.name} takes no negative prompt; leave it out")
         avoided = negative and fill(negative, identifier=record["identifier"], class_noun=noun)
         with finished_pipeline(folder, family, warm.load(config.model), config, weight) as pipeline:
             for title, templates in sheets.items():
-                texts = [fill(one, identifier=record["identifier"], class_noun=noun) for one in templates]
+                texts = [fill(text, identifier=record["identifier"], class_noun=noun) for text in templates]
                 chosen = (config.sample, config.data.resolution, config.train.precision)
                 rows = draw_samples(pipeline, texts, *chosen, negative=avoided)
                 yield publish_sheet(folder, rows, texts, title)
 
 
 def sheet_titles(sets: Sequence[str]) -> dict[str, str]:
-    """Prompt sets by the name of their sheet. Raises ConfigError where two would be drawn over each other."""
-    titles = {Path(one).stem: one for one in sets}
-    for one in sets:
-        if titles[Path(one).stem] != one:
-            other = titles[Path(one).stem]
-            raise ConfigError(f"--set: {one} and {other} would both be the sheet {Path(one).stem}.png; rename the file")
+    """Prompt sets by the name of their sheet. Raises ConfigError where two sets have the same name of a sheet."""
+    titles = {Path(name).stem: name for name in sets}
+    for name in sets:
+        sheet = Path(name).stem
+        if titles[sheet] != name:
+            raise ConfigError(f"--set: {name} and {titles[sheet]} would both be the sheet {sheet}.png; rename the file")
     return titles
 
 
 def refuse_titles(titles: Sequence[str]) -> None:
-    """Nothing; ConfigError for names under which training keeps its own sheets, and those that are no file names."""
+    """Raise ConfigError for names of the sheets that training writes, and for those that are no file names."""
     for title in titles:
         if not SHEET.fullmatch(title):
             raise ConfigError(f"--name, --set: {title!r} is no name of a sheet; use letters, digits, _ and -")
@@ -131,7 +133,7 @@ def refuse_titles(titles: Sequence[str]) -> None:
 
 
 def refuse_nothing(folder: Path, sheets: Mapping[str, Sequence[str]], config: RunConfig) -> None:
-    """Nothing; ConfigError where no prompt or no image is asked for."""
+    """Raise ConfigError where no prompt or no image is asked for."""
     if not config.sample.images:
         raise ConfigError(f"{folder}: sample.images is 0 there, and nothing would be drawn; add sample.images=4")
     for title, templates in sheets.items():
@@ -140,7 +142,7 @@ def refuse_nothing(folder: Path, sheets: Mapping[str, Sequence[str]], config: Ru
 
 
 def finished_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
-    """The configuration that a subject was trained with, and overrides."""
+    """The settings that a subject was trained with, with overrides."""
     if not (folder / CONFIG_FILE).exists():
         raise DataError(f"{folder}: has no {CONFIG_FILE}; give a folder under OUT/subjects/")
     return load(folder / CONFIG_FILE, overrides)

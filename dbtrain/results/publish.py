@@ -1,4 +1,4 @@
-"""A finished subject's weights in the field's formats: written, and read back."""
+"""A finished subject's weights in the formats that other programs read: written, and read back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dbtrain.errors import DataError
+from dbtrain.errors import ConfigError, DataError
 from dbtrain.families import FAMILIES
 from dbtrain.models.adapter_names import to_diffusers, to_kohya
 from dbtrain.models.adapters import TEXT_MODEL, LoraWeights
@@ -29,7 +29,7 @@ def save_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> Non
 
 
 def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its metadata sorted: the library's order changes by process, and digests with it."""
+    """A safetensors file with sorted metadata: the library's order differs between processes, so digests would too."""
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
@@ -39,7 +39,7 @@ def _in_order(content: bytes) -> bytes:
 
 
 def publish_lora(folder: Path, weights: LoraWeights, provenance: dict[str, str], kohya: bool) -> list[Path]:
-    """The adapter files written: diffusers' layout, and kohya's if asked.
+    """The adapter files, which were written: diffusers' layout, and kohya's if asked for.
 
     In diffusers' layout alpha / rank is multiplied into B, and alpha is the rank: versions below 0.34 read no alpha.
     """
@@ -73,8 +73,13 @@ def peft_settings(weights: LoraWeights) -> dict[str, Any]:
 
 
 def export_kohya(path: Path, weights: LoraWeights, provenance: dict[str, str], name: str = "") -> Path:
-    """The adapter written with kohya's key names and metadata. name: what programs show; empty is the file's."""
+    """The path of the adapter, which was written with kohya's key names and metadata.
+
+    name: what programs show; empty takes the file's. Raises ConfigError for a family without such names.
+    """
     family = FAMILIES[provenance.get("family", "sd")]
+    if family.kohya is None:
+        raise ConfigError(f"{path}: {family.name} has no names in kohya's files that diffusers reads")
     tensors = to_kohya(weights, family.kohya)
     metadata = kohya_metadata(tensors, weights, family, provenance, name or provenance.get("subject") or path.stem)
     save_safetensors(path, tensors, {**provenance, **metadata})
@@ -84,7 +89,7 @@ def export_kohya(path: Path, weights: LoraWeights, provenance: dict[str, str], n
 def read_lora(path: Path) -> tuple[LoraWeights, dict[str, str]]:
     """An adapter of dbtrain or of another trainer (a file, or the folder that holds it), and its metadata.
 
-    Raises DataError for a file that is none, and for one that is not what the record beside it says.
+    Raises DataError for a file that is no adapter, and for one that differs from the record beside it.
     """
     from safetensors import safe_open
 

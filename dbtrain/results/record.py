@@ -1,6 +1,6 @@
-"""record.json: what says that a subject is finished, and which bytes it left behind.
+"""record.json: the file that marks a subject as finished, with the digests of all files that training wrote for it.
 
-It is written last. Its files are compared with it wherever they are used, and before a subject counts as done.
+It is written last. The files are compared with it wherever they are used, and before a subject counts as done.
 """
 
 from __future__ import annotations
@@ -13,30 +13,34 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dbtrain.errors import DataError
+from dbtrain.results.identity import Identity
 from dbtrain.storage.atomic import file_digest, sync_folder, write_file
 
 RECORD = "record.json"
-SHEET = "samples.png"
+LAST_SHEET = "samples"
+SHEET = f"{LAST_SHEET}.png"
 NEEDED = {**dict.fromkeys(("subject", "class", "identifier", "run", "base", "base_digest"), str), "files": dict}
-"""What every record holds, and of which kind."""
+"""Keys that every record holds, with the types of their values."""
 QUICK_BYTES = 2**30
-"""Files of so many bytes together are read to see whether a subject is done; of larger ones the sizes must do."""
+"""Up to this total size digests decide whether a subject is done; above it only file sizes."""
 
 
 def write_record(folder: Path, record: dict[str, Any], artefacts: Sequence[Path]) -> None:
-    """record.json with sizes and digests of the artefacts, and digests of each image of the last sheet; the last file
-    of a finished subject."""
+    """Write record.json: the record, sizes and digests of the artefacts, and digests of the last sheet's images.
+
+    It is the last file of a finished subject.
+    """
     names = {path.relative_to(folder).as_posix(): path for path in artefacts}
     files = {name: file_digest(path) for name, path in names.items()}
-    found = {**record, "files": files, "sizes": {name: path.stat().st_size for name, path in names.items()}}
+    content = {**record, "files": files, "sizes": {name: path.stat().st_size for name, path in names.items()}}
     if SHEET in files:
         drawn = sorted((folder / "samples" / "samples").glob("*.png"))
-        found["samples"] = {path.name: file_digest(path) for path in drawn}
-    write_file(folder / RECORD, json.dumps(found, indent=1).encode())
+        content["samples"] = {path.name: file_digest(path) for path in drawn}
+    write_file(folder / RECORD, json.dumps(content, indent=1).encode())
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished subject, or None. Raises DataError for a damaged one."""
+    """The record of a finished subject. None if there is none. Raises DataError for a damaged record."""
     path = folder / RECORD
     if not path.exists():
         return None
@@ -49,8 +53,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def record_identity(record: dict[str, Any]) -> Identity:
+    """The training that a record is of."""
+    return Identity.read(record["run"], record.get("about"))
+
+
 def looks_finished(folder: Path) -> bool:
-    """Whether a record is there whose files are there too, of the right sizes; their digests are not looked at."""
+    """Whether a folder has a record, and all files of that record with the right sizes. Digests are not compared."""
     try:
         record = read_record(folder)
     except DataError:
@@ -59,15 +68,15 @@ def looks_finished(folder: Path) -> bool:
 
 
 def drop_record(folder: Path) -> None:
-    """Nothing; afterwards the subject is not finished, and the same training goes on with it."""
+    """Remove a subject's record, so that the same training goes on with the subject."""
     (folder / RECORD).unlink(missing_ok=True)
     sync_folder(folder)
 
 
 def finished_record(folder: Path) -> dict[str, Any]:
-    """The record of a finished subject all of whose files are what it says.
+    """The record of a finished subject whose files all agree with it.
 
-    Raises DataError for a folder that holds no such subject; it names the file.
+    Raises DataError, which names the file, for a folder that holds no such subject.
     """
     record = read_record(folder)
     if record is None:
@@ -77,7 +86,7 @@ def finished_record(folder: Path) -> dict[str, Any]:
 
 
 def refuse_changed(path: Path) -> None:
-    """Nothing; DataError unless a file is what the record beside it says, if there is one that names it."""
+    """Raise DataError if a file differs from the record beside it. A file that no record names passes."""
     record = read_record(path.parent)
     if record is not None and path.name in record["files"]:
         _refuse(path.parent, record, {path.name: record["files"][path.name]})
@@ -92,10 +101,10 @@ def _refuse(folder: Path, record: dict[str, Any], files: Mapping[str, str]) -> N
 
 
 def file_problem(folder: Path, record: dict[str, Any], most_bytes: float = math.inf) -> str | None:
-    """Which file of a finished subject is not what its record says, and how; None if all are.
+    """The first file of a finished subject that differs from its record, and how. None if no file differs.
 
-    Names and sizes come first (records of old hold no sizes), then the digests, unless the files have more than
-    `most_bytes` together.
+    Names and sizes are compared first (records of old versions hold no sizes), then digests, unless the files have
+    more than `most_bytes` together.
     """
     sizes, total = record.get("sizes"), 0
     for name in record["files"]:

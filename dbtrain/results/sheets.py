@@ -13,7 +13,7 @@ from dbtrain.storage.atomic import write_file
 def grid(
     rows: Sequence[Sequence[Image.Image]], captions: Sequence[str] | None = None, cell: int | None = None
 ) -> Image.Image:
-    """One sheet of image rows on white, each row under its caption; `cell` is the side of an image in pixels."""
+    """A sheet of image rows on white, each under its caption. cell: an image's side in pixels; None: the first's."""
     cell = cell or rows[0][0].width
     gap, header = 4, 16 if captions else 0
     width = max(len(row) for row in rows) * (cell + gap) + gap
@@ -29,7 +29,7 @@ def grid(
 
 
 def publish_sheet(folder: Path, rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str], name: str) -> Path:
-    """A captioned sheet `name`.png of sample images, and each alone in `samples/name`, which holds nothing else."""
+    """The path of the captioned sheet `name`.png. Each image also lies alone in `samples/name`, and no other image."""
     separate = folder / "samples" / name
     separate.mkdir(parents=True, exist_ok=True)
     before = set(separate.glob("prompt-*-image-*.png"))

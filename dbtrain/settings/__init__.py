@@ -1,1 +1,1 @@
-"""The settings of a run: what there is, recipes in YAML, and their checks."""
+"""The settings of a run: the tree of fields, recipes in YAML, and their checks."""

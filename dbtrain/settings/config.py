@@ -1,47 +1,62 @@
 """The settings of a run: one frozen tree, each field with its meaning, unit and range.
 
-`configfile.py` reads it from YAML and dotted overrides; everything else receives it whole or by section.
-Rules that join several fields stand in `cross_field_findings`, nowhere else.
+`recipes.py` makes it from YAML and dotted overrides. Rules about several fields are in `rules.py`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from dbtrain.families import FAMILIES
+from dbtrain.objective import DISTRIBUTIONS, PARAMETERIZATIONS, WEIGHTINGS
+from dbtrain.settings.marks import Mark, OneOf
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Scheme = Literal["file", "memory", "s3", "gs", "az", "abfs"]
+PREDICTIONS = ("auto", *PARAMETERIZATIONS)
+NAMING = ("{identifier}", "{subject}", "[trigger]")
+"""Placeholders that a subject's identifier takes the place of."""
 Template = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
 class Section(BaseModel):
-    """A frozen group of settings; unknown keys are errors, and field docstrings become the schema's descriptions."""
+    """A frozen group of settings. Unknown keys are errors; docstrings of fields are the descriptions in the schema."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    def replaced(self, key: str, value: Any) -> Self:
+        """The same settings with another value, already checked, for a dotted key."""
+        name, _, rest = key.partition(".")
+        part = getattr(self, name).replaced(rest, value) if rest else value
+        return self.model_copy(update={name: part})
+
 
 class ModelConfig(Section):
-    """The base model, which is never changed on disk."""
+    """The base model. Its files are only read."""
 
-    family: Literal["sd", "sdxl"] = "sd"
-    """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL."""
-    path: str = Field("embedded", min_length=1)
+    family: Annotated[str, OneOf(FAMILIES)] = "sd"
+    """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL, `sd3` is
+    Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2 klein."""
+    path: Annotated[str, Field(min_length=1), Mark.NO_RESULT, Mark.PATH_OR_NAME] = "embedded"
     """Diffusers folder, hub id, single-file .safetensors, or `embedded` for the small base that ships with dbtrain."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit); None is the default branch. Ignored for local paths."""
-    variant: str | None = None
-    """Weight file variant, such as `fp16`; None is the plain one."""
-    single_file_layout: str | None = None
+    revision: Annotated[str | None, Mark.NO_RESULT] = None
+    """Hub revision (branch, tag or commit); null is the default branch. Ignored for local paths."""
+    variant: Annotated[str | None, Mark.NO_RESULT] = None
+    """Variant of the weight files, such as `fp16`; null is the plain one."""
+    single_file_layout: Annotated[str | None, Mark.NO_RESULT, Mark.PATH_OR_NAME] = None
     """For a single .safetensors file: a diffusers folder or hub id of the same architecture that has the configuration
-    and tokenizers; None lets diffusers ask the hub."""
-    parameterization: Literal["auto", "epsilon", "v_prediction", "sample"] = "auto"
+    and tokenizers; null lets diffusers ask the hub."""
+    parameterization: Annotated[str, OneOf(PREDICTIONS)] = "auto"
     """What the denoiser predicts; `auto` takes it from the model's scheduler."""
     zero_terminal_snr: bool | Literal["auto"] = "auto"
     """Rescale the noise schedule to zero SNR at the last timestep (arXiv 2305.08891); `auto` follows the scheduler."""
-    attention: Literal["auto", "sdpa", "xformers", "flash", "math"] = "auto"
-    """Attention implementation; an impossible choice is refused with its reasons. `sdpa` is PyTorch's own pick, `flash`
-    its FlashAttention alone, `auto` the fastest for each shape by a short measurement on a GPU and `sdpa` on a CPU."""
+    dtype: Annotated[Literal["fp32", "bf16"], Mark.LATER] = "fp32"
+    """Number format in which denoiser and text encoders are loaded, for adapters alone; the VAE is always fp32."""
+    attention: Annotated[Literal["auto", "sdpa", "xformers", "flash", "math"], Mark.NO_RESULT] = "auto"
+    """Attention implementation: `sdpa` is the one that PyTorch picks, `flash` only its FlashAttention, `auto` the
+    fastest for each shape by a short measurement on a GPU, `sdpa` on a CPU. A choice that cannot run is an error."""
 
 
 class DataConfig(Section):
@@ -50,31 +65,39 @@ class DataConfig(Section):
     resolution: Annotated[int, Field(ge=16, le=4096, multiple_of=8)] = 512
     """Side of the square training image, in pixels."""
     crop: Literal["center", "random"] = "center"
-    """Square crop after the short side is resized; `random` draws anew every step, with latent caching off."""
+    """Square crop after the short side is resized. `random` draws a position at every step; latents are not cached."""
     flip: bool = False
     """Mirror a sample left-right with probability 1/2. Leave off for subjects with text or a handed shape."""
     caption: Template = "a photo of {identifier} {class}"
-    """Instance caption; `{identifier}` and `{class}` are filled in."""
+    """Caption of photos that have none of their own; `{identifier}` (or `[trigger]`), `{class}` and `{subject}`, which
+    is both, are filled in."""
     class_caption: Template = "a photo of a {class}"
     """Caption of the class priors; `{class}` is filled in."""
-    cache_latents: bool = True
-    """Encode each image once, as VAE moments, and sample the posterior anew each step."""
-    cache_text: bool = True
+    srgb: Annotated[bool, Mark.LATER] = True
+    """Convert photos with an embedded colour profile, such as a phone's Display P3, to sRGB. Photos without one, or
+    with one that means sRGB, are not changed."""
+    max_pixels: Annotated[int, Field(ge=1_000_000, le=1_000_000_000), Mark.NO_RESULT] = 200_000_000
+    """Most pixels of a photo. A photo needs about 6 bytes of memory for each pixel while it is read."""
+    caption_dropout: Annotated[float, Field(ge=0, lt=1), Mark.LATER] = 0.0
+    """Share of the photos' samples that train with an empty caption, drawn anew at each step."""
+    cache_latents: Annotated[bool, Mark.NO_RESULT] = True
+    """Encode each image once, to the mean and variance of its latents, and draw latents from these at every step."""
+    cache_text: Annotated[bool, Mark.NO_RESULT] = True
     """Encode each caption once while the text encoder is frozen."""
-    shards: str | None = None
-    """Ready-made shards to read the photos from, a folder or an address; the manifest then needs no `images`. None
-    makes them from the manifest's photos, in the output."""
-    schemes: tuple[Scheme, ...] = ()
-    """Schemes of an address that `data.shards` may be; others are refused."""
+    shards: Annotated[str | None, Mark.NO_RESULT, Mark.PATH] = None
+    """Ready-made shards to read the photos from, a folder or an address; the manifest then needs no `images`. null
+    makes shards from the manifest's photos, in the output folder."""
+    schemes: Annotated[tuple[Scheme, ...], Mark.NO_RESULT] = ()
+    """Schemes that an address in `data.shards` may have; any other is an error."""
 
 
 class IdentifierConfig(Section):
-    """The rare token that comes to name a subject."""
+    """The rare word that names a subject in captions and prompts."""
 
     tokens: Annotated[int, Field(ge=1, le=3)] = 1
     """Number of vocabulary tokens in an identifier."""
-    registry: str | None = None
-    """File that records who got which identifier, for runs to share; None is `identifiers.jsonl` in the output."""
+    registry: Annotated[str | None, Mark.NO_RESULT, Mark.PATH] = None
+    """File that records each subject's identifier, to share among runs; null is `identifiers.jsonl` in the output."""
 
 
 class TrainConfig(Section):
@@ -89,20 +112,20 @@ class TrainConfig(Section):
     lr: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     """Peak learning rate of the denoiser."""
     text_encoder_lr: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Peak learning rate of the text encoder; None is `train.lr`."""
+    """Peak learning rate of the text encoder; null is `train.lr`."""
     stop_loss: Annotated[float, Field(gt=0)] | None = None
-    """End a subject early, once its photos' mean squared error, averaged over about 50 steps, is below this; None is
-    never. Needs engine.kind=packed."""
+    """Mean squared error of a subject's photos, averaged over about 50 steps, below which its training ends early; null
+    never ends it early. Needs engine.kind=packed."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up: held, or decayed to 0 at the last step."""
+    """Learning rate after warm-up: constant, or decayed to 0 at the last step."""
     warmup_steps: Count = 0
     """Steps of linear warm-up from 0."""
     batch: Positive = 1
     """Instance samples in one optimizer step, over all ranks together; as many prior samples come on top."""
-    micro_batch: Positive | None = None
-    """Instance samples in one forward pass of one rank; None is all that a rank has. Fewer means accumulation."""
+    micro_batch: Annotated[Positive | None, Mark.NO_RESULT] = None
+    """Instance samples in one forward pass of one rank; null is all of a rank's. Fewer means accumulated gradients."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Global gradient norm above which gradients are scaled down; None never clips."""
+    """Global gradient norm above which gradients are scaled down; null never clips."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW's first-moment decay."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -112,11 +135,11 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW's decoupled weight decay."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the trained weights, which is then published; None keeps none."""
+    """Decay of an exponential moving average of the weights, which is published in their place; null keeps none."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision. Master weights and optimizer moments are fp32 either way."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, 1.4-1.8x the time."""
+    """Number format of the computation. Master weights and optimizer moments are always fp32."""
+    gradient_checkpointing: Annotated[bool, Mark.NO_RESULT] = False
+    """Recompute activations in the backward pass: less memory, 1.4 to 1.8 times the time of a step."""
 
 
 class LoraConfig(Section):
@@ -125,26 +148,31 @@ class LoraConfig(Section):
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank of every adapter."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """Adapter scale is alpha/rank; None is alpha = rank."""
+    """Adapter scale is alpha/rank; null is alpha = rank."""
     targets: tuple[str, ...] = ("attn*.to_q", "attn*.to_k", "attn*.to_v", "attn*.to_out.0")
-    """Shell-style patterns for the ends of denoiser layer names; linear layers and 1x1 convolutions can match."""
+    """Shell-style patterns for the ends of names of denoiser layers. Linear layers and 1x1 convolutions can match."""
     text_targets: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
     """The same for text encoders, when they are trained."""
+    init: Annotated[str | None, Mark.NO_RESULT, Mark.PATH] = None
+    """Adapter to start from: a finished subject's folder (OUT/subjects/ID) or an adapter's file; null starts afresh."""
 
 
 class ObjectiveConfig(Section):
     """Timestep sampling and loss weighting."""
 
-    weighting: Literal["none", "min_snr", "soft_min_snr", "debiased"] = "none"
+    weighting: Annotated[str, OneOf(WEIGHTINGS)] = "none"
     """Loss weight as a function of SNR."""
     snr_gamma: Annotated[float, Field(gt=0)] = 5.0
     """Gamma of Min-SNR (arXiv 2303.09556) and its soft form."""
-    timesteps: Literal["uniform", "logit_normal", "stratified"] = "uniform"
-    """Distribution of t; `stratified` spreads one step's samples evenly over the schedule."""
+    timesteps: Annotated[str, OneOf(DISTRIBUTIONS)] = "uniform"
+    """Distribution of the timestep t. `stratified` spreads the samples of one step evenly over the schedule."""
     logit_mean: float = 0.0
     """Location of the logit-normal distribution (arXiv 2403.03206, eq. 19)."""
     logit_std: Annotated[float, Field(gt=0)] = 1.0
     """Scale of the logit-normal distribution."""
+    shift: Annotated[Annotated[float, Field(gt=0)] | Literal["auto"], Mark.LATER] = "auto"
+    """Factor s that moves noise levels towards noise, s l / (1 + (s - 1) l); `auto` is the one that the model's
+    scheduler has for images of this size (SD3: 3; FLUX.1: 3.16 at 1024 px), and 1 where it is no flow model's."""
     noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Standard deviation of an extra per-channel constant in the noise; 0 is none."""
 
@@ -153,28 +181,29 @@ class PriorConfig(Section):
     """Class-specific prior preservation (DreamBooth, eq. 2)."""
 
     weight: Annotated[float, Field(ge=0)] = 1.0
-    """Lambda of the prior term; 0 switches it off."""
+    """Weight of the prior term, lambda in the paper; 0 trains without priors."""
     images: Count = 200
-    """Class images, made once per class by the frozen base and shared by all its subjects."""
-    sampler: Literal["ddpm", "euler_ancestral", "imported"] = "euler_ancestral"
-    """Ancestral sampler that draws them; `imported` uses own images that `dbtrain prior import` put into the store."""
+    """Images of each class. The frozen base draws them once, and all subjects of the class share them."""
+    sampler: Literal["auto", "ddpm", "euler_ancestral", "imported"] = "euler_ancestral"
+    """Sampler of the class images; `auto` is the model's own, which alone fits a flow model; `imported` draws none and
+    takes those that `dbtrain prior import` brought in."""
     steps: Positive = 50
     """Sampling steps."""
     guidance: Annotated[float, Field(ge=0)] = 7.5
     """Classifier-free guidance scale; 1 or less is none."""
-    batch: Positive = 4
+    batch: Annotated[Positive, Mark.NO_RESULT] = 4
     """Images drawn at once."""
     seed: Count = 0
-    """Seed of the class images, apart from the run's seed so that runs can share them."""
-    store: str | None = None
-    """Folder of the shared class priors; None is `priors/` in the output folder."""
+    """Seed of the class images. It is apart from `seed`, so that runs with different seeds can share the images."""
+    store: Annotated[str | None, Mark.NO_RESULT, Mark.PATH] = None
+    """Folder of the shared class priors; null is `priors/` in the output folder."""
 
 
 class ZeroConfig(Section):
     """DeepSpeed ZeRO."""
 
     stage: Literal[0, 1, 2, 3] = 0
-    """0 replicates; 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    """What is split among the ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory (stages 1-3)."""
     offload_parameters: bool = False
@@ -185,10 +214,10 @@ class PackedConfig(Section):
     """Many subjects' adapters in one step over one base."""
 
     size: Positive | Literal["auto"] = "auto"
-    """Subjects trained together; `auto` takes the fastest size that fits this machine's memory, both measured. Results
-    are equal in every bit only between packs of the same size, so give a number where that counts."""
+    """Subjects trained together; `auto` measures which sizes fit this machine's memory and takes the fastest of them.
+    Results are equal in every bit only between packs of the same size, so give a number where that counts."""
     memory_share: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """Most of the free memory that `auto` may fill."""
+    """Largest share of the free memory that `auto` may fill."""
     largest: Positive = 64
     """Largest size that `auto` may take."""
 
@@ -203,22 +232,22 @@ class EngineConfig(Section):
     packed: PackedConfig = PackedConfig()
     capture: Literal["auto", "graph", "compile", "off"] = "auto"
     """How a step is run: `graph` records it once as a CUDA graph (packed engine), `compile` compiles the denoiser's
-    repeated blocks, `off` runs it as it is; `auto` is `graph` where that can be."""
+    repeated blocks, `off` does neither, `auto` is `graph` where a graph can be recorded and `off` elsewhere."""
     channels_last: bool = False
-    """Lay out the denoiser's convolutions by channel, which tensor cores read as they are."""
-    deepspeed: str | None = None
-    """A standard DeepSpeed JSON file to start from; keys that dbtrain decides must be absent, "auto" or agree."""
+    """Keep the denoiser's convolutions in the channels-last layout, which tensor cores read without reordering."""
+    deepspeed: Annotated[str | None, Mark.PATH] = None
+    """DeepSpeed JSON file to start from, or null. Keys that dbtrain sets must be absent, "auto" or equal to its own."""
 
 
 class CheckpointConfig(Section):
     """State for resuming."""
 
-    every_steps: Count = 0
+    every_steps: Count = 200
     """Steps between checkpoints; 0 writes none before the end."""
     keep: Positive = 2
     """Newest checkpoints kept."""
     resume: Annotated[str, Field(pattern=r"^(latest|step-[0-9]{8})$")] = "latest"
-    """Where to go on: the newest good checkpoint, or one by its name, such as step-00000100; missing is an error."""
+    """Checkpoint to go on from: `latest` is the newest good one; a name, such as step-00000100, must exist."""
 
 
 class SampleConfig(Section):
@@ -248,7 +277,7 @@ class PublishConfig(Section):
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     """Number format of a fully fine-tuned model's weights; adapters are always fp32."""
     kohya: bool = False
-    """Write the adapter for kohya-ss and ComfyUI too."""
+    """Write the adapter in the format of kohya-ss and ComfyUI too."""
 
 
 class TrackConfig(Section):
@@ -257,15 +286,15 @@ class TrackConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb: str | None = None
-    """Project name for Weights & Biases, if it is installed; None is off."""
+    """Project name for Weights & Biases, which must be installed; null sends nothing there."""
     trackio: str | None = None
-    """Project name for trackio, if it is installed; None is off."""
+    """Project name for trackio, which must be installed; null sends nothing there."""
     every_steps: Positive = 10
     """Steps between log lines."""
 
 
 class RunConfig(Section):
-    """Everything that decides a run's result, and nothing else."""
+    """Every setting of a run. Fields marked `NO_RESULT` do not decide what is learnt."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all randomness of training."""
@@ -276,106 +305,8 @@ class RunConfig(Section):
     lora: LoraConfig = LoraConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     prior: PriorConfig = PriorConfig()
-    engine: EngineConfig = EngineConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    sample: SampleConfig = SampleConfig()
-    publish: PublishConfig = PublishConfig()
-    track: TrackConfig = TrackConfig()
-
-
-def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
-    """Pairs (dotted key, message) for settings that are right alone and wrong together; empty when all is well."""
-    train, zero, data = config.train, config.engine.zero, config.data
-    rules = [
-        (
-            "train.warmup_steps",
-            train.warmup_steps >= train.steps and train.warmup_steps > 0,
-            f"is {train.warmup_steps}, but train.steps is {train.steps}; the learning rate would never reach its peak",
-        ),
-        (
-            "train.micro_batch",
-            train.micro_batch is not None and train.batch % train.micro_batch != 0,
-            f"is {train.micro_batch}, which does not divide train.batch = {train.batch}",
-        ),
-        (
-            "engine.zero.offload_optimizer",
-            zero.offload_optimizer and zero.stage == 0,
-            "needs engine.zero.stage 1, 2 or 3",
-        ),
-        (
-            "engine.channels_last",
-            config.engine.channels_last and config.engine.kind == "zero",
-            "needs engine.kind=packed: DeepSpeed sends weights as flat bytes, which such weights are not",
-        ),
-        (
-            "engine.zero.offload_parameters",
-            zero.offload_parameters and zero.stage != 3,
-            f"needs engine.zero.stage 3, got {zero.stage}",
-        ),
-        (
-            "engine.capture",
-            config.engine.capture == "graph" and config.engine.kind == "zero",
-            "graph cannot record DeepSpeed's step; use engine.kind=packed (a pack of one is one subject), or compile",
-        ),
-        (
-            "engine.capture",
-            config.engine.capture == "compile" and config.engine.kind == "zero" and zero.stage == 3,
-            "compile cannot cut blocks whose parameters ZeRO stage 3 gathers as they run; use engine.capture=off",
-        ),
-        (
-            "train.text_encoder_lr",
-            train.text_encoder_lr is not None and not train.text_encoder,
-            "is set, but train.text_encoder is false, so it would have no effect",
-        ),
-        (
-            "data.caption",
-            "{identifier}" not in data.caption,
-            f"must contain {{identifier}}, got {data.caption!r}; without it nothing names the subject",
-        ),
-        (
-            "data.class_caption",
-            "{identifier}" in data.class_caption,
-            "must not contain {identifier}; priors show the class, not the subject",
-        ),
-        (
-            "prior.images",
-            config.prior.weight > 0 and config.prior.images == 0,
-            "is 0 while prior.weight is above 0; set prior.weight=0 to train without prior preservation",
-        ),
-        (
-            "lora.targets",
-            train.method == "lora" and not config.lora.targets,
-            "is empty; a LoRA needs at least one layer pattern",
-        ),
-        (
-            "train.stop_loss",
-            train.stop_loss is not None and config.engine.kind != "packed",
-            "is set, but only engine.kind=packed looks at it",
-        ),
-    ]
-    rules += _packed_rules(config) if config.engine.kind == "packed" else []
-    return [(key, message) for key, wrong, message in rules if wrong]
-
-
-def _packed_rules(config: RunConfig) -> list[tuple[str, bool, str]]:
-    """What a pack cannot do: (dotted key, whether it was asked for, message)."""
-    train, engine, track = config.train, config.engine, config.track
-    return [
-        ("train.method", train.method != "lora", "must be lora: a pack shares one frozen base; use engine.kind=zero"),
-        (
-            "train.micro_batch",
-            train.micro_batch not in (None, train.batch),
-            f"is {train.micro_batch}, but a pack runs all {train.batch} at once; lower engine.packed.size",
-        ),
-        (
-            "engine.zero",
-            engine.zero != ZeroConfig(),
-            "is set, but engine.kind=packed trains without DeepSpeed; use engine.kind=zero to shard or offload",
-        ),
-        ("engine.deepspeed", engine.deepspeed is not None, "is set, but engine.kind=packed trains without DeepSpeed"),
-        (
-            "track.wandb" if track.wandb else "track.trackio",
-            bool(track.wandb or track.trackio),
-            "follows one run in a process, and a pack has many; set it to null: log.jsonl and TensorBoard work",
-        ),
-    ]
+    engine: Annotated[EngineConfig, Mark.NO_RESULT] = EngineConfig()
+    checkpoint: Annotated[CheckpointConfig, Mark.NO_RESULT] = CheckpointConfig()
+    sample: Annotated[SampleConfig, Mark.NO_RESULT] = SampleConfig()
+    publish: Annotated[PublishConfig, Mark.NO_RESULT] = PublishConfig()
+    track: Annotated[TrackConfig, Mark.NO_RESULT] = TrackConfig()

@@ -1,13 +1,14 @@
-"""Settings in and out of text: YAML files and dotted overrides become a `RunConfig`, and a `RunConfig` becomes YAML.
+"""Recipes: YAML files and dotted overrides become a `RunConfig`, and a `RunConfig` becomes YAML.
 
-Everything wrong with a file and its overrides is reported at once, a line for each finding: where, what was got,
-what is wanted, what to do. YAML is read as version 1.2 (`1e-4` is a number, `on` is text) and without aliases.
+All errors of a file and its overrides are reported at once. Each finding is a line: where, the value given, the values
+allowed, what to do. YAML is read as version 1.2 (`1e-4` is a number, `on` is text) and without aliases.
 """
 
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from pydantic import ValidationError
 
 from dbtrain.errors import ConfigError
 from dbtrain.settings import yaml12
-from dbtrain.settings.config import RunConfig, cross_field_findings
+from dbtrain.settings.config import RunConfig
+from dbtrain.settings.rules import cross_field_findings
 
 MAX_BYTES = 65_536
 """Largest settings file; the largest recipe is 2 KB, and PyYAML needs a second for this much."""
@@ -24,7 +26,7 @@ MAX_BYTES = 65_536
 
 @dataclass
 class _Draft:
-    """A settings tree that is not validated yet, with the origin of each key and what was already found wrong."""
+    """A settings tree before its validation, with the origin of each key and the findings so far."""
 
     name: str
     tree: dict[str, Any] = field(default_factory=dict)
@@ -39,7 +41,7 @@ class _Draft:
 
 
 def configs_dir() -> Path:
-    """The folder of shipped settings: inside the package when installed, beside it in a checkout."""
+    """The folder of shipped settings: in the package when installed, beside the package in a checkout."""
     package = Path(__file__).parents[1]
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
@@ -55,10 +57,10 @@ def recipe_names() -> list[str]:
 
 
 def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The resolved settings of a recipe (a file, or the name of a shipped one; None is the defaults) plus overrides.
+    """The settings of a recipe with overrides. recipe: a file, or the name of a shipped recipe; None is the defaults.
 
-    Overrides are `a.b=value` with a YAML scalar or list as value; the last one for a key holds.
-    Raises ConfigError with every finding of file and overrides.
+    Overrides are `a.b=value` with a YAML scalar or list as value. The last override of a key holds.
+    Raises ConfigError with all findings of file and overrides.
     """
     if recipe is None:
         return loads("", "defaults", overrides)
@@ -71,7 +73,7 @@ def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Run
 
 
 def loads(text: str, name: str = "text", overrides: Sequence[str] = ()) -> RunConfig:
-    """The resolved settings of a YAML text; `name` stands for the file in messages. Errors as in `load`."""
+    """The settings of a YAML text with overrides. `name` is the file's name in messages. Errors as in `load`."""
     draft = _override_all(_parse(text, name), overrides)
     config = _validate(draft)
     if draft.findings:
@@ -80,13 +82,13 @@ def loads(text: str, name: str = "text", overrides: Sequence[str] = ()) -> RunCo
 
 
 def _line_of(finding: str, name: str) -> int:
-    """The line that a finding points to; overrides come after all lines."""
+    """The line of the file that a finding names; for an override a number above every line."""
     found = re.match(rf"{re.escape(name)}:(\d+):", finding)
     return int(found[1]) if found else MAX_BYTES
 
 
 def render(config: RunConfig) -> str:
-    """YAML of the whole tree, which `loads` turns back into an equal config."""
+    """YAML of the whole tree. `loads` of it gives an equal config."""
     return yaml12.dump(config.model_dump(mode="json"))
 
 
@@ -146,20 +148,28 @@ def _line(node: yaml.Node) -> int:
 
 
 def _value(node: yaml.Node, key: str, draft: _Draft, name: str) -> Any:
-    """The plain value of a node; what is wrong with it goes into the draft's findings."""
+    """The plain value of a node. Its errors are added to the draft's findings."""
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, key, draft, name)
     if isinstance(node, yaml.SequenceNode):
         return tuple(_value(item, key, draft, name) for item in node.value)
     kind = node.tag.removeprefix(yaml12.CORE)
     try:
-        return yaml12.SCALARS[kind](node.value)
+        return _whole(yaml12.SCALARS[kind](node.value), key)
     except KeyError:
         problem = f"the tag {node.tag} is not allowed; write a plain value"
     except ValueError:
         problem = f"got {_show(node.value)}, which is not a readable {kind}"
     draft.findings.append(f"{name}:{_line(node)}: {key or 'value'}: {problem}")
     return None
+
+
+def _whole(value: Any, key: str) -> Any:
+    """The value; an integer where it is a whole number such as 1e3 and the setting takes integers alone."""
+    part = known_keys().get(key, {})
+    kinds = {option.get("type") for option in part.get("anyOf", [part])}
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if whole and "integer" in kinds and "number" not in kinds else value
 
 
 def _mapping(node: yaml.MappingNode, prefix: str, draft: _Draft, name: str) -> dict[str, Any]:
@@ -194,7 +204,7 @@ def _override_all(draft: _Draft, overrides: Sequence[str]) -> _Draft:
 
 
 def _override(draft: _Draft, override: str) -> str | None:
-    """Sets one dotted key in the draft; the problem if that cannot be done."""
+    """The problem of an override; None if its value is now in the draft."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals:
@@ -224,7 +234,7 @@ def _override(draft: _Draft, override: str) -> str | None:
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
-        # A section that the file gave as something else stays wrong, and is reported where the file says it.
+        # A file may give a plain value for a section. It stays, so that the error names its line in the file.
         if not isinstance(tree.setdefault(section, {}), dict):
             return
         tree = tree[section]
@@ -232,7 +242,8 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _validate(draft: _Draft) -> RunConfig:
-    """The config of a draft. Where it is wrong, findings are added and defaults stand in, so that checking goes on."""
+    """The config of a draft. Errors are added to the draft's findings. Defaults replace wrong values, so that the rules
+    about several fields can be checked too."""
     wrong: set[str] = set()
     try:
         config = RunConfig.model_validate(draft.tree, strict=True)
@@ -250,7 +261,7 @@ def _validate(draft: _Draft) -> RunConfig:
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[str, str]:
-    """Dotted key and `[index]` of an error's location; the names of union members that pydantic appends are cut off."""
+    """(dotted key, `[index]`) of an error's location, without the names of union members that pydantic appends."""
     key = ""
     for position, part in enumerate(loc):
         if key and key in known_keys() and not _is_section(key):
@@ -293,15 +304,11 @@ def _without(tree: dict[str, Any], wrong: set[str], prefix: str = "") -> dict[st
     return kept
 
 
-_known: dict[str, dict[str, Any]] = {}
-
-
+@cache
 def known_keys() -> dict[str, dict[str, Any]]:
     """Every dotted key, groups included, with its part of the JSON schema."""
-    if not _known:
-        whole = schema()
-        _known.update(_walk(whole["properties"], whole["$defs"], ""))
-    return _known
+    whole = schema()
+    return dict(_walk(whole["properties"], whole["$defs"], ""))
 
 
 def _walk(properties: dict[str, Any], definitions: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -337,7 +344,7 @@ def _describe(part: dict[str, Any]) -> str:
 
 
 def _hint(word: str, choices: Sequence[str] | dict[str, Any]) -> str:
-    """`; did you mean ...?` over whole dotted names and their last parts, or where to look."""
+    """`; did you mean ...?` with the nearest choices, by dotted name or its last part; else where to find them."""
     last = word.rpartition(".")[2]
     same = [choice for choice in choices if choice.rpartition(".")[2] == last]
     near = same or difflib.get_close_matches(word, choices, n=1, cutoff=0.75)
@@ -345,7 +352,7 @@ def _hint(word: str, choices: Sequence[str] | dict[str, Any]) -> str:
         ends = {choice.rpartition(".")[2]: choice for choice in choices}
         near = [ends[end] for end in difflib.get_close_matches(last, ends, n=1, cutoff=0.7)]
     if not near and "." in word:
-        # Longer names hide in their group: zero.stage is engine.zero.stage.
+        # The word may lack the first groups of a name: zero.stage is engine.zero.stage.
         near = [choice for choice in choices if choice.endswith("." + word)]
     if not near:
         return "; `dbtrain config show` lists all settings" if isinstance(choices, dict) else "."

@@ -1,7 +1,7 @@
 """YAML 1.2 as dbtrain reads and writes it: `1e-4` is a number, `on` is text, and there are no anchors or aliases.
 
-PyYAML resolves scalars by YAML 1.1. Here reader and writer share one table of the 1.2 core schema, so that whatever
-is written plain is read back as the same value.
+PyYAML resolves scalars by YAML 1.1. Here the reader and the writer share one table of the 1.2 core schema, so that a
+value which is written without quotes is read back as the same value.
 """
 
 import re
@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 MAX_DEPTH = 16
-"""Deepest nesting; the settings tree needs 4."""
+"""Deepest nesting that is read; settings need 4 levels."""
 
 CORE = "tag:yaml.org,2002:"
-"""What YAML's own tags begin with."""
+"""The beginning of YAML's own tags."""
 PATTERNS = {
     "null": r"null|Null|NULL|~|",
     "bool": r"true|True|TRUE|false|False|FALSE",
@@ -29,11 +29,11 @@ SCALARS = {
     "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
     "str": lambda text: text,
 }
-"""Values of scalars, by kind. ValueError where a value cannot be held, KeyError for any other tag."""
+"""The value of a scalar's text, by kind. Raises ValueError where the text is no value of the kind."""
 
 
 class _Reader(yaml.SafeLoader):
-    """A YAML 1.2 node reader without anchors and aliases, of bounded depth."""
+    """A reader of YAML 1.2 nodes that refuses anchors, aliases and deep nesting."""
 
     yaml_implicit_resolvers = _RESOLVERS
     depth = 0
@@ -52,7 +52,7 @@ class _Reader(yaml.SafeLoader):
 
 
 class _Writer(yaml.SafeDumper):
-    """The inverse of `_Reader`."""
+    """A writer of YAML 1.2; `_Reader` reads its output."""
 
     yaml_implicit_resolvers = _RESOLVERS
 
@@ -68,7 +68,7 @@ _Writer.add_representer(str, _Writer.represent_text)
 
 
 def read_node(text: str) -> yaml.Node | None:
-    """The root node of a text's only document; None if it has none. Raises yaml.YAMLError."""
+    """The root node of a text's only document; None if the text has no document. Raises yaml.YAMLError."""
     reader = _Reader(text)
     try:
         return reader.get_single_node()
@@ -77,8 +77,10 @@ def read_node(text: str) -> yaml.Node | None:
 
 
 def read(text: str) -> Any:
-    """The plain value of a text's only document; None if it has none. Raises yaml.YAMLError for what is no such value,
-    a key that stands twice included."""
+    """The plain value of a text's only document; None if the text has no document.
+
+    Raises yaml.YAMLError for a tag of another language, a key that is no text, and a key that stands twice.
+    """
     node = read_node(text)
     return None if node is None else _plain(node)
 

@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all, seals, kept tensors, and what disks and memory refuse."""
+"""Files that appear whole or not at all, sealed lines, kept tensors, and failures of disks and memory."""

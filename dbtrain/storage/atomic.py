@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, also across a power cut.
 
-Every writer here goes: temporary name in the same folder, fsync, rename, fsync of the folder. What a killed process
-leaves behind is a hidden `.name.<random>.tmp`, which no reader opens; `sweep` removes it.
+Every writer here takes these steps: write under a temporary name in the same folder, fsync, rename, fsync the folder.
+A killed process leaves a hidden `.name.<random>.tmp` behind. No reader opens such a name; `sweep` removes it.
 """
 
 import errno
@@ -20,15 +20,16 @@ from dbtrain.errors import DataError
 TEMPORARY = ".tmp"
 """Suffix of everything that is not finished."""
 LOCK = ".lock"
-"""File by which a process holds a folder."""
+"""File whose lock gives a process the sole right to a folder."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system says that keeps no locks."""
+"""Error numbers of a file system that keeps no locks."""
 
 
 def write_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Nothing; afterwards `path` holds `content` (bytes, or what a callable wrote into the open file) durably.
+    """Write `content` to `path`, whole or not at all, and make it survive a power cut.
 
-    If anything fails, `path` is as it was and the temporary file is gone.
+    content: bytes, or a callable that writes into the open file. If anything fails, `path` is as it was and the
+    temporary file is gone.
     """
     path = Path(path)
     temporary = hidden(path)
@@ -49,7 +50,7 @@ def write_file(path: Path, content: bytes | Callable[[BinaryIO], object]) -> Non
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """An empty folder to fill; then it takes the place of `final` (`replace_dir`), or is gone if anything failed."""
+    """An empty folder to fill. After the block it takes the place of `final`; if anything failed, it is removed."""
     temporary = hidden(final)
     temporary.mkdir(parents=True)
     try:
@@ -61,10 +62,10 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 
 def replace_dir(temporary: Path, final: Path) -> None:
-    """Nothing; afterwards the folder `temporary`, made durable first, has the name `final` (same file system).
+    """Sync the folder `temporary`, then give it the name `final` (on the same file system).
 
     A former `final` is moved aside to `.final.<random>.tmp` and removed last. A kill between the two renames leaves
-    no `final`, never a mixture; making it again mends that.
+    no `final`, never a mixture; the same command makes it again.
     """
     temporary, final = Path(temporary), Path(final)
     sync_tree(temporary)
@@ -84,17 +85,17 @@ def replace_dir(temporary: Path, final: Path) -> None:
 
 
 def hidden(path: Path) -> Path:
-    """A name beside a path for what is not finished, or not any more; no other process takes the same."""
+    """A new hidden name beside a path, for a file that is not finished yet, or is to be removed."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
 
 
 @contextmanager
 def held(lock: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this process now has the sole right to what a lock file stands for; False if another has it.
+    """Whether this process now holds the lock file; False if another process does. `wait` waits for the lock instead.
 
-    `wait` waits for it instead. The right ends with the block or with the process, however that ends. The file is empty
-    and stays, unless its holder removes it; whoever then has the removed file has no right. DataError where the file
-    system keeps no locks.
+    The lock ends with the block, or with the process, even if the process is killed. The file is empty and stays,
+    unless its holder removes it; a process that then gets the lock of the removed file holds nothing, and gets False.
+    Raises DataError where the file system keeps no locks.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -134,7 +135,7 @@ def file_digest(path: Path) -> str:
 
 
 def sync_tree(folder: Path) -> None:
-    """Nothing; afterwards every file and folder below `folder` is on the disk."""
+    """Wait until every file and folder below `folder` is on the disk."""
     for root, _, names in os.walk(folder):
         for name in names:
             _sync(os.path.join(root, name))
@@ -142,17 +143,17 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Nothing; afterwards the names in `folder` are on the disk."""
+    """Wait until the names in `folder` are on the disk."""
     _sync(folder)
 
 
 def sweep(folder: Path, name: str | None = None) -> list[Path]:
-    """The remains of killed writers of `name` (None is any), removed from `folder`. Only where nobody is writing it."""
+    """The removed remains of killed writers of `name` (None: of any name). Call this only while nobody writes there."""
     names = [path.name for path in Path(folder).iterdir() if path.name.endswith(TEMPORARY)]
-    found = [Path(folder) / entry for entry in names if is_remains(entry, name or entry[1:].rsplit(".", 2)[0])]
-    for path in found:
+    remains = [Path(folder) / entry for entry in names if is_remains(entry, name or entry[1:].rsplit(".", 2)[0])]
+    for path in remains:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    return found
+    return remains
 
 
 def is_remains(entry: str, name: str) -> bool:

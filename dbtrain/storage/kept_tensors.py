@@ -1,7 +1,7 @@
-"""Tensors that were worked out once and are kept in files under a proof, beside what they were made from.
+"""Tensors that are computed once and kept in files, each under a digest.
 
-A tensor's name is the digest of everything that decides it (`about`). `NAME.safetensors` holds it; `NAME.json`, written
-last, says what it is of and has its SHA-256. What does not verify is worked out again.
+A tensor's name is the digest of everything that decides its values (`about`). `NAME.safetensors` holds the tensor.
+`NAME.json`, written last, holds `about` and the SHA-256 of that file. A tensor that does not verify is computed again.
 """
 
 from __future__ import annotations
@@ -17,34 +17,36 @@ from torch import Tensor
 
 from dbtrain.storage.atomic import file_digest, held, sweep, write_file
 
-REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""Error numbers of a folder that cannot be written."""
 
 
-def proved_tensor(folder: Path, about: dict[str, Any], make: Callable[[], Tensor]) -> Tensor:
-    """The tensor that `about` names, on the CPU: read if it is there and verifies, else made and kept.
+def kept_tensor(folder: Path, about: dict[str, Any], make: Callable[[], Tensor]) -> Tensor:
+    """The tensor that `about` names, on the CPU: read if its file verifies, else made and kept.
 
-    Processes that ask at once wait for the one that makes it. Where the folder cannot be written, nothing is kept.
+    Processes that ask at the same time wait for the one that makes it. In a folder that cannot be written, the tensor
+    is made and not kept.
     """
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-    found = _read(folder, name)
-    if found is not None:
-        return found
+    tensor = _read(folder, name)
+    if tensor is not None:
+        return tensor
     try:
         with held(folder / f".{name}.lock", wait=True):
-            found = _read(folder, name)
-            if found is None:
-                found = make().cpu()
+            tensor = _read(folder, name)
+            if tensor is None:
+                tensor = make().cpu()
                 for ending in ("safetensors", "json"):
                     sweep(folder, f"{name}.{ending}")
-                _write(folder, name, about, found)
+                _write(folder, name, about, tensor)
     except OSError as error:
-        if error.errno not in REFUSED:
+        if error.errno not in READ_ONLY:
             raise
-    return make().cpu() if found is None else found
+    return make().cpu() if tensor is None else tensor
 
 
 def tensor_damage(folder: Path) -> list[str]:
-    """One line for every tensor kept in a folder that does not verify; unfinished ones are no damage."""
+    """One line for every tensor in a folder that does not verify. One without JSON is unfinished, not damaged."""
     names = sorted(path.stem for path in folder.glob("*.json"))
     return [
         f"{folder / name}.safetensors: differs from its digest; delete it" for name in names if not _sound(folder, name)
@@ -69,6 +71,6 @@ def _write(folder: Path, name: str, about: dict[str, Any], value: Tensor) -> Non
     from safetensors.torch import save
 
     content = save({"value": value.contiguous()})
-    proof = {"sha256": hashlib.sha256(content).hexdigest(), "of": about}
+    record = {"sha256": hashlib.sha256(content).hexdigest(), "of": about}
     write_file(folder / f"{name}.safetensors", content)
-    write_file(folder / f"{name}.json", json.dumps(proof, indent=1).encode())
+    write_file(folder / f"{name}.json", json.dumps(record, indent=1).encode())

@@ -1,4 +1,4 @@
-"""JSON lines under a seal: the last line has the SHA-256 of all lines before it, so that no damage goes unseen."""
+"""JSON lines under a seal: the last line holds the SHA-256 of all lines before it, so that every damage is noticed."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ def seal(lines: Iterable[object]) -> bytes:
 
 
 def unseal(content: bytes) -> list[Any]:
-    """The lines of a sealed file; ValueError if the seal is broken. Nothing is parsed before it has held."""
+    """The lines of a sealed file. Raises ValueError if the digest differs; nothing is parsed before it is checked."""
     cut = content.rfind(b"\n", 0, -1) + 1
     if content[cut:] != _closing(content[:cut]):
         raise ValueError("its digest differs")

@@ -1,24 +1,24 @@
-"""What ended a run for want of disk or memory, in one line with what to do about it."""
+"""Failures of disks and memory, each as one line with its remedy."""
 
 import errno
 import os
 import re
 
-from dbtrain.errors import (
-    DbtrainError,
-)
+from dbtrain.errors import DbtrainError
 
 
 def bare(error: DbtrainError) -> DbtrainError:
-    """The error without the frames that it came through, which would keep a model in memory for as long as itself. What
-    the file system refused stays its cause, so that it can still be told from bad data."""
+    """The error without its frames, which would keep a model in memory as long as the error is kept.
+
+    A refusal of the file system stays as the cause, so that the error is not taken for bad data.
+    """
     error.__cause__ = refused(error)
     error.__traceback__ = error.__context__ = None
     return error
 
 
 MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "_status_alloc_failed")
-"""What devices and allocators say, in small letters, when memory ran out."""
+"""Texts of devices and allocators, in small letters, when memory ran out."""
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -29,7 +29,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def memory_trouble(error: BaseException) -> str | None:
-    """One line on memory that ran out, and what to do, if that is what ended a run; else None."""
+    """One line on memory that ran out, and what to do. None for an error of another kind."""
     if not out_of_memory(error):
         return None
     return (
@@ -61,25 +61,25 @@ DISK_REMEDIES = {
 }
 """What to do about a failure of the file system, by the name of its errno, which not every platform has."""
 ONE_FILE = {"EACCES", "EPERM", "EIO", "EREMOTEIO", "ENODEV", "ENXIO", "ENAMETOOLONG"}
-"""Which of these may be the trouble of one file alone."""
+"""Those of these failures that may concern one file alone."""
 PATH_REMEDIES = {
     "ENOENT": "check the path",
     "EEXIST": "something else has that name; choose another folder, or move it away",
     "ENOTDIR": "a part of the path is a file; choose another folder",
     "EISDIR": "it is a folder; name a file",
 }
-"""The same for what a wrong path comes to. A mistake of this program looks alike, so its place can be asked for."""
+"""The same for failures that a wrong path causes. A mistake in this program can look alike: they offer a traceback."""
 
 
 def refused(error: BaseException) -> OSError | None:
-    """What the file system refused, if that is what an exception comes from: its number and path, without any frames.
+    """The file system's refusal behind an exception, with number and path and without frames. None if there is none.
 
-    Libraries written in Rust (safetensors) raise errors of their own, which tell the number in their text.
+    Libraries written in Rust (safetensors) raise errors of their own, whose text holds the number.
     """
     seen: BaseException | None = error
     while seen is not None:
-        told = re.search(r"\(os error (\d+)\)", str(seen))
-        number = seen.errno if isinstance(seen, OSError) else int(told[1]) if told else None
+        in_text = re.search(r"\(os error (\d+)\)", str(seen))
+        number = seen.errno if isinstance(seen, OSError) else int(in_text[1]) if in_text else None
         name = errno.errorcode.get(number or 0, "")
         path = seen.filename if isinstance(seen, OSError) else None
         if name in DISK_REMEDIES or (name in PATH_REMEDIES and path is not None):
@@ -89,25 +89,26 @@ def refused(error: BaseException) -> OSError | None:
 
 
 def disk_trouble(error: BaseException, paths: bool = True) -> str | None:
-    """One line on what the file system refused, if that is what an exception comes from; else None.
+    """One line on the file system's refusal behind an exception. None if there is none.
 
-    paths: whether a wrong path counts, which may as well be a mistake in a manifest or in this program.
+    paths: whether a wrong path counts. A wrong path may also be a mistake in a manifest or in this program.
     """
-    found = refused(error)
-    if found is None:
+    refusal = refused(error)
+    if refusal is None:
         return None
-    name = errno.errorcode[found.errno or 0]
-    where = f"{found.filename}: " if found.filename is not None else ""
+    name = errno.errorcode[refusal.errno or 0]
+    where = f"{refusal.filename}: " if refusal.filename is not None else ""
     if name in DISK_REMEDIES:
         return (
-            f"{where}{found.strerror}; {DISK_REMEDIES[name]}, then run the same command again: "
+            f"{where}{refusal.strerror}; {DISK_REMEDIES[name]}, then run the same command again: "
             "what was finished is kept"
         )
-    return f"{where}{found.strerror}; {PATH_REMEDIES[name]} (`dbtrain --traceback ...` shows where)" if paths else None
+    if not paths:
+        return None
+    return f"{where}{refusal.strerror}; {PATH_REMEDIES[name]} (`dbtrain --traceback ...` shows where)"
 
 
 def is_of_one_file(error: BaseException) -> bool:
-    """Whether what the file system refused may be the trouble of one file alone, and not that of a whole disk, share or
-    machine."""
-    found = refused(error)
-    return found is not None and errno.errorcode[found.errno or 0] in ONE_FILE
+    """Whether the file system's refusal may concern one file alone, and not a whole disk, share or machine."""
+    refusal = refused(error)
+    return refusal is not None and errno.errorcode[refusal.errno or 0] in ONE_FILE

@@ -1,1 +1,1 @@
-"""Who is to be learnt: manifests, photos before training, identifiers, prompts, shards of a manifest."""
+"""Who is to be learnt: the manifest, checks before training, identifiers, prompts, and photos as shards."""

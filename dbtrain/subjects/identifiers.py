@@ -1,60 +1,33 @@
 """Rare-token identifiers: the short, meaningless words that come to name subjects (DreamBooth, section 3.2).
 
-A good identifier is made of 1-3 vocabulary tokens that the base model has hardly seen, each at most 3 letters and no
-word. They are looked up in the model's own tokenizer: CLIP's BPE, where an id grows with merge order and so with
-rarity, or T5's sentencepiece, where the paper samples ids 5000..10000. Only the interface shared by transformers'
-tokenizers is used: `get_vocab`, `decode` and calling it.
-
-Candidates are ASCII letters, so that a person can type the identifier into a prompt.
+A good identifier is made of 1-3 vocabulary tokens that the base model has hardly seen. Each token has at most 3 ASCII
+letters, so that a person can type it, and is no word. Rare tokens are found in the model's own tokenizer. In CLIP's
+BPE an id grows with the order of merges, and so with rarity. Of T5's sentencepiece the paper samples ids 5000..10000.
+Only the interface that transformers' tokenizers share is used: `get_vocab`, `decode` and calling the tokenizer.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from dbtrain.errors import ConfigError
 from dbtrain.values import Subject
 
-Verdict = Literal["good", "has a meaning", "splits into common letters"]
+Verdict = Literal["good", "rare, but may be a word", "has a meaning", "splits into common letters"]
 
 MAX_TOKENS = 3
+LARGE = 10_000
+"""Tokens above which a vocabulary is that of a model at large; the embedded base's has 2919."""
 T5_RANGE = range(5000, 10_001)
 """Token ids that the paper samples for T5-XXL."""
 
-_WORDS = """
-    a i
-    ad ah ai am an as at ax be bi by da de do dr eh el em en er ex fa fe go ha he hi ho id if in is it jr la le lo ma me
-    mi mr ms my na ne no of oh ok on op or os ow ox pa pc pi pm po pt re se sh si so sr st ta te ti to tv uh uk um un up
-    us va vs we wo ya ye yo
-    abc abs ace act add ado ads adv age ago aha aid ail aim air ale all alt amp ana and ann ant any ape app apr apt arc
-    are ark arm art ash ask asp ass ate aug aux awe axe bad bag ban bar bat bay bbc bbq bed bee beg bel ben bet bib bid
-    big bin bio bit boa bob bod bog boo bot bow box boy bra bro bsc btw bub bud bug bum bun bus but buy bye cab cad cal
-    cam can cap car cat caw ceo che chi cia cob cod cog col con coo cop cot cow coy cpu cry css cub cud cue cup cur cut
-    dab dad dam dan das day dec del den der des dew did die dig dim din dip dna doc doe dog don dos dot dow dry dub dud
-    due dug duh dun duo dvd dye ear eat ebb eco eel egg ego eke elf elk ell elm els emu end eon era esp est eta etc eva
-    eve ewe eye fab fad fan far fat fax fbi feb fed fee fem fen few fez fib fig fin fir fit fix flu fly fob foe fog for
-    fox fri fro fry fun fur gab gag gal gap gas gay gee gel gem geo get gig gin gnu god got gps gum gun gut guy gym had
-    hag ham han has hat hay hem hen her hew hex hey hid him hip his hit hmm hob hod hoe hog hop hot how hub hue hug huh
-    hum hut ian ice icy ill imp ina inc ink inn int ion ios ira ire irk isa ish iso its ivy jab jam jan jar jaw jay jen
-    jet jew jig jim job joe jog jon jot joy jug jul jun jut kay keg ken key kia kid kim kin kit koi lab lad lag lap las
-    law lax lay led lee leg lei len leo les let lev lid lie lil lip lit liz lob log lol los lot lou low lug luv lux lye
-    mac mad mag man map mar mas mat max may med meg men met mia mic mid mil mix mob mod mom mon mop mow mph mud mug mum
-    nab nag nah nan nap nay nba nbc net new nfl nhl nib nil nip nit nod non nor not nov now nun nut nyc oaf oak oar oat
-    obi och oct odd ode off oft oil old omg one oni ooh opt orb ore our out ova owe owl own pac pad pal pan par pat paw
-    pax pay pea pee peg pen pep per pet pew phd pic pie pig pin pip pit ply pod pop pot pow pox pre pro pry psi pub pug
-    pun pup pus put que rad rag raj ram ran rap rat raw ray red ref rei rep rev rex rib rid rig rim rio rip rob roc rod
-    roe ron rot row roy rub rue rug rum run rut rye sac sad sag sal sam san sap sat saw sax say sci sea sec see sen set
-    sew sex she shy sic sim sin sip sir sis sit six ski sky sly sob sod sol son sop sos sow soy spa spy sri sub sue sum
-    sun sup tab tad tag tan tao tap tar tat tax tea ted tee ten the thu thy tic tie til tim tin tip toe tom ton too top
-    tor tot tow toy try tub tue tug tum tut two ugh uke una uni ups urn usa usb use utc van vat ver vet via vie vii vim
-    vip vol von vow wad wag wan war was wax way web wed wee wet who why wig win wit wiz woe wok won woo wow wry www yak
-    yam yap yaw yay yea yen yep yes yet yew yin yip you yum zac zap zed zen zig zip zit zoe zoo
-"""
-WORDS = frozenset(_WORDS.split())
-"""Short words, names and abbreviations with a meaning, lower case."""
+WORDS = frozenset(Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split())
+"""Short English words, names and abbreviations, lower case."""
 
 _MARKS = re.compile(r"^[▁Ġ]|</w>$")
 
@@ -85,7 +58,7 @@ class Explanation:
 
 
 class _Lexicon:
-    """A tokenizer with what this module asks of it: token names by id (`rank`), and which ids count as rare."""
+    """A tokenizer with its token names by id (`rank`), and the ids that count as rare."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -115,16 +88,20 @@ class _Lexicon:
             return False
         return text.casefold() not in WORDS and self.tokenizer.decode([rank]).strip() == text
 
+    def is_rare_word(self, rank: int) -> bool:
+        """True for a long token of the rarer half, such as CLIP's `ohwx`. In a small vocabulary no token is rare."""
+        return len(self.names) > LARGE and rank in self.rare and len(self.text(rank)) > 3
+
     def keeps(self, texts: Sequence[str], alone: Sequence[list[int]]) -> list[bool]:
-        """For each text: inside a caption it is read as the tokens `alone`."""
+        """Whether each text is read as its tokens `alone` inside a caption too."""
         captions = self.encode([f"a photo of {text} dog" for text in texts])
-        return [found == [*self.before, *ids, *self.after] for found, ids in zip(captions, alone, strict=True)]
+        return [read == [*self.before, *ids, *self.after] for read, ids in zip(captions, alone, strict=True)]
 
 
 def candidates(tokenizer: Any) -> list[Candidate]:
-    """Single-token identifiers of a tokenizer, rarest first; of spellings that differ in case the rarest.
+    """Single-token identifiers of a tokenizer, rarest first. Of spellings that differ in case only the rarest counts.
 
-    Every one, written in a caption, is read as exactly its one token.
+    Each of them, written in a caption, is read as exactly its one token.
     """
     return _candidates(_Lexicon(tokenizer))
 
@@ -134,9 +111,9 @@ def _candidates(lexicon: _Lexicon) -> list[Candidate]:
     texts = [lexicon.text(rank) for rank in ranks]
     alone = lexicon.encode(texts)
     kept = zip(ranks, texts, alone, lexicon.keeps(texts, alone), strict=True)
-    found = [Candidate(text, lexicon.names[rank], rank) for rank, text, ids, keeps in kept if keeps and ids == [rank]]
-    rarest = {one.text.casefold(): one for one in sorted(found, key=lambda one: one.rank)}
-    return sorted(rarest.values(), key=lambda one: -one.rank)
+    single = [Candidate(text, lexicon.names[rank], rank) for rank, text, ids, keeps in kept if keeps and ids == [rank]]
+    rarest = {candidate.text.casefold(): candidate for candidate in sorted(single, key=attrgetter("rank"))}
+    return sorted(rarest.values(), key=attrgetter("rank"), reverse=True)
 
 
 def allocate(
@@ -148,30 +125,31 @@ def allocate(
 ) -> dict[str, str]:
     """An identifier for each subject id, no two alike, independent of the order of `subjects`.
 
-    A subject's identifier is a function of (seed, id) unless another subject claims the same one; then a hash of both
-    decides who keeps it and the other moves on to its next choice. An explicit `Subject.identifier` is kept as it is
-    (several subjects may share one on purpose) and not given to anybody else. When the identifiers of `tokens` tokens
-    are used up, longer ones follow, up to three. Several tokens are written without a space where the tokenizer then
-    reads the same rare pieces, else with spaces. `known` are identifiers by subject id that were given out before;
-    their subjects keep them, and nobody else gets them. Raises ConfigError when a vocabulary has too few
-    rare tokens.
+    A subject's choices follow from (seed, id). Where two subjects choose the same identifier, a hash decides which of
+    them keeps it, and the other takes its next choice. An explicit `Subject.identifier` is kept as it is and given to
+    no other subject; several subjects may ask for the same one on purpose. When the identifiers of `tokens` tokens are
+    used up, longer ones follow, up to three tokens. Tokens are joined without a space where the tokenizer then reads
+    the same rare pieces, else with spaces.
+
+    known: identifiers that were given out before, by subject id. These subjects keep them, and no other gets them.
+    Raises ConfigError when the vocabulary has too few rare tokens.
     """
     lexicon = _Lexicon(tokenizer)
-    own = {one.id: one.identifier for one in subjects}
+    own = {subject.id: subject.identifier for subject in subjects}
     names = {name: text for name in own if (text := own[name] or known.get(name))}
     taken = {text.casefold() for text in (*names.values(), *known.values())}
     waiting = sorted((name for name in own if name not in names), key=lambda name: _hash(seed, name))
-    pool = [one.text for one in _candidates(lexicon)] if waiting else []
+    pool = [candidate.text for candidate in _candidates(lexicon)] if waiting else []
     for length in range(tokens, MAX_TOKENS + 1):
         waiting = _assign(_Level(lexicon, pool, length), waiting, names, taken, seed)
     if waiting:
-        raise ConfigError(f"identifiers: {len(waiting)} of {len(subjects)} subjects got none: the tokenizer has "
-                          f"{len(pool)} rare tokens; give these subjects an `identifier` in the manifest")
-    return {one.id: names[one.id] for one in subjects}
+        what = f"identifiers: {len(waiting)} of {len(subjects)} subjects got none: the tokenizer has {len(pool)} rare"
+        raise ConfigError(f"{what} tokens; give these subjects an `identifier` in the manifest")
+    return {subject.id: names[subject.id] for subject in subjects}
 
 
 class _Level:
-    """All identifiers of `length` rare tokens, numbered; a number's text is worked out when it is asked for."""
+    """All identifiers of `length` rare tokens, by number. A text is made only when `spell` asks for its number."""
 
     def __init__(self, lexicon: _Lexicon, pool: Sequence[str], length: int):
         self.lexicon, self.pool, self.length = lexicon, pool, length
@@ -193,9 +171,10 @@ class _Level:
 
 
 def _assign(level: _Level, waiting: list[str], names: dict[str, str], taken: set[str], seed: int) -> list[str]:
-    """Gives out a level's identifiers in rounds of first, second, ... choices; the ids that are left without one.
+    """The ids that got no identifier of a level. `names` and `taken` grow by the identifiers that were given out.
 
-    In rounds, so that whoever lost its first choice cannot take the first choice of somebody else.
+    All subjects' first choices are settled before any second choice, so that a subject which lost its first choice
+    cannot take the first choice of another.
     """
     tried: set[int] = set()
     attempt = 0
@@ -221,28 +200,49 @@ def _hash(*parts: object) -> int:
 
 
 def explain(tokenizer: Any, text: str) -> Explanation:
-    """What a tokenizer makes of a text, with a verdict on it as an identifier. Raises ConfigError if it is empty."""
+    """How a tokenizer reads a text, and a verdict on the text as an identifier. Raises ConfigError if it is empty."""
     if not text.strip():
         raise ConfigError("identifier: got an empty text, want 1-3 rare tokens such as `sks`")
-    lexicon = _Lexicon(tokenizer)
-    ids = lexicon.encode([text])[0]
-    verdict, reason = _judge(lexicon, text, ids)
-    return Explanation(text, tuple(lexicon.names.get(rank, "?") for rank in ids), tuple(ids), verdict, reason)
+    return _explain_all(tokenizer, [text])[0]
 
 
-def meanings(tokenizer: Any, texts: Iterable[str]) -> dict[str, str]:
-    """Why texts have a meaning of their own, by text; without those that have none."""
-    lexicon = _Lexicon(tokenizer)
-    found = ((text, next(_meaningful(lexicon, text), None)) for text in dict.fromkeys(texts))
-    return {text: meant for text, meant in found if meant}
+def _explain_all(tokenizer: Any, texts: Iterable[str]) -> list[Explanation]:
+    lexicon, texts = _Lexicon(tokenizer), list(texts)
+    explained = []
+    for text, ids in zip(texts, lexicon.encode(texts), strict=True):
+        tokens = tuple(lexicon.names.get(rank, "?") for rank in ids)
+        explained.append(Explanation(text, tokens, tuple(ids), *_assess(lexicon, text, ids)))
+    return explained
 
 
-def _judge(lexicon: _Lexicon, text: str, ids: list[int]) -> tuple[Verdict, str]:
+def remarks(tokenizer: Any, texts: Iterable[str]) -> dict[str, str]:
+    """Why a text is not the best of identifiers, for each text that is not good."""
+    explained = _explain_all(tokenizer, dict.fromkeys(texts))
+    return {one.text: f"{one.text!r} {one.verdict}: {one.reason}" for one in explained if not one.good}
+
+
+def same_tokens(tokenizer: Any, texts: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of different texts that the tokenizer reads as the same tokens, such as sks and SKS for CLIP's."""
+    lexicon, pairs = _Lexicon(tokenizer), []
+    firsts: dict[tuple[int, ...], str] = {}
+    unlike = list(dict.fromkeys(texts))
+    for text, ids in zip(unlike, lexicon.encode(unlike), strict=True):
+        first = firsts.setdefault(tuple(ids), text)
+        if first != text:
+            pairs.append((first, text))
+    return pairs
+
+
+def _assess(lexicon: _Lexicon, text: str, ids: list[int]) -> tuple[Verdict, str]:
     meant = next(_meaningful(lexicon, text), None)
     if meant:
         return "has a meaning", f"{meant}; the model would mix it with the subject"
     if not 1 <= len(ids) <= MAX_TOKENS:
         return "splits into common letters", f"{len(ids)} tokens, want 1 to {MAX_TOKENS}"
+    if len(ids) == 1 and lexicon.is_rare_word(ids[0]):
+        share = 100 * ids[0] / (max(lexicon.names) + 1)
+        reason = f"one token, rarer than {share:.0f} % of the vocabulary, but of more than 3 characters"
+        return "rare, but may be a word", reason
     if weak := _weak_piece(lexicon, ids):
         return "splits into common letters", weak
     if not lexicon.keeps([text], [ids])[0]:
@@ -256,7 +256,7 @@ def _meaningful(lexicon: _Lexicon, text: str) -> Iterator[str]:
     for word, ids in zip(words, lexicon.encode(words), strict=True):
         if word.casefold() in WORDS:
             yield f"{word!r} is a word"
-        elif len(ids) == 1 and len(lexicon.text(ids[0])) > 3:
+        elif len(ids) == 1 and len(lexicon.text(ids[0])) > 3 and not (lexicon.is_rare_word(ids[0]) and len(words) == 1):
             yield f"{word!r} is one token of more than 3 characters, so a word that the model knows"
 
 

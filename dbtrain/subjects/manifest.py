@@ -1,127 +1,200 @@
 """The manifest: which subjects there are, what class each is of, and where its photos lie.
 
 Columns: `subject`, `class`, `images` (a folder, a glob, or a list; relative to the manifest's folder), and optionally
-`caption`, `identifier`, `seed`, `steps`, `lr`, `rank`, `prior_weight`. An empty cell means that the run's configuration
-holds. In CSV a list is separated by semicolons. All defects are found in one pass; nothing is ever written.
+`caption`, `captions`, `identifier`, `seed`, `steps`, `lr`, `rank`, `prior_weight`. An empty cell means that the run's
+configuration holds. In CSV a list is separated by semicolons. Capitals in names of columns do not matter, and columns
+of other names are one's own. One reading finds all defects; nothing is ever written.
 """
 
 import difflib
-import glob
 import re
-import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dbtrain.data.images import SUFFIXES
 from dbtrain.errors import DataError, shown
-from dbtrain.subjects.finding import Finding
-from dbtrain.subjects.rows import Row, read_rows
-from dbtrain.values import SUBJECT_ID, Subject
+from dbtrain.subjects.captions import listed_captions, with_subject
+from dbtrain.subjects.columns import COLUMNS, check_class
+from dbtrain.subjects.finding import CellError, Finding, defects, refuse
+from dbtrain.subjects.photos import Found, find_photos
+from dbtrain.subjects.prompts import names_subject
+from dbtrain.subjects.rows import ManifestRow, read_rows
+from dbtrain.values import Subject
 
-MAX_CAPTION = 1000
-"""Longest caption, in characters."""
-MAX_NAME = 100
-"""Longest class noun or identifier, in characters."""
-PLACEHOLDERS = {"identifier", "class"}
-REQUIRED = ("subject", "class", "images")
-FOREIGN = (".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jxl", ".jp2", ".dng", ".cr2", ".nef", ".arw")
-"""Endings of pictures that dbtrain does not read: called out in a folder instead of silently left out."""
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-LONE = re.compile(r"[\ud800-\udfff]")
-"""Half of a pair that stands for one character, which JSON can spell alone: no text, and no encoder takes it."""
-
-
-class _CellError(Exception):
-    """A cell's defect: (what, want, do)."""
+NAMED = 12
+"""Most columns that a note names."""
+ALIASES = {"subject": ("id", "name"), "class": ("category", "label"), "images": ("photos", "path", "folder", "files")}
+"""Other names that people give to required columns."""
 
 
 def read_manifest(path: Path, photos: bool = True) -> list[Subject]:
-    """The subjects of a manifest, in its order; a DataError lists all defects, one a line."""
+    """The subjects of a manifest, in its order. Raises one DataError with all defects, a line each."""
     subjects, findings = scan_manifest(path, photos)
-    if findings:
-        raise DataError("\n".join(finding.line() for finding in findings))
+    refuse(findings)
     return subjects
 
 
 def scan_manifest(path: Path, photos: bool = True) -> tuple[list[Subject], list[Finding]]:
-    """(sound subjects, defects) of a manifest; DataError only if the file as a whole cannot be read.
+    """(subjects of rows without a defect, all defects) of a manifest. It is read here and nowhere else in a command.
 
-    photos: False leaves the column `images` out, for subjects whose photos lie in shards already.
+    photos: False leaves the column `images` out, for subjects whose photos are in shards already.
+    Raises DataError only if the file as a whole cannot be read.
     """
     path = Path(path)
-    rows = read_rows(path)
+    rows, findings = _with_our_columns(read_rows(path), path, photos)
+    if defects(findings):
+        return [], findings
     subjects: list[Subject] = []
-    findings: list[Finding] = []
     checked = [(row, *_check_row(row, path.resolve().parent, photos)) for row in rows]
-    clashes = _clashes([(row.place, cells["subject"]) for row, cells, _ in checked if "subject" in cells])
-    for row, cells, defects in checked:
-        name = cells.get("subject", "")
-        defects += clashes.get(row.place, [])
-        findings += [Finding(name, f"{path}:{row.place}", what, remedy) for what, remedy in defects]
-        if not defects:
-            subjects.append(_subject(cells))
-    if not rows:
-        findings.append(Finding("", f"{path}", "has no rows", f"write one row a subject with {', '.join(REQUIRED)}"))
+    clashes = _clashes([(row.place, cells["subject"]) for row, cells, _, _ in checked if "subject" in cells])
+    for row, cells, wrong, said in checked:
+        name, place = cells.get("subject", ""), f"{path}:{row.place}"
+        wrong += clashes.get(row.place, [])
+        findings += [Finding(name, place, what, remedy) for what, remedy in wrong]
+        if not wrong:
+            findings += [Finding(name, place, what, remedy, note=True) for what, remedy in said]
+            subjects.append(Subject(**{COLUMNS[name].field: value for name, value in cells.items()}))
     return subjects, findings
 
 
-def subject_from_folder(folder: Path, class_noun: str) -> Subject:
-    """A subject made of the photos in one folder, with the folder's name (made safe) as its id."""
+def _with_our_columns(
+    rows: list[ManifestRow], path: Path, photos: bool
+) -> tuple[list[ManifestRow], list[Finding]]:
+    """(the rows with the names of `COLUMNS`, what is to say about the names of the manifest as a whole, once).
+
+    A name that all rows have and that is nearly one of ours is a defect of the manifest, and one that only some have is
+    a defect of these rows.
+    """
+    if not rows:
+        required = ", ".join(name for name, column in COLUMNS.items() if column.required)
+        return [], [Finding("", f"{path}", "has no rows", f"write one row a subject with {required}")]
+    full = [row for row in rows if row.cells]
+    names = dict.fromkeys(name for row in full for name in row.cells)
+    ours = {name: name.strip().casefold() for name in names if name.strip().casefold() in COLUMNS}
+    found, own = [], []
+    for name in names:
+        everywhere = all(name in row.cells for row in full)
+        if name not in ours and (not name or _near(name)):
+            if everywhere:
+                found.append(Finding("", f"{path}", f"column {shown(name)}: is unknown", _hint(name)))
+        elif name not in ours:
+            own.append(name)
+    counted = [*ours.values()]
+    for name in dict.fromkeys(one for one in counted if counted.count(one) > 1):
+        found.append(Finding("", f"{path}", f"has the column {name} twice, with other capitals", "keep one of them"))
+    if full and not found:
+        wanted = [name for name, column in COLUMNS.items() if column.required and (photos or name != "images")]
+        absent = [name for name in wanted if name not in ours.values()]
+        found = [Finding("", f"{path}", f"has no column {name}", _rename(name, own)) for name in absent]
+    if own:
+        shown_names = ", ".join(shown(name) for name in own[:NAMED])
+        found.append(Finding("", f"{path}", f"columns that are not read: {shown_names}", _hint(""), note=True))
+    return [_with_names(row, ours, own) for row in rows], found
+
+
+def _with_names(row: ManifestRow, ours: dict[str, str], own: list[str]) -> ManifestRow:
+    """The row with our names of columns, and without those of one's own."""
+    cells = {ours.get(name, name): cell for name, cell in row.cells.items() if name not in own}
+    return ManifestRow(row.place, cells, row.problems)
+
+
+def _rename(name: str, own: list[str]) -> str:
+    """What to do about a required column that is not there."""
+    alike = [one for one in own if name in one.casefold() or one.casefold() in ALIASES.get(name, ())]
+    return f"call the column {shown(alike[0])} {name}" if alike else f"the columns are {', '.join(COLUMNS)}"
+
+
+def subject_from_folder(
+    folder: Path, class_noun: str, say: Callable[[str], object] = lambda line: None
+) -> Subject:
+    """The subject of the photos in one folder. Its id is the folder's name, with dashes for what an id cannot hold.
+
+    say: gets a line for the files of the folder that are not used, for each reason.
+    """
     folder = Path(folder)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-_")[:64] or "subject"
     try:
-        return Subject(name, _phrase(class_noun, folder), tuple(_photos(str(folder.resolve()), folder)))
-    except _CellError as bad:
+        found = find_photos(str(folder.resolve()), folder)
+        for what, remedy in found.notes():
+            say(f"note: {folder}: {what}; {remedy}")
+        if found.captions:
+            say(f"note: {folder}: captions beside photos are not used here; those of class images are the class's")
+        return Subject(name, check_class(class_noun, folder), tuple(found.photos))
+    except CellError as bad:
         what, want, remedy = bad.args
         raise DataError(f"{folder}: {what}, want {want}; {remedy}") from bad
 
 
-def natural_key(text: str) -> tuple:
-    """A sort key by which `photo2` comes before `photo10`; ties are broken by the text itself."""
-    parts = re.split(r"([0-9]+)", text.casefold())
-    return tuple((int(part), "") if part.isdigit() and part.isascii() else (-1, part) for part in parts), text
+Lines = list[tuple[str, str]]
+"""(what, remedy) of each defect or note of a row."""
 
 
-def _check_row(row: Row, folder: Path, photos: bool) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """(values of the sound cells, defects as (what, remedy)) of one row."""
-    defects = [(what, remedy) for what, remedy in (problem.split("; ", 1) for problem in row.problems)]
+def _check_row(row: ManifestRow, folder: Path, photos: bool) -> tuple[dict[str, Any], Lines, Lines]:
+    """(values of the sound cells, defects, notes) of one row."""
+    wrong = [(what, remedy) for what, remedy in (problem.split("; ", 1) for problem in row.problems)]
     if row.problems and not row.cells:
-        return {}, defects
-    defects += [(f"column {shown(name)}: is unknown", _hint(name)) for name in row.cells if name not in COLUMNS]
-    values = {}
-    for column, check in COLUMNS.items():
-        if column == "images" and not photos:
-            values[column] = ()
-            continue
-        cell = row.cells.get(column)
-        try:
-            if cell is not None and cell != []:
-                values[column] = check(cell, folder)
-            elif column in REQUIRED:
-                raise _CellError("got nothing", *WANTED[column])
-        except _CellError as bad:
-            what, want, remedy = bad.args
-            defects.append((f"column {column}: {what}, want {want}", remedy))
-    if "caption" in values and not _names_subject(values):
-        defects.append(
-            (
-                "column caption: does not name the subject, want {identifier} in it",
-                "write {identifier} where the subject's rare name shall stand",
-            )
-        )
-    return values, defects
+        return {}, wrong, []
+    wrong += [(f"column {shown(name)}: is unknown", _hint(name)) for name in row.cells if name not in COLUMNS]
+    values: dict[str, Any] = {}
+    found = Found()
+    for name, column in COLUMNS.items():
+        cell = row.cells.get(name)
+        with _told(name, wrong):
+            if name == "images" and not photos:
+                values[name] = ()
+            elif name == "images" and cell is not None and cell != []:
+                found = find_photos(cell, folder)
+                values[name] = tuple(found.photos)
+            elif cell is not None and cell != []:
+                values[name] = column.check(cell, folder)
+            elif column.required:
+                raise CellError("got nothing", *column.required)
+    if "caption" in values and not names_subject(values["caption"], values.get("identifier")):
+        what = "column caption: does not name the subject, want {identifier} in it"
+        wrong.append((what, "write {identifier} where the subject's rare name shall stand"))
+    said = [*found.notes()]
+    with _told("captions", wrong):
+        said += _give_captions(values, found, row.cells.get("images"), folder)
+    return values, wrong, said
 
 
-def _names_subject(values: dict[str, Any]) -> bool:
+@contextmanager
+def _told(name: str, wrong: Lines) -> Iterator[None]:
+    """Add a CellError of the block to the defects, under the column's name."""
+    try:
+        yield
+    except CellError as bad:
+        what, want, remedy = bad.args
+        wrong.append((f"column {name}: {what}, want {want}", remedy))
+
+
+def _give_captions(values: dict[str, Any], found: Found, cell: Any, folder: Path) -> Lines:
+    """Put the photos' own captions into the values, those of the column `captions` first; what is to say about them."""
+    listed, photos = values.pop("captions", None), values.get("images", ())
+    captions = dict(found.captions)
+    if listed and photos:
+        captions |= listed_captions(listed, cell, photos, folder)
+    if not captions:
+        return []
     identifier = values.get("identifier")
-    return "{identifier}" in values["caption"] or (identifier is not None and identifier in values["caption"])
+    values["captions"] = with_subject(captions, photos, identifier)
+    origins = ", ".join(sorted({origin.rpartition(".")[2] for _, origin in captions.values()}))
+    what = f"captions of {len(captions)} of {len(photos)} photos from: {origins}"
+    said = [(what, "move them away if they are not meant")]
+    without = [text for text, _ in captions.values() if not names_subject(text, identifier)]
+    if without:
+        what = f"{len(without)} of them do not name the subject, such as {shown(without[0])}"
+        remedy = "{subject} is put in front; write it where it belongs, or give the column identifier the name they use"
+        said.append((what, remedy))
+    return said
 
 
 def _clashes(ids: list[tuple[int, str]]) -> dict[int, list[tuple[str, str]]]:
-    """Defects by row of ids that several rows have, exactly or but for the case of their letters.
+    """Defects of ids that several rows have, by place of the row.
 
-    Of one id the rows after the first are named; ids that differ by case only are different subjects, and all are.
+    Of equal ids, the first row is sound. Ids that differ only by case are different subjects on some disks and the same
+    on others, so all their rows have a defect.
     """
     seen: dict[str, dict[str, int]] = {}
     found: dict[int, list[tuple[str, str]]] = {}
@@ -140,182 +213,11 @@ def _clashes(ids: list[tuple[int, str]]) -> dict[int, list[tuple[str, str]]]:
     return found
 
 
+def _near(name: str) -> str | None:
+    """The column that a name was probably meant as; None for one's own."""
+    return next(iter(difflib.get_close_matches(name.casefold(), COLUMNS, n=1, cutoff=0.75)), None)
+
+
 def _hint(name: str) -> str:
-    near = difflib.get_close_matches(name.lower(), COLUMNS, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"the columns are {', '.join(COLUMNS)}"
-
-
-def _subject(values: dict[str, Any]) -> Subject:
-    names = {"subject": "id", "class": "class_noun"}
-    return Subject(**{names.get(column, column): value for column, value in values.items()})
-
-
-def _id(cell: Any, _: Path) -> str:
-    text = _string(cell)
-    if not SUBJECT_ID.fullmatch(text):
-        raise _CellError(f"got {shown(text)}", *WANTED["subject"])
-    return text
-
-
-def _phrase(cell: Any, _: Path) -> str:
-    text = _string(cell)
-    if not text.strip() or len(text) > MAX_NAME or CONTROL.search(text) or set("{}") & set(text):
-        raise _CellError(f"got {shown(text)}", *WANTED["class"])
-    return text.strip()
-
-
-def _word(cell: Any, _: Path) -> str:
-    text = _string(cell)
-    if len(text) > MAX_NAME or CONTROL.search(text) or set("{} ") & set(text):
-        raise _CellError(
-            f"got {shown(text)}",
-            "one rare word without spaces or braces",
-            "see `dbtrain identifiers`, or leave it empty",
-        )
-    return text
-
-
-def _caption(cell: Any, _: Path) -> str:
-    text = _string(cell)
-    if len(text) > MAX_CAPTION:
-        raise _CellError(
-            f"got {len(text)} characters", f"at most {MAX_CAPTION}", "shorten it; text encoders read about 77 tokens"
-        )
-    if CONTROL.search(text):
-        raise _CellError(f"got a control character in {shown(text)}", "one line of plain text", "take it out")
-    try:
-        fields = list(string.Formatter().parse(text))
-    except ValueError as error:
-        raise _CellError(
-            f"got {shown(text)} ({error})", "paired braces", "write {{ and }} for braces themselves"
-        ) from error
-    unknown = [
-        name for _, name, style, change in fields if name is not None and (name not in PLACEHOLDERS or style or change)
-    ]
-    if unknown:
-        raise _CellError(f"got the placeholder {shown(unknown[0])}", "{identifier} or {class}", "correct its name")
-    return text
-
-
-def _string(cell: Any) -> str:
-    if isinstance(cell, bool) or not isinstance(cell, (str, int)):
-        raise _CellError(f"got {shown(cell)}", "text", "put quotes around it, or leave it empty")
-    text = str(cell)
-    if LONE.search(text):
-        raise _CellError(f"got {shown(text)}, with half a character", "Unicode text", "write that character again")
-    return text
-
-
-def _whole(low: int, high: int) -> Callable[[Any, Path], int]:
-    def check(cell: Any, _: Path) -> int:
-        try:
-            value = int(cell) if isinstance(cell, str) else cell
-            if isinstance(value, bool) or int(value) != value or not low <= value < high:
-                raise ValueError
-        except (TypeError, ValueError, OverflowError):
-            bound = f"to {high - 1}" if high < 2**62 else "up"
-            raise _CellError(
-                f"got {shown(cell)}", f"a whole number from {low} {bound}", "correct it, or leave it empty"
-            ) from None
-        return int(value)
-
-    return check
-
-
-def _rate(cell: Any, _: Path) -> float:
-    try:
-        value = float(cell) if isinstance(cell, str) else cell
-        if not 0 < value < 1:
-            raise ValueError
-    except (TypeError, ValueError):
-        raise _CellError(
-            f"got {shown(cell)}", "a number between 0 and 1, such as 1e-4", "correct it, or leave it empty"
-        ) from None
-    return float(value)
-
-
-def _factor(cell: Any, _: Path) -> float:
-    try:
-        value = float(cell) if isinstance(cell, str) else cell
-        if isinstance(value, bool) or not 0 < value < float("inf"):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise _CellError(f"got {shown(cell)}", "a number above 0", "correct it, or leave it empty") from None
-    return float(value)
-
-
-def _images(cell: Any, folder: Path) -> tuple[Path, ...]:
-    cells = cell if isinstance(cell, list) else [cell]
-    if not all(isinstance(part, str) and part and "\0" not in part for part in cells):
-        raise _CellError(f"got {shown(cell)}", *WANTED["images"])
-    try:
-        found = [photo for part in cells for photo in _photos(part, folder)]
-    except OSError as error:
-        raise _CellError(f"got {shown(cell)} ({error.strerror})", *WANTED["images"]) from error
-    twice = [photo for photo in found if found.count(photo) > 1]
-    if twice:
-        raise _CellError(f"names {twice[0]} twice", "each photo once", "take one of the two out")
-    return tuple(sorted(found, key=lambda photo: natural_key(str(photo))))
-
-
-def _photos(text: str, folder: Path) -> list[Path]:
-    """The photos that a cell names: what exists under that very name, else a semicolon list, else a glob."""
-    path = folder / text
-    if path.is_dir():
-        listed = sorted(
-            (entry for entry in path.iterdir() if not entry.name.startswith(".")), key=lambda e: natural_key(e.name)
-        )
-        return _only_photos(listed, f"the folder {shown(text)}")
-    if path.exists() or path.is_symlink():
-        return [_photo(path)]
-    if ";" in text:
-        return [photo for part in text.split(";") if part.strip() for photo in _photos(part.strip(), folder)]
-    if glob.has_magic(text):
-        names = sorted(glob.glob(text, root_dir=folder, recursive=True), key=natural_key)
-        return _only_photos([folder / name for name in names], f"the pattern {shown(text)}")
-    raise _CellError(f"got {shown(text)}, which does not exist", *WANTED["images"])
-
-
-def _only_photos(paths: list[Path], where: str) -> list[Path]:
-    foreign = [path for path in paths if path.suffix.lower() in FOREIGN]
-    if foreign:
-        raise _CellError(
-            f"{where} holds {shown(foreign[0].name)}", "JPEG, PNG or WebP photos", "convert it, or move it elsewhere"
-        )
-    photos = [_photo(path) for path in paths if path.suffix.lower() in SUFFIXES]
-    if not photos:
-        raise _CellError(
-            f"{where} holds no photo", f"files ending in {', '.join(SUFFIXES)}", "put 3-5 photos of the subject there"
-        )
-    return photos
-
-
-def _photo(path: Path) -> Path:
-    if not path.is_file():
-        raise _CellError(f"{shown(str(path))} is not a regular file", "photo files", "copy the photo itself there")
-    if path.suffix.lower() not in SUFFIXES:
-        raise _CellError(
-            f"got {shown(path.name)}",
-            f"files ending in {', '.join(SUFFIXES)}",
-            "convert the photo, or correct its name",
-        )
-    return path
-
-
-WANTED = {
-    "subject": ("letters, digits, _ and -, at most 64, the first a letter or digit", "correct the id"),
-    "class": (f"a class noun of at most {MAX_NAME} characters, such as dog", "name the kind of thing the subject is"),
-    "images": ("a folder, a glob or a list of files", "give paths relative to the manifest's folder"),
-}
-COLUMNS: dict[str, Callable[[Any, Path], Any]] = {
-    "subject": _id,
-    "class": _phrase,
-    "images": _images,
-    "caption": _caption,
-    "identifier": _word,
-    "seed": _whole(0, 2**63),
-    "steps": _whole(1, 10**9),
-    "lr": _rate,
-    "rank": _whole(1, 1025),
-    "prior_weight": _factor,
-}
+    near = _near(name)
+    return f"did you mean {near}?" if near else f"the columns are {', '.join(COLUMNS)}"

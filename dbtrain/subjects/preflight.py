@@ -1,89 +1,77 @@
-"""Everything that can be known to be wrong with subjects and photos before any other work. Reads only."""
+"""Checks of subjects and photos before any other work, against the settings and the base model. Nothing is written."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from dbtrain.data.color import UNREAD
 from dbtrain.data.images import open_photo
 from dbtrain.data.prefetch import ahead
 from dbtrain.errors import DataError, named
-from dbtrain.settings.config import RunConfig
-from dbtrain.subjects.finding import Finding
-from dbtrain.subjects.identifiers import meanings
-from dbtrain.subjects.manifest import scan_manifest
+from dbtrain.settings.config import DataConfig, RunConfig
+from dbtrain.subjects.columns import COLUMNS
+from dbtrain.subjects.finding import Finding, defects
+from dbtrain.subjects.identifiers import remarks, same_tokens
 from dbtrain.subjects.prompts import fill
 from dbtrain.subjects.registry import read_registry, taken_identifiers, vocabulary_digest
 from dbtrain.values import Subject
 
+SMALL = 0.75
+"""Share of the training resolution below which a photo's short side is worth a note."""
 MARKS = 2
-"""Tokens of a text encoder's length that its start and end marks take."""
+"""Tokens of a text encoder's length that are its start and end marks."""
 
 
 def preflight(
-    subjects: list[Subject],
+    subjects: Sequence[Subject],
     config: RunConfig,
     tokenizer: Any = None,
     registry: Path | None = None,
     photos: bool = True,
 ) -> list[Finding]:
-    """All defects of a manifest's subjects under a run's settings; empty means that training can begin.
+    """All defects of subjects under a run's settings, and notes; without a defect, training can begin.
 
-    Photos are decoded in full, one after another, in flat memory; `photos` False leaves them out. `tokenizer` is the
-    base model's; None leaves captions and identifiers unjudged. `registry` holds the identifiers that were given out;
-    None is the one in the settings, if any.
+    Photos are decoded in full, a few at a time. photos: False does not look at them.
+    tokenizer: the base model's; None leaves captions and identifiers unchecked.
+    registry: holds the identifiers that were given out; None is the one in the settings, if any.
     """
-    found = [*_overrides(subjects, config)]
+    findings = [*_conflicts(subjects, config)]
     if tokenizer is not None:
-        found += [*_captions(subjects, config, tokenizer), *_identifiers(subjects, config, tokenizer, registry)]
-    return [*found, *_photos(subjects)] if photos else found
+        findings += [*_captions(subjects, config, tokenizer), *_identifiers(subjects, config, tokenizer, registry)]
+    return [*findings, *_photos(subjects, config.data)] if photos else findings
 
 
 def sift(
-    manifest: Path, config: RunConfig, tokenizer: Any = None, registry: Path | None = None, photos: bool = True
+    subjects: Sequence[Subject],
+    findings: Sequence[Finding],
+    config: RunConfig,
+    tokenizer: Any = None,
+    registry: Path | None = None,
+    photos: bool = True,
 ) -> tuple[list[Subject], list[Finding]]:
-    """(subjects of a manifest without a finding, all findings): what `--skip-bad` goes on with, and why."""
-    subjects, findings = scan_manifest(manifest, config.data.shards is None)
-    findings += preflight(subjects, config, tokenizer, registry, photos)
-    # A row whose id is none cannot be told apart from others by it, but it is no subject either.
-    bad = {finding.subject for finding in findings}
+    """(subjects without a defect, all findings) of a manifest that `scan_manifest` has read.
+
+    The findings are those of the reading, then those of `preflight`, whose arguments the others are. `--skip-bad` goes
+    on with these subjects.
+    """
+    findings = [*findings, *preflight(subjects, config, tokenizer, registry, photos)]
+    # A finding on a row without an id has the subject "", which is no subject's id.
+    bad = {finding.subject for finding in defects(findings)}
     return [subject for subject in subjects if subject.id not in bad], findings
 
 
-def _overrides(subjects: list[Subject], config: RunConfig) -> Iterator[Finding]:
-    """What subjects ask for that the settings cannot give them."""
-    warmup, prior = config.train.warmup_steps, config.prior
+def _conflicts(subjects: Sequence[Subject], config: RunConfig) -> Iterator[Finding]:
+    """Values of subjects that the run's settings cannot give them."""
     for subject in subjects:
-        steps, weight = subject.steps, subject.prior_weight
-        rules = (
-            (
-                "steps",
-                steps is not None and steps <= warmup,
-                f"is {steps}, but train.warmup_steps is {warmup}",
-                "raise it, or shorten the warm-up",
-            ),
-            (
-                "rank",
-                subject.rank is not None and config.train.method != "lora",
-                f"is {subject.rank}, but train.method is {config.train.method}, so it would have no effect",
-                "leave it empty, or set train.method=lora",
-            ),
-            (
-                "prior_weight",
-                weight is not None and prior.weight == 0 and config.engine.kind == "packed",
-                f"is {weight} while prior.weight is 0, and the subjects of a pack have priors all or none",
-                "set prior.weight, or leave it empty",
-            ),
-            (
-                "prior_weight",
-                weight is not None and prior.images == 0,
-                f"is {weight}, but prior.images is 0",
-                "raise prior.images, or leave it empty",
-            ),
-        )
-        yield from (Finding(subject.id, name, what, remedy) for name, wrong, what, remedy in rules if wrong)
+        for column in COLUMNS.values():
+            if (value := getattr(subject, column.field)) is not None:
+                for what, remedy in column.conflicts(value, config):
+                    yield Finding(subject.id, column.name, what, remedy)
 
 
-def _captions(subjects: list[Subject], config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
+def _captions(subjects: Sequence[Subject], config: RunConfig, tokenizer: Any) -> Iterator[Finding]:
     """Captions of subjects and classes that are longer than the text encoder reads."""
     limit = tokenizer.model_max_length - MARKS
     for subject in subjects:
@@ -93,6 +81,12 @@ def _captions(subjects: list[Subject], config: RunConfig, tokenizer: Any) -> Ite
         texts = {"caption": fill(subject.caption or config.data.caption, identifier=identifier, class_noun=noun)}
         if (config.prior.weight if subject.prior_weight is None else subject.prior_weight) > 0:
             texts["class"] = fill(config.data.class_caption, class_noun=noun)
+        own = [fill(text, identifier=identifier, class_noun=noun) for text in subject.captions or () if text]
+        if own:
+            longest = max(len(ids) for ids in tokenizer(own, add_special_tokens=False, verbose=False)["input_ids"])
+            if longest > limit:
+                what = f"has {longest} tokens in the longest of its photos' captions, {limit} are read"
+                yield Finding(subject.id, "captions", what, "the rest of it has no effect; shorten it", note=True)
         for place, text in texts.items():
             count = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             if count > limit:
@@ -101,29 +95,66 @@ def _captions(subjects: list[Subject], config: RunConfig, tokenizer: Any) -> Ite
 
 
 def _identifiers(
-    subjects: list[Subject], config: RunConfig, tokenizer: Any, registry: Path | None
+    subjects: Sequence[Subject], config: RunConfig, tokenizer: Any, registry: Path | None
 ) -> Iterator[Finding]:
-    """Identifiers that have a meaning of their own, or that were given to somebody else."""
-    meant = meanings(tokenizer, (subject.identifier for subject in subjects if subject.identifier))
+    """Notes on identifiers that a user chose and that are not good, and those that were given to another subject."""
+    asked = [subject.identifier for subject in subjects if subject.identifier]
+    reasons = remarks(tokenizer, asked)
+    doubles = {later: first for first, later in same_tokens(tokenizer, asked)}
     for subject in subjects:
-        if subject.identifier in meant:
-            what = f"{meant[subject.identifier]}; the model would mix it with the subject"
-            yield Finding(subject.id, "identifier", what, "see `dbtrain identifiers`, or leave it empty")
+        name = subject.identifier
+        if name in reasons:
+            remedy = "it is used as it is; `dbtrain identifiers` lists rarer ones"
+            yield Finding(subject.id, "identifier", reasons[name], remedy, note=True)
+        if name in doubles:
+            what = f"{name!r} is read as the same tokens as {doubles[name]!r} of another subject"
+            yield Finding(subject.id, "identifier", what, "choose another, unless they share it on purpose", note=True)
     registry = registry or (Path(config.identifier.registry) if config.identifier.registry else None)
     if registry is not None:
         yield from taken_identifiers(registry, subjects, read_registry(registry, vocabulary_digest(tokenizer)))
 
 
-def _photos(subjects: list[Subject]) -> Iterator[Finding]:
+def _photos(subjects: Sequence[Subject], data: DataConfig) -> Iterator[Finding]:
+    """Photos that cannot be used, and for each subject what is to say about the others."""
     pairs = ((subject, path) for subject in subjects for path in subject.images)
-    return (finding for finding in ahead(_photo, pairs) if finding is not None)
+    looks = ahead(lambda pair: _look(pair[1], data), pairs)
+    for subject in subjects:
+        seen = [(path, next(looks)) for path in subject.images]
+        for path, look in seen:
+            if look.problem is not None:
+                what, _, remedy = look.problem.removeprefix(f"{path}: ").rpartition("; ")
+                yield Finding(subject.id, named(path), named(what), remedy)
+        yield from _remarks(subject.id, seen, data.resolution)
 
 
-def _photo(pair: tuple[Subject, Path]) -> Finding | None:
-    subject, path = pair
+@dataclass(frozen=True)
+class Look:
+    """What preflight sees in a photo. problem: why it cannot be used, or None. short_side: in pixels, 0 with a problem.
+    unread: whether its colour profile could not be used."""
+
+    problem: str | None = None
+    short_side: int = 0
+    unread: bool = False
+
+
+def _look(path: Path, data: DataConfig) -> Look:
     try:
-        open_photo(path)
+        image = open_photo(path, data.max_pixels, srgb=data.srgb)
     except DataError as error:
-        what, _, remedy = str(error).removeprefix(f"{path}: ").rpartition("; ")
-        return Finding(subject.id, named(path), named(what), remedy)
-    return None
+        return Look(problem=str(error))
+    return Look(short_side=min(image.size), unread=UNREAD in image.info)
+
+
+def _remarks(name: str, seen: Sequence[tuple[Path, Look]], resolution: int) -> Iterator[Finding]:
+    """Notes on the sound photos of a subject: one for each thing to say."""
+    small = [(path, look.short_side) for path, look in seen if 0 < look.short_side < SMALL * resolution]
+    if small:
+        path, side = min(small, key=itemgetter(1))
+        what = f"short side of {side} px" + (f" (and {len(small) - 1} more are too small)" if len(small) > 1 else "")
+        remedy = f"enlarged to data.resolution={resolution}, it is blurred; use larger photos, or a lower resolution"
+        yield Finding(name, named(path), what, remedy, note=True)
+    unread = [path for path, look in seen if look.unread]
+    if unread:
+        others = f" (nor that of {len(unread) - 1} more)" if len(unread) > 1 else ""
+        what = f"its colour profile cannot be used{others}"
+        yield Finding(name, named(unread[0]), what, "its values are taken as sRGB", note=True)

@@ -1,9 +1,9 @@
 """Captions and prompts: templates and how they are filled, the paper's evaluation prompts, its applications.
 
 A template holds `{identifier}` and `{class}`, or `{subject}` for both together; `[trigger]`, ai-toolkit's placeholder,
-is the identifier. Everything else in it is literal: no article is added or changed. The sets are files in
-`configs/prompts`: `paper` holds the prompts of google/dreambooth, `more` what goes beyond its 25; in both, `all` is for
-every class, `live` and `object` for one kind.
+is the identifier. The rest of a template stays as it is: no article is added or changed. The sets are files in
+`configs/prompts`. In them `paper` holds the prompts of google/dreambooth, and `more` others. In both, `all` is for
+every class, `live` and `object` for one kind of class.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ import yaml
 
 from dbtrain.errors import ConfigError, first_line
 from dbtrain.settings import yaml12
+from dbtrain.settings.config import NAMING
 from dbtrain.settings.recipes import configs_dir
 
 _PLACE = re.compile(r"\{(\w*)\}|\[trigger\]")
+PLACES = re.compile(r"\{(identifier|class|subject)\}|\[trigger\]")
+"""The placeholders of captions and prompts."""
 _LIVE_CLASSES = """
     cat dog
     baby bear bird boy child cow deer duck elephant fish fox frog girl goat hamster horse kitten lion lizard man
     monkey owl panda parrot penguin person pig puppy rabbit sheep snake squirrel tiger toddler turtle wolf woman
 """
 LIVE_CLASSES = frozenset(_LIVE_CLASSES.split())
-"""Class nouns of live subjects: the data set's two, then common others."""
+"""Class nouns of live subjects: the two of the paper's data set, then common others."""
 MADE = frozenset("ceramic corn gummy hot lego plastic plush rubber stuffed teddy toy wooden".split())
-"""Words that make a thing of the animal behind them: a hot dog, a teddy bear, a rubber duck."""
+"""Words that turn an animal's noun into a thing's: a hot dog, a teddy bear, a rubber duck."""
 Sections = dict[str, dict[str, tuple[str, ...]]]
 """A prompt set: `paper` or `more`, then `all`, `live` or `object`, then the prompts."""
 
@@ -40,7 +43,7 @@ def set_names() -> list[str]:
 
 @cache
 def read_set(name: str) -> Sections:
-    """A shipped prompt set, or the file that a path with an extension names. Raises ConfigError if there is none."""
+    """The prompts of a shipped set, or of a file where `name` has an extension. Raises ConfigError if it is none."""
     shipped = not Path(name).suffix
     if shipped and name not in set_names():
         raise ConfigError(f"prompt set {name!r}: is not there; sets are {', '.join(set_names())}, or give a .yaml file")
@@ -74,8 +77,8 @@ def _checked(tree: object, path: Path) -> Sections:
 
 
 def is_live(class_noun: str, live: Collection[str] = LIVE_CLASSES) -> bool:
-    """Whether a class is one of live subjects: the noun is listed, or its last word without one of `MADE` before it:
-    "corgi dog" is, "dog toy" and "hot dog" are not."""
+    """Whether a class is one of live subjects: the noun is in `live`, or its last word is and no word is in `MADE`.
+    "corgi dog" is live, "dog toy" and "hot dog" are not."""
     words = class_noun.casefold().split()
     return " ".join(words) in live or (not MADE.intersection(words) and "".join(words[-1:]) in live)
 
@@ -83,7 +86,7 @@ def is_live(class_noun: str, live: Collection[str] = LIVE_CLASSES) -> bool:
 def application(
     name: str, class_noun: str, live: Collection[str] = LIVE_CLASSES, paper_only: bool = False
 ) -> tuple[str, ...]:
-    """The templates of a prompt set that suit a class: the paper's first, then, unless left out, those beyond it."""
+    """The templates of a prompt set for a class: the paper's, then the others unless `paper_only`."""
     kinds = ("all", "live" if is_live(class_noun, live) else "object")
     sections = [read_set(name).get(section, {}) for section in (("paper",) if paper_only else ("paper", "more"))]
     return tuple(prompt for section in sections for kind in kinds for prompt in section.get(kind, ()))
@@ -99,14 +102,14 @@ def prompt_set(class_noun: str, live: Collection[str] = LIVE_CLASSES) -> tuple[s
 
 
 def subject_phrase(identifier: str | None, class_noun: str) -> str:
-    """What `{subject}` stands for: identifier and class noun; the class noun alone where identifier is None."""
+    """The value of `{subject}`: identifier and class noun, or the class noun alone where identifier is None."""
     return f"{identifier} {class_noun}" if identifier else class_noun
 
 
 def fill(template: str, *, identifier: str | None = None, class_noun: str) -> str:
-    """The template with its placeholders filled in. Without an identifier `{subject}` is any member of the class.
+    """The template with its placeholders filled in. identifier: None is for the class as such.
 
-    Raises ConfigError for an unknown placeholder, and for `{identifier}` or `[trigger]` when there is no identifier.
+    Raises ConfigError for an unknown placeholder, and for `{identifier}` or `[trigger]` where identifier is None.
     """
     values = {"identifier": identifier, "class": class_noun, "subject": subject_phrase(identifier, class_noun)}
 
@@ -128,8 +131,14 @@ def fill(template: str, *, identifier: str | None = None, class_noun: str) -> st
     return _PLACE.sub(value, template)
 
 
+def names_subject(template: str, identifier: str | None = None) -> bool:
+    """Whether a template names the subject: by a placeholder, or by the identifier itself, in any case of letters."""
+    written = identifier is not None and identifier.casefold() in template.casefold()
+    return written or any(place in template for place in NAMING)
+
+
 def without_identifier(template: str, class_noun: str) -> str:
-    """The template filled with nothing where the identifier stands: what CLIP-T's second text and the base are told."""
+    """The template with an empty identifier: the prompt for the base model, and the second text of CLIP-T."""
     return " ".join(fill(template, identifier="", class_noun=class_noun).split())
 
 

@@ -1,8 +1,8 @@
-"""Which identifier was given to which subject, written down: so that none changes when subjects come later.
+"""The record of each subject's identifier, so that no identifier changes when other subjects come later.
 
-A registry is `identifiers.jsonl`, sealed lines (`sealed.py`): a header that names the vocabulary, and a line a subject.
-Runs that share one (`identifier.registry`) never give two subjects the same identifier;
-within them, a subject's id means the same subject everywhere.
+A registry is `identifiers.jsonl`, sealed lines (`storage/sealed.py`): a header that names the vocabulary, then a line
+for each subject. Runs that share a registry (`identifier.registry`) never give two subjects the same identifier; an id
+means the same subject in all of them.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ FORMAT = "dbtrain-identifiers"
 def recorded_identifiers(
     registry: Path, tokenizer: Any, subjects: Sequence[Subject], tokens: int = 1, seed: int = 0
 ) -> dict[str, str]:
-    """An identifier for each subject id: the recorded one, or one that nobody has, recorded before it is given out.
+    """An identifier for each subject id: the recorded one, or a new one, which is recorded before this returns.
 
-    Raises DataError for a damaged registry, ConfigError for one of another vocabulary, or where a manifest asks for an
-    identifier that was given to another subject.
+    Raises DataError for a damaged registry. Raises ConfigError for a registry of another vocabulary, and where a
+    subject asks for an identifier that was given to another subject.
     """
     vocabulary = vocabulary_digest(tokenizer)
     known = read_registry(registry, vocabulary)
@@ -45,7 +45,7 @@ def recorded_identifiers(
 
 
 def read_registry(registry: Path, vocabulary: str) -> dict[str, str]:
-    """The recorded identifiers by subject id; empty if there is no registry yet."""
+    """The recorded identifiers by subject id; empty if there is no registry yet. DataError and ConfigError as above."""
     if not registry.exists():
         return {}
     try:
@@ -67,9 +67,9 @@ def _is_new(subject: Subject, known: dict[str, str]) -> bool:
 
 
 def taken_identifiers(registry: Path, subjects: Sequence[Subject], known: dict[str, str]) -> list[Finding]:
-    """A finding for each subject that asks for an identifier which was given to another, here or in another manifest.
+    """A finding for each subject that asks for an identifier of another subject, of this manifest or an earlier one.
 
-    Subjects that ask for one identifier by name share it on purpose.
+    Subjects that ask for the same identifier by name share it on purpose.
     """
     asking = {subject.id: subject.identifier for subject in subjects if subject.identifier}
     owners = {name.casefold(): owner for owner, name in known.items() if owner not in asking}
@@ -81,5 +81,5 @@ def taken_identifiers(registry: Path, subjects: Sequence[Subject], known: dict[s
             "choose another identifier, or leave it empty",
         )
         for name, wanted in asking.items()
-        if wanted != known.get(name) and wanted.casefold() in owners
+        if wanted.casefold() != known.get(name, "").casefold() and wanted.casefold() in owners
     ]

@@ -1,12 +1,13 @@
-"""Manifest files as plain rows: CSV, JSONL, YAML and Parquet become the same values before anything is judged.
+"""Rows of a manifest file: CSV, JSONL, YAML and Parquet become the same values before any cell is checked.
 
-A cell is None (not given), a string, a number or a list; a row knows its place in the file.
+A cell is a string, a number or a list; None is an empty cell.
 """
 
 import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,22 +16,26 @@ from typing import Any
 import yaml
 
 from dbtrain.errors import DataError, shown
+from dbtrain.settings import yaml12
 
-PLAIN = ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")
-PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in PLAIN}
+SEPARATORS = ",;\t|"
+"""What may separate the cells of a CSV file. Spreadsheets write semicolons where the comma is a decimal sign."""
+SEPARATOR_LINE = re.compile(r"sep=([,;\t|])\r?\n", re.IGNORECASE)
+PLAIN_TAGS = {f"{yaml12.CORE}{name}" for name in (*yaml12.SCALARS, "seq", "map")}
+"""Tags of text, numbers, lists and mappings in YAML. Any other would construct an object."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One manifest row: its place (a line; in Parquet a row number; from 1), its cells, defects of its syntax."""
+class ManifestRow:
+    """One row of a manifest. place: its line from 1, in Parquet its number from 1. problems: defects of its syntax."""
 
     place: int
     cells: dict[str, Any] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a manifest, its format told by the file's ending; DataError if the file as a whole cannot be read."""
+def read_rows(path: Path) -> list[ManifestRow]:
+    """All rows of a manifest, in the format of the file's ending. DataError if the file as a whole cannot be read."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: is no manifest by its ending {path.suffix!r}; use one of {', '.join(READERS)}")
@@ -39,7 +44,7 @@ def read_rows(path: Path) -> list[Row]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     try:
-        return [Row(row.place, _tidy(row.cells), row.problems) for row in reader(content)]
+        return [ManifestRow(row.place, _tidy(row.cells), row.problems) for row in reader(content)]
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except RecursionError as error:
@@ -47,7 +52,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _tidy(cells: dict[Any, Any]) -> dict[str, Any]:
-    """Cells with stripped names and strings, and every way of saying "not given" turned into None."""
+    """The cells with stripped names and strings; None for every form of an empty cell."""
     return {str(name).strip(): _tidy_cell(value) for name, value in cells.items()}
 
 
@@ -70,19 +75,24 @@ def _text(content: bytes) -> str:
         raise DataError(f"{what}; save the manifest as UTF-8") from error
 
 
-def _from_csv(content: bytes) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(_text(content), newline=""), strict=True)
+def _from_csv(content: bytes) -> Iterator[ManifestRow]:
+    text = _text(content)
+    stream = io.StringIO(text, newline="")
+    if SEPARATOR_LINE.match(text):  # Excel's own line, which says what separates the cells
+        stream.readline()
+    reader = csv.reader(stream, strict=True, delimiter=_separator(text))
+    skipped = 1 if SEPARATOR_LINE.match(text) else 0
     try:
         header = [name.strip() for name in next(reader, [])]
         places, lines = [], []
-        place = reader.line_num + 1
+        place = skipped + reader.line_num + 1
         for values in reader:
             if any(value.strip() for value in values):
                 places.append(place)
                 lines.append(values)
-            place = reader.line_num + 1
+            place = skipped + reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"line {reader.line_num} is no CSV ({error}); check its quotes") from error
+        raise DataError(f"line {skipped + reader.line_num} is no CSV ({error}); check its quotes") from error
     used = _used_columns(header, lines)
     repeated = sorted({header[i] for i in used if [header[j] for j in used].count(header[i]) > 1})
     if repeated:
@@ -90,27 +100,36 @@ def _from_csv(content: bytes) -> Iterator[Row]:
     for place, values in zip(places, lines):
         over = any(value.strip() for value in values[len(header) :])
         extra = (f"has {len(values)} cells for {len(header)} columns; put quotes around cells with commas",)
-        yield Row(place, {header[i]: values[i] for i in used if i < len(values)}, extra if over else ())
+        cells = {header[i]: values[i] if i < len(values) else "" for i in used}
+        yield ManifestRow(place, cells, extra if over else ())
+
+
+def _separator(text: str) -> str:
+    """What separates the cells of a CSV file: a comma, unless its header shows more cells with something else."""
+    if said := SEPARATOR_LINE.match(text):
+        return said[1]
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    return "," if "," in header else max(SEPARATORS, key=header.count)
 
 
 def _used_columns(header: list[str], lines: list[list[str]]) -> list[int]:
-    """The columns that have a name, or a cell that is not empty: spreadsheets write others behind those in use."""
+    """Numbers of the columns that have a name or a cell with content. Spreadsheets add others, without either."""
     return [i for i, name in enumerate(header) if name or any(i < len(line) and line[i].strip() for line in lines)]
 
 
-def _from_jsonl(content: bytes) -> Iterator[Row]:
+def _from_jsonl(content: bytes) -> Iterator[ManifestRow]:
     for place, line in enumerate(_text(content).split("\n"), 1):
         if not line.strip():
             continue
         try:
             cells = json.loads(line, object_pairs_hook=_unique)
         except ValueError as error:
-            yield Row(place, {}, (f"is no JSON ({error}); write one object a line",))
+            yield ManifestRow(place, {}, (f"is no JSON ({error}); write one object a line",))
             continue
         if isinstance(cells, dict):
-            yield Row(place, cells)
+            yield ManifestRow(place, cells)
         else:
-            yield Row(place, {}, (f"is {shown(cells)}; write one object a line",))
+            yield ManifestRow(place, {}, (f"is {shown(cells)}; write one object a line",))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,16 +139,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return cells
 
 
-def _from_yaml(content: bytes) -> Iterator[Row]:
-    """Rows of a YAML list of mappings. Nothing is constructed: scalars stay text, so that `no` is a name, not False."""
+def _from_yaml(content: bytes) -> Iterator[ManifestRow]:
+    """Rows of a YAML list of mappings. Scalars stay text, so that `no` is a name and not False."""
     try:
-        text = _text(content)
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise DataError(f"line {event.start_mark.line + 1} uses an alias (*name); write the value out")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml12.read_node(_text(content))
     except yaml.YAMLError as error:
-        raise DataError(f"is no YAML ({' '.join(str(error).split())}); write a list of subjects") from error
+        line, problem = yaml12.explain_error(error)
+        raise DataError(f"line {line} is no YAML ({problem}); write a list of subjects") from error
     if root is None:
         return
     if not isinstance(root, yaml.SequenceNode):
@@ -138,15 +154,15 @@ def _from_yaml(content: bytes) -> Iterator[Row]:
         yield _yaml_row(node)
 
 
-def _yaml_row(node: yaml.Node) -> Row:
+def _yaml_row(node: yaml.Node) -> ManifestRow:
     place = node.start_mark.line + 1
     try:
         cells = _plain(node)
     except DataError as error:
-        return Row(place, {}, (str(error),))
+        return ManifestRow(place, {}, (str(error),))
     if not isinstance(cells, dict):
-        return Row(place, {}, (f"is {shown(cells)}; write `- subject: ...` with its columns below",))
-    return Row(place, cells)
+        return ManifestRow(place, {}, (f"is {shown(cells)}; write `- subject: ...` with its columns below",))
+    return ManifestRow(place, cells)
 
 
 def _plain(node: yaml.Node) -> Any:
@@ -162,7 +178,7 @@ def _plain(node: yaml.Node) -> Any:
     return dict(pairs)
 
 
-def _from_parquet(content: bytes) -> Iterator[Row]:
+def _from_parquet(content: bytes) -> Iterator[ManifestRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -171,10 +187,10 @@ def _from_parquet(content: bytes) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"is no readable Parquet file ({shown(str(error))}); write it again") from error
     for place, cells in enumerate(table, 1):
-        yield Row(place, cells)
+        yield ManifestRow(place, cells)
 
 
-READERS: dict[str, Callable[[bytes], Iterator[Row]]] = {
+READERS: dict[str, Callable[[bytes], Iterator[ManifestRow]]] = {
     ".csv": _from_csv,
     ".jsonl": _from_jsonl,
     ".yaml": _from_yaml,

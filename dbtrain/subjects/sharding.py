@@ -1,26 +1,32 @@
-"""A manifest's photos as shards: which subjects, made anew or found up to date, and which are left out."""
+"""Photos of subjects as shards: written once, checked on later runs; and which subjects are left out, with reasons."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dbtrain.data.images import encode, open_photo, read_photo, shorten
 from dbtrain.data.index import FORMAT, INDEX_NAME, VERSION, Index, make_key
 from dbtrain.data.prefetch import ahead
-from dbtrain.data.shards import MARK, write_shards
+from dbtrain.data.shards import MARK, grow_shards, tidy, write_shards
 from dbtrain.data.stream import SKIPPED, verify
 from dbtrain.errors import DataError
 from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.storage.atomic import write_file
-from dbtrain.subjects.finding import Finding
+from dbtrain.subjects.finding import Finding, defects, notes, refuse
+from dbtrain.subjects.growing import growth, summary
 from dbtrain.subjects.preflight import sift
-from dbtrain.values import Role, Sample, Subject
+from dbtrain.values import OWN, Role, Sample, Subject
+
+SourceLine = tuple[Any, ...]
+"""Of a photo: its subject's id, class and caption (or None), the name of its file, the SHA-256 (hex) of its content,
+and its own caption where it has one."""
 
 
-def shard_manifest(
-    manifest: Path,
+def shard_subjects(
+    subjects: Sequence[Subject],
+    findings: Sequence[Finding],
     out: Path,
     config: RunConfig,
     say: Callable[[str], None] = print,
@@ -28,32 +34,45 @@ def shard_manifest(
     tokenizer: Any = None,
     registry: Path | None = None,
 ) -> Index:
-    """The index of the shards that hold a manifest's photos at `data.resolution`.
+    """The index of the shards that hold the subjects' photos at `data.resolution`.
 
-    Run again on the same input it changes nothing, or remakes what is damaged, and says so; a folder made from other
-    input is refused. Bad photos are all named in one DataError before anything is written. With `skip_bad`, subjects
-    with findings are left out: each is told, and named with its reasons in `skipped.json`. `tokenizer` and `registry`:
-    see `preflight`; photos that are in the shards already are not looked at again.
+    `subjects` and `findings` are what `scan_manifest` read. A second call with the same input changes nothing, or
+    remakes what is damaged, and says so. With more subjects or photos it adds these. Photos that are in the shards
+    already are not decoded again. `tokenizer` and `registry` are those of `preflight`.
+
+    Raises one DataError with all findings, those of `preflight` included, before anything is written. With `skip_bad`,
+    subjects with findings are left out instead: `say` gets a line for each, and `skipped.json` the reasons. Raises
+    DataError too where `out` was made from other input: other captions or classes, photos that are gone.
     """
-    out, resolution = Path(out), config.data.resolution
+    out = Path(out)
     ready = config.data.shards is not None
     made = Index.load(out) if not ready and (out / INDEX_NAME).exists() and not (out / MARK).exists() else None
     photos = not ready and (made is None or skip_bad)
-    subjects, findings = sift(manifest, config, tokenizer, registry, photos)
+    subjects, findings = sift(subjects, findings, config, tokenizer, registry, photos)
+    for note in notes(findings):
+        say(f"note: {note.line()}")
+    findings = defects(findings)
     if ready:
         return _ready_made(config.data, subjects, findings, out, skip_bad, say)
     left_out = _left_out(findings, skip_bad and bool(subjects), say)
-    source = source_digest(subjects, resolution)
+    lines = source_lines(subjects)
+    source = source_digest(lines, config.data)
     if made is not None:
-        damage = _repair_reason(made, source, out)
+        tidy(out, made)
+        damage = verify(out)
+        if damage and made.source != source:
+            what = f"{out}: is damaged, and the manifest or photos have changed; move it away, and run again"
+            raise DataError("\n".join([*damage, what]))
         if not damage:
+            if made.source != source:
+                made = _grow(subjects, lines, made, out, config, source, say)
             _name_left_out(out, left_out)
-            say(f"{out}: is up to date, {len(made.rows)} samples of {len(made.subjects)} subjects; nothing to do")
+            say(f"{out}: is up to date, {len(made.entries)} samples of {len(made.subjects)} subjects; nothing to do")
             return made
         say("\n".join([*damage, f"{out}: is damaged; remaking it"]))
-    index = write_shards(_photo_samples(subjects, resolution), out, source=source, remake=made is not None)
+    index = write_shards(photo_samples(subjects, config.data), out, source=source, remake=made is not None)
     _name_left_out(out, left_out)
-    say(f"{out}: {len(index.rows)} samples of {len(subjects)} subjects in {len(index.shards)} shards")
+    say(f"{out}: {len(index.entries)} samples of {len(subjects)} subjects in {len(index.shards)} shards")
     return index
 
 
@@ -65,29 +84,28 @@ def _ready_made(
     skip_bad: bool,
     say: Callable[[str], None],
 ) -> Index:
-    """The part of ready-made shards that holds these subjects. They are only read: `skipped.json` goes into `out`."""
-    place = str(data.shards)
+    """The part of ready-made shards that holds these subjects. Nothing but `skipped.json` is written, into `out`."""
+    place, remedy = str(data.shards), "shard its photos too, or take its row out"
     index = Index.load(place, data.schemes)
-    remedy = "shard its photos too, or take its row out"
-    absent = [subject for subject in subjects if not index.rows_of(subject.id)]
+    absent = [subject for subject in subjects if not index.entries_of(subject.id)]
     findings = findings + [Finding(subject.id, place, "holds no photo of it", remedy) for subject in absent]
     sound = {subject.id for subject in subjects} - {subject.id for subject in absent}
     left_out = _left_out(findings, skip_bad and bool(sound), say)
     if left_out:
         out.mkdir(parents=True, exist_ok=True)
         _name_left_out(out, left_out)
-    rows = tuple(row for row in index.rows if row.subject in sound and row.role == Role.INSTANCE)
-    say(f"{place}: {len(rows)} samples of {len(sound)} subjects")
-    return Index(rows, index.shards, index.source)
+    entries = tuple(entry for entry in index.entries if entry.subject in sound and entry.role == Role.INSTANCE)
+    say(f"{place}: {len(entries)} samples of {len(sound)} subjects")
+    return Index(entries, index.shards, index.source)
 
 
 def _left_out(findings: list[Finding], skip: bool, say: Callable[[str], None]) -> dict[str, list[str]]:
-    """Reasons of the subjects that are left out, by id; DataError with all of them unless that was asked for.
+    """Reasons of the subjects that are left out, by id. Without `skip`, a DataError with all of them.
 
     A row without an id is named by its place in the manifest, such as photos.csv:4.
     """
-    if findings and not skip:
-        raise DataError("\n".join(finding.line() for finding in findings))
+    if not skip:
+        refuse(findings)
     left_out: dict[str, list[str]] = {}
     for finding in findings:
         left_out.setdefault(finding.subject or Path(finding.file).name, []).append(finding.line())
@@ -95,61 +113,86 @@ def _left_out(findings: list[Finding], skip: bool, say: Callable[[str], None]) -
     return left_out
 
 
-def photo_samples(subject: Subject, resolution: int) -> Iterator[Sample]:
-    """A subject's photos as samples to store, in their order.
+def photo_samples(subjects: Sequence[Subject], data: DataConfig) -> Iterator[Sample]:
+    """The subjects' photos as samples to store, in their order, as a run's settings want them.
 
     `meta` has the photo's file name, SHA-256 and upright size in pixels (`width`, `height`), and the class noun. An
-    empty caption means that the run's template holds.
+    empty caption means that the run's template holds. `meta[OWN]` is True where the caption is the photo's own.
     """
-    return _photo_samples([subject], resolution)
+    photos = ((subject, number) for subject in subjects for number in range(len(subject.images)))
+    return ahead(lambda photo: _photo_sample(*photo, data), photos)
 
 
-def source_digest(subjects: list[Subject], resolution: int) -> str:
+def source_digest(lines: Sequence[SourceLine], data: DataConfig) -> str:
     """SHA-256 (hex) of everything that decides what shards hold: photos, ids, classes, captions, resolution, format."""
-    digest = hashlib.sha256(json.dumps([FORMAT, VERSION, resolution]).encode())
-    pairs = ((subject, path) for subject in subjects for path in subject.images)
-    for line in ahead(_source_line, pairs):
-        digest.update(line)
+    about = [FORMAT, VERSION, data.resolution, *([] if data.srgb else ["srgb=false"])]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for line in lines:
+        digest.update(json.dumps(line).encode())
     return digest.hexdigest()
 
 
-def _source_line(pair: tuple[Subject, Path]) -> bytes:
-    subject, path = pair
+def source_lines(subjects: Sequence[Subject]) -> list[SourceLine]:
+    """What decides the stored photos of subjects: a line for each, in order."""
+    pairs = ((subject, number) for subject in subjects for number in range(len(subject.images)))
+    return list(ahead(_source_line, pairs))
+
+
+def _source_line(pair: tuple[Subject, int]) -> SourceLine:
+    subject, number = pair
+    path, own = subject.images[number], _own_caption(subject, number)
     photo = hashlib.sha256(read_photo(path)).hexdigest()
-    return json.dumps([subject.id, subject.class_noun, subject.caption, path.name, photo]).encode()
+    return subject.id, subject.class_noun, subject.caption, path.name, photo, *([own] if own else [])
 
 
-def _photo_samples(subjects: list[Subject], resolution: int) -> Iterator[Sample]:
-    photos = ((subject, number, path) for subject in subjects for number, path in enumerate(subject.images))
-    return ahead(lambda photo: _photo_sample(*photo, resolution), photos)
+def _grow(
+    subjects: Sequence[Subject],
+    lines: Sequence[SourceLine],
+    made: Index,
+    out: Path,
+    config: RunConfig,
+    source: str,
+    say: Callable[[str], None],
+) -> Index:
+    """The index of a sound folder after it took in what has joined. Raises DataError for other changes, and for photos
+    that cannot be read, before anything is written."""
+    wanted = [
+        (name, (photo, (own[0] if own else caption) or "", noun)) for name, noun, caption, _, photo, *own in lines
+    ]
+    found = growth(subjects, wanted, made, out, config.data.resolution)
+    joining = [*found.new, *found.grown]
+    refuse(defects(sift(joining, [], config)[1]))
+    for line in summary(found, out):
+        say(line)
+    replaced = {subject.id for subject in found.grown}
+    return grow_shards(photo_samples(joining, config.data), out, made, replaced, source)
 
 
-def _photo_sample(subject: Subject, number: int, path: Path, resolution: int) -> Sample:
+def _own_caption(subject: Subject, number: int) -> str:
+    """The caption of a subject's photo; empty where it has none of its own."""
+    return subject.captions[number] if subject.captions else ""
+
+
+def _photo_sample(subject: Subject, number: int, data: DataConfig) -> Sample:
+    path, own = subject.images[number], _own_caption(subject, number)
     content = read_photo(path)
     try:
-        image = open_photo(content)
+        image = open_photo(content, data.max_pixels, srgb=data.srgb)
     except DataError as error:
         raise DataError(f"{path}: {str(error).removeprefix('photo: ')}") from error
-    stored, extension = encode(shorten(image, resolution))
+    stored, extension = encode(shorten(image, data.resolution))
     meta = {
         "source": path.name,
         "source_sha256": hashlib.sha256(content).hexdigest(),
         "class": subject.class_noun,
         "width": image.width,
         "height": image.height,
+        **({OWN: True} if own else {}),
     }
     key = make_key(subject.id, Role.INSTANCE, number)
-    return Sample(key, subject.id, Role.INSTANCE, subject.caption or "", stored, extension, meta)
+    return Sample(key, subject.id, Role.INSTANCE, own or subject.caption or "", stored, extension, meta)
 
 
 def _name_left_out(out: Path, left_out: dict[str, list[str]]) -> None:
     if left_out:
         write_file(out / SKIPPED, json.dumps(left_out, indent=1).encode())
-
-
-def _repair_reason(made: Index, source: str, out: Path) -> list[str]:
-    """The damage for which a folder must be remade; DataError if it was made from other input."""
-    if made.source != source:
-        what = f"{out}: holds shards made from other photos, captions or another resolution"
-        raise DataError(f"{what}; choose another --out, or move this folder away")
-    return verify(out)

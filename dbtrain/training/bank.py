@@ -1,12 +1,13 @@
 """Where data meets the model: a subject's images as cached VAE moments or stored bytes, and its captions.
 
-A bank holds one subject's instance and prior samples. `Bank.batch` is a pure function of (step, slots): which sample,
-mirrored or not, cropped where, comes from counter-based randomness, so it is the same at any number of ranks.
+A bank holds one subject's instance and prior samples. `Bank.batch` is a pure function of (step, slots). Which sample is
+drawn, whether it is mirrored and where it is cropped come from counter-based randomness, so all of that is the same at
+any number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -16,17 +17,17 @@ from torch import Tensor, nn
 from dbtrain.data.images import flip, open_photo, square, to_pixels
 from dbtrain.data.index import order
 from dbtrain.engines.world import together
-from dbtrain.errors import StopRequested
-from dbtrain.models.family import Family, Models, Tokens, encode_images
+from dbtrain.errors import ConfigError, DataError, StopRequested
+from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.models.load import base_digest
 from dbtrain.models.sampling import sampling_mode
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key, prior_moments, read_priors
 from dbtrain.randomness import Purpose, stream_key, uniforms
-from dbtrain.settings.config import DataConfig, RunConfig
+from dbtrain.settings.config import DataConfig, PriorConfig, RunConfig
 from dbtrain.subjects.prompts import fill
-from dbtrain.training.session import ClassPriors, Session
-from dbtrain.values import Batch, Conditioning, Role, Sample, Subject
+from dbtrain.training.session import Base, ClassPriors, Watch, Work
+from dbtrain.values import OWN, Batch, Conditioning, Role, Sample, Subject
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,15 @@ class Bank:
     """A subject's samples by role, drawn by (step, slot).
 
     moments: float32 [n, variants, 2C, h, w] by role on the device; empty where pixels are made each step; variant 1 is
-    the mirror image. texts: every distinct caption once.
+    the mirror image. texts: every distinct caption once, and the empty one where captions are dropped.
     """
 
     def __init__(self, items: dict[Role, list[Item]], data: DataConfig, seed: int, subject: str, batch: int):
         self.items, self.data, self.seed, self.subject, self.batch_size = items, data, seed, subject, batch
         self.key = stream_key(seed, subject)
         self.texts = list(dict.fromkeys(item.caption for role in items for item in items[role]))
+        if data.caption_dropout and "" not in self.texts:
+            self.texts.append("")
         self.moments: dict[Role, Tensor] = {}
         self.sizes = {
             role: torch.tensor([_size_ids(item.sample, data.resolution) for item in group], dtype=torch.float32)
@@ -58,11 +61,11 @@ class Bank:
         }
         self.readers = ThreadPoolExecutor(2)
 
-    def cache(self, role: Role, vae: nn.Module, device: str) -> Tensor:
+    def cache(self, role: Role, codec: Codec, vae: nn.Module, device: str) -> Tensor:
         """The moments of a role's images (and of their mirror images if samples are flipped), encoded once."""
         arrays = [square(open_photo(item.sample.image), self.data.resolution) for item in self.items[role]]
         variants = [arrays, [flip(array) for array in arrays]] if self.data.flip else [arrays]
-        encoded = [encode_all(vae, [to_pixels(array) for array in variant], device) for variant in variants]
+        encoded = [encode_all(codec, vae, [to_pixels(array) for array in variant], device) for variant in variants]
         self.moments[role] = torch.stack(encoded, 1)
         return self.moments[role]
 
@@ -71,7 +74,7 @@ class Bank:
         return self.draw(step, instance_slots).to(device, non_blocking=True)
 
     def draw(self, step: int, instance_slots: Sequence[int]) -> Batch:
-        """The same where its parts lie: cached moments on their device, everything else on the CPU."""
+        """The same micro-batch without a move: cached moments on their device, everything else on the CPU."""
         parts = [
             self._draw(role, step, torch.tensor([slot + int(role) * self.batch_size for slot in instance_slots]))
             for role in self.items
@@ -90,12 +93,16 @@ class Bank:
             else torch.zeros(len(slot_B), dtype=torch.bool)
         )
         images, sizes = self._images(role, step, slot_B, pick_B, flip_B)
-        return Batch(images, self.caption_rows[role][pick_B], torch.full_like(slot_B, int(role)), slot_B, sizes)
+        caption_B = self.caption_rows[role][pick_B]
+        if self.data.caption_dropout and role == Role.INSTANCE:
+            dropped_B = uniforms(self.key, Purpose.CAPTION, step, slot_B) < self.data.caption_dropout
+            caption_B = torch.where(dropped_B, self.texts.index(""), caption_B)
+        return Batch(images, caption_B, torch.full_like(slot_B, int(role)), slot_B, sizes)
 
     def _images(self, role: Role, step: int, slot_B: Tensor, pick_B: Tensor, flip_B: Tensor) -> tuple[Tensor, Tensor]:
         if role in self.moments:
             moments = self.moments[role]
-            # A copy that the host waited for would also wait for the step before it to end.
+            # If the host waited for this copy, it would also wait until the step before has ended.
             place = (pick_B.to(moments.device, non_blocking=True), flip_B.long().to(moments.device, non_blocking=True))
             return moments[place], self.sizes[role][pick_B]
         crops = [(0.5, 0.5)] * len(slot_B)
@@ -116,7 +123,7 @@ class Bank:
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
-    """One batch of the samples of several, in order; those of a pack keep no subject rows."""
+    """One batch of the samples of several, in order, without `subject_B`."""
     names = [name for name in Batch.__dataclass_fields__ if name != "subject_B"]
     return Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
@@ -131,93 +138,116 @@ def _size_ids(sample: Sample, resolution: int, crop: tuple[float, float] = (0.5,
 
 
 @torch.no_grad()
-def encode_all(vae: nn.Module, images: Sequence[Tensor], device: str, batch: int = 8) -> Tensor:
+def encode_all(codec: Codec, vae: nn.Module, images: Sequence[Tensor], device: str, batch: int = 8) -> Tensor:
     """VAE moments [n, 2C, h, w] of n images [3, H, W], encoded `batch` at a time."""
     chunks = [torch.stack(images[start : start + batch]) for start in range(0, len(images), batch)]
-    return torch.cat([encode_images(vae, chunk.to(device)) for chunk in chunks])
+    return torch.cat([codec.encode(vae, chunk.to(device)) for chunk in chunks])
 
 
 @torch.no_grad()
-def encode_captions(
-    family: Family, models: Models, texts: Sequence[str], device: str, cached: bool
-) -> Conditioning | Tokens:
-    """The captions as conditioning (encoded once, in fp32), or as tokens for a text encoder that trains."""
-    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
-    return family.encode_tokens(models.text_encoders, tokens) if cached else tokens
-
-
 def captions_of(
     family: Family, models: Models, config: RunConfig, texts: Sequence[str], device: str
 ) -> Conditioning | Tokens:
-    """The captions as a run's settings want them: encoded once, or as tokens for a text encoder that trains."""
-    return encode_captions(family, models, texts, device, config.data.cache_text and not config.train.text_encoder)
+    """The captions as conditioning (encoded once, in fp32), or as tokens to encode anew each step."""
+    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
+    cached = config.data.cache_text and not config.train.text_encoder
+    return family.encode_tokens(models.text_encoders, tokens) if cached else tokens
 
 
-def fill_bank(session: Session, subject: Subject, config: RunConfig, instances: Sequence[Sample]) -> Bank:
+ClassImages = Callable[[Base, Work, Watch, RunConfig, PriorKey], list[Sample]]
+"""How the prior images of a class are got: `complete_priors` or `stored_priors`."""
+
+
+def fill_bank(
+    base: Base,
+    work: Work,
+    watch: Watch,
+    subject: Subject,
+    config: RunConfig,
+    instances: Sequence[Sample],
+    class_images: ClassImages,
+) -> Bank:
     """A subject's photos and its class's priors, with captions, encoded if latents are cached."""
-    identifier, data = session.identifiers[subject.id], config.data
-    caption = fill(subject.caption or data.caption, identifier=identifier, class_noun=subject.class_noun)
-    items = {Role.INSTANCE: [Item(sample, caption) for sample in instances]}
+    data = config.data
+    identifier = work.identifiers[subject.id]
+    items = {Role.INSTANCE: [Item(one, _caption(one, subject, data.caption, identifier)) for one in instances]}
     if config.prior.weight > 0:
-        key = prior_key(config, session.models, subject.class_noun)
+        key = prior_key(config, base.models, subject.class_noun)
         wanted = (key, config.prior.images)
-        known = session.class_priors.get(wanted) or ClassPriors(ensure_priors(session, config, key))
-        items[Role.PRIOR] = [Item(sample, key.prompt) for sample in known.samples]
+        priors = base.class_priors.kept.get(wanted) or ClassPriors(class_images(base, work, watch, config, key))
+        items[Role.PRIOR] = [Item(sample, key.prompt) for sample in priors.samples]
     bank = Bank(items, data, config.seed, subject.id, config.train.batch)
     if data.cache_latents and data.crop == "center":
-        with session.stages("encode"):
-            bank.cache(Role.INSTANCE, session.models.vae, session.world.device)
-            if Role.PRIOR in items and known.moments is None:
-                known = replace(known, moments=encode_priors(session, config, key, items[Role.PRIOR]))
+        with watch.clock.stage("encode"):
+            bank.cache(Role.INSTANCE, base.family.codec, base.models.vae, base.world.device)
+            if Role.PRIOR in items and priors.moments is None:
+                priors = replace(priors, moments=encode_priors(base, work, watch, config, key, priors.samples))
     if Role.PRIOR in items:
-        if known.moments is not None:
-            bank.moments[Role.PRIOR] = known.moments
-        session.keep_priors(wanted, known)
+        if priors.moments is not None:
+            bank.moments[Role.PRIOR] = priors.moments
+        base.class_priors.keep(wanted, priors)
     return bank
 
 
-def encode_priors(session: Session, config: RunConfig, key: PriorKey, items: Sequence[Item]) -> torch.Tensor:
-    """The encoded priors, from the store or into it, so that no other process or subject encodes them again."""
-    vae, device = session.models.vae, session.world.device
+def _caption(sample: Sample, subject: Subject, template: str, identifier: str) -> str:
+    """A photo's caption: its own, else its subject's, else the run's."""
+    own = sample.caption if sample.meta.get(OWN) else ""
+    try:
+        return fill(own or subject.caption or template, identifier=identifier, class_noun=subject.class_noun)
+    except ConfigError as error:
+        if not own:
+            raise
+        raise DataError(f"sample {sample.key}: {error}; make the shards again with another caption") from error
 
-    def encode(group: Sequence[Sample]) -> torch.Tensor:
-        session.beat("encode")
-        part = Bank({Role.PRIOR: [Item(one, key.prompt) for one in group]}, config.data, 0, "", 1)
-        return part.cache(Role.PRIOR, vae, device)
+
+def encode_priors(
+    base: Base, work: Work, watch: Watch, config: RunConfig, key: PriorKey, samples: Sequence[Sample]
+) -> Tensor:
+    """The encoded priors: read from the store, or encoded and kept there for other processes and later subjects."""
+    vae, device = base.models.vae, base.world.device
+
+    def encode(group: Sequence[Sample]) -> Tensor:
+        watch.beat("encode")
+        part = Bank({Role.PRIOR: [Item(sample, key.prompt) for sample in group]}, config.data, 0, "", 1)
+        return part.cache(Role.PRIOR, base.family.codec, vae, device)
 
     about = {
-        "base": base_digest(session.models),
+        "base": base_digest(base.models),
         "dtype": str(next(vae.parameters()).dtype),
         "resolution": config.data.resolution,
         "flip": config.data.flip,
         "device": device.partition(":")[0],
     }
-    return prior_moments(session.prior_store, key, [item.sample for item in items], about, encode).to(device)
+    return prior_moments(work.priors, key, samples, about, encode).to(device)
 
 
-def ensure_priors(session: Session, config: RunConfig, key: PriorKey) -> list[Sample]:
-    """A class's priors from the store, which all ranks first complete together; a request to stop ends it early."""
-    world = session.world
-    with session.stages("prior"):
-        if not session.priors_drawn:
-            together(world, lambda: _complete_priors(session, config, key))
-        return together(world, lambda: read_priors(session.prior_store, key, config.prior.images))
+def complete_priors(base: Base, work: Work, watch: Watch, config: RunConfig, key: PriorKey) -> list[Sample]:
+    """A class's priors from the store. All ranks together first draw what is missing there, with the base as it is; a
+    request to stop ends that early."""
+    with watch.clock.stage("prior"):
+        together(base.world, lambda: _draw_missing(base, work, watch, config.prior, key))
+    return stored_priors(base, work, watch, config, key)
 
 
-def _complete_priors(session: Session, config: RunConfig, key: PriorKey) -> None:
-    prior, family, models, world = config.prior, session.family, session.models, session.world
-    with sampling_mode(models):
+def stored_priors(base: Base, work: Work, watch: Watch, config: RunConfig, key: PriorKey) -> list[Sample]:
+    """A class's priors from the store; DataError if they are not complete there."""
+    with watch.clock.stage("prior"):
+        return together(base.world, lambda: read_priors(work.priors, key, config.prior.images))
+
+
+def _draw_missing(base: Base, work: Work, watch: Watch, prior: PriorConfig, key: PriorKey) -> None:
+    with sampling_mode(base.models):
         make_priors(
-            session.prior_store,
+            work.priors,
             key,
             prior.images,
-            family,
-            models,
-            world,
+            base.family,
+            base.models,
+            base.world,
             prior.batch,
-            session.say,
-            stop=lambda: session.stop,
-            beat=lambda: session.beat("prior"),
+            watch.say,
+            stop=lambda: watch.stop.asked,
+            beat=lambda: watch.beat("prior"),
         )
-    if session.stop:
+    if watch.stop.asked:
         raise StopRequested(f"stopped on request while drawing {key.prompt!r}; run the same command to go on")

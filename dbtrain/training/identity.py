@@ -3,60 +3,51 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
+from typing import Any
 
 from dbtrain.models.load import base_digest
 from dbtrain.priors.store import IMPORTED, images_digest, prior_key
+from dbtrain.results.identity import PHOTOS, Identity, digest_of
 from dbtrain.settings.config import RunConfig
-from dbtrain.training.session import (
-    Session,
-)
-from dbtrain.values import Sample, Subject
-
-IRRELEVANT: dict[str, set[str] | bool] = {
-    **dict.fromkeys(("track", "sample", "checkpoint", "publish", "engine"), True),
-    "model": {"path", "revision", "variant", "single_file_layout", "attention"},
-    "data": {"cache_latents", "cache_text", "shards", "schemes"},
-    "train": {"micro_batch", "gradient_checkpointing"},
-    "prior": {"store", "batch"},
-    "identifier": {"registry"},
-}
-"""Sections, and keys of sections, that do not decide what is learnt, or for which a digest stands."""
-OVERRIDES = {
-    "steps": ("train", "steps"),
-    "lr": ("train", "lr"),
-    "rank": ("lora", "rank"),
-    "prior_weight": ("prior", "weight"),
-}
-"""Section and key of what a subject can have of its own, besides its seed, by the manifest's column."""
+from dbtrain.settings.marks import deciding
+from dbtrain.subjects.columns import COLUMNS
+from dbtrain.training.session import Base, Work
+from dbtrain.training.trainables import initial_digest
+from dbtrain.values import OWN, Sample, Subject
 
 
 def subject_config(config: RunConfig, subject: Subject) -> RunConfig:
     """The run's configuration with a subject's overrides."""
-    for name, (section, key) in OVERRIDES.items():
-        if (value := getattr(subject, name)) is not None:
-            part = getattr(config, section).model_copy(update={key: value})
-            config = config.model_copy(update={section: part})
-    return config if subject.seed is None else config.model_copy(update={"seed": subject.seed})
+    for column in COLUMNS.values():
+        value = getattr(subject, column.field)
+        if column.setting is not None and value is not None:
+            config = config.replaced(column.setting, value)
+    return config
 
 
-def run_digest(config: RunConfig, subject: Subject, session: Session, instances: Sequence[Sample]) -> str:
-    """One sha256 of everything that decides the result: resuming is allowed only where it agrees."""
-    settings = config.model_dump(mode="json", exclude=IRRELEVANT)
-    about = {
-        "settings": settings,
-        "base": base_digest(session.models),
+def training_identity(
+    config: RunConfig, subject: Subject, base: Base, work: Work, instances: Sequence[Sample]
+) -> Identity:
+    """Everything that decides the result, and one sha256 of it: resuming is allowed only where it agrees."""
+    about: dict[str, Any] = {
+        "settings": deciding(config),
+        "base": base_digest(base.models),
         "subject": subject.id,
         "class": subject.class_noun,
-        "identifier": session.identifiers[subject.id],
+        "identifier": work.identifiers[subject.id],
         "caption": subject.caption,
         "data": data_digest(instances),
     }
+    if any(sample.meta.get(OWN) for sample in instances):
+        about["captions"] = [sample.caption for sample in instances]
     if config.prior.weight > 0 and config.prior.sampler == IMPORTED:
-        key = prior_key(config, session.models, subject.class_noun)
-        about["priors"] = images_digest(session.prior_store, key, config.prior.images)
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        key = prior_key(config, base.models, subject.class_noun)
+        about["priors"] = images_digest(work.priors, key, config.prior.images)
+    if config.lora.init:
+        about["init"] = initial_digest(config)
+    about[PHOTOS] = [hashlib.sha256(sample.image).hexdigest() for sample in instances]
+    return Identity(digest_of(about), about)
 
 
 def data_digest(samples: Sequence[Sample]) -> str:

@@ -1,4 +1,4 @@
-"""One subject's training: build -> resume -> loop -> publish."""
+"""One subject's training: build, resume, loop, publish."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from dbtrain import __version__
 from dbtrain.data.stream import read_samples, refuse_small
-from dbtrain.engines.capture import Capture, choose_capture, compile_regions
-from dbtrain.engines.engine import BatchPlan, EngineState, lr_scale, plan_batches
-from dbtrain.engines.world import from_first, together
+from dbtrain.engines.capture import Capture, Eager, choose_capture, make_runner
+from dbtrain.engines.engine import BatchPlan, Engine, EngineState, keeps_whole, lr_scale, plan_batches
+from dbtrain.engines.world import together
 from dbtrain.engines.zero import ZeroEngine
 from dbtrain.errors import DbtrainError, EngineError, StopRequested
 from dbtrain.models.load import base_digest
@@ -25,261 +25,287 @@ from dbtrain.models.sampling import draw_samples, make_pipeline, sampling_mode
 from dbtrain.randomness import stream_key
 from dbtrain.results.card import publish_card
 from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
-from dbtrain.results.record import write_record
+from dbtrain.results.identity import Identity
+from dbtrain.results.record import LAST_SHEET, write_record
+from dbtrain.results.replacing import NEXT, take_place
 from dbtrain.results.sheets import publish_sheet
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.recipes import render
 from dbtrain.subjects.prompts import fill
-from dbtrain.training.bank import Bank, captions_of, fill_bank
-from dbtrain.training.claims import choose_checkpoint, read_chosen, read_finished, take_subject
-from dbtrain.training.identity import data_digest, run_digest, subject_config
-from dbtrain.training.session import Session, load_base, restore_base
+from dbtrain.training.bank import Bank, ClassImages, captions_of, complete_priors, fill_bank
+from dbtrain.training.cadence import due
+from dbtrain.training.claims import Claim, claim_subject, read_chosen
+from dbtrain.training.identity import data_digest, subject_config, training_identity
+from dbtrain.training.session import Base, Watch, Work
 from dbtrain.training.step import TrainingStep
+from dbtrain.training.stopping import Stop
 from dbtrain.training.telemetry import Meter, Progress, open_sinks, peak_memory_gib
 from dbtrain.training.trainables import final_weights, make_trainable, publish_weights
 from dbtrain.values import Batch, Role, Sample, StepLoss, Subject
 
 Finished = Callable[[Subject, dict[str, Any] | DbtrainError], None]
-"""What is told of a subject that has ended: its record, or why it failed."""
+"""Called with a subject that has ended, and its record or the error that ended it."""
+REMEDY = "Lower train.lr, set train.clip_norm, or train in fp32"
 
 
-def open_job(session: Session, subject: Subject) -> Job | dict[str, Any]:
-    """What there is to do for a subject, its bank filled; or its record, if it is done already.
+def open_job(
+    base: Base, work: Work, watch: Watch, subject: Subject, class_images: ClassImages = complete_priors
+) -> Job | dict[str, Any]:
+    """What there is to do for a subject, its bank filled; or its record, if it is finished already.
 
-    All ranks get the same, or the same DbtrainError.
+    All ranks get the same, or the same DbtrainError. class_images: how the priors of its class are got.
     """
-    config = subject_config(session.config, subject)
-    folder = session.out / "subjects" / subject.id
-    world, stages = session.world, session.start_stages()
+    config, watch = subject_config(base.settings, subject), watch.timed_apart()
+    with watch.clock.stage("data"):
+        instances, wanted = together(base.world, lambda: _instances(base, work, subject, config))
     with ExitStack() as fence:
-        from_first(world, lambda: take_subject(session, folder, fence))
-        with stages("data"):
-            instances, run = together(world, lambda: _instances(session, subject, config))
-        done = from_first(world, lambda: read_finished(session, folder, run))
-        if done is not None:
-            session.say(f"{subject.id}: already finished in {folder}")
-            return done
-        found = from_first(world, lambda: choose_checkpoint(session, folder, config.checkpoint, run))
-        from_first(world, session.opened)
-        bank = fill_bank(session, subject, config, instances)
-        return Job(session, subject, config, folder, run, bank, found, fence.pop_all())
+        folder = work.folder(subject)
+        claim = claim_subject(base.world, watch, folder, config.checkpoint, wanted, fence)
+        if claim.record is not None:
+            watch.say(f"{subject.id}: already finished in {folder}")
+            return claim.record
+        bank = fill_bank(base, work, watch, subject, config, instances, class_images)
+        return Job(base, work, watch, subject, config, wanted, bank, claim, fence.pop_all())
 
 
-def _instances(session: Session, subject: Subject, config: RunConfig) -> tuple[list[Sample], str]:
-    """A subject's stored photos, and the digest of all that decides its result."""
-    rows, data = session.index.rows_of(subject.id), config.data
-    instances = list(read_samples(session.shards, rows, data.schemes))
-    refuse_small(instances, data.resolution, session.shards)
-    return instances, run_digest(config, subject, session, instances)
+def _instances(base: Base, work: Work, subject: Subject, config: RunConfig) -> tuple[list[Sample], Identity]:
+    """A subject's stored photos, and all that decides its result."""
+    entries, data = work.index.entries_of(subject.id), config.data
+    instances = list(read_samples(work.shards, entries, data.schemes))
+    refuse_small(instances, data.resolution, work.shards)
+    return instances, training_identity(config, subject, base, work, instances)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """One subject's training. found: the checkpoint to go on from. fence: what keeps others from the subject."""
+    """One subject's training. config: the run's settings with the subject's own. identity: what decides its result.
 
-    session: Session
+    claim: where to go on. fence: holds the lock on the subject's folder.
+    """
+
+    base: Base
+    work: Work
+    watch: Watch
     subject: Subject
     config: RunConfig
-    folder: Path
-    run: str
+    identity: Identity
     bank: Bank
-    found: Path | None
+    claim: Claim
     fence: ExitStack
 
     def close(self) -> None:
-        """Let others train the subject."""
+        """Release the lock on the subject's folder."""
         self.fence.close()
 
-    def run_to_end(self) -> dict[str, Any]:
-        """Build, resume, loop, publish."""
-        config, session = self.config, self.session
-        plan = plan_batches(config.train.batch, config.train.micro_batch, session.world.size)
-        with session.stages("build"):
-            captions = captions_of(session.family, session.models, config, self.bank.texts, session.world.device)
-            groups = make_trainable(session.family, session.models, config, self.subject.id)
-            module = TrainingStep(
-                session.family, session.models, config, stream_key(config.seed, self.subject.id), captions
-            )
-            engine = ZeroEngine(module, groups, config, plan, session.world)
-        try:
-            start = self.resume(engine)
-            values = self.loop(engine, plan, start)
-            state = engine.state()
-        finally:
-            engine.close()
-        return self.publish(state, values)
-
-    def resume(self, engine: ZeroEngine) -> int:
-        """The step to go on from: after the newest good checkpoint of this run, or 0."""
-        found = self.checkpoint()
-        if found is None:
-            return 0
-        engine.load(found.state, found.step)
-        return found.step
-
-    def checkpoint(self) -> Checkpoint | None:
-        """The contents of the checkpoint to go on from; None is a fresh start."""
-        return read_chosen(self.session, self.found) if self.found else None
-
-    def loop(self, engine: ZeroEngine, plan: BatchPlan, start: int) -> dict[str, float]:
-        """Train to the last step; the last log interval's values."""
-        session, config, steps = self.session, self.config, self.config.train.steps
-        sinks = open_sinks(config, self.folder, self.subject.id) if session.world.first else []
-        progress = Progress(self.subject.id, steps, start, session.quiet or not session.world.first)
-        meter, values = Meter(), {"loss": math.nan}
-        try:
-            for step in range(start, steps):
-                with session.stages("train"):
-                    measured, wait_s = train_step(
-                        engine, self.bank, plan, step, session, lr_scale(step, config.train, steps)
-                    )
-                if step == start and self.capture.mode == "compile":
-                    compile_regions(session.models.denoiser)
-                meter.add(self.images_a_step, wait_s, measured)
-                progress.advance(step + 1)
-                if (step + 1) % config.track.every_steps == 0 or step + 1 == steps:
-                    values = {**meter.read(), "memory_gib": peak_memory_gib(session.world.device)}
-                    meter.reset()
-                    progress.report(step + 1, values)
-                    for sink in sinks:
-                        sink.log(step + 1, values)
-                self.after_step(engine, step + 1, measured["stop"] > 0)
-        finally:
-            progress.close()
-            for sink in sinks:
-                sink.close()
-        return values
+    @property
+    def folder(self) -> Path:
+        """The folder of the subject's results."""
+        return self.work.folder(self.subject)
 
     @property
-    def capture(self) -> Capture:
-        """How a step is run."""
-        return choose_capture(self.config.engine, torch.device(self.session.world.device).type)
+    def results(self) -> Path:
+        """Where the result is written: the subject's folder, or a place in it until it may replace an older one."""
+        return self.folder / NEXT if self.claim.replaces else self.folder
 
     @property
     def images_a_step(self) -> int:
         """Samples of one global step, instance and prior."""
         return self.config.train.batch * len(self.bank.items)
 
-    def after_step(self, engine: ZeroEngine, done: int, stop: bool) -> None:
-        """Checkpoint and sample when they are due, or when asked to stop; the last step needs neither."""
-        every, sample_every = self.config.checkpoint.every_steps, self.config.sample.every_steps
-        if done == self.config.train.steps:
+    def run_to_end(self) -> dict[str, Any]:
+        """The subject's record, after it was built, resumed, trained and published."""
+        config, base = self.config, self.base
+        plan = plan_batches(config.train.batch, config.train.micro_batch, base.world.size)
+        choice = choose_capture(config.engine, torch.device(base.world.device).type)
+        runner = make_runner(choice, base.models.denoiser, base.family.regions)
+        with self.watch.clock.stage("build"):
+            engine = self.build(plan)
+        try:
+            start = self.resume(engine)
+            values = self.loop(engine, runner, plan, start)
+            state = engine.state()
+        finally:
+            engine.close()
+        return self.publish(state, values, runner.choice)
+
+    def build(self, plan: BatchPlan) -> ZeroEngine:
+        """An engine around the subject's training step, at step 0."""
+        family, models, config, world = self.base.family, self.base.models, self.config, self.base.world
+        captions = captions_of(family, models, config, self.bank.texts, world.device)
+        groups = make_trainable(family, models, config, self.subject.id)
+        module = TrainingStep(family, models, config, stream_key(config.seed, self.subject.id), captions)
+        return ZeroEngine(module, groups, config, plan, world)
+
+    def resume(self, engine: ZeroEngine) -> int:
+        """The step to go on from: that of the chosen checkpoint, which the engine then continues, or 0."""
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            return 0
+        engine.load(checkpoint.state, checkpoint.step)
+        return checkpoint.step
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The contents of the checkpoint to go on from; None is a fresh start."""
+        chosen = self.claim.checkpoint
+        return read_chosen(self.base.world, self.watch, chosen) if chosen else None
+
+    def loop(self, engine: ZeroEngine, runner: Eager, plan: BatchPlan, start: int) -> dict[str, float]:
+        """The last log interval's values, after the subject has trained to its last step."""
+        config, steps, world, watch = self.config, self.config.train.steps, self.base.world, self.watch
+        sinks = open_sinks(config, self.folder, self.subject.id) if world.first else []
+        progress = Progress(self.subject.id, steps, start, watch.quiet)
+        meter, values = Meter(), {"loss": math.nan}
+        try:
+            for done in range(start + 1, steps + 1):
+                scale = lr_scale(done - 1, config.train, steps)
+                with watch.clock.stage("train"):
+                    measured, wait_s = train_step(engine, runner, self.bank, plan, done - 1, scale, watch.stop)
+                meter.add(self.images_a_step, wait_s, measured)
+                progress.advance(done)
+                if due(done, config).log:
+                    values = {**meter.read(), "memory_gib": peak_memory_gib(world.device)}
+                    meter.reset()
+                    progress.report(done, values)
+                    for sink in sinks:
+                        sink.log(done, values)
+                self.after_step(engine, done, measured["stop"] > 0)
+        finally:
+            progress.close()
+            for sink in sinks:
+                sink.close()
+        return values
+
+    def after_step(self, engine: Engine, done: int, stop: bool) -> None:
+        """Save a checkpoint and draw samples when they are due, or when asked to stop; the last step needs neither."""
+        now, clock = due(done, self.config), self.watch.clock
+        if now.end:
             return
-        if stop or (every and done % every == 0):
-            with self.session.stages("save"):
-                state = engine.state()
-                if self.session.world.first:
-                    save_checkpoint(
-                        self.folder / "checkpoints", Checkpoint(done, self.run, state), self.config.checkpoint.keep
-                    )
+        if stop or now.checkpoint:
+            with clock.stage("save"):
+                snapshot = self.snapshot(engine, done)
+                if self.base.world.first:
+                    self.save(snapshot)
         if stop:
             raise StopRequested(
                 f"{self.subject.id}: stopped on request after step {done}; run the same command to go on"
             )
-        if sample_every and done % sample_every == 0:
-            with self.session.stages("sample"):
+        if now.sample:
+            with clock.stage("sample"):
                 self.sample(f"step-{done:06d}")
 
+    def snapshot(self, engine: Engine, done: int, row: int = 0, average: float = 0.0) -> Checkpoint:
+        """The subject's state after `done` steps, copied out of its row of an engine. average: see `Checkpoint`."""
+        return Checkpoint(done, self.identity.run, engine.state(row), average, self.identity.about)
+
+    def save(self, snapshot: Checkpoint) -> None:
+        """Write a snapshot as a checkpoint of the subject."""
+        save_checkpoint(self.folder / "checkpoints", snapshot, self.config.checkpoint.keep)
+
     def sample(self, name: str) -> Path | None:
-        """Draw the validation prompts with the weights as they are; the sheet's path on the first rank."""
-        session, settings = self.session, self.config.sample
-        drawing = session.world.first or self.config.engine.zero.stage == 3
+        """The sheet of the validation prompts, drawn with the weights as they are; None on other ranks than the first,
+        and where there is nothing to draw."""
+        base, settings = self.base, self.config.sample
+        drawing = base.world.first or not keeps_whole(self.config.engine)
         if not (settings.images and settings.prompts and drawing):
             return None
-        identifier = session.identifiers[self.subject.id]
+        identifier = self.work.identifiers[self.subject.id]
         prompts = [
             fill(prompt, identifier=identifier, class_noun=self.subject.class_noun) for prompt in settings.prompts
         ]
-        with sampling_mode(session.models):
-            rows = draw_samples(
-                make_pipeline(session.family, session.models),
-                prompts,
-                settings,
-                self.config.data.resolution,
-                self.config.train.precision,
-            )
-        return publish_sheet(self.folder, rows, prompts, name) if session.world.first else None
+        resolution, precision = self.config.data.resolution, self.config.train.precision
+        with sampling_mode(base.models):
+            rows = draw_samples(make_pipeline(base.family, base.models), prompts, settings, resolution, precision)
+        folder = self.results if name == LAST_SHEET else self.folder
+        return publish_sheet(folder, rows, prompts, name) if base.world.first else None
 
-    def publish(self, state: dict, values: dict[str, float]) -> dict[str, Any]:
-        """Write the artefacts and the record; give the base back as it was."""
-        session, config = self.session, self.config
-        record = self.record(values)
-        if config.engine.zero.stage == 3:
-            session.models = load_base(config, session.world)
-            make_trainable(session.family, session.models, config, self.subject.id)
-        if session.world.first:
-            final_weights(session.family, session.models, state, session.world.device)
-            with session.stages("sample"):
-                sheet = self.sample("samples")
-            record["stages_s"] = {name: round(seconds, 3) for name, seconds in session.stages.seconds.items()}
+    def publish(self, state: EngineState, values: dict[str, float], capture: Capture) -> dict[str, Any]:
+        """The record, after the artefacts were written and the base was made what it was before the subject."""
+        base, config, clock = self.base, self.config, self.watch.clock
+        record = self.record(values, capture)
+        if not keeps_whole(config.engine):
+            base.reload()
+            make_trainable(base.family, base.models, config, self.subject.id)
+        if base.world.first:
+            final_weights(base.family, base.models, state, base.world.device)
+            with clock.stage("sample"):
+                sheet = self.sample(LAST_SHEET)
+            record["stages_s"] = {name: round(seconds, 3) for name, seconds in clock.seconds.items()}
             self.write(state, record, sheet)
         dist.barrier()
-        restore_base(session)
+        base.restore()
         return record
 
     def write(self, state: EngineState, record: dict[str, Any], sheet: Path | None) -> None:
-        """The subject's artefacts, then its card, then the record that says it is done."""
-        family, models = self.session.family, self.session.models
-        artefacts = publish_weights(self.folder, family, models, self.config, record, state)
-        publish_card(self.folder, record, self.config, render(self.config))
-        write_record(self.folder, record, [*artefacts, *([sheet] if sheet else [])])
+        """Write the subject's artefacts, then its card, then the record that says it is finished."""
+        self.results.mkdir(exist_ok=True)
+        artefacts = publish_weights(self.results, self.base.family, self.base.models, self.config, record, state)
+        publish_card(self.results, record, self.config, render(self.config))
+        write_record(self.results, record, [*artefacts, *([sheet] if sheet else [])])
+        take_place(self.folder)
 
-    def record(self, values: dict[str, float]) -> dict[str, Any]:
+    def record(self, values: dict[str, float], capture: Capture) -> dict[str, Any]:
         """Who was trained, from what, how, and how it went."""
-        session, config = self.session, self.config
+        base, config = self.base, self.config
+        instances = self.bank.items[Role.INSTANCE]
         return {
             "subject": self.subject.id,
             "class": self.subject.class_noun,
-            "identifier": session.identifiers[self.subject.id],
-            "caption": self.bank.items[Role.INSTANCE][0].caption,
-            "run": self.run,
+            "identifier": self.work.identifiers[self.subject.id],
+            "caption": instances[0].caption,
+            "run": self.identity.run,
+            "about": self.identity.about,
             "base": config.model.path,
             "family": config.model.family,
-            "base_digest": base_digest(session.models),
-            "data_digest": data_digest([item.sample for item in self.bank.items[Role.INSTANCE]]),
+            "base_digest": base_digest(base.models),
+            "data_digest": data_digest([item.sample for item in instances]),
             "method": config.train.method,
             "steps": config.train.steps,
             "seed": config.seed,
             "lr": config.train.lr,
             "loss": values["loss"],
             "engine": config.engine.kind,
-            "world_size": session.world.size,
+            "world_size": base.world.size,
             "zero_stage": config.engine.zero.stage,
-            "peak_memory_gib": peak_memory_gib(session.world.device),
+            "peak_memory_gib": peak_memory_gib(base.world.device),
             "dbtrain": __version__,
             "torch": torch.__version__,
-            "capture": self.capture._asdict(),
-            "attention": session.models.attention.row() if session.models.attention else None,
+            "capture": capture._asdict(),
+            "attention": base.models.attention.row() if base.models.attention else None,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
 
 def train_step(
-    engine: ZeroEngine, bank: Bank, plan: BatchPlan, step: int, session: Session, scale: float
+    engine: ZeroEngine, runner: Eager, bank: Bank, plan: BatchPlan, step: int, scale: float, stop: Stop
 ) -> tuple[dict[str, float], float]:
-    """One optimizer step; its measured values (losses over the global batch) and the seconds spent waiting for data."""
-    totals, wait_s = torch.zeros(4, dtype=torch.float64), 0.0
-    for turn in range(plan.accumulation):
-        begin = time.perf_counter()
-        batch = bank.batch(step, plan.slots(session.world, turn), session.world.device)
-        wait_s += time.perf_counter() - begin
+    """One optimizer step; its measured values (losses over the global batch) and the seconds spent waiting for data.
+
+    scale: share of the peak learning rates. `stop` of the values is above 0 if any rank was asked to stop.
+    """
+    world, wait_s, turns_left = engine.world, 0.0, plan.accumulation
+    totals = torch.zeros(4, dtype=torch.float64)
+
+    def add_gradient(batch: Batch) -> None:
+        nonlocal turns_left
         loss = engine(batch, step)
         totals[:3] += role_sums(loss, batch, plan.batch)
-        totals[3] = float(session.stop)
-        if turn == plan.accumulation - 1:
+        turns_left -= 1
+        if not turns_left:
+            totals[3] = float(stop.asked)
             dist.all_reduce(totals)
             if not math.isfinite(totals[0]):
-                raise EngineError(
-                    f"step {step + 1}: the loss is {totals[0].item()}; the last checkpoint is kept. "
-                    "Lower train.lr, set train.clip_norm, or train in fp32"
-                )
+                what = f"step {step + 1}: the loss is {totals[0].item()}; the last checkpoint is kept"
+                raise EngineError(f"{what}. {REMEDY}")
         engine.backward(loss.loss)
+
+    for turn in range(plan.accumulation):
+        begun = time.perf_counter()
+        batch = bank.batch(step, plan.slots(world, turn), world.device)
+        wait_s += time.perf_counter() - begun
+        runner(add_gradient, batch)
     norm = engine.step(scale)
     if not 0 <= norm < math.inf:  # DeepSpeed gives -1 for infinite and NaN
-        raise EngineError(
-            f"step {step + 1}: the gradient is not finite; the last checkpoint is kept. "
-            "Lower train.lr, set train.clip_norm, or train in fp32"
-        )
+        raise EngineError(f"step {step + 1}: the gradient is not finite; the last checkpoint is kept. {REMEDY}")
     names = ("loss", "loss_instance", "loss_prior", "stop")
     return {**dict(zip(names, totals.tolist())), "grad_norm": norm, "lr": engine.groups[0].lr * scale}, wait_s
 

@@ -1,11 +1,10 @@
-"""What stays warm between subjects: the world, the base model, shards and identifiers; and what names a run."""
+"""What the subjects of a run share: the base that is loaded, the work that is given, and who watches it."""
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,170 +12,214 @@ from torch import Tensor
 
 from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
-from dbtrain.engines.engine import plan_batches
+from dbtrain.engines.engine import keeps_whole, plan_batches
 from dbtrain.engines.world import World, from_first, start_world, together
-from dbtrain.errors import StopRequested
 from dbtrain.families import FAMILIES
+from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
-from dbtrain.models.attention import engage_attention
-from dbtrain.models.family import Family, Models
+from dbtrain.models.family import Family, Models, refuse_impossible
 from dbtrain.models.load import load_models
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key
 from dbtrain.settings.config import RunConfig
-from dbtrain.subjects.manifest import read_manifest
+from dbtrain.subjects.finding import Finding
 from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
-from dbtrain.subjects.sharding import shard_manifest
-from dbtrain.training.telemetry import Stages
+from dbtrain.subjects.sharding import shard_subjects
+from dbtrain.training.clock import Clock
+from dbtrain.training.stopping import STOPS, Stop, stop_now
 from dbtrain.values import Sample, Subject
+
+CLASSES = 8
+"""Classes whose priors a pack keeps encoded on the device; the subjects under way keep their own in any case."""
 
 
 @dataclass(frozen=True)
 class ClassPriors:
-    """A class's prior images, and their VAE moments [n, variants, 2C, h, w] where latents are cached."""
+    """A class's prior images, and their VAE moments [n, variants, 2C, h, w]. moments: None where none are cached."""
 
     samples: list[Sample]
     moments: Tensor | None = None
 
 
-@dataclass
-class Session:
-    """What stays warm between subjects."""
+class PriorCache:
+    """The priors of the classes that were used last, by key and number of images. size: most classes kept."""
 
-    config: RunConfig
-    out: Path
+    def __init__(self, size: int):
+        self.size = size
+        self.kept: dict[tuple[PriorKey, int], ClassPriors] = {}
+
+    def keep(self, wanted: tuple[PriorKey, int], priors: ClassPriors) -> None:
+        """Remember a class's priors, and drop those that were not used for longest."""
+        self.kept.pop(wanted, None)
+        self.kept[wanted] = priors
+        while len(self.kept) > self.size:
+            del self.kept[next(iter(self.kept))]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, loaded once and used for all subjects of a run."""
+
     world: World
     family: Family
     models: Models
-    identifiers: dict[str, str]
-    shards: Path | str
-    stages: Stages = field(default_factory=Stages)
-    quiet: bool = False
-    stop: bool = False
-    class_priors: dict[tuple[PriorKey, int], ClassPriors] = field(default_factory=dict)
-    """The last classes' priors, which their next subjects use again."""
-    classes_kept: int = 1
-    priors_drawn: bool = False
-    """Whether every class's priors are complete, so that a thread beside training need not look (or draw)."""
-    index: Index = field(default_factory=lambda: Index((), ()))
-    """Where the photos lie: of all subjects, or of those at hand."""
-    taken_wait_s: float = 30.0
-    """How long a subject that another process trains is waited for; a killed one's lock may take a while to fall."""
-    beat: Callable[[str], None] = lambda stage: None
-    """Told at every stage and step that this process is alive and at what."""
-    opened: Callable[[], object] = lambda: None
-    """Told by the first rank when a subject's settings and data are let in and there is work to do for it."""
+    settings: RunConfig
+    class_priors: PriorCache
 
-    @property
-    def prior_store(self) -> Path:
-        """The folder of the class priors: the run's own, or one that runs share."""
-        return Path(self.config.prior.store) if self.config.prior.store else self.out / "priors"
+    @classmethod
+    def load(cls, settings: RunConfig, world: World) -> Base:
+        """The base model of some settings, on this rank's device."""
+        classes = CLASSES if settings.engine.kind == "packed" else 1
+        family = FAMILIES[settings.model.family]
+        return cls(world, family, _load_models(settings, world), settings, PriorCache(classes))
 
-    def start_stages(self) -> Stages:
-        """Fresh stage times, for a subject that begins."""
-        self.stages = Stages(self.beat)
-        return self.stages
+    def reload(self) -> None:
+        """Reload the models, replacing the trained ones."""
+        vars(self.models).update(vars(_load_models(self.settings, self.world)))
 
-    def keep_priors(self, wanted: tuple[PriorKey, int], priors: ClassPriors) -> None:
-        """Remember a class's priors, and forget those that were not asked for longest."""
-        self.class_priors.pop(wanted, None)
-        self.class_priors[wanted] = priors
-        while len(self.class_priors) > self.classes_kept:
-            del self.class_priors[next(iter(self.class_priors))]
-
-    def say(self, line: str) -> None:
-        """One line for the person who watches, from the first rank."""
-        if self.world.first and not self.quiet:
-            print(line, file=sys.stderr, flush=True)
+    def restore(self) -> None:
+        """Make the models what they were before a subject trained on them."""
+        if self.settings.train.method != "lora" or not keeps_whole(self.settings.engine):
+            self.reload()
+            return
+        for module in self.models.components(self.family.denoiser).values():
+            detach(module)
+            release(module)
 
 
-def open_session(
-    config: RunConfig,
-    subjects: Sequence[Subject],
-    manifest: Path,
-    out: Path,
-    quiet: bool = False,
-    skip_bad: bool = False,
-) -> Session:
-    """Load the base and shard the photos, once for all subjects; a request to stop is met at once until it returns."""
-    session = join_session(config, out, quiet)
-    tokenizer = next(iter(session.models.tokenizers.values()))
-    registry = Path(config.identifier.registry or out / REGISTRY)
-
-    def shard() -> set[str]:
-        index = shard_manifest(manifest, out / "shards", config, session.say, skip_bad, tokenizer, registry)
-        return set(index.subjects)
-
-    with session.stages("shard"):
-        on_stop(_stop_now)
-        stored = from_first(session.world, shard)
-        on_stop(lambda *_: setattr(session, "stop", True))
-    world = session.world
-    session.index = together(world, lambda: Index.load(session.shards, config.data.schemes))
-    sound = [subject for subject in subjects if subject.id in stored]
-    tokens, seed = config.identifier.tokens, config.seed
-    session.identifiers = from_first(world, lambda: recorded_identifiers(registry, tokenizer, sound, tokens, seed))
-    return session
-
-
-def join_session(
-    config: RunConfig, out: Path, quiet: bool = False, beat: Callable[[str], None] = lambda stage: None
-) -> Session:
-    """Load the base for a run whose shards and identifiers another process makes; they are set before training."""
-    world, stages = start_world(), Stages(beat)
-    plan_batches(config.train.batch, config.train.micro_batch, world.size)
-    with stages("load"):
-        models = load_base(config, world)
-    shards = config.data.shards or out / "shards"
-    session = Session(config, out, world, FAMILIES[config.model.family], models, {}, shards, stages, quiet, beat=beat)
-    on_stop(lambda *_: setattr(session, "stop", True))
-    return session
-
-
-def on_stop(action: Callable[..., object]) -> None:
-    """Nothing; from now on a request to stop (SIGTERM, SIGUSR1) does this."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, action)
-
-
-def _stop_now(*_: object) -> None:
-    raise StopRequested("stopped on request before training; run the same command to go on")
-
-
-def load_base(config: RunConfig, world: World) -> Models:
-    """The base model on this rank's device; where only adapters train, its denoiser in the compute precision."""
-    kind = torch.device(world.device).type
-    choose_capture(config.engine, kind)  # refuses before anything is loaded
-    models = load_models(FAMILIES[config.model.family], config.model).to(torch.device(world.device))
-    if kind == "cuda" and config.train.precision == "fp32":
+def _load_models(settings: RunConfig, world: World) -> Models:
+    """The models on a rank's device; where only adapters train, the denoiser in the compute precision."""
+    device = torch.device(world.device)
+    family = FAMILIES[settings.model.family]
+    choose_capture(settings.engine, device.type)  # refuses before anything is loaded
+    refuse_impossible(family, settings)
+    models = load_models(family, settings.model).to(device)
+    if device.type == "cuda" and settings.train.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # else convolutions round what they multiply to 10 bits
-    if config.engine.channels_last:
+    if settings.engine.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
-    models.attention = engage_attention(models.denoiser, config.model.attention, kind, config.train.precision)
-    if config.train.method == "lora" and config.train.precision == "bf16":
+    attention, precision = settings.model.attention, settings.train.precision
+    models.attention = family.attend(models.denoiser, attention, device.type, precision)
+    if settings.train.method == "lora" and precision == "bf16":
         models.denoiser.to(torch.bfloat16)
     return models
 
 
-def restore_base(session: Session) -> None:
-    """Make the loaded base what it was before the subject."""
-    if session.config.train.method == "lora" and session.config.engine.zero.stage < 3:
-        for module in session.models.components(session.family.denoiser).values():
-            detach(module)
-            release(module)
-        return
-    session.models = load_base(session.config, session.world)
+@dataclass(frozen=True)
+class Work:
+    """The subjects to train, what is known of them, and where their files are.
+
+    index: the samples of these subjects, and perhaps of others. shards: a folder, or the address of a store.
+    priors: the folder of the class images, the run's own or one that runs share.
+    """
+
+    subjects: Sequence[Subject]
+    identifiers: Mapping[str, str]
+    index: Index
+    out: Path
+    shards: Path | str
+    priors: Path
+
+    @classmethod
+    def under(
+        cls,
+        out: Path,
+        settings: RunConfig,
+        subjects: Sequence[Subject],
+        identifiers: Mapping[str, str],
+        index: Index,
+    ) -> Work:
+        """The work of a run with the output folder `out`."""
+        return cls(subjects, identifiers, index, out, _shards(settings, out), prior_folder(settings, out))
+
+    def folder(self, subject: Subject) -> Path:
+        """The folder of a subject's results."""
+        return self.out / "subjects" / subject.id
 
 
-def make_class_priors(manifest: Path, config: RunConfig, store: Path) -> dict[str, int]:
-    """Number of images drawn for each class of a manifest, so that the store holds `prior.images` of it."""
+def prior_folder(settings: RunConfig, out: Path) -> Path:
+    """The folder of a run's class images."""
+    return Path(settings.prior.store) if settings.prior.store else out / "priors"
+
+
+def _shards(settings: RunConfig, out: Path) -> Path | str:
+    return settings.data.shards or out / "shards"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Output, heartbeat, stop request and clock of a run.
+
+    quiet: print nothing. beat: called with the name of every stage and at every step, to show that this process is
+    alive. opened: called by the first rank when a subject's settings and data are sound and there is work to do for it.
+    """
+
+    quiet: bool = False
+    beat: Callable[[str], None] = lambda stage: None
+    opened: Callable[[], object] = lambda: None
+    stop: Stop = field(default_factory=Stop)
+    clock: Clock = field(default_factory=Clock)
+
+    def say(self, line: str) -> None:
+        """Print a line for the person who watches."""
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def timed_apart(self) -> Watch:
+        """The same watch with a clock of its own, at zero."""
+        return replace(self, clock=Clock(self.beat))
+
+
+def join_run(settings: RunConfig, watch: Watch) -> Base:
+    """The base for training. From its return on, signals to stop are kept in `watch.stop`."""
     world = start_world()
-    family = FAMILIES[config.model.family]
-    models = load_base(config, world)
-    classes = sorted({subject.class_noun for subject in read_manifest(manifest, config.data.shards is None)})
-    return {
-        noun: make_priors(
-            store, prior_key(config, models, noun), config.prior.images, family, models, world, config.prior.batch
-        )
-        for noun in classes
-    }
+    plan_batches(settings.train.batch, settings.train.micro_batch, world.size)  # refuses before anything is loaded
+    with watch.clock.stage("load"):
+        base = Base.load(settings, world)
+    watch.stop.listen()
+    return base
+
+
+def open_work(
+    base: Base,
+    watch: Watch,
+    subjects: Sequence[Subject],
+    findings: Sequence[Finding],
+    out: Path,
+    chosen: Sequence[str],
+    skip_bad: bool = False,
+) -> Work:
+    """The work on the subjects of a manifest with the ids `chosen`. The photos of all its subjects are sharded.
+
+    subjects, findings: what `scan_manifest` read. skip_bad: leave subjects with findings out.
+    Until this returns, a signal to stop ends the process at once.
+    """
+    world, settings = base.world, base.settings
+    tokenizer = next(iter(base.models.tokenizers.values()))
+    registry = Path(settings.identifier.registry or out / REGISTRY)
+
+    def shard() -> set[str]:
+        folder = out / "shards"
+        index = shard_subjects(subjects, findings, folder, settings, watch.say, skip_bad, tokenizer, registry)
+        return set(index.subjects)
+
+    with watch.clock.stage("shard"):
+        take_signals(STOPS, stop_now)
+        stored = from_first(world, shard)
+        watch.stop.listen()
+    sound = {subject.id: subject for subject in subjects if subject.id in stored}
+    wanted = [sound[name] for name in chosen if name in sound]
+    index = together(world, lambda: Index.load(_shards(settings, out), settings.data.schemes))
+    tokens, seed, entered = settings.identifier.tokens, settings.seed, list(sound.values())
+    identifiers = from_first(world, lambda: recorded_identifiers(registry, tokenizer, entered, tokens, seed))
+    return Work.under(out, settings, wanted, identifiers, index)
+
+
+def make_class_priors(classes: Iterable[str], settings: RunConfig, store: Path) -> dict[str, int]:
+    """Number of images drawn for each class noun, so that the store holds `prior.images` of it."""
+    base = Base.load(settings, start_world())
+    prior, drawn = settings.prior, {}
+    for noun in sorted(set(classes)):
+        key = prior_key(settings, base.models, noun)
+        drawn[noun] = make_priors(store, key, prior.images, base.family, base.models, base.world, prior.batch)
+    return drawn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dbtrain.models.family import Family, Models, Tokens, encode_images, latent_scale
+from dbtrain.models.family import Family, Models, Tokens, noise_shift
 from dbtrain.objective.timesteps import first_words
 from dbtrain.objective.weighting import weight_table
 from dbtrain.randomness import Purpose
@@ -31,8 +31,9 @@ class TrainingStep(nn.Module):
     captions: cached `Conditioning` of every caption, or `Tokens` to encode anew each step. key: the subject's random
     stream. All randomness is named by (key, step, slot), so it is the same at any number of ranks.
 
-    A pack is the same step over a batch that says whose each sample is: key [N, 2] and lambda [N] of every subject, and
-    a step [N] of each. Its loss is the sum of the subjects' own losses, and no sample is touched by another's.
+    For a pack, `key` is [N, 2], `prior_weight` [N] and the step of `forward` [N], a row for each subject, and
+    `batch.subject_B` names the row of each sample. The loss is the sum of the subjects' own losses, so no subject
+    changes the gradient of another.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class TrainingStep(nn.Module):
         self.weight_S = weight_table(config.objective.weighting, self.schedule, config.objective.snr_gamma)
         device = self.weight_S.device
         self.key_N2 = key if isinstance(key, Tensor) else torch.tensor([key], device=device)
-        self.first_S = first_words(config.objective, len(self.weight_S), device)
+        self.first_S = first_words(config.objective, len(self.weight_S), device, noise_shift(family, models, config))
         # The VAE is fixed and never sharded, so it is kept out of the registered modules.
         object.__setattr__(self, "vae", models.vae)
 
@@ -62,8 +63,8 @@ class TrainingStep(nn.Module):
         drawn = self.noised(batch, step)
         time_B = self.schedule.time_S[drawn.index_B]
         if self.in_bf16:
-            x_t, told = drawn.noisy.bfloat16(), self.conditioning(batch).to(torch.bfloat16)
-            prediction = self.family.denoise(self.denoiser, x_t, time_B, told, batch)
+            x_t, conditioning = drawn.noisy.bfloat16(), self.conditioning(batch).to(torch.bfloat16)
+            prediction = self.family.denoise(self.denoiser, x_t, time_B, conditioning, batch)
         else:
             with self.autocast(drawn.noisy.device.type):
                 prediction = self.family.denoise(self.denoiser, drawn.noisy, time_B, self.conditioning(batch), batch)
@@ -75,27 +76,29 @@ class TrainingStep(nn.Module):
 
     @property
     def in_bf16(self) -> bool:
-        """Whether every weight is bf16, as in a pack, whose adapters are copies of fp32 masters: nothing is then cast
-        from call to call, which autocast would do around every norm and every adapter."""
+        """Whether every weight is bf16, as in a pack, whose adapters are copies of fp32 masters. Autocast would cast
+        around every norm and every adapter, in every call; here nothing needs a cast."""
         return {param.dtype for param in self.parameters()} == {torch.bfloat16}
 
     def autocast(self, device_type: str) -> torch.autocast:
-        """The compute precision of weights that are not all in it."""
-        gathered = self.config.engine.zero.stage == 3  # such a weight must not be cached
+        """The compute precision of weights that are not all in it.
+
+        Autocast's cache is off: a weight is used once per pass, and ZeRO-3 frees it after its layer.
+        """
         enabled = self.config.train.precision == "bf16"
-        return torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=not gathered)
+        return torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def noised(self, batch: Batch, step: int | Tensor) -> Noised:
         """Clean latents (drawn anew each step from moments), noise, x_t and t, all named by (key, step, slot)."""
         moments = batch.images_BCHW
-        if moments.shape[1] == 3:
+        if not self.family.codec.is_encoded(moments):
             with torch.no_grad():
-                moments = encode_images(self.vae, moments)
+                moments = self.family.codec.encode(self.vae, moments)
         if batch.subject_B is None:
             key_B2, step_B = self.key_N2.expand(len(batch.slot_B), 2), torch.full_like(batch.slot_B, step)
         else:
             key_B2, step_B = self.key_N2[batch.subject_B], torch.as_tensor(step)[batch.subject_B]
-        scale, shift = latent_scale(self.vae)
+        scale, shift = self.family.codec.scale(self.vae)
         return noising(
             moments,
             key_B2,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -13,12 +12,11 @@ from typing import Protocol
 from dbtrain.errors import ConfigError
 from dbtrain.settings.config import RunConfig, TrackConfig
 
+LOG = "log.jsonl"
+
 
 class Sink(Protocol):
-    """A place for measurements."""
-
-    def start(self, run: str, settings: dict) -> None:
-        """Begin a run with its settings."""
+    """A place for the measurements of a run."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record the values of a step."""
@@ -32,9 +30,6 @@ class JsonLines:
 
     def __init__(self, path: Path):
         self.file = path.open("a", encoding="utf-8")
-
-    def start(self, run: str, settings: dict) -> None:
-        """Nothing: the settings stand in `config.yaml` beside the log."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append a line and flush it."""
@@ -57,15 +52,12 @@ MISSING = "track.{name}: {name} is not installed; pip install 'dbtrain[trackers]
 
 
 class TensorBoard:
-    """TensorBoard event files under `tensorboard/`."""
+    """TensorBoard event files under `tensorboard/`, with the run's settings as text."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, settings: dict):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(path))
-
-    def start(self, run: str, settings: dict) -> None:
-        """Store the settings as text."""
         self.writer.add_text("config", f"```json\n{json.dumps(settings, indent=2)}\n```")
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -81,16 +73,12 @@ class TensorBoard:
 class Tracker:
     """wandb, or trackio, which has the same three calls."""
 
-    def __init__(self, module: str, project: str):
+    def __init__(self, module: str, project: str, run: str, settings: dict):
         try:
             self.api = __import__(module)
         except ImportError as error:
             raise ConfigError(MISSING.format(name=module)) from error
-        self.project = project
-
-    def start(self, run: str, settings: dict) -> None:
-        """Open the run in the tracker."""
-        self.api.init(project=self.project, name=run, config=settings)
+        self.api.init(project=project, name=run, config=settings)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Send the values."""
@@ -101,46 +89,16 @@ class Tracker:
         self.api.finish()
 
 
-SINKS: dict[str, Callable[[TrackConfig, Path], Sink | None]] = {
-    "jsonl": lambda track, folder: JsonLines(folder / "log.jsonl"),
-    "tensorboard": lambda track, folder: TensorBoard(folder / "tensorboard") if track.tensorboard else None,
-    "wandb": lambda track, folder: Tracker("wandb", track.wandb) if track.wandb else None,
-    "trackio": lambda track, folder: Tracker("trackio", track.trackio) if track.trackio else None,
-}
-"""How to open each sink for a subject's folder; None when it is off."""
-
-
 def open_sinks(config: RunConfig, folder: Path, run: str) -> list[Sink]:
-    """The sinks that a run asked for, started."""
-    opened = [sink for make in SINKS.values() if (sink := make(config.track, folder)) is not None]
-    for sink in opened:
-        sink.start(run, config.model_dump(mode="json"))
-    return opened
-
-
-class Stages:
-    """Seconds of wall time by stage (load, prior, encode, train, sample, save, ...). `beat` is told as each begins."""
-
-    def __init__(self, beat: Callable[[str], None] = lambda stage: None) -> None:
-        self.seconds: dict[str, float] = {}
-        self.beat = beat
-
-    def __call__(self, name: str) -> _Timer:
-        """A context manager that adds its duration to a stage."""
-        self.beat(name)
-        return _Timer(self, name)
-
-
-class _Timer:
-    def __init__(self, stages: Stages, name: str):
-        self.stages, self.name = stages, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_) -> None:
-        passed = time.perf_counter() - self.start
-        self.stages.seconds[self.name] = self.stages.seconds.get(self.name, 0.0) + passed
+    """The sinks that a run asked for, in a subject's folder. The log is always among them."""
+    settings = config.model_dump(mode="json")
+    sinks: list[Sink] = [JsonLines(folder / LOG)]
+    if config.track.tensorboard:
+        sinks.append(TensorBoard(folder / "tensorboard", settings))
+    for name in ("wandb", "trackio"):
+        if project := getattr(config.track, name):
+            sinks.append(Tracker(name, project, run, settings))
+    return sinks
 
 
 class Meter:
@@ -154,9 +112,9 @@ class Meter:
         self.start, self.wait_s, self.images, self.steps = time.perf_counter(), 0.0, 0, 0
         self.sums: dict[str, float] = {}
 
-    def add(self, images: int, wait_s: float, values: dict[str, float]) -> None:
-        """Count one step."""
-        self.images, self.wait_s, self.steps = self.images + images, self.wait_s + wait_s, self.steps + 1
+    def add(self, images: int, wait_s: float, values: dict[str, float], steps: int = 1) -> None:
+        """Count a step, or several together."""
+        self.images, self.wait_s, self.steps = self.images + images, self.wait_s + wait_s, self.steps + steps
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
@@ -164,12 +122,8 @@ class Meter:
         """Means of the values, and images/s, steps/s and the share of time spent waiting for data."""
         passed = max(time.perf_counter() - self.start, 1e-9)
         means = {name: total / self.steps for name, total in self.sums.items()}
-        return {
-            **means,
-            "images_per_s": self.images / passed,
-            "steps_per_s": self.steps / passed,
-            "data_wait_share": self.wait_s / passed,
-        }
+        rates = {"images_per_s": self.images / passed, "steps_per_s": self.steps / passed}
+        return {**means, **rates, "data_wait_share": self.wait_s / passed}
 
 
 def peak_memory_gib(device: str) -> float:
@@ -208,7 +162,7 @@ class Progress:
         return live
 
     def advance(self, step: int) -> None:
-        """Move the bar; free of output on anything but a terminal."""
+        """Move the bar, if there is one."""
         if self.bar:
             self.bar.update(self.task, completed=step)
 

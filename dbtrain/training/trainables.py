@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dbtrain.engines.engine import EngineState, ParamGroup
-from dbtrain.models.adapters import attach, fresh_row, from_state, reset_row
+from dbtrain.errors import DataError
+from dbtrain.models.adapters import attach, fresh_row, from_state, layers, renamed, reset_row
 from dbtrain.models.family import Family, Models
 from dbtrain.models.pipelines import assemble
 from dbtrain.results.older_programs import suit_older_programs
-from dbtrain.results.publish import MODEL_FOLDER, publish_lora
+from dbtrain.results.publish import MODEL_FOLDER, adapter_file, publish_lora, read_lora
 from dbtrain.settings.config import RunConfig
-from dbtrain.storage.atomic import whole_folder
+from dbtrain.storage.atomic import file_digest, whole_folder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -33,16 +34,67 @@ def make_trainable(family: Family, models: Models, config: RunConfig, subject: s
     if config.train.method == "lora":
         for component, module in trained_components(family, models, config).items():
             reset_row(module, component, 0, config.seed, subject)
+        if config.lora.init:
+            _start_row(family, models, config)
     return groups
 
 
+@torch.no_grad()
+def _start_row(family: Family, models: Models, config: RunConfig) -> None:
+    """Put the adapter of `lora.init` into the only row of the stacks."""
+    given = initial_matrices(family, models, config)
+    for component, module in trained_components(family, models, config).items():
+        for path, layer in layers(module):
+            if (name := f"{component}.{path}") in given:
+                down, up = given[name]
+                layer.down_NRD[0, : len(down)] = down.to(layer.down_NRD)
+                layer.up_NDR[0, :, : len(down)] = up.to(layer.up_NDR)
+
+
+def initial_matrices(family: Family, models: Models, config: RunConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A [r, in], B [out, r]) by component and path of the adapter in `lora.init`, r being at most `lora.rank`.
+
+    B is scaled so that the adapter does under this run's alpha and rank what it did under its own. Layers that it
+    lacks, and ranks above its own, start afresh. Raises DataError where it does not fit.
+    """
+    path = Path(str(config.lora.init))
+    weights = renamed(models.components(family.denoiser), read_lora(path)[0])
+    if weights.rank > config.lora.rank:
+        raise DataError(f"lora.init: {path} has rank {weights.rank}, lora.rank is {config.lora.rank}; raise it")
+    trained = trained_components(family, models, config)
+    targets = {f"{name}.{at}": layer for name, module in trained.items() for at, layer in layers(module)}
+    factor = weights.scale / (lora_alpha(config) / config.lora.rank)
+    given = {f"{name}.{at}": (down, up * factor) for name, matrices in weights.matrices.items()
+             for at, (down, up) in matrices.items()}  # fmt: skip
+    if strange := sorted(given.keys() - targets.keys()):
+        raise DataError(
+            f"lora.init: {path} has a matrix for {strange[0]}, which this run does not train; set lora.targets "
+            "(and train.text_encoder=true for text encoders) as it was trained"
+        )
+    for name, (down, up) in given.items():
+        got, want = (down.shape[1], up.shape[0]), (targets[name].down_NRD.shape[2], targets[name].up_NDR.shape[1])
+        if got != want:
+            raise DataError(f"lora.init: {path}: {name} is {got} wide, want {want}; give an adapter of this base")
+    return given
+
+
+def initial_digest(config: RunConfig) -> str:
+    """SHA-256 of the adapter in `lora.init`; DataError if there is none."""
+    path = Path(str(config.lora.init))
+    file = adapter_file(path)
+    if not file.is_file():
+        raise DataError(f"lora.init: {file} is no file; give a finished subject's folder, or an adapter's file")
+    return file_digest(file)
+
+
 RECOMPUTED = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-"""How blocks are recomputed in backward. They draw nothing at random, so no generator's state is kept for them; a CUDA
-graph could not read one while it is recorded."""
+"""How blocks are recomputed in backward. They draw no random numbers, so no generator's state is kept: that cannot be
+read while a CUDA graph is recorded."""
 
 
 def make_stack(family: Family, models: Models, config: RunConfig, subjects: int) -> list[ParamGroup]:
-    """The parameter groups of so many subjects together: adapters attached, all zero, or whole components unfrozen."""
+    """The parameter groups of so many subjects together. Adapters are attached with all weights 0; without adapters,
+    whole components are unfrozen."""
     train, groups = config.train, []
     for component, module in trained_components(family, models, config).items():
         if train.method == "lora":
@@ -66,10 +118,15 @@ def peak_lr(family: Family, config: RunConfig, component: str) -> float:
 
 
 def fresh_adapter(family: Family, models: Models, config: RunConfig, subject: str) -> dict[str, Tensor]:
-    """A subject's adapter before training, at its own rank, by parameter name."""
+    """A subject's adapter before training, at its own rank, by parameter name: fresh, or that of `lora.init`."""
     components = trained_components(family, models, config)
     rows = [fresh_row(module, name, config.lora.rank, config.seed, subject) for name, module in components.items()]
-    return {name: matrix for row in rows for name, matrix in row.items()}
+    started = {name: matrix for row in rows for name, matrix in row.items()}
+    given = initial_matrices(family, models, config) if config.lora.init else {}
+    for name, (down, up) in given.items():
+        started[f"{name}.down_NRD"][0, : len(down)] = down.double()
+        started[f"{name}.up_NDR"][0, :, : len(down)] = up.double()
+    return started
 
 
 def lora_alpha(config: RunConfig) -> float:
@@ -84,7 +141,7 @@ def final_state(state: EngineState) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def final_weights(family: Family, models: Models, state: EngineState, device: str) -> None:
-    """Put the trained weights (their EMA, where one was kept) into the models; nothing on ranks without the state."""
+    """Put the trained weights (their EMA, where one was kept) into the models. An empty state changes nothing."""
     final = final_state(state)
     for component, module in models.components(family.denoiser).items():
         for name, param in module.named_parameters():

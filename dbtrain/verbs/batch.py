@@ -1,6 +1,6 @@
-"""The verbs of the fleet: `dbtrain batch run|status|retry|cancel|export`."""
+"""The verbs of the fleet: `dbtrain batch run|status|retry|cancel|verify|export`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,34 +13,31 @@ from dbtrain.verbs.options import (
     Distance,
     Identity,
     Json,
+    Manifest,
     Overrides,
     Protocol,
+    Quiet,
     Recipe,
     SkipBad,
+    Verb,
+    group,
     keep_origin,
+    load_config,
     print_json,
     stop_at_once,
 )
 
-batch_app = typer.Typer(
-    help="Train thousands of subjects over many workers, each finished exactly once.\n\n"
-    "\b\nExample:\n  dbtrain batch run photos.csv --config sdxl_lora --out runs/all",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
 Out = Annotated[Path, typer.Argument(help="Output folder of the run.")]
 Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID...]", help="Subjects; none means all.")]
 
 
 def run_verb(
-    manifest: Annotated[Path, typer.Argument(help="CSV, JSONL, YAML or Parquet: subject, class, images.")],
+    manifest: Manifest,
     out: Annotated[Path, typer.Option(help="Output folder; running again with the same one goes on.")],
     recipe: Recipe,
     workers: Annotated[int | None, typer.Option(min=1, help="Workers; by default one a GPU, else one a CPU.")] = None,
     gang: Annotated[int, typer.Option(min=1, help="GPUs (or CPU processes) that train one subject with ZeRO.")] = 1,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster, such as `auto`; by default one is made here.")
-    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster, such as `auto`; else one is made here.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="Folder on a local disk for the ledger, if not --out.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Draw each finished subject's prompts.")] = False,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Score each finished subject.")] = False,
@@ -57,23 +54,12 @@ def run_verb(
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done, and what it will cost.")] = False,
     measured: Annotated[Path | None, typer.Option(help="With --plan: a run whose measured times to use.")] = None,
     skip_bad: SkipBad = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")] = False,
+    quiet: Quiet = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Train every subject of a manifest: plan, shards, priors, training, publishing. The same command again goes on.
-
-    \b
-    Example:
-      dbtrain batch run photos.csv --config sdxl_lora --out runs/all --plan --measured runs/pilot
-      dbtrain batch run photos.csv --config sdxl_lora --out runs/all
-      dbtrain batch run photos.csv --config sdxl_lora --out runs/all --evaluate --protocol dreambooth \\
-        --identity facebook/dino-vits16 --clip openai/clip-vit-base-patch32
-      dbtrain batch run photos.csv --config sdxl_full_zero3 --gang 4 --address auto --out /shared/all --ledger /ledger
-    """
-    from dbtrain.settings import recipes
-
-    config = recipes.load(recipe, overrides or ())
+    """Train every subject of a manifest: plan, shards, priors, training, publishing. The same command again goes on."""
+    config = load_config(recipe, overrides)
     if gang > 1 and config.engine.kind == "packed":
         raise ConfigError("--gang: packed training runs on one GPU; use --gang 1, or engine.kind=zero")
     if gang > 1:
@@ -102,29 +88,23 @@ def run_verb(
     run_batch(manifest, config, out, options, opened)
     summary = summarize_run(out)
     print_json(summary) if as_json else typer.echo(line(summary))
-    tell_failures(summary, after)
+    raise_failures(summary, after)
 
 
-def tell_failures(summary: dict[str, Any], after: Sequence[str]) -> None:
-    """Nothing; EngineError for a run with quarantined subjects, DataError where only what was asked for finished ones
-    could not be done."""
-    told = [f"{row['subject']}: {row['cause']}: {row['reason']}" for row in summary["quarantined"]]
-    more = summary["subjects"]["quarantined"] - len(told)
-    told += [f"and {more} more; see `dbtrain batch export`"] if more > 0 else []
+def raise_failures(summary: dict[str, Any], after: Sequence[str]) -> None:
+    """Raise EngineError if subjects are quarantined, else DataError if drawing or scoring failed for finished ones."""
+    quarantined = [f"{row['subject']}: {row['cause']}: {row['reason']}" for row in summary["quarantined"]]
+    more = summary["subjects"]["quarantined"] - len(quarantined)
+    quarantined += [f"and {more} more; see `dbtrain batch export`"] if more > 0 else []
     failed = {name: summary["after"][name]["failed"] for name in after if name in summary["after"]}
     lines = [f"--{name}: failed for {number} subjects; see `dbtrain batch export`, column after"
              for name, number in failed.items() if number]  # fmt: skip
-    if told or lines:
-        raise (EngineError if told else DataError)("\n".join([*told, *lines]))
+    if quarantined or lines:
+        raise (EngineError if quarantined else DataError)("\n".join([*quarantined, *lines]))
 
 
 def status_verb(out: Out, as_json: Json = False) -> None:
-    """Show where a run stands; works beside the driver, after it, and on a run that was killed.
-
-    \b
-    Example:
-      dbtrain batch status runs/all --json
-    """
+    """Show where a run stands; works beside the driver, after it, and on a run that was killed."""
     from dbtrain.fleet.status import summarize_run, table
 
     summary = summarize_run(out)
@@ -138,22 +118,12 @@ def status_verb(out: Out, as_json: Json = False) -> None:
 
 
 def retry_verb(out: Out, ids: Ids = None) -> None:
-    """Let quarantined or cancelled subjects wait again; a driver at work takes them up, else the next one does.
-
-    \b
-    Example:
-      dbtrain batch retry runs/all dog7
-    """
+    """Let quarantined or cancelled subjects wait again; a driver at work takes them up, else the next one does."""
     _request(out, "retry", ids)
 
 
 def cancel_verb(out: Out, ids: Ids = None) -> None:
-    """Take waiting subjects out of a run; those being trained are finished.
-
-    \b
-    Example:
-      dbtrain batch cancel runs/all
-    """
+    """Take waiting subjects out of a run; those being trained are finished."""
     _request(out, "cancel", ids)
 
 
@@ -165,29 +135,49 @@ def _request(out: Path, verb: str, ids: list[str] | None) -> None:
     typer.echo("the driver at work, or the next one, will do it" if changed is None else f"{changed} subjects changed")
 
 
+def verify_verb(out: Out, as_json: Json = False) -> None:
+    """Read every finished result, and let subjects wait again whose files are not what their record says.
+
+    \b
+    Example:
+      dbtrain batch verify runs/all
+    """
+    from dbtrain.fleet.verifying import verify_run
+
+    finished, rotten = verify_run(out)
+    if as_json:
+        print_json({"finished": finished, "rotten": rotten})
+    if rotten:
+        lines = [f"{name}: {problem}" for name, problem in rotten.items()]
+        what = f"{len(rotten)} of {finished} results have rotted; their subjects wait again for `dbtrain batch run`"
+        raise DataError("\n".join([*lines, what]))
+    if not as_json:
+        typer.echo(f"{finished} results are what they were when they were finished")
+
+
 def export_verb(
     out: Out,
     to: Annotated[Path, typer.Option(help="File to write: .parquet or .csv.")],
 ) -> None:
-    """Write one row a subject: state, attempts, reason, times, GPU-seconds, digests.
-
-    \b
-    Example:
-      dbtrain batch export runs/all --to runs/all.parquet
-    """
+    """Write one row a subject: state, attempts, reason, times, GPU-seconds, digests."""
     from dbtrain.fleet.export import write_rows
 
     typer.echo(f"{to}: {write_rows(out, to)} rows")
 
 
-BATCH_VERBS: dict[str, Callable[..., Any]] = {
-    "run": run_verb,
-    "status": status_verb,
-    "retry": retry_verb,
-    "cancel": cancel_verb,
-    "export": export_verb,
-}
-for name, verb in BATCH_VERBS.items():
-    batch_app.command(name)(verb)
-APPS = {"batch": batch_app}
-"""Every group of this file by its name on the command line."""
+APPS = {
+    "batch": group("Train thousands of subjects over many workers, each finished exactly once.",
+                   "dbtrain batch run photos.csv --config sdxl_lora --out runs/all", {
+        "run": Verb(run_verb, """\
+dbtrain batch run photos.csv --config sdxl_lora --out runs/all --plan --measured runs/pilot
+dbtrain batch run photos.csv --config sdxl_lora --out runs/all
+dbtrain batch run photos.csv --config sdxl_lora --out runs/all --evaluate --protocol dreambooth \\
+  --identity facebook/dino-vits16 --clip openai/clip-vit-base-patch32
+dbtrain batch run photos.csv --config sdxl_full_zero3 --gang 4 --address auto --out /shared/all --ledger /ledger"""),
+        "status": Verb(status_verb, "dbtrain batch status runs/all --json"),
+        "retry": Verb(retry_verb, "dbtrain batch retry runs/all dog7"),
+        "cancel": Verb(cancel_verb, "dbtrain batch cancel runs/all"),
+        "verify": Verb(verify_verb, "dbtrain batch verify runs/all"),
+        "export": Verb(export_verb, "dbtrain batch export runs/all --to runs/all.parquet"),
+    })
+}  # fmt: skip

@@ -1,19 +1,12 @@
 """The verbs under `dbtrain bench`: what the parts of a training cost on this machine."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
 from dbtrain.errors import ConfigError
-from dbtrain.verbs.options import Json, Overrides, Recipe, print_json
-
-app = typer.Typer(
-    no_args_is_help=True,
-    help="Measure what training costs on this machine.\n\n\b\nExample:\n  dbtrain bench pack --sizes 1,4,16",
-    rich_markup_mode=None,
-)
+from dbtrain.verbs.options import Json, Overrides, Recipe, Verb, group, load_config, print_json
 
 
 def pack_verb(
@@ -28,25 +21,12 @@ def pack_verb(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Time the subject-packed trainer at several pack sizes against warm solo training, interleaved.
-
-    \b
-    Example:
-      dbtrain bench pack --config tiny --sizes 1,4,16 --turns 5
-      dbtrain bench pack --config sd15_lora --random-weights --sizes 1,8,32
-    """
+    """Time the subject-packed trainer at several pack sizes against warm solo training, interleaved."""
     from dbtrain.bench import pack
-    from dbtrain.settings import recipes
 
-    config = recipes.load(recipe, overrides or ())
-    plan = pack.Plan(
-        numbers(sizes, "--sizes"),
-        steps,
-        turns,
-        processes,
-        numbers(subjects, "--subjects") if subjects else [],
-        random_weights,
-    )
+    config = load_config(recipe, overrides)
+    counts = numbers(subjects, "--subjects") if subjects else []
+    plan = pack.Plan(numbers(sizes, "--sizes"), steps, turns, processes, counts, random_weights)
     result = pack.measure(config, plan)
     if out:
         pack.write(out, result)
@@ -54,12 +34,7 @@ def pack_verb(
 
 
 def ops_verb(as_json: Json = False) -> None:
-    """Count and, on a GPU, time every fused operation beside its plain form, a copy and a matrix product.
-
-    \b
-    Example:
-      dbtrain bench ops --json
-    """
+    """Count and, on a GPU, time every fused operation beside its plain form, a copy and a matrix product."""
     from dbtrain.bench import ops
 
     result = ops.measure()
@@ -77,18 +52,11 @@ def step_verb(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Time a whole training step in every way asked for, interleaved: launches, waits, quantiles, MFU.
-
-    \b
-    Example:
-      dbtrain bench step --capture off,graph --attention sdpa,flash,xformers --sizes 1,8
-      dbtrain bench step --config sd15_lora --random-weights --capture off,compile,graph
-    """
+    """Time a whole training step in every way asked for, interleaved: launches, waits, quantiles, MFU."""
     from dbtrain.bench import step
-    from dbtrain.settings import recipes
     from dbtrain.settings.config import EngineConfig, ModelConfig
 
-    config = recipes.load(recipe, overrides or ())
+    config = load_config(recipe, overrides)
     ways = (
         choices(capture, "--capture", EngineConfig.model_fields["capture"].annotation),
         choices(attention, "--attention", ModelConfig.model_fields["attention"].annotation),
@@ -113,10 +81,14 @@ def choices(text: str, option: str, kind: Any) -> list[str]:
     return words
 
 
-BENCH_VERBS: dict[str, Callable[..., None]] = {"pack": pack_verb, "ops": ops_verb, "step": step_verb}
-"""Every verb of this file by its name after `bench`."""
-
-for name, verb in BENCH_VERBS.items():
-    app.command(name)(verb)
-APPS = {"bench": app}
-"""Every group of this file by its name on the command line."""
+APPS = {
+    "bench": group("Measure what training costs on this machine.", "dbtrain bench pack --sizes 1,4,16", {
+        "pack": Verb(pack_verb, """\
+dbtrain bench pack --config tiny --sizes 1,4,16 --turns 5
+dbtrain bench pack --config sd15_lora --random-weights --sizes 1,8,32"""),
+        "ops": Verb(ops_verb, "dbtrain bench ops --json"),
+        "step": Verb(step_verb, """\
+dbtrain bench step --capture off,graph --attention sdpa,flash,xformers --sizes 1,8
+dbtrain bench step --config sd15_lora --random-weights --capture off,compile,graph"""),
+    })
+}  # fmt: skip

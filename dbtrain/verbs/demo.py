@@ -17,7 +17,7 @@ from dbtrain.results.sheets import grid
 from dbtrain.settings.recipes import load
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.tiny import DEMO, DEMO_REAL
-from dbtrain.train import train_manifest
+from dbtrain.train import train_chosen
 from dbtrain.training.telemetry import peak_memory_gib
 from dbtrain.values import Subject
 
@@ -29,7 +29,7 @@ CLASS_IMAGES = 4
 
 @dataclass(frozen=True)
 class Shown:
-    """What the demo leaves: records by subject, the score table of each run, sheets, reports, seconds, peak memory."""
+    """What the demo leaves: records of subjects, scores of each run, sheets, reports, seconds, peak memory."""
 
     records: list[dict[str, Any]]
     scores: list[dict[str, Any]]
@@ -41,13 +41,14 @@ class Shown:
 
 
 def run_demo(out: Path, recipe: str, overrides: Sequence[str], everything: bool = False) -> Shown:
-    """The demo, run: drawn subjects in `out`, real ones in `out`/real."""
+    """What the demo leaves. Drawn subjects are trained and scored in `out`, real ones in `out`/real."""
     start, evaluation_s = time.perf_counter(), 0.0
     config = load(recipe, [f"prior.store={out / 'priors'}", *overrides])
     records, scores, sheets, reports = [], [], [], []
     for manifest, folder in [(DEMO, out), (DEMO_REAL, out / "real")]:
-        subjects = read_manifest(manifest)[: None if everything else COUNTS[manifest]]
-        done, failed = train_manifest(manifest, config, folder, [subject.id for subject in subjects])
+        known = read_manifest(manifest)
+        subjects = known[: None if everything else COUNTS[manifest]]
+        done, failed = train_chosen(known, (), config, folder, [subject.id for subject in subjects])
         records += done + [{"subject": subject, "failed": reason} for subject, reason in failed.items()]
         sheets.append(_sheet(subjects, folder))
         begin = time.perf_counter()
@@ -79,9 +80,6 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         if "failed" in record:
             lines.append(f"{record['subject']:<18}failed: {record['failed']}")
             continue
-        seconds = sum(record["stages_s"].values())
-        lines.append(
-            f"{record['subject']:<18}{record['class']:<16}{record['identifier']:<12}{record['steps']:>6}"
-            f"{record['loss']:>9.4f}{seconds:>9.1f}"
-        )
+        names = f"{record['subject']:<18}{record['class']:<16}{record['identifier']:<12}"
+        lines.append(f"{names}{record['steps']:>6}{record['loss']:>9.4f}{sum(record['stages_s'].values()):>9.1f}")
     return "\n".join(lines)

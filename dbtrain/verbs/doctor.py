@@ -12,8 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,22 +33,26 @@ PROBE_S = 120
 CONNECT_S = 0.5
 """Seconds to wait for a local service to accept a connection."""
 MIN_PYTHON = (3, 11)
+INSTALL = "pip install -c constraints.txt"
 
 
 @dataclass(frozen=True)
 class Check:
     """One finding: `ok`, `warn` (a run can start) or `fail` (it cannot), with the remedy where there is one."""
 
-    name: str
     state: Literal["ok", "warn", "fail"]
+    name: str
     detail: str
     remedy: str = ""
+
+
+ok, warn, fail = partial(Check, "ok"), partial(Check, "warn"), partial(Check, "fail")
 
 
 def examine(model: str | None = None) -> list[Check]:
     """Every check of this machine, in a fixed order; `model` is a path or hub id to look for as well."""
     machine = [check_gpu(), check_compiler(), check_disk(Path.cwd()), check_memory()]
-    optional = [check_torchvision(), check_xformers(), check_kernels_package()]
+    optional = [*map(check_optional, OPTIONAL), check_kernels_package()]
     around = [check_launcher(), check_hub(), *check_ray(), *([check_model(model)] if model else [])]
     return [check_python(), *check_requirements(), *machine, *optional, *around]
 
@@ -73,40 +78,28 @@ def installed(package: str) -> str | None:
 def check_python() -> Check:
     """The interpreter's version."""
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < MIN_PYTHON:
-        return Check("python", "fail", version, "use Python 3.11 or newer")
-    return Check("python", "ok", version)
+    state, remedy = (ok, "") if sys.version_info >= MIN_PYTHON else (fail, "use Python 3.11 or newer")
+    return state("python", version, remedy)
 
 
-def required() -> Iterator[Requirement]:
+def required() -> list[Requirement]:
     """What dbtrain's own metadata requires, without the extras; empty in a checkout that was never installed."""
-    try:
-        lines = importlib.metadata.requires("dbtrain") or []
-    except importlib.metadata.PackageNotFoundError:
-        return
-    yield from (entry for entry in map(Requirement, lines) if entry.marker is None or entry.marker.evaluate())
+    lines = (importlib.metadata.requires("dbtrain") or []) if installed("dbtrain") else []
+    return [entry for entry in map(Requirement, lines) if entry.marker is None or entry.marker.evaluate()]
 
 
 def check_requirements() -> list[Check]:
     """One check for each required package."""
-    found = [check_requirement(entry, installed(entry.name)) for entry in required()]
-    missing = Check(
-        "packages",
-        "warn",
-        "dbtrain is not installed, so the versions it needs are not known",
-        "pip install -c constraints.txt -e .",
-    )
-    return found or [missing]
+    unknown = "dbtrain is not installed, so the versions it needs are not known"
+    checks = [check_requirement(entry, installed(entry.name)) for entry in required()]
+    return checks or [warn("packages", unknown, f"{INSTALL} -e .")]
 
 
 def check_requirement(entry: Requirement, version: str | None) -> Check:
     """Whether an installed version (None: not installed) is one that dbtrain works with."""
-    remedy = f"pip install -c constraints.txt '{entry}'"
-    if version is None:
-        return Check(entry.name, "fail", f"not installed; dbtrain needs {entry}", remedy)
-    if not entry.specifier.contains(version, prereleases=True):
-        return Check(entry.name, "fail", f"{version}; dbtrain needs {entry}", remedy)
-    return Check(entry.name, "ok", version)
+    if version is None or not entry.specifier.contains(version, prereleases=True):
+        return fail(entry.name, f"{version or 'not installed'}; dbtrain needs {entry}", f"{INSTALL} '{entry}'")
+    return ok(entry.name, version)
 
 
 def check_gpu() -> Check:
@@ -117,20 +110,14 @@ def check_gpu() -> Check:
         "f'{p.name}, {p.total_memory / 2**30:.0f} GiB' for p in map(torch.cuda.get_device_properties, range(n))))"
     )
     if not works:
-        return Check(
-            "gpu", "fail", f"torch does not load: {line}", "reinstall torch: pip install -c constraints.txt torch"
-        )
+        return fail("gpu", f"torch does not load: {line}", f"reinstall torch: {INSTALL} torch")
     count, version, cuda, names = line.split("|", 3)
     if int(count):
-        return Check("gpu", "ok", f"{names} (torch {version}, CUDA {cuda})")
-    if cuda != "None":
-        return Check(
-            "gpu",
-            "warn",
-            f"none is visible to torch {version}, which is built for CUDA {cuda}",
-            "look at nvidia-smi and CUDA_VISIBLE_DEVICES; runs use the CPU meanwhile",
-        )
-    return Check("gpu", "warn", f"none, as torch {version} is built for the CPU; runs use the CPU")
+        return ok("gpu", f"{names} (torch {version}, CUDA {cuda})")
+    if cuda == "None":
+        return warn("gpu", f"none, as torch {version} is built for the CPU; runs use the CPU")
+    remedy = "look at nvidia-smi and CUDA_VISIBLE_DEVICES; runs use the CPU meanwhile"
+    return warn("gpu", f"none is visible to torch {version}, which is built for CUDA {cuda}", remedy)
 
 
 def check_compiler() -> Check:
@@ -138,98 +125,81 @@ def check_compiler() -> Check:
     present = {"g++": shutil.which("g++"), "ninja": shutil.which("ninja") or installed("ninja")}
     missing = " and ".join(name for name, place in present.items() if not place)
     if missing:
-        detail = f"{missing} not found; DeepSpeed cannot compile its own operators"
-        return Check("compiler", "warn", detail, f"install {missing}")
-    return Check("compiler", "ok", "g++ and ninja")
+        return warn("compiler", f"{missing} not found; DeepSpeed cannot compile its operators", f"install {missing}")
+    return ok("compiler", "g++ and ninja")
 
 
 def check_disk(folder: Path) -> Check:
     """Free space where output goes."""
-    free_gib = shutil.disk_usage(folder).free / 2**30
-    if free_gib < MIN_DISK_GIB:
-        return Check("disk", "warn", f"{free_gib:.1f} GiB free here", "free some space or use another --out folder")
-    return Check("disk", "ok", f"{free_gib:.1f} GiB free here")
+    gib = shutil.disk_usage(folder).free / 2**30
+    state, remedy = (ok, "") if gib >= MIN_DISK_GIB else (warn, "free some space or use another --out folder")
+    return state("disk", f"{gib:.1f} GiB free here", remedy)
 
 
 def check_memory(meminfo: Path = Path("/proc/meminfo")) -> Check:
-    """Memory that is available, where the system tells."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.M) if meminfo.is_file() else None
-    if found is None:
-        return Check("memory", "ok", "this system does not tell")
-    gib = int(found[1]) / 2**20
-    if gib < MIN_MEMORY_GIB:
-        return Check("memory", "warn", f"{gib:.1f} GiB available", "the embedded base fits; larger models may not")
-    return Check("memory", "ok", f"{gib:.1f} GiB available")
+    """Memory that is available, where the system says so."""
+    line = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.M) if meminfo.is_file() else None
+    if line is None:
+        return ok("memory", "this system does not say how much is available")
+    gib = int(line[1]) / 2**20
+    state, remedy = (ok, "") if gib >= MIN_MEMORY_GIB else (warn, "the embedded base fits; larger models may not")
+    return state("memory", f"{gib:.1f} GiB available", remedy)
 
 
-def check_optional(
-    name: str, probed: str, absent: str, remedy: str, try_it: Callable[[str], tuple[bool, str]] = probe
-) -> Check:
-    """Whether an optional package, if it is installed, also loads."""
-    version = installed(name)
-    if version is None:
-        return Check(name, "ok", absent)
-    works, line = try_it(probed)
-    return Check(name, "ok", version) if works else Check(name, "warn", f"{version} does not load: {line}", remedy)
-
-
-def check_torchvision() -> Check:
-    """dbtrain does not use torchvision, but transformers loads an installed one, and stumbles if it is broken."""
-    return check_optional(
-        "torchvision",
+OPTIONAL = {
+    # dbtrain does not use torchvision, but transformers loads an installed one, and fails if it is broken.
+    "torchvision": (
         "import torchvision",
         "not installed, and not needed",
         "pip uninstall torchvision, or install the build that matches torch",
-    )
-
-
-def check_xformers() -> Check:
-    """Whether `model.attention=xformers` can work: its operators need its binary part and a CUDA device."""
-    code = "import torch, xformers.ops as ops; q = torch.zeros(1, 8, 1, 8, device='cuda', dtype=torch.half)"
-    code += "; ops.memory_efficient_attention(q, q, q)"
-    return check_optional(
-        "xformers",
-        code,
+    ),
+    # The operators of xformers need its binary part and a CUDA device.
+    "xformers": (
+        "import torch as t, xformers.ops as o; o.memory_efficient_attention(*[t.zeros(1, 8, 1, 8).half().cuda()] * 3)",
         "not installed; model.attention=xformers is refused",
         "use model.attention=auto, or a build of xformers that matches torch and CUDA",
-    )
+    ),
+}
+"""Optional packages: code that fails if the package is broken, what its absence means, what to do if it is broken."""
+
+
+def check_optional(name: str, ask: Callable[[str], tuple[bool, str]] = probe) -> Check:
+    """Whether an optional package, if it is installed, also loads."""
+    code, absent, remedy = OPTIONAL[name]
+    version = installed(name)
+    if version is None:
+        return ok(name, absent)
+    works, line = ask(code)
+    return ok(name, version) if works else warn(name, f"{version} does not load: {line}", remedy)
 
 
 def check_kernels_package() -> Check:
     """Whether `import kernels` would find something that is not Hugging Face's package of that name."""
     hides = Path.cwd() / "kernels" / "__init__.py"
     if hides.exists():
-        return Check(
-            "kernels",
-            "fail",
-            f"{hides} hides the package `kernels` that transformers imports",
-            "delete or rename that file, or work in another folder",
-        )
-    return Check("kernels", "ok", f"package {installed('kernels') or 'not installed'}, and nothing here hides it")
+        detail = f"{hides} hides the package `kernels` that transformers imports"
+        return fail("kernels", detail, "delete or rename that file, or work in another folder")
+    return ok("kernels", f"package {installed('kernels') or 'not installed'}, and nothing here hides it")
 
 
 def check_launcher() -> Check:
     """The `deepspeed` command, for several processes."""
     place = shutil.which("deepspeed") or shutil.which("deepspeed", path=str(Path(sys.executable).parent))
     if place is None:
-        return Check(
-            "launcher",
-            "warn",
-            "the `deepspeed` command is not found; only one process can be started",
-            "activate the environment that holds dbtrain",
-        )
-    return Check("launcher", "ok", place)
+        detail = "the `deepspeed` command is not found; only one process can be started"
+        return warn("launcher", detail, "activate the environment that holds dbtrain")
+    return ok("launcher", place)
 
 
 def check_hub() -> Check:
     """Whether models may be fetched from the hub."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return Check("hub", "ok", "offline by HF_HUB_OFFLINE; models load from folders and the local cache")
-    return Check("hub", "ok", "models given by a hub id are downloaded; HF_HUB_OFFLINE=1 forbids it")
+        return ok("hub", "offline by HF_HUB_OFFLINE; models load from folders and the local cache")
+    return ok("hub", "models given by a hub id are downloaded; HF_HUB_OFFLINE=1 forbids it")
 
 
 def ray_addresses(temp: Path) -> list[str]:
-    """Addresses (host:port) of heads in the state that Ray keeps here; a killed head leaves its own behind."""
+    """Addresses (host:port) of heads in the state that Ray keeps here; the address of a killed head stays in it."""
     path = temp / "ray_current_cluster"
     return path.read_text("utf-8").split() if path.is_file() else []
 
@@ -247,25 +217,25 @@ def is_listening(address: str) -> bool:
 def check_ray(temp: Path | None = None) -> list[Check]:
     """A Ray head that others can reach runs anyone's code unless it asks for a token; empty without a local head."""
     folder = temp or Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
-    found = [check_ray_head(address) for address in ray_addresses(folder) if is_listening(address)]
+    heads = [check_ray_head(address) for address in ray_addresses(folder) if is_listening(address)]
     readable = token_file_finding()
-    return [*found, *([Check("ray token", "fail", readable, f"chmod 600 {token_path()}")] if readable else [])]
+    return [*heads, *([fail("ray token", readable, f"chmod 600 {token_path()}")] if readable else [])]
 
 
 def check_ray_head(address: str, ask: Callable[[str], tuple[bool, str]] = probe) -> Check:
     """Whether a head at host:port is safe to leave running; one that others reach is asked as a stranger would."""
     if is_loopback(address.rpartition(":")[0]):
-        return Check("ray head", "ok", f"{address}, reachable from this machine only")
+        return ok("ray head", f"{address}, reachable from this machine only")
     let_in, answer = ask(
         "import os, sys; os.environ['RAY_AUTH_MODE'] = 'disabled'; "
         f"sys.argv = ['ray', 'health-check', '--address', {address!r}]; from ray.scripts.scripts import main; main()"
     )
     if not let_in and re.search("Authentication|Unauthenticated", answer):
-        return Check("ray head", "ok", f"{address} asks for a token")
+        return ok("ray head", f"{address} asks for a token")
     remedy = "ray stop; then start it with RAY_AUTH_MODE=token or --node-ip-address=127.0.0.1"
     if let_in:
-        return Check("ray head", "fail", f"{address} runs the code of anyone who can reach it", remedy)
-    return Check("ray head", "warn", f"{address} did not say whether it asks for a token: {answer[:200]}", remedy)
+        return fail("ray head", f"{address} runs the code of anyone who can reach it", remedy)
+    return warn("ray head", f"{address} did not say whether it asks for a token: {answer[:200]}", remedy)
 
 
 def check_model(model: str) -> Check:
@@ -278,16 +248,16 @@ def check_model(model: str) -> Check:
     problem = path_problem(model)
     place = Path(model).expanduser()
     if problem:
-        return Check("model", "fail", problem, "check the path")
+        return fail("model", problem, "check the path")
     if not place.exists():
-        return Check("model", "warn", f"{model} is no path here; it will be looked up as a hub id")
+        return warn("model", f"{model} is no path here; it will be looked up as a hub id")
     try:
         problems = {name: base_problem(FAMILIES[name], str(place)) for name in FAMILIES}
     except DataError as error:
-        return Check("model", "fail", str(error), "fetch the base again")
+        return fail("model", str(error), "fetch the base again")
     fits = [name for name, problem in problems.items() if problem is None]
     if fits:
-        return Check("model", "ok", f"{place}, model.family={' or '.join(fits)}")
+        return ok("model", f"{place}, model.family={' or '.join(fits)}")
     # The family that comes nearest to the base says most about what is wrong with it.
     detail = min(filter(None, problems.values()), key=lambda problem: "model.family=" in problem)
-    return Check("model", "fail", detail, "give a base of one of the families")
+    return fail("model", detail, "give a base of one of the families")

@@ -1,24 +1,19 @@
 """The verb that scores finished subjects: evaluate."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dbtrain.errors import ConfigError, DataError
-from dbtrain.verbs.options import Clip, Distance, Identity, Json, Overrides, Protocol, print_json
+from dbtrain.verbs.options import Clip, Distance, Identity, Json, Overrides, Protocol, Quiet, Verb, print_json
 
 
 def evaluate_verb(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a training, or one OUT/subjects/ID.")],
     protocol: Protocol = "quick",
-    images: Annotated[
-        int | None, typer.Option(min=1, help="Images for each prompt, if not the protocol's own.")
-    ] = None,
-    class_images: Annotated[
-        int | None, typer.Option(min=1, help="Images of the class prompt, for PRES: 4 (quick) or 25.")
-    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Images a prompt, if not the protocol's own.")] = None,
+    class_images: Annotated[int | None, typer.Option(min=1, help="Class images for PRES: 4 (quick) or 25.")] = None,
     identity: Identity = "embedded",
     clip: Clip = "embedded",
     distance: Distance = "auto",
@@ -27,7 +22,7 @@ def evaluate_verb(
     subject: Annotated[list[str] | None, typer.Option(help="Only this subject; repeat for more.")] = None,
     shards: Annotated[Path | None, typer.Option(help="Folder of the photos, if they moved.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")] = False,
+    quiet: Quiet = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -35,12 +30,6 @@ def evaluate_verb(
 
     Pictures are kept under DIR, so the same command again draws only what is missing. Results: DIR/evaluation.json and
     DIR/subjects/ID/evaluation.json.
-
-    \b
-    Example:
-      dbtrain evaluate runs/all
-      dbtrain evaluate runs/all --protocol dreambooth --identity facebook/dino-vits16 \\
-        --clip openai/clip-vit-base-patch32
     """
     from dbtrain.evaluate import protocol as protocols
     from dbtrain.evaluate.summary import evaluate, text_table
@@ -60,10 +49,10 @@ def evaluate_verb(
         batch=batch,
         shards=shards,
     )
-    found = evaluate(folder, asked, subject or (), lambda line: None if quiet else typer.echo(line, err=True))
-    print_json(found) if as_json else typer.echo(text_table(found))
-    if found["failed"]:
-        raise DataError("\n".join(f"{name}: {reason}" for name, reason in found["failed"].items()))
+    scores = evaluate(folder, asked, subject or (), lambda line: None if quiet else typer.echo(line, err=True))
+    print_json(scores) if as_json else typer.echo(text_table(scores))
+    if scores["failed"]:
+        raise DataError("\n".join(f"{name}: {reason}" for name, reason in scores["failed"].items()))
 
 
 def nouns(text: str) -> frozenset[str]:
@@ -71,5 +60,9 @@ def nouns(text: str) -> frozenset[str]:
     return frozenset(" ".join(noun.casefold().split()) for noun in text.split(",") if noun.strip())
 
 
-VERBS: dict[str, Callable[..., None]] = {"evaluate": evaluate_verb}
-"""Every verb of this file by its name on the command line."""
+VERBS = {
+    "evaluate": Verb(evaluate_verb, """\
+dbtrain evaluate runs/all
+dbtrain evaluate runs/all --protocol dreambooth --identity facebook/dino-vits16 \\
+  --clip openai/clip-vit-base-patch32"""),
+}  # fmt: skip

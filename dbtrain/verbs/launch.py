@@ -6,39 +6,19 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from dbtrain.verbs.options import print_json
+from dbtrain.verbs.options import group, print_json
 from dbtrain_launchers import LAUNCHERS
 from dbtrain_launchers.plan import VISIBLE, Launcher, make_plan
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help=f"Start a run on machines: {', '.join(LAUNCHERS)}.\n\n"
-    "\b\nExample:\n  dbtrain launch slurm --nodes 2 --dry-run -- batch run all.csv --config sdxl_lora --out runs",
-)
-
-
 MACHINES = ("nodes", "gpus", "cpus", "name")
-"""Options of the plan; a launcher has those that its row names."""
-
-
-def launch(
-    launcher: Launcher, words: list[str], env: list[str] | None, dry_run: bool, as_json: bool, options: dict[str, Any],
-    **machines: Any,
-) -> None:  # fmt: skip
-    """Render a plan, then print it, or start it and exit with its code."""
-    plan = make_plan(words, env or (), visible=os.environ.get(VISIBLE), **machines)
-    rendered = launcher.render(plan, **options)
-    if as_json:
-        print_json({"command": list(rendered.command), "stdin": rendered.stdin})
-    elif dry_run:
-        typer.echo(rendered.text, nl=False)
-    else:
-        raise typer.Exit(launcher.start(rendered))
+"""Options of the plan. A launcher has those that its row names."""
 
 
 def verb(launcher: Launcher) -> Any:
-    """A command for typer, with the words, the plan's options that the row names, and the options of `render`."""
+    """A command for typer: it renders a plan, then prints the text, or starts it and exits with its code.
+
+    Its options are the words, the plan's options that the launcher's row names, and the options of `render`.
+    """
 
     def shared(
         words: Annotated[list[str], typer.Argument(metavar="-- WORDS...", help="What to run.")],
@@ -55,8 +35,15 @@ def verb(launcher: Launcher) -> Any:
     kept = [option for name, option in common.items() if name not in MACHINES or name in launcher.machines]
     parameters = [*kept, *list(own.values())[1:]]
 
-    def run(**given: Any) -> None:
-        launch(launcher, options={key: given.pop(key) for key in list(own)[1:]}, **given)
+    def run(words: list[str], env: list[str] | None, dry_run: bool, as_json: bool, **given: Any) -> None:
+        options = {key: given.pop(key) for key in list(own)[1:]}
+        rendered = launcher.render(make_plan(words, env or (), visible=os.environ.get(VISIBLE), **given), **options)
+        if as_json:
+            print_json({"command": list(rendered.command), "stdin": rendered.stdin})
+        elif dry_run:
+            typer.echo(rendered.text, nl=False)
+        else:
+            raise typer.Exit(launcher.start(rendered))
 
     run.__doc__ = launcher.render.__doc__
     hints = get_type_hints(shared, include_extras=True) | get_type_hints(launcher.render, include_extras=True)
@@ -69,7 +56,11 @@ def verb(launcher: Launcher) -> Any:
     return run
 
 
+app = group(
+    f"Start a run on machines: {', '.join(LAUNCHERS)}.",
+    "dbtrain launch slurm --nodes 2 --dry-run -- batch run all.csv --config sdxl_lora --out runs",
+    {},
+)
 for launcher_name, row in LAUNCHERS.items():
     app.command(launcher_name, context_settings={"allow_interspersed_args": False})(verb(row))
 APPS = {"launch": app}
-"""Every group of this file by its name on the command line."""

@@ -7,6 +7,7 @@ recipe trains what the command trained. Flags are those of diffusers 0.42 (examp
 
 import re
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import PurePath
 from typing import Any
 
@@ -79,13 +80,12 @@ DROPPED = {
 }
 """Flags without a setting of the same meaning, with the reason."""
 
-_USED_VALUES = """
+USED = frozenset("""
     with_prior_preservation class_prompt instance_prompt instance_data_dir center_crop scale_lr validation_prompt
     gradient_accumulation_steps mixed_precision lr_scheduler lr_warmup_steps report_to num_processes num_machines
     nproc_per_node nnodes num_gpus num_nodes offload_optimizer_device offload_param_device use_deepspeed multi_gpu
     local_rank
-"""
-USED = frozenset(_USED_VALUES.split())
+""".split())
 """Flags that several settings follow from, or that say only how the script was started."""
 
 _KINDS = "photo|photograph|picture|image|drawing|painting"
@@ -96,7 +96,7 @@ _ARTICLE = re.compile(r"(?:an?|the)\s+", re.I)
 
 @dataclass
 class _Command:
-    """A command line taken apart, and what becomes of it."""
+    """A command line in parts, and the settings, notes and dropped flags that follow from it."""
 
     script: str
     flags: dict[str, str]
@@ -109,7 +109,7 @@ class _Command:
 
     def number(self, flag: str, default: float) -> Any:
         value = _plain(self.get(flag))
-        if value is None or value == "":
+        if value == "":
             return default
         if isinstance(value, str) or value <= 0:
             raise ConfigError(f"migrate: --{flag}: got {value!r}, want a number > 0")
@@ -129,7 +129,8 @@ def migrate(command_line: str) -> Migration:
     for step in (_table, _batch, _schedule, _precision, _prior, _zero, _track):
         step(command)
     row = _captions(command)
-    recipe = _header(command) + yaml12.dump(_nest(command.settings))
+    header = f"# From a command line of diffusers' {command.script}, by `dbtrain migrate`.\n"
+    recipe = header + yaml12.dump(_nest(command.settings))
     recipes.loads(recipe, "migrated recipe")
     manifest = yaml12.dump([row])
     for name in sorted(set(re.findall(r"\$\{?(\w+)", recipe + manifest))):
@@ -167,7 +168,7 @@ def _plain(text: str) -> Any:
 
 
 def _table(command: _Command) -> None:
-    """Everything that the literal tables decide."""
+    """Take over every flag that the tables above know."""
     command.settings["model.family"] = "sdxl" if "sdxl" in command.script else "sd"
     command.settings["train.method"] = "lora" if "lora" in command.script else "full"
     for flag, value in {**SCRIPTS[command.script], **command.flags}.items():
@@ -186,7 +187,7 @@ def _table(command: _Command) -> None:
 
 
 def _batch(command: _Command) -> None:
-    """Global batch and learning rate from the number of processes and the accumulation."""
+    """Set global batch and learning rate from the number of processes and the accumulation."""
     processes = command.number("num_processes", 0) or (
         (command.number("nproc_per_node", 0) or command.number("num_gpus", 1))
         * (command.number("nnodes", 0) or command.number("num_nodes", 1)))
@@ -204,12 +205,12 @@ def _batch(command: _Command) -> None:
 
 
 def _schedule(command: _Command) -> None:
-    """Learning-rate schedule and warm-up; the script's plain `constant` has no warm-up, whatever the flag says."""
+    """Set learning-rate schedule and warm-up. The script's plain `constant` has no warm-up, whatever the flag says."""
     name, warmup = command.get("lr_scheduler"), _plain(command.get("lr_warmup_steps"))
-    nearest = {"cosine_with_restarts": "cosine", "polynomial": "linear", "constant_with_warmup": "constant"}
+    nearest = {"cosine_with_restarts": "cosine", "polynomial": "linear", "piecewise_constant": "constant",
+               "constant_with_warmup": "constant"}
     command.settings["train.schedule"] = nearest.get(name, name)
-    if name in ("cosine_with_restarts", "polynomial", "piecewise_constant"):
-        command.settings["train.schedule"] = nearest.get(name, "constant")
+    if name in nearest and name != "constant_with_warmup":
         command.drop("lr_scheduler", f"not available; {command.settings['train.schedule']} is the nearest")
     steps = command.settings.get("train.steps", recipes.load().train.steps)
     if name != "constant" and isinstance(warmup, int) and isinstance(steps, int):
@@ -226,7 +227,7 @@ def _precision(command: _Command) -> None:
 
 
 def _prior(command: _Command) -> None:
-    """Loss weights: prior preservation and Min-SNR."""
+    """Set the loss weights of prior preservation and Min-SNR."""
     if "with_prior_preservation" not in command.flags:
         command.settings["prior.weight"] = 0
         command.settings.pop("prior.images", None)
@@ -238,7 +239,7 @@ def _prior(command: _Command) -> None:
 
 
 def _zero(command: _Command) -> None:
-    """DeepSpeed's flags of `accelerate launch`."""
+    """Take over DeepSpeed's flags of `accelerate launch`."""
     if "use_deepspeed" in command.flags:
         command.settings.setdefault("engine.zero.stage", 2)
     for flag, key in (("offload_optimizer_device", "optimizer"), ("offload_param_device", "parameters")):
@@ -258,7 +259,7 @@ def _track(command: _Command) -> None:
 
 
 def _captions(command: _Command) -> dict[str, Any]:
-    """The manifest's row; captions and prompts of the recipe are made templates on the way."""
+    """The manifest's row; captions and prompts of the recipe become templates as well."""
     instance, prior = command.get("instance_prompt"), command.get("class_prompt")
     identifier, noun = _split_prompt(instance, prior)
     if noun is not None and identifier and not prior:
@@ -336,24 +337,14 @@ def _template(prompt: str, identifier: str | None, noun: str, subject: bool = Fa
 
 
 def _nest(settings: dict[str, Any]) -> dict[str, Any]:
-    """Dotted settings as a tree in the order of the schema, without those that are dbtrain's defaults anyway."""
+    """Dotted settings as a tree in the order of the schema, without those that equal dbtrain's defaults."""
     default = recipes.load()
     tree: dict[str, Any] = {}
     for key in recipes.known_keys():
-        if key in settings and settings[key] != _get(default, key):
+        if key in settings and settings[key] != reduce(getattr, key.split("."), default):
             *sections, last = key.split(".")
             place = tree
             for section in sections:
                 place = place.setdefault(section, {})
             place[last] = settings[key]
     return tree
-
-
-def _get(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def _header(command: _Command) -> str:
-    return f"# From a command line of diffusers' {command.script}, by `dbtrain migrate`.\n"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dbtrain.verbs.options import Json, print_json
+from dbtrain.verbs.options import Json, Verb, print_json
 
 
 def report_verb(
@@ -21,40 +20,33 @@ def report_verb(
     fresh: Annotated[bool, typer.Option("--fresh", help="Make every page and thumbnail anew.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Make the pages of a run: summary, table and gallery of its subjects, a page for each. Opens without a network.
-
-    \b
-    Example:
-      dbtrain report runs/dogs
-      dbtrain report runs/dogs --watch --every 30 --price 2.10
-    """
+    """Make the pages of a run: summary, table and gallery of its subjects, a page for each. Opens without a network."""
     from dataclasses import asdict
 
     from dbtrain.report import Built, rebuild
 
-    def tell(built: Built) -> None:
+    def show(built: Built) -> None:
         if as_json:
             print_json({**asdict(built), "index": str(built.index)})
         else:
-            typer.echo(
-                f"{built.index}: {built.subjects} subjects, {built.made} pages made, {built.kept} unchanged, "
-                f"{built.seconds:.1f} s"
-            )
+            pages = f"{built.made} pages made, {built.kept} unchanged"
+            typer.echo(f"{built.index}: {built.subjects} subjects, {pages}, {built.seconds:.1f} s")
 
     if not watch:
-        tell(rebuild(run, price=price, fresh=fresh))
+        show(rebuild(run, price=price, fresh=fresh))
         return
     try:
         for look in count():
             built = rebuild(run, refresh_s=round(max(every, 2)), price=price, fresh=fresh and not look)
             if built.made or not look:
-                tell(built)
+                show(built)
             if built.over:
                 break
             time.sleep(every)
-    finally:  # however it ends, what is left behind does not reload itself
-        tell(rebuild(run, price=price))
+    finally:  # however the watch ends, the pages that remain do not reload themselves
+        show(rebuild(run, price=price))
 
 
-VERBS: dict[str, Callable[..., None]] = {"report": report_verb}
-"""Every verb of this file by its name on the command line."""
+VERBS = {
+    "report": Verb(report_verb, "dbtrain report runs/dogs\ndbtrain report runs/dogs --watch --every 30 --price 2.10")
+}

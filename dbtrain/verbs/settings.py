@@ -1,55 +1,33 @@
 """The verbs about settings and this machine: config, identifiers, migrate, doctor."""
 
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dbtrain.errors import ConfigError
-from dbtrain.verbs.options import Json, Overrides, print_json
-
-config_app = typer.Typer(
-    no_args_is_help=True,
-    help="Show, check and describe settings.\n\n\b\nExample:\n  dbtrain config show tiny train.steps=400",
-    rich_markup_mode=None,
-)
+from dbtrain.verbs.options import Json, Overrides, Verb, group, load_config, print_json
 
 
 def config_show(recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a file.")],
                 overrides: Overrides = None, as_json: Json = False) -> None:
-    """Print a recipe with every setting resolved.
-
-    \b
-    Example:
-      dbtrain config show sd15_lora train.steps=400 lora.rank=8 > my.yaml
-    """
+    """Print a recipe with every setting resolved."""
     from dbtrain.settings import recipes
 
-    config = recipes.load(recipe, overrides or ())
+    config = load_config(recipe, overrides)
     print_json(config.model_dump(mode="json")) if as_json else typer.echo(recipes.render(config), nl=False)
 
 
 def config_schema() -> None:
-    """Print the JSON schema of a recipe, for editors.
-
-    \b
-    Example:
-      dbtrain config schema > configs/schema.json
-    """
+    """Print the JSON schema of a recipe, for editors."""
     from dbtrain.settings import recipes
 
     print_json(recipes.schema())
 
 
 def config_recipes(as_json: Json = False) -> None:
-    """List the shipped recipes.
-
-    \b
-    Example:
-      dbtrain config recipes
-    """
+    """List the shipped recipes."""
     from dbtrain.settings import recipes
 
     names = recipes.recipe_names()
@@ -57,18 +35,11 @@ def config_recipes(as_json: Json = False) -> None:
 
 
 def config_check(names: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Names or files.")]) -> None:
-    """Check recipes and report everything that is wrong in all of them.
-
-    \b
-    Example:
-      dbtrain config check configs/recipes/*.yaml
-    """
-    from dbtrain.settings import recipes
-
+    """Check recipes and report everything that is wrong in all of them."""
     findings: list[str] = []
     for name in names:
         try:
-            recipes.load(name)
+            load_config(name, ())
         except ConfigError as error:
             findings += error.findings
         else:
@@ -83,12 +54,7 @@ def identifiers_verb(
     count: Annotated[int, typer.Option(min=1, help="How many candidates to list without TEXT.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """List a model's rare tokens, or explain how it reads a text and whether that makes a good identifier.
-
-    \b
-    Example:
-      dbtrain identifiers --model stable-diffusion-v1-5/stable-diffusion-v1-5 sks unique
-    """
+    """List a model's rare tokens, or explain how it reads a text and whether that text is a good identifier."""
     from dataclasses import asdict
 
     from dbtrain.models.load import load_tokenizer
@@ -97,17 +63,14 @@ def identifiers_verb(
     tokenizer = load_tokenizer(model)
     if texts:
         explained = [identifiers.explain(tokenizer, text) for text in texts]
-        rows = [asdict(one) for one in explained]
-        lines = [f"{one.text}: {one.verdict}: {one.reason} ({_pieces(one.tokens, one.ranks)})" for one in explained]
+        rows = [asdict(answer) for answer in explained]
+        pieces = [", ".join(f"{token} {rank}" for token, rank in zip(a.tokens, a.ranks)) for a in explained]
+        lines = [f"{a.text}: {a.verdict}: {a.reason} ({read})" for a, read in zip(explained, pieces)]
     else:
-        found = identifiers.candidates(tokenizer)[:count]
-        rows = [asdict(one) for one in found]
-        lines = [f"{one.text:<4} {one.rank}" for one in found]
+        candidates = identifiers.candidates(tokenizer)[:count]
+        rows = [asdict(candidate) for candidate in candidates]
+        lines = [f"{candidate.text:<4} {candidate.rank}" for candidate in candidates]
     print_json(rows) if as_json else typer.echo("\n".join(lines))
-
-
-def _pieces(tokens: Sequence[str], ranks: Sequence[int]) -> str:
-    return ", ".join(f"{token} {rank}" for token, rank in zip(tokens, ranks, strict=True))
 
 
 def migrate_verb(
@@ -116,12 +79,7 @@ def migrate_verb(
     out: Annotated[Path | None, typer.Option(help="Folder for recipe.yaml and manifest.yaml.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a diffusers train_dreambooth*.py command line into a recipe and a manifest, and say what is dropped.
-
-    \b
-    Example:
-      dbtrain migrate --out rex < train.sh
-    """
+    """Turn a diffusers train_dreambooth*.py command line into a recipe and a manifest, and say what is dropped."""
     import shlex
 
     from dbtrain.verbs.migrate import migrate
@@ -140,10 +98,10 @@ def migrate_verb(
 
 
 def _write_new(folder: Path, files: dict[str, str]) -> None:
-    """Writes files into a folder, never over another file."""
-    there = [name for name in files if (folder / name).exists()]
-    if there:
-        raise ConfigError(f"{folder}: already has {' and '.join(there)}; choose another folder for --out")
+    """Write files into a folder, never over another file."""
+    present = [name for name in files if (folder / name).exists()]
+    if present:
+        raise ConfigError(f"{folder}: already has {' and '.join(present)}; choose another folder for --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
@@ -157,12 +115,7 @@ def doctor_verb(
     model: Annotated[str | None, typer.Option(help="Also examine this base model.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Examine this machine: versions, devices, compilers, disk; what is wrong and what to do.
-
-    \b
-    Example:
-      dbtrain doctor --json
-    """
+    """Examine this machine: versions, devices, compilers, disk; what is wrong and what to do."""
     from dataclasses import asdict
 
     from dbtrain.verbs.doctor import examine
@@ -177,21 +130,20 @@ def doctor_verb(
         raise typer.Exit(1)
 
 
-CONFIG_VERBS: dict[str, Callable[..., None]] = {
-    "show": config_show,
-    "schema": config_schema,
-    "recipes": config_recipes,
-    "check": config_check,
+APPS = {
+    "config": group("Show, check and describe settings.", "dbtrain config show tiny train.steps=400", {
+        "show": Verb(config_show, "dbtrain config show sd15_lora train.steps=400 lora.rank=8 > my.yaml"),
+        "schema": Verb(config_schema, "dbtrain config schema > configs/schema.json"),
+        "recipes": Verb(config_recipes, "dbtrain config recipes"),
+        "check": Verb(config_check, "dbtrain config check configs/recipes/*.yaml"),
+    })
+}  # fmt: skip
+FOREIGN = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+"""Settings of a verb whose arguments are another program's command line."""
+VERBS = {
+    "identifiers": Verb(
+        identifiers_verb, "dbtrain identifiers --model stable-diffusion-v1-5/stable-diffusion-v1-5 sks unique"
+    ),
+    "migrate": Verb(migrate_verb, "dbtrain migrate --out rex < train.sh", FOREIGN),
+    "doctor": Verb(doctor_verb, "dbtrain doctor --json"),
 }
-for name, verb in CONFIG_VERBS.items():
-    config_app.command(name)(verb)
-APPS = {"config": config_app}
-"""Every group of this file by its name on the command line."""
-VERBS: dict[str, Callable[..., None]] = {
-    "identifiers": identifiers_verb,
-    "migrate": migrate_verb,
-    "doctor": doctor_verb,
-}
-"""Every verb of this file by its name on the command line."""
-TAKES_FOREIGN_OPTIONS = ("migrate",)
-"""Verbs whose words are another program's command line."""

@@ -6,8 +6,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dbtrain.errors import DataError
-from dbtrain.verbs.options import Json, Overrides, Recipe, SkipBad, print_json, stop_at_once
+from dbtrain.errors import ConfigError, DataError
+from dbtrain.verbs.options import (
+    Json,
+    Manifest,
+    Overrides,
+    Recipe,
+    SkipBad,
+    Verb,
+    group,
+    load_config,
+    print_json,
+    stop_at_once,
+)
 
 
 class WithMake(TyperGroup):
@@ -15,28 +26,6 @@ class WithMake(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         return super().resolve_command(ctx, args if args[0] in self.commands else ["make", *args])
-
-
-def _group(text: str) -> typer.Typer:
-    return typer.Typer(
-        cls=WithMake,
-        help=text,
-        no_args_is_help=True,
-        rich_markup_mode=None,
-        context_settings={"ignore_unknown_options": True},
-    )
-
-
-shard_app = _group(
-    "Photos as WebDataset shards under digests: make them, verify them.\n\n"
-    "\b\nExample:\n  dbtrain shard photos.csv --out shards --config sd15_lora"
-)
-prior_app = _group(
-    "Class images for prior preservation: make, list, verify, import.\n\n"
-    "\b\nExample:\n  dbtrain prior photos.csv --out priors --config sd15_lora"
-)
-
-Manifest = Annotated[Path, typer.Argument(help="CSV, JSONL, YAML or Parquet: subject, class, images.")]
 
 
 def _fail_if(damage: list[str], place: object, as_json: bool) -> None:
@@ -49,7 +38,6 @@ def _fail_if(damage: list[str], place: object, as_json: bool) -> None:
         typer.echo(f"{place}: sound")
 
 
-@shard_app.command("make")
 def shard_make(
     manifest: Manifest,
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
@@ -57,20 +45,39 @@ def shard_make(
     skip_bad: SkipBad = False,
     overrides: Overrides = None,
 ) -> None:
-    """Write a manifest's photos as WebDataset shards with an index of digests. `make` may be left out.
-
-    \b
-    Example:
-      dbtrain shard make photos.csv --out shards --config sd15_lora
-    """
+    """Write a manifest's photos as WebDataset shards with an index of digests. `make` may be left out."""
     stop_at_once()
-    from dbtrain.settings import recipes
-    from dbtrain.subjects.sharding import shard_manifest
+    from dbtrain.subjects.manifest import scan_manifest
+    from dbtrain.subjects.sharding import shard_subjects
 
-    shard_manifest(manifest, out, recipes.load(recipe, overrides or ()), typer.echo, skip_bad)
+    config = load_config(recipe, overrides)
+    subjects, findings = scan_manifest(manifest, config.data.shards is None)
+    shard_subjects(subjects, findings, out, config, typer.echo, skip_bad)
 
 
-@shard_app.command("verify")
+def shard_index(
+    tars: Annotated[list[Path], typer.Argument(metavar="TAR...", help="Tars with members such as 1.jpg and 1.txt.")],
+    subject: Annotated[str, typer.Option(help="Id of the subject that their photos show.")],
+    class_noun: Annotated[str, typer.Option("--class", help="Class noun, such as dog.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    recipe: Recipe,
+) -> None:
+    """Write the photos and captions of tars made elsewhere as shards with an index; use them as data.shards."""
+    stop_at_once()
+    from dbtrain.data.shards import write_shards
+    from dbtrain.subjects.columns import check_class
+    from dbtrain.subjects.finding import CellError
+    from dbtrain.subjects.tars import tar_samples
+
+    try:
+        noun = check_class(class_noun, out)
+    except CellError as bad:
+        raise ConfigError(f"--class: {bad.args[0]}, want {bad.args[1]}; {bad.args[2]}") from bad
+    config = load_config(recipe, ())
+    index = write_shards(tar_samples(tars, subject, noun, config.data, typer.echo), out)
+    typer.echo(f"{out}: {len(index.entries)} samples of {subject} in {len(index.shards)} shards")
+
+
 def shard_verify(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Shard folder; or an address, with --scheme.")],
     scheme: Annotated[
@@ -78,51 +85,34 @@ def shard_verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check a shard folder: its index, every shard and every sample, against their digests.
-
-    \b
-    Example:
-      dbtrain shard verify runs/rex/shards
-      dbtrain shard verify s3://bucket/shards --scheme s3
-    """
+    """Check a shard folder: its index, every shard and every sample, against their digests."""
     from dbtrain.data.stream import verify
 
     _fail_if(verify(folder, tuple(scheme or ())), folder, as_json)
 
 
-@prior_app.command("make")
 def prior_make(
     manifest: Annotated[Path, typer.Argument(help="Manifest whose classes get priors.")],
     out: Annotated[Path, typer.Option(help="Folder of the prior store.")],
     recipe: Recipe,
     overrides: Overrides = None,
 ) -> None:
-    """Draw the class images that prior preservation needs; training makes what is missing. `make` may be left out.
-
-    \b
-    Example:
-      dbtrain prior make photos.csv --out priors --config sd15_lora prior.images=100
-    """
+    """Draw the class images that prior preservation needs; training makes what is missing. `make` may be left out."""
     stop_at_once()
-    from dbtrain.settings import recipes
+    from dbtrain.subjects.manifest import read_manifest
     from dbtrain.training.session import make_class_priors
 
-    config = recipes.load(recipe, overrides or ())
-    for class_noun, count in make_class_priors(manifest, config, out).items():
+    config = load_config(recipe, overrides)
+    classes = {subject.class_noun for subject in read_manifest(manifest, config.data.shards is None)}
+    for class_noun, count in make_class_priors(classes, config, out).items():
         typer.echo(f"{class_noun}: {count} images drawn, {config.prior.images} in the store")
 
 
-@prior_app.command("ls")
 def prior_ls(
     store: Annotated[Path, typer.Argument(help="Folder of the prior store.")],
     as_json: Json = False,
 ) -> None:
-    """List what a prior store holds: classes, numbers of images, and what they were drawn with.
-
-    \b
-    Example:
-      dbtrain prior ls priors
-    """
+    """List what a prior store holds: classes, numbers of images, and what they were drawn with."""
     from dbtrain.priors.store import list_store
 
     rows = list_store(store)
@@ -130,31 +120,23 @@ def prior_ls(
         print_json(rows)
         return
     for row in rows:
-        how = "own images" if row["sampler"] == "imported" else (
-            f"{row['sampler']}, {row['steps']} steps, guidance {row['guidance']:g}, {row['precision']}, "
-            f"seed {row['seed']}, model {row['model'][:12]}"
-        )
+        how = f"{row['sampler']}, {row['steps']} steps, guidance {row['guidance']:g}, {row['precision']}, "
+        how += f"seed {row['seed']}, model {row['model'][:12]}"
+        how = "own images" if row["sampler"] == "imported" else how
         size = row["bytes"] / 2**20
         typer.echo(f"{row['prompt']!r}: {row['images']} images of {row['resolution']} px, {size:.1f} MiB; {how}")
 
 
-@prior_app.command("verify")
 def prior_verify(
     store: Annotated[Path, typer.Argument(help="Folder of the prior store.")],
     as_json: Json = False,
 ) -> None:
-    """Check a prior store: keys, images and encoded images, against their digests.
-
-    \b
-    Example:
-      dbtrain prior verify priors
-    """
+    """Check a prior store: keys, images and encoded images, against their digests."""
     from dbtrain.priors.store import store_damage
 
     _fail_if(store_damage(store), store, as_json)
 
 
-@prior_app.command("import")
 def prior_import(
     folder: Annotated[Path, typer.Argument(help="Folder of photos of the class.")],
     class_noun: Annotated[str, typer.Option("--class", help="Class noun, such as dog.")],
@@ -162,19 +144,29 @@ def prior_import(
     recipe: Recipe,
     overrides: Overrides = None,
 ) -> None:
-    """Bring own class images into a store; train with prior.sampler=imported prior.store=STORE to use them.
-
-    \b
-    Example:
-      dbtrain prior import photos/dogs --class dog --out priors --config sd15_lora
-    """
+    """Bring own class images into a store; train with prior.sampler=imported prior.store=STORE to use them."""
     stop_at_once()
     from dbtrain.priors.own_images import import_images
-    from dbtrain.settings import recipes
 
-    new, there = import_images(folder, class_noun, out, recipes.load(recipe, overrides or ()))
+    new, there = import_images(folder, class_noun, out, load_config(recipe, overrides), typer.echo)
     typer.echo(f"{class_noun}: {new} images imported, {there} in the store; set prior.images to {there} or less")
 
 
-APPS = {"shard": shard_app, "prior": prior_app}
-"""Every group of this file by its name on the command line."""
+MAKE = {"cls": WithMake, "context_settings": {"ignore_unknown_options": True}}
+APPS = {
+    "shard": group("Photos as WebDataset shards under digests: make them, index foreign tars, verify them.",
+                   "dbtrain shard photos.csv --out shards --config sd15_lora", {
+        "make": Verb(shard_make, "dbtrain shard make photos.csv --out shards --config sd15_lora"),
+        "index": Verb(shard_index, "dbtrain shard index r-*.tar --subject rex --class dog --out shards --config tiny"),
+        "verify": Verb(shard_verify, """\
+dbtrain shard verify runs/rex/shards
+dbtrain shard verify s3://bucket/shards --scheme s3"""),
+    }, **MAKE),
+    "prior": group("Class images for prior preservation: make, list, verify, import.",
+                   "dbtrain prior photos.csv --out priors --config sd15_lora", {
+        "make": Verb(prior_make, "dbtrain prior make photos.csv --out priors --config sd15_lora prior.images=100"),
+        "ls": Verb(prior_ls, "dbtrain prior ls priors"),
+        "verify": Verb(prior_verify, "dbtrain prior verify priors"),
+        "import": Verb(prior_import, "dbtrain prior import photos/dogs --class dog --out priors --config sd15_lora"),
+    }, **MAKE),
+}  # fmt: skip

@@ -1,6 +1,6 @@
-"""The verbs that work on subjects: preflight, shard, prior, train, generate, export, demo."""
+"""The verbs that work on subjects: preflight, train, generate, export, demo."""
 
-from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -8,11 +8,23 @@ from typing import Annotated
 import typer
 
 from dbtrain.errors import ConfigError, DataError, summed
-from dbtrain.verbs.options import Json, Overrides, Recipe, SkipBad, keep_origin, print_json, stop_at_once
+from dbtrain.verbs.options import (
+    Json,
+    Manifest,
+    Overrides,
+    Quiet,
+    Recipe,
+    SkipBad,
+    Verb,
+    keep_origin,
+    load_config,
+    print_json,
+    stop_at_once,
+)
 
 
 def preflight_verb(
-    manifest: Annotated[Path, typer.Argument(help="CSV, JSONL, YAML or Parquet: subject, class, images.")],
+    manifest: Manifest,
     recipe: Recipe,
     overrides: Overrides = None,
     skip_bad: SkipBad = False,
@@ -20,19 +32,16 @@ def preflight_verb(
 ) -> None:
     """Look at every row and every photo of a manifest and list what is wrong; nothing is written.
 
-    With --skip-bad it succeeds if any subject is sound: what is listed is what `train --skip-bad` leaves out.
-
-    \b
-    Example:
-      dbtrain preflight photos.csv --config sd15_lora --json
+    With --skip-bad this succeeds if any subject is sound; `train --skip-bad` leaves the listed subjects out.
     """
     from dbtrain.families import FAMILIES
     from dbtrain.models.load import load_tokenizer, refuse_base
-    from dbtrain.settings import recipes
+    from dbtrain.subjects.finding import defects, notes, refuse
+    from dbtrain.subjects.manifest import scan_manifest
     from dbtrain.subjects.preflight import sift
     from dbtrain.training.telemetry import refuse_trackers
 
-    config = recipes.load(recipe, overrides or ())
+    config = load_config(recipe, overrides)
     refuse_trackers(config.track)
     refuse_base(FAMILIES[config.model.family], config.model)
     tokenizer = None
@@ -40,44 +49,40 @@ def preflight_verb(
         tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
     except DataError as error:  # photos can be looked at where the base is not
         typer.echo(f"captions and identifiers are not checked: {error}", err=True)
-    subjects, findings = sift(manifest, config, tokenizer)
+    subjects, findings = sift(*scan_manifest(manifest, config.data.shards is None), config, tokenizer)
     if as_json:
-        print_json([finding.row() for finding in findings])
-    if findings and not (skip_bad and subjects):
-        raise DataError("\n".join(finding.line() for finding in findings))
-    for finding in findings:
+        print_json([asdict(finding) for finding in findings])
+    for finding in notes(findings):
+        typer.echo(f"note: {finding.line()}", err=True)
+    wrong = defects(findings)
+    if not (skip_bad and subjects):
+        refuse(wrong)
+    for finding in wrong:
         typer.echo(f"left out: {finding.line()}", err=True)
     if not as_json:
-        bad = len({finding.subject for finding in findings})
-        typer.echo(f"{manifest}: {len(subjects)} subjects, {f'{bad} left out' if bad else 'nothing to complain about'}")
+        bad, said = len({finding.subject for finding in wrong}), len(notes(findings))
+        verdict = f"{bad} left out" if bad else "nothing to complain about"
+        typer.echo(f"{manifest}: {len(subjects)} subjects, {verdict}{f', {said} notes' if said else ''}")
 
 
 def train_verb(
-    manifest: Annotated[Path, typer.Argument(help="CSV, JSONL, YAML or Parquet: subject, class, images.")],
+    manifest: Manifest,
     out: Annotated[Path, typer.Option(help="Output folder; running again with the same one resumes.")],
     recipe: Recipe,
     subject: Annotated[list[str] | None, typer.Option(help="Subject id; repeat for more.")] = None,
     subjects: Annotated[str | None, typer.Option(help="`all` takes every row.")] = None,
     skip_bad: SkipBad = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")] = False,
+    quiet: Quiet = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Personalize the base model for subjects of a manifest. The same command again resumes or does nothing.
-
-    \b
-    Example:
-      dbtrain train photos.csv --subject rex --config sd15_lora --out runs/rex train.steps=600
-      deepspeed --num_gpus 2 launchers/train.py photos.csv --subjects all --config sd15_full_zero2 --out runs/all
-    """
-    from dbtrain.settings import recipes
-
+    """Personalize the base model for subjects of a manifest. The same command again resumes or does nothing."""
     stop_at_once()
     if subjects not in (None, "all") or bool(subject) == bool(subjects):
         raise ConfigError("--subject, --subjects: give --subject ID (it repeats), or --subjects all")
-    from dbtrain.fleet.options import anchored
+    from dbtrain.settings.marks import anchored
 
-    config = anchored(recipes.load(recipe, overrides or ()))
+    config = anchored(load_config(recipe, overrides))
     from dbtrain.train import train_manifest
 
     opened = partial(keep_origin, out, "train", manifest, recipe, overrides, skip_bad)
@@ -92,6 +97,12 @@ def train_verb(
         raise summed(failed)
 
 
+SETS = (
+    "A sheet of prompts for one application: recontext, views, properties, accessories, art; tiny, in the words of the "
+    "embedded base; or a .yaml file. Repeat for more."
+)
+
+
 def generate_verb(
     words: Annotated[
         list[str],
@@ -100,12 +111,7 @@ def generate_verb(
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt with {subject}; repeat for more.")] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME",
-            help="A sheet of prompts for one application: recontext, views, properties, accessories, art; tiny, in the "
-            "words of the embedded base; or a .yaml file. Repeat for more.",
-        ),
+        typer.Option("--set", metavar="NAME", help=SETS),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the sheet without --set.")] = "generated",
     negative: Annotated[
@@ -115,13 +121,7 @@ def generate_verb(
         float, typer.Option(min=-4, max=4, help="How much of the adapter is added to the base; 0 is the base alone.")
     ] = 1.0,
 ) -> None:
-    """Draw images of finished subjects; many adapters share one loaded base.
-
-    \b
-    Example:
-      dbtrain generate runs/all/subjects/* --prompt "a photo of {subject} in the snow" sample.images=4
-      dbtrain generate runs/rex/subjects/rex --set recontext --set art
-    """
+    """Draw images of finished subjects; many adapters share one loaded base."""
     from dbtrain.results.finished import generate_finished
 
     settings = [word for word in words if "=" in word and not Path(word).exists()]
@@ -147,10 +147,6 @@ def export_verb(
     """Write an adapter with the key names of kohya-ss and ComfyUI, or a fully fine-tuned model as one checkpoint file.
 
     Adapters of kohya, PEFT, diffusers and ComfyUI are read too. Whole models: Stable Diffusion 1, 2 and XL.
-
-    \b
-    Example:
-      dbtrain export runs/rex/subjects/rex --out ComfyUI/models/loras/rex.safetensors
     """
     from dbtrain.results.exporting import export
 
@@ -163,12 +159,7 @@ def demo_verb(
     everything: Annotated[bool, typer.Option("--all", help="Every demo subject, not just the first ones.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Personalize the embedded base for its demo subjects, drawn and real, on this machine as it is.
-
-    \b
-    Example:
-      dbtrain demo --out demo-out
-    """
+    """Personalize the embedded base for its demo subjects, drawn and real, on this machine as it is."""
     from dbtrain.evaluate.summary import text_table
     from dbtrain.verbs.demo import run_demo, table
 
@@ -176,21 +167,22 @@ def demo_verb(
     typer.echo(table(shown.records))
     for scores in shown.scores:
         typer.echo(f"\n{text_table(scores)}")
-    typer.echo(
-        f"\n{shown.seconds:.0f} s in all, {shown.evaluation_s:.0f} s of it for the scores; "
-        f"at most {shown.peak_memory_gib:.1f} GiB of memory"
-    )
+    times = f"{shown.seconds:.0f} s in all, {shown.evaluation_s:.0f} s of it for the scores"
+    typer.echo(f"\n{times}; at most {shown.peak_memory_gib:.1f} GiB of memory")
     for path in (*shown.sheets, *shown.reports):
         typer.echo(f"look at {path}")
-    if failed := {each["subject"]: each["failed"] for each in shown.records if "failed" in each}:
+    if failed := {row["subject"]: row["failed"] for row in shown.records if "failed" in row}:
         raise summed(failed)
 
 
-VERBS: dict[str, Callable[..., None]] = {
-    "preflight": preflight_verb,
-    "train": train_verb,
-    "generate": generate_verb,
-    "export": export_verb,
-    "demo": demo_verb,
-}
-"""Every verb of this file by its name on the command line."""
+VERBS = {
+    "preflight": Verb(preflight_verb, "dbtrain preflight photos.csv --config sd15_lora --json"),
+    "train": Verb(train_verb, """\
+dbtrain train photos.csv --subject rex --config sd15_lora --out runs/rex train.steps=600
+deepspeed --num_gpus 2 launchers/train.py photos.csv --subjects all --config sd15_full_zero2 --out runs/all"""),
+    "generate": Verb(generate_verb, """\
+dbtrain generate runs/all/subjects/* --prompt "a photo of {subject} in the snow" sample.images=4
+dbtrain generate runs/rex/subjects/rex --set recontext --set art"""),
+    "export": Verb(export_verb, "dbtrain export runs/rex/subjects/rex --out ComfyUI/models/loras/rex.safetensors"),
+    "demo": Verb(demo_verb, "dbtrain demo --out demo-out"),
+}  # fmt: skip

@@ -1,6 +1,6 @@
 """The specification of every operation in plain PyTorch: the CPU form, the oracle and the baseline of the kernels.
 
-Each works in the dtype of its inputs, so that float64 inputs give the oracle. Shape letters as in `dbtrain.batch`.
+Each works in the dtype of its inputs, so that float64 inputs give the oracle. Shape letters as in `dbtrain.values`.
 """
 
 from collections.abc import Callable
@@ -145,7 +145,7 @@ def adamw(
     master, grad, exp_avg, exp_avg_sq, ema: [N, P] arenas, changed in place but for grad, which may be bf16. compute: a
     bf16 copy of the masters that follows them, or None. step_N: int64 updates made so far, counted up here. lr_N,
     clip_N (inf never clips), decay_N: float settings of each row. A row that is not active, or whose norm is not
-    finite, keeps every bit. The factors of a row are computed in float64 and rounded to the dtype of the moments.
+    finite, is left unchanged. The factors of a row are computed in float64 and rounded to the dtype of exp_avg.
     """
     grad = grad.to(exp_avg.dtype)
     norm_N = torch.linalg.vector_norm(grad, dim=1)

@@ -23,11 +23,6 @@ _OPAQUE = re.compile(r"(?=.*[A-Za-z])(?=.*[0-9])[A-Za-z0-9_+/=-]{32,}")
 """A long value of letters and digits. Used for variables only: in command lines, commits and digests look the same."""
 
 
-def looks_secret(value: str) -> bool:
-    """Whether a text contains a token, key or password of a known form."""
-    return _VALUES.search(value) is not None
-
-
 def secret_words(words: Sequence[str], names: bool = False) -> list[str]:
     """The names of words that look like secrets, or the first letters of words without a name, for error texts.
 
@@ -36,6 +31,6 @@ def secret_words(words: Sequence[str], names: bool = False) -> list[str]:
     suspects = []
     for word in words:
         name, _, value = word.partition("=")
-        if looks_secret(word) or (names and (_NAMES.search(name) or _OPAQUE.fullmatch(value))):
+        if _VALUES.search(word) or (names and (_NAMES.search(name) or _OPAQUE.fullmatch(value))):
             suspects.append(name if "=" in word and len(name) < 40 else word[:6] + "...")
     return suspects

@@ -20,11 +20,13 @@ from dbtrain_launchers.plan import (
     Rendered,
     assigned_gpu_findings,
     check_program,
+    form_findings,
     plain_findings,
     refuse,
     start_program,
 )
 
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
 _QUANTITY = re.compile(r"\d+(\.\d+)?([KMGTP]i?|m)?")
 _CLAIM = re.compile(r"([a-z0-9][a-z0-9.-]*):(/[A-Za-z0-9_./-]+)")
 _SECRET = re.compile(r"([A-Za-z_]\w*)=([a-z0-9][a-z0-9.-]*)/([A-Za-z0-9._-]+)")
@@ -65,33 +67,13 @@ def render(
     """
     import yaml
 
-    refuse(
-        [
-            *plain_findings(image=image),
-            *(assigned_gpu_findings(plan, "Kubernetes") if plan.gpus else []),
-            *(
-                []
-                if re.fullmatch(r"\d+\.\d+\.\d+", ray_version)
-                else [f"--ray-version: got {ray_version!r}, want the version of the image, such as 2.60.0"]
-            ),
-            *[
-                f"--{name}: got {value!r}, want small letters, digits and inner dashes"
-                for name, value in (("namespace", namespace), ("operator-namespace", operator_namespace))
-                if value is not None and not DNS_LABEL.fullmatch(value)
-            ],
-            *([] if _QUANTITY.fullmatch(memory) else [f"--memory: got {memory!r}, want a quantity such as 64Gi"]),
-            *[
-                f"--claim: got {entry!r}, want NAME:/MOUNT"
-                for entry in [*(claim or ()), *(head_claim or ())]
-                if not _CLAIM.fullmatch(entry)
-            ],
-            *[
-                f"--secret: got {entry!r}, want VARIABLE=SECRET/KEY"
-                for entry in secret or ()
-                if not _SECRET.fullmatch(entry)
-            ],
-        ]
-    )
+    findings = [*plain_findings(image=image), *(assigned_gpu_findings(plan, "Kubernetes") if plan.gpus else [])]
+    findings += form_findings(_VERSION, "the version of the image, such as 2.60.0", ray_version=ray_version)
+    names = {"namespace": namespace, "operator_namespace": operator_namespace}
+    findings += form_findings(DNS_LABEL, "small letters, digits and inner dashes", **names)
+    findings += form_findings(_QUANTITY, "a quantity such as 64Gi", memory=memory)
+    findings += form_findings(_CLAIM, "NAME:/MOUNT", claim=claim, head_claim=head_claim)
+    refuse(findings + form_findings(_SECRET, "VARIABLE=SECRET/KEY", secret=secret))
     head = _pod(plan, image, memory, [*(claim or ()), *(head_claim or ())], secret or ())
     worker = _pod(plan, image, memory, claim or (), secret or ())
     metadata = {"name": plan.name, **({"namespace": namespace} if namespace else {})}
@@ -118,9 +100,7 @@ def _cluster(plan: LaunchPlan, head_pod: dict[str, Any], pod: dict[str, Any], ra
     head = {"rayStartParams": {"dashboard-host": "$POD_IP"}, "template": _template(plan, "ray-head", head_pod)}
     worker = {
         "groupName": "workers",
-        "replicas": plan.nodes - 1,
-        "minReplicas": plan.nodes - 1,
-        "maxReplicas": plan.nodes - 1,
+        **dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), plan.nodes - 1),
         "rayStartParams": {},
         "template": _template(plan, "ray-worker", pod),
     }
@@ -134,11 +114,8 @@ def _cluster(plan: LaunchPlan, head_pod: dict[str, Any], pod: dict[str, Any], ra
 
 def _pod(plan: LaunchPlan, image: str, memory: str, claims: Any, secrets: Any) -> dict[str, Any]:
     """The container of a Ray node, without a name, and its volumes."""
-    resources = {
-        **({"cpu": str(plan.cpus)} if plan.cpus else {"cpu": "1"}),
-        "memory": memory,
-        **({"nvidia.com/gpu": str(plan.gpus)} if plan.gpus else {}),
-    }
+    resources = {"cpu": str(plan.cpus or 1), "memory": memory}
+    resources |= {"nvidia.com/gpu": str(plan.gpus)} if plan.gpus else {}
     mounts = [_CLAIM.fullmatch(entry).groups() for entry in claims]  # type: ignore[union-attr]
     given = [_SECRET.fullmatch(entry).groups() for entry in secrets]  # type: ignore[union-attr]
     return {

@@ -16,6 +16,7 @@ from dbtrain_launchers.plan import (
     Rendered,
     assigned_gpu_findings,
     check_program,
+    form_findings,
     plain_findings,
     refuse,
     start_program,
@@ -49,22 +50,10 @@ def render(
         -- batch run all.csv --config sdxl_lora --out /nfs/all --ledger /local
       dbtrain launch slurm --gpus 1 --array 0-99%20 -- train {task}.csv --subjects all --config tiny --out runs/{task}
     """
-    refuse(
-        [
-            *plain_findings(partition=partition, account=account, qos=qos, memory=memory, log=log, python=python),
-            *(assigned_gpu_findings(plan, "SLURM") if plan.gpus else []),
-            *(
-                [f"--time: got {time!r}, want minutes or [days-]hours:minutes:seconds"]
-                if time is not None and not _TIME.fullmatch(time)
-                else []
-            ),
-            *(
-                [f"--array: got {array!r}, want numbers and ranges such as 0-9%4"]
-                if array is not None and not _ARRAY.fullmatch(array)
-                else []
-            ),
-        ]
-    )
+    findings = plain_findings(partition=partition, account=account, qos=qos, memory=memory, log=log, python=python)
+    findings += assigned_gpu_findings(plan, "SLURM") if plan.gpus else []
+    findings += form_findings(_TIME, "minutes or [days-]hours:minutes:seconds", time=time)
+    refuse(findings + form_findings(_ARRAY, "numbers and ranges such as 0-9%4", array=array))
     tasks = 1 if plan.is_batch else plan.ranks
     settings = {
         "job-name": plan.name,
@@ -84,21 +73,9 @@ def render(
     }
     directives = [f"#SBATCH --{name}={value}" for name, value in settings.items() if value is not None]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in plan.env.items()]
-    text = "\n".join(
-        [
-            "#!/bin/bash",
-            *directives,
-            "#SBATCH --requeue",
-            "set -u",
-            *exports,
-            f"python={python}",
-            _TRAP.strip(),
-            _body(plan, array is not None).strip(),
-            _WAIT.strip(),
-            "",
-        ]
-    )
-    return Rendered(("sbatch",), text)
+    begin = ["#!/bin/bash", *directives, "#SBATCH --requeue", "set -u", *exports, f"python={python}"]
+    parts = (_TRAP, _body(plan, array is not None), _WAIT)
+    return Rendered(("sbatch",), "\n".join([*begin, *(part.strip() for part in parts), ""]))
 
 
 def quoted(word: str, in_array: bool = False) -> str:

@@ -141,10 +141,16 @@ def env_findings(entries: Sequence[str]) -> list[str]:
 
 def plain_findings(**options: str | None) -> list[str]:
     """A finding for each option whose value is not a plain name. None: the option was not given."""
+    return form_findings(PLAIN, "letters, digits and _.,:@%+=/-, not - first", **options)
+
+
+def form_findings(form: re.Pattern[str], want: str, **options: str | Sequence[str] | None) -> list[str]:
+    """A finding for each value of an option that has not this form. None: the option was not given."""
     return [
-        f"--{name.replace('_', '-')}: got {value!r}, want letters, digits and _.,:@%+=/-, not - first"
-        for name, value in options.items()
-        if value is not None and not PLAIN.fullmatch(value)
+        f"--{name.replace('_', '-')}: got {value!r}, want {want}"
+        for name, given in options.items()
+        for value in ([given] if isinstance(given, str) else given or ())
+        if not form.fullmatch(value)
     ]
 
 

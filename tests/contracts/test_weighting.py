@@ -19,8 +19,9 @@ def schedules(parameterization):
     return [discrete_schedule(peer.alphas_cumprod, parameterization, zero) for peer in peers for zero in (False, True)]
 
 
-def test_the_settings_name_every_weighting():
-    assert set(ObjectiveConfig.model_fields["weighting"].annotation.__args__) == WEIGHTINGS.keys()
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_the_settings_take_it(weighting):
+    assert ObjectiveConfig(weighting=weighting).weighting == weighting
 
 
 @pytest.mark.parametrize("parameterization", X0_ERROR)

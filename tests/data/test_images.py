@@ -182,7 +182,7 @@ BAD = {
     "animated png": (animated("PNG"), "is an animation of 2 frames"),
     "animated webp": (animated("WEBP"), "is an animation of 2 frames"),
     "bomb": (bomb(20_000, 20_000), "pixels"),
-    "120 megapixels": (bomb(10_000, 12_000), "has 10000x12000 pixels, the cap is 50 million"),
+    "240 megapixels": (bomb(20_000, 12_000), "has 20000x12000 pixels, the cap is 200 million"),
     "tiny": (png(picture(15, 40)), "the short side needs 16"),
     "ribbon": (png(picture(400, 20)), "longer than 10:1"),
 }

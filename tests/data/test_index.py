@@ -91,15 +91,15 @@ def test_index_comes_back_equal(shard_folder):
     index = Index.load(shard_folder)
     assert index.to_bytes() == (shard_folder / INDEX_NAME).read_bytes()
     assert index.subjects == ("cat-0", "cat-1", "cat-2")
-    assert [row.key for row in index.rows_of("cat-1")] == ["cat-1-0-0", "cat-1-0-1", "cat-1-0-2", "cat-1-0-3"]
-    assert index.rows_of("cat-1", Role.PRIOR) == ()
-    assert index.rows[5].caption == "a photo of {identifier} 1é"
+    assert [entry.key for entry in index.entries_of("cat-1")] == ["cat-1-0-0", "cat-1-0-1", "cat-1-0-2", "cat-1-0-3"]
+    assert index.entries_of("cat-1", Role.PRIOR) == ()
+    assert index.entries[5].caption == "a photo of {identifier} 1é"
 
 
-def change_row(index, number, **values):
-    rows = list(index.rows)
-    rows[number] = dataclasses.replace(rows[number], **values)
-    return dataclasses.replace(index, rows=tuple(rows))
+def change_entry(index, number, **values):
+    entries = list(index.entries)
+    entries[number] = dataclasses.replace(entries[number], **values)
+    return dataclasses.replace(index, entries=tuple(entries))
 
 
 def change_shard(index, **values):
@@ -107,17 +107,17 @@ def change_shard(index, **values):
 
 
 CONTRADICTIONS = {
-    "repeated key": lambda i: change_row(i, 1, key=i.rows[0].key),
-    "unsafe key": lambda i: change_row(i, 1, key="../x-0-0"),
-    "dotted key": lambda i: change_row(i, 1, key="v1.0-0-0"),
-    "no digest": lambda i: change_row(i, 1, sha256=""),
-    "gap": lambda i: change_row(i, 1, offset=i.rows[1].offset + 512),
-    "negative length": lambda i: change_row(i, 1, length=-512),
-    "text for a number": lambda i: change_row(i, 1, offset="0"),
-    "fraction for a number": lambda i: change_row(i, 1, offset=float(i.rows[1].offset)),
-    "fraction for a length": lambda i: change_row(i, 1, length=float(i.rows[1].length)),
+    "repeated key": lambda i: change_entry(i, 1, key=i.entries[0].key),
+    "unsafe key": lambda i: change_entry(i, 1, key="../x-0-0"),
+    "dotted key": lambda i: change_entry(i, 1, key="v1.0-0-0"),
+    "no digest": lambda i: change_entry(i, 1, sha256=""),
+    "gap": lambda i: change_entry(i, 1, offset=i.entries[1].offset + 512),
+    "negative length": lambda i: change_entry(i, 1, length=-512),
+    "text for a number": lambda i: change_entry(i, 1, offset="0"),
+    "fraction for a number": lambda i: change_entry(i, 1, offset=float(i.entries[1].offset)),
+    "fraction for a length": lambda i: change_entry(i, 1, length=float(i.entries[1].length)),
     "fraction for a size": lambda i: change_shard(i, size=float(i.shards[0].size)),
-    "missing row": lambda i: dataclasses.replace(i, rows=i.rows[:-1]),
+    "missing entry": lambda i: dataclasses.replace(i, entries=i.entries[:-1]),
     "fewer in a shard": lambda i: change_shard(i, count=i.shards[0].count - 1),
     "size": lambda i: change_shard(i, size=i.shards[0].size + 512),
     "shard digest": lambda i: change_shard(i, sha256="0" * 63),
@@ -135,8 +135,8 @@ def test_an_index_at_odds_with_itself_is_refused_though_its_digest_is_right(shar
 @pytest.mark.parametrize("shard", [99, -99, None, "0", True])
 def test_a_row_of_no_shard_is_refused_though_the_digest_is_right(shard_folder, tmp_path, shard):
     body = (shard_folder / INDEX_NAME).read_bytes().splitlines(keepends=True)[:-1]
-    row = json.loads(body[3])
-    body[3] = json.dumps([shard, *row[1:]]).encode() + b"\n"
+    entry = json.loads(body[3])
+    body[3] = json.dumps([shard, *entry[1:]]).encode() + b"\n"
     digest = hashlib.sha256(b"".join(body)).hexdigest()
     (tmp_path / INDEX_NAME).write_bytes(b"".join(body) + f'{{"sha256":"{digest}"}}\n'.encode())
     with pytest.raises(DataError, match=r"index\.jsonl: is damaged"):
@@ -147,8 +147,8 @@ def test_a_row_of_no_shard_is_refused_though_the_digest_is_right(shard_folder, t
 def test_unsafe_shard_names_are_refused(shard_folder, tmp_path, shard):
     index = Index.load(shard_folder)
     first = index.shards[0].name
-    rows = tuple(dataclasses.replace(row, shard=shard) if row.shard == first else row for row in index.rows)
-    change_shard(dataclasses.replace(index, rows=rows), name=shard).save(tmp_path)
+    renamed = (dataclasses.replace(one, shard=shard) if one.shard == first else one for one in index.entries)
+    change_shard(dataclasses.replace(index, entries=tuple(renamed)), name=shard).save(tmp_path)
     with pytest.raises(DataError, match="unsafe name"):
         Index.load(tmp_path)
 

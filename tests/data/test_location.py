@@ -48,10 +48,10 @@ def test_the_same_samples_come_from_every_place(shard_folder, bucket, scheme):
     memory = fsspec.filesystem("memory")
     fill(memory, shard_folder)
     address = f"file://{shard_folder}" if scheme == "file" else f"{scheme}://shards"
-    rows = Index.load(address, [scheme]).rows
-    assert rows == Index.load(shard_folder).rows
-    assert list(read_samples(address, rows, [scheme])) == list(make_samples())
-    assert [one.key for one in read_samples(address, rows[4:8], [scheme])] == [row.key for row in rows[4:8]]
+    entries = Index.load(address, [scheme]).entries
+    assert entries == Index.load(shard_folder).entries
+    assert list(read_samples(address, entries, [scheme])) == list(make_samples())
+    assert [one.key for one in read_samples(address, entries[4:8], [scheme])] == [entry.key for entry in entries[4:8]]
     assert verify(address, [scheme]) == []
     memory.rm("/shards", recursive=True)
 
@@ -69,10 +69,10 @@ def test_damage_and_strays_at_an_address_are_named(bucket):
 
 
 def test_only_the_ranges_asked_for_are_fetched(bucket):
-    rows = Index.load("s3://shards", ["s3"]).rows
-    for name in {row.shard for row in rows} - {rows[0].shard}:
+    entries = Index.load("s3://shards", ["s3"]).entries
+    for name in {entry.shard for entry in entries} - {entries[0].shard}:
         bucket.rm(f"/shards/{name}")
-    assert [one.key for one in read_samples("s3://shards", rows[:1], ["s3"])] == [rows[0].key]
+    assert [one.key for one in read_samples("s3://shards", entries[:1], ["s3"])] == [entries[0].key]
 
 
 HOSTILE = [
@@ -114,8 +114,8 @@ def test_a_path_is_a_folder_whatever_its_name(shard_folder, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for name in ("run:1", "s3:shards"):
         shutil.copytree(shard_folder, name)
-        rows = Index.load(Path(name)).rows
-        assert list(read_samples(Path(name), rows)) == list(make_samples())
+        entries = Index.load(Path(name)).entries
+        assert list(read_samples(Path(name), entries)) == list(make_samples())
         assert verify(Path(name)) == []
         with pytest.raises(DataError, match="address"):
             Index.load(name)

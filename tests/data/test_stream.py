@@ -1,6 +1,5 @@
 import dataclasses
 import hashlib
-import io
 import random
 import shutil
 import tarfile
@@ -9,7 +8,7 @@ import pytest
 import webdataset
 
 from dbtrain.data import tar
-from dbtrain.data.index import INDEX_NAME, TAR_END, Index, Row, Shard
+from dbtrain.data.index import INDEX_NAME, TAR_END, Entry, Index, Shard
 from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DataError
 from tests.faults.damage import DAMAGES
@@ -22,26 +21,26 @@ def folder(shard_folder, tmp_path):
 
 
 def test_samples_come_back_equal_in_storage_order(shard_folder):
-    rows = Index.load(shard_folder).rows
-    assert list(read_samples(shard_folder, rows)) == list(make_samples())
-    assert list(read_samples(shard_folder, reversed(rows))) == list(make_samples())
+    entries = Index.load(shard_folder).entries
+    assert list(read_samples(shard_folder, entries)) == list(make_samples())
+    assert list(read_samples(shard_folder, reversed(entries))) == list(make_samples())
     assert list(read_samples(shard_folder, [])) == []
 
 
 def test_any_part_can_be_read(shard_folder):
-    rows, samples = Index.load(shard_folder).rows, list(make_samples())
+    entries, samples = Index.load(shard_folder).entries, list(make_samples())
     for chosen in ([0], [3, 4, 5], [1, 3, 11], range(0, 12, 2)):
-        assert list(read_samples(shard_folder, [rows[i] for i in chosen])) == [samples[i] for i in chosen]
+        assert list(read_samples(shard_folder, [entries[i] for i in chosen])) == [samples[i] for i in chosen]
 
 
 def test_only_the_ranges_asked_for_are_read(folder):
     index = Index.load(folder)
     for shard in index.shards:
-        wanted = index.rows_of("cat-1")
+        wanted = index.entries_of("cat-1")
         content = bytearray(len((folder / shard.name).read_bytes()))
-        for row in wanted:
-            if row.shard == shard.name:
-                part = slice(row.offset, row.offset + row.length)
+        for entry in wanted:
+            if entry.shard == shard.name:
+                part = slice(entry.offset, entry.offset + entry.length)
                 content[part] = (folder / shard.name).read_bytes()[part]
         (folder / shard.name).write_bytes(content)
     assert [sample.subject for sample in read_samples(folder, wanted)] == ["cat-1"] * 4
@@ -77,7 +76,7 @@ def test_no_fault_is_silent(folder, damage, times):
 def assert_reads_right_or_stops(folder, index, name, wanted):
     got = []
     try:
-        got.extend(read_samples(folder, Index.load(folder).rows))
+        got.extend(read_samples(folder, Index.load(folder).entries))
     except DataError as error:
         assert name in str(error)  # noqa: PT017
     else:
@@ -88,16 +87,16 @@ def assert_reads_right_or_stops(folder, index, name, wanted):
 
 
 def test_damage_names_shard_sample_and_remedy(folder):
-    row = Index.load(folder).rows[2]
-    path = folder / row.shard
+    entry = Index.load(folder).entries[2]
+    path = folder / entry.shard
     content = bytearray(path.read_bytes())
-    content[row.offset + 700] ^= 1
+    content[entry.offset + 700] ^= 1
     path.write_bytes(content)
-    (line,) = [line for line in verify(folder) if row.key in line]
-    assert line.startswith(f"shard {row.shard}, sample {row.key}: digest differs")
+    (line,) = [line for line in verify(folder) if entry.key in line]
+    assert line.startswith(f"shard {entry.shard}, sample {entry.key}: digest differs")
     assert "remake with" in line
-    with pytest.raises(DataError, match=f"^shard {row.shard}, sample {row.key}: digest differs"):
-        list(read_samples(folder, [row]))
+    with pytest.raises(DataError, match=f"^shard {entry.shard}, sample {entry.key}: digest differs"):
+        list(read_samples(folder, [entry]))
 
 
 def test_verify_names_missing_swapped_extra_and_longer_shards(folder):
@@ -121,11 +120,11 @@ def test_links_and_devices_in_place_of_shards_are_refused(folder):
     path.rename(folder / "elsewhere")
     path.symlink_to(folder / "elsewhere")
     with pytest.raises(DataError, match="link"):
-        list(read_samples(folder, index.rows))
+        list(read_samples(folder, index.entries))
     path.unlink()
     path.mkdir()
     with pytest.raises(DataError, match="not a regular file"):
-        list(read_samples(folder, index.rows))
+        list(read_samples(folder, index.entries))
 
 
 def member(name, content=b"{}", kind=tarfile.REGTYPE, link=""):
@@ -165,11 +164,11 @@ def test_hostile_members_are_refused_though_every_digest_is_right(tmp_path, name
     content = HOSTILE[name]
     whole = content + bytes(TAR_END)
     (tmp_path / "train-000000.tar").write_bytes(whole)
-    row = Row("train-000000.tar", "cat-0-0", 0, len(content), hashlib.sha256(content).hexdigest(), "c")
-    shard = Shard(row.shard, hashlib.sha256(whole).hexdigest(), len(whole), 1)
-    Index((row,), (shard,)).save(tmp_path)
+    entry = Entry("train-000000.tar", "cat-0-0", 0, len(content), hashlib.sha256(content).hexdigest(), "c")
+    shard = Shard(entry.shard, hashlib.sha256(whole).hexdigest(), len(whole), 1)
+    Index((entry,), (shard,)).save(tmp_path)
     with pytest.raises(DataError, match="shard train-000000.tar"):
-        list(read_samples(tmp_path, Index.load(tmp_path).rows))
+        list(read_samples(tmp_path, Index.load(tmp_path).entries))
     assert verify(tmp_path)[0].startswith("shard train-000000.tar, sample cat-0-0: ")
 
 
@@ -179,28 +178,19 @@ def test_a_length_that_no_file_has_is_refused_without_its_memory(folder, length)
     index = Index.load(folder)
     length -= length % 512
     first, *others = index.shards
-    rows = [row for row in index.rows if row.shard == first.name]
-    rows[0] = dataclasses.replace(rows[0], length=length)
-    for number, row in enumerate(rows[1:], 1):
-        rows[number] = dataclasses.replace(row, offset=rows[number - 1].offset + rows[number - 1].length)
-    size = rows[-1].offset + rows[-1].length + TAR_END
+    entries = [entry for entry in index.entries if entry.shard == first.name]
+    entries[0] = dataclasses.replace(entries[0], length=length)
+    for number, entry in enumerate(entries[1:], 1):
+        entries[number] = dataclasses.replace(entry, offset=entries[number - 1].offset + entries[number - 1].length)
+    size = entries[-1].offset + entries[-1].length + TAR_END
     shards = (dataclasses.replace(first, size=size), *others)
-    Index((*rows, *(row for row in index.rows if row.shard != first.name)), shards).save(folder)
-    for row in Index.load(folder).rows[:2]:
-        with pytest.raises(DataError, match=f"sample {row.key}: is cut short"):
-            list(read_samples(folder, [row]))
+    Index((*entries, *(entry for entry in index.entries if entry.shard != first.name)), shards).save(folder)
+    for entry in Index.load(folder).entries[:2]:
+        with pytest.raises(DataError, match=f"sample {entry.key}: is cut short"):
+            list(read_samples(folder, [entry]))
     assert "is cut short" in verify(folder)[0]
 
 
 @pytest.mark.parametrize("name", list(HOSTILE)[: list(HOSTILE).index("empty provenance")])
 def test_hostile_members_never_reach_webdataset(name):
     assert tar.problem(HOSTILE[name], "cat-0-0")
-
-
-def test_packing_is_judged_sound():
-    sample = next(make_samples())
-    assert tar.problem(tar.pack(sample), sample.key) is None
-    other = dataclasses.replace(sample, meta={"b": 1, "a": 2}), dataclasses.replace(sample, meta={"a": 2, "b": 1})
-    assert tar.pack(other[0]) == tar.pack(other[1])
-    with tarfile.open(fileobj=io.BytesIO(tar.pack(sample))) as file:
-        assert [(m.mtime, m.uid, m.mode) for m in file] == [(0, 0, 0o644)] * 2

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from dbtrain.results.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
+from dbtrain.results.identity import Identity
 from tests.kit.main_job import ROOT, environment, small_config, write_job
 
 # Seconds each on an idle machine; a busy one has shown thirty times that.
@@ -119,7 +120,7 @@ def run_of(folder: Path, ranks: int, stage: int, method: str) -> str:
 
 def newest(folder: Path, ranks: int, stage: int, method: str) -> Checkpoint:
     root = subject(folder, ranks, stage, method) / "checkpoints"
-    return read_checkpoint(latest_checkpoint(root, run_of(folder, ranks, stage, method))[0])
+    return read_checkpoint(latest_checkpoint(root, Identity(run_of(folder, ranks, stage, method)))[0])
 
 
 @pytest.mark.parametrize(("stage", "method"), COMBINATIONS)

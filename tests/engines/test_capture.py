@@ -5,7 +5,6 @@ import inspect
 import pytest
 import torch
 
-from dbtrain.engines import capture
 from dbtrain.engines.capture import (
     WARM_STEPS,
     Capture,
@@ -153,13 +152,13 @@ def test_a_graph_that_was_asked_for_and_fails_is_an_error():
 
 @pytest.mark.parametrize("mode, kind", [("off", Eager), ("compile", Compiled), ("graph", Recorded)])
 def test_each_mode_has_its_runner(mode, kind):
-    runner = make_runner(Capture(mode, "why"), torch.nn.Linear(1, 1))
+    runner = make_runner(Capture(mode, "why"), torch.nn.Linear(1, 1), ())
     assert type(runner) is kind and runner.choice == Capture(mode, "why")
 
 
 def test_off_is_the_step_as_it_is():
     step = Summing()
-    make_runner(Capture("off", ""), torch.nn.Linear(1, 1))(step, batch())
+    make_runner(Capture("off", ""), torch.nn.Linear(1, 1), ())(step, batch())
     assert step.runs == 1 and torch.equal(step.total, batch().images_BCHW.sum(0))
 
 
@@ -176,7 +175,7 @@ class ResnetBlock2D(torch.nn.Module):
 
 def test_compiling_begins_after_the_first_step_and_pauses_for_pictures():
     blocks = torch.nn.ModuleList([ResnetBlock2D(2)])
-    runner, seen = Compiled(Capture("compile", ""), blocks), []
+    runner, seen = Compiled(Capture("compile", ""), blocks, ["ResnetBlock2D"]), []
     for _ in range(3):
         runner(lambda _: seen.append(blocks[0]._compiled_call_impl is not None), batch())
     assert seen == [False, True, True]
@@ -195,7 +194,7 @@ def test_blocks_of_many_shapes_are_all_compiled():
     torch._dynamo.reset()
     counts = torch._dynamo.utils.counters["stats"]
     before = counts["unique_graphs"]  # A reset keeps the counts of the tests that ran before.
-    compile_regions(blocks, "aot_eager")
+    compile_regions(blocks, ["ResnetBlock2D"], "aot_eager")
     for side, block in enumerate(blocks, 1):
         block(torch.ones(2, side))
     assert counts["unique_graphs"] - before == len(blocks)
@@ -228,8 +227,9 @@ def test_compiled_blocks_compute_what_the_blocks_do(denoiser, backend, device, m
     denoiser.to(device)
     want = predict(denoiser)
     torch._dynamo.reset()
-    assert compile_regions(denoiser, backend) == sum(
-        type(block).__name__ in capture.REGIONS for block in denoiser.modules()
+    regions = ("BasicTransformerBlock", "ResnetBlock2D")
+    assert compile_regions(denoiser, regions, backend) == sum(
+        type(block).__name__ in regions for block in denoiser.modules()
     )
     got = predict(denoiser)
     counted = torch._dynamo.utils.counters

@@ -2,10 +2,10 @@
 
 import pytest
 
-from dbtrain.engines.engine import BatchPlan, lr_scale, plan_batches
+from dbtrain.engines.engine import BatchPlan, keeps_whole, lr_scale, plan_batches
 from dbtrain.engines.world import World
 from dbtrain.errors import ConfigError
-from dbtrain.settings.config import TrainConfig
+from dbtrain.settings.config import EngineConfig, TrainConfig, ZeroConfig
 
 DIVISORS = [
     (batch, micro, world)
@@ -71,3 +71,8 @@ def test_linear_and_cosine_meet_half_way():
         assert lr_scale(5, TrainConfig(schedule=schedule), 10) == pytest.approx(0.5)
     assert lr_scale(9, TrainConfig(schedule="linear"), 10) == pytest.approx(0.1)
     assert lr_scale(2, TrainConfig(schedule="cosine"), 8) == pytest.approx((1 + 0.5**0.5) / 2)
+
+
+def test_only_zero_3_takes_a_ranks_weights_apart():
+    assert [keeps_whole(EngineConfig(zero=ZeroConfig(stage=stage))) for stage in range(4)] == [True, True, True, False]
+    assert keeps_whole(EngineConfig(kind="packed"))

@@ -24,8 +24,10 @@ from dbtrain.results.checkpoint import (
     tidy_checkpoints,
     verify_checkpoint,
 )
+from dbtrain.results.identity import Identity
 from dbtrain.storage.atomic import TEMPORARY, file_digest
-from dbtrain.subjects.sharding import shard_manifest
+from dbtrain.subjects.manifest import scan_manifest
+from dbtrain.subjects.sharding import shard_subjects
 from tests.faults.damage import DAMAGES
 from tests.faults.kit import Fault, forked, trace
 from tests.kit.main_job import photo, small_config, write_job
@@ -128,14 +130,14 @@ class Works:
 
     def shards(self, root: Path) -> Callable[[], object]:
         config = small_config()
-        return lambda: shard_manifest(self.manifest, root / "shards", config, str)
+        return lambda: shard_subjects(*scan_manifest(self.manifest), root / "shards", config, str)
 
     def checkpoints(self, root: Path) -> Callable[[], object]:
         """Four steps with a checkpoint each, two kept; begun again from the newest good one."""
 
         def work():
             tidy_checkpoints(root / "checkpoints", keep=2)
-            found, _ = latest_checkpoint(root / "checkpoints", RUN)
+            found, _ = latest_checkpoint(root / "checkpoints", Identity(RUN))
             for step in range(step_of(found) + 1 if found else 1, 5):
                 save_checkpoint(root / "checkpoints", checkpoint(step), keep=2)
 
@@ -217,14 +219,14 @@ def damage_checkpoints(root: Path, flips: int, truncations: int, seed: int = 0) 
             path = files[case % len(files)]
             sound = path.read_bytes()
             what = DAMAGES[name](path, chance)
-            found, notes = latest_checkpoint(root, RUN)
+            found, notes = latest_checkpoint(root, Identity(RUN))
             tally.count(found is not None and step_of(found) == 1 and len(notes) == 1, f"{path.name} {what}")
             path.write_bytes(sound)
     assert verify_checkpoint(folder) is None
     for what, (good_step, harm) in mixups(root, folder).items():
         aside = shutil.copytree(root, root.with_name("aside"))
         harm()
-        found, notes = latest_checkpoint(root, RUN)
+        found, notes = latest_checkpoint(root, Identity(RUN))
         tally.count(found is not None and step_of(found) == good_step and bool(notes), what)
         shutil.rmtree(root)
         aside.rename(root)
@@ -251,7 +253,7 @@ def mixups(root: Path, folder: Path) -> dict[str, tuple[int, Callable[[], object
 def damage_shards(folder: Path, times: int, seed: int = 0, kinds: Iterable[str] = DAMAGES) -> Tally:
     """Damage to a sound shard folder: `verify` must say so, and reading must raise or give the very samples."""
     tally, chance = Tally("shard damage"), random.Random(seed)
-    wanted = list(read_samples(folder, Index.load(folder).rows))
+    wanted = list(read_samples(folder, Index.load(folder).entries))
     files = sorted(folder.iterdir())
     for name in kinds:
         for case in range(times):
@@ -259,7 +261,7 @@ def damage_shards(folder: Path, times: int, seed: int = 0, kinds: Iterable[str] 
             sound = path.read_bytes()
             what = DAMAGES[name](path, chance)
             try:
-                same = list(read_samples(folder, Index.load(folder).rows)) == wanted
+                same = list(read_samples(folder, Index.load(folder).entries)) == wanted
             except DataError:
                 same = True
             tally.count(same and verify(folder) != [], f"{path.name} {what}: read {same}, verify {verify(folder)}")

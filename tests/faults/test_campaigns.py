@@ -2,7 +2,8 @@
 
 import pytest
 
-from dbtrain.subjects.sharding import shard_manifest
+from dbtrain.subjects.manifest import scan_manifest
+from dbtrain.subjects.sharding import shard_subjects
 from tests.faults import campaigns
 from tests.kit.main_job import small_config
 
@@ -39,7 +40,7 @@ def test_no_damage_to_checkpoints_is_silent(tmp_path):
 
 
 def test_no_damage_to_shards_is_silent(works, tmp_path):
-    shard_manifest(works.manifest, tmp_path / "shards", small_config(), str)
+    shard_subjects(*scan_manifest(works.manifest), tmp_path / "shards", small_config(), str)
     clean(campaigns.damage_shards(tmp_path / "shards", 30), 90)
 
 

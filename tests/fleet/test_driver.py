@@ -15,11 +15,12 @@ from dbtrain.fleet.schedule import WorkUnit
 from tests.kit.fleet_run import run_of_dogs
 from tests.kit.main_job import small_config
 
-CREW = SimpleNamespace(name="worker-001")
+CREW = SimpleNamespace(name="worker-001", bad_starts=0)
 
 
 @pytest.fixture
 def driver(tmp_path):
+    CREW.bad_starts = 0
     with run_of_dogs(tmp_path, 9) as ledger:
         yield Driver(ledger, Index((), ()), small_config(), tmp_path, Options(quiet=True))
 
@@ -27,15 +28,15 @@ def driver(tmp_path):
 def fly(driver, *positions, kind="train", pack=1):
     """A unit that the crew is at, by number."""
     unit = WorkUnit(kind, "dog", positions, pack)
-    driver.units += 1
-    opened = driver.ledger.start(driver.units, positions, CREW.name) if kind == "train" else dict.fromkeys(positions, 0)
+    number = next(driver.numbers)
+    opened = driver.ledger.start(number, positions, CREW.name) if kind == "train" else dict.fromkeys(positions, 0)
     retried = [entry for entry in driver.books.view.alone if entry[1] in positions]
     for entry in retried:
         driver.books.view.alone.remove(entry)
         driver.books.view.waiting["dog"].appendleft(entry[1])
     driver.books.view.begin(unit)
-    driver.flights[driver.units] = Flight(unit, CREW, opened)
-    return driver.units
+    driver.flights[number] = Flight(unit, CREW, opened)
+    return number
 
 
 @pytest.mark.parametrize("cause", ["error", "lost", "device", "hang"])
@@ -49,7 +50,7 @@ def test_a_worker_that_cannot_start_ends_the_run_whatever_keeps_it(driver, cause
 def test_kills_from_outside_are_no_failed_starts(driver):
     for _ in range(9):
         driver.enter(CREW, Died(End("killed", "died of SIGKILL")))
-    assert driver.bad_starts == {} and driver.disk is None
+    assert CREW.bad_starts == 0 and driver.disk is None
 
 
 def test_a_subject_that_kills_every_gpu_is_alone_soon_and_given_up_in_the_end(driver):
@@ -77,7 +78,7 @@ def test_a_subject_whose_own_file_is_refused_is_given_up_and_the_run_goes_on(dri
     assert row["state"] == "quarantined" and driver.disk is None
     fly(driver, 1)
     driver.enter(CREW, Died(End("file", REASON)))
-    assert driver.ledger.row(1)["failures"] == 1 and driver.disk is None and driver.bad_starts == {}
+    assert driver.ledger.row(1)["failures"] == 1 and driver.disk is None and CREW.bad_starts == 0
 
 
 def test_a_full_disk_ends_the_run_and_blames_nobody(driver):
@@ -103,7 +104,7 @@ def test_a_refused_file_that_is_no_subjects_own_ends_the_run(driver, kind):
     if kind:
         fly(driver, kind=kind)
     driver.enter(CREW, Died(End("file", REASON)))
-    assert driver.disk == REASON and driver.bad_starts == {} and driver.ledger.counts()["waiting"] == 9
+    assert driver.disk == REASON and CREW.bad_starts == 0 and driver.ledger.counts()["waiting"] == 9
 
 
 def test_packs_of_auto_have_one_size_which_is_measured_once(tmp_path):

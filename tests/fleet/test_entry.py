@@ -4,7 +4,8 @@ import json
 
 from dbtrain.fleet.entry import enter_run
 from dbtrain.fleet.ledger import Ledger
-from dbtrain.subjects.sharding import shard_manifest
+from dbtrain.subjects.manifest import scan_manifest
+from dbtrain.subjects.sharding import shard_subjects
 from tests.kit.main_job import small_config, write_job
 
 
@@ -37,11 +38,11 @@ def test_every_row_enters_though_its_id_be_none_or_another_but_for_case(tmp_path
 
 def test_a_run_on_ready_made_shards_needs_no_photos(tmp_path):
     write_job(tmp_path, subjects="rex:dog tom:cat")
-    made = shard_manifest(tmp_path / "photos.csv", tmp_path / "made", small_config(), str)
+    made = shard_subjects(*scan_manifest(tmp_path / "photos.csv"), tmp_path / "made", small_config(), str)
     manifest = tmp_path / "subjects.csv"
     manifest.write_text("subject,class\nrex,dog\neve,cat\n")
     config = small_config(f"data.shards=file://{tmp_path}/made", "data.schemes=[file]")
     index, rows = entered(tmp_path / "out", manifest, config)
-    assert index.rows == made.rows_of("rex")
+    assert index.entries == made.entries_of("rex")
     assert [row[:2] for row in rows] == [("eve", "skipped"), ("rex", "waiting")]
     assert list(json.loads((tmp_path / "out" / "shards" / "skipped.json").read_text())) == ["eve"]

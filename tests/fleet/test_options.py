@@ -2,7 +2,8 @@
 
 import pytest
 
-from dbtrain.fleet.options import Options, anchored, anchored_options
+from dbtrain.fleet.options import Options, anchored_options
+from dbtrain.settings.marks import anchored
 from tests.kit.fleet_run import batch, write_small
 from tests.kit.main_job import small_config
 

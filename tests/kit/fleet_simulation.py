@@ -77,7 +77,6 @@ class Cluster:
         if not idle:
             return
         for name, unit in schedule(self.view, idle, len(self.alive), self.limits):
-            self.view.begin(unit)
             self.out.units += 1
             self.last[name] = unit.class_noun
             ticket = self.tickets + 1

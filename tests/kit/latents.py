@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from dbtrain.models.family import latent_scale
+from dbtrain.models.family import Codec
 
 
-def sample_latents(vae, moments_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
+def sample_latents(codec: Codec, vae, moments_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
     """Latents [B, C, h, w] in the denoiser's scale, drawn from moments with the given standard normal noise."""
     mean, logvar = moments_BCHW.chunk(2, 1)
-    scale, shift = latent_scale(vae)
+    scale, shift = codec.scale(vae)
     return (mean + torch.exp(0.5 * logvar) * noise_BCHW - shift) * scale

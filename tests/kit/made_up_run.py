@@ -172,7 +172,8 @@ def make_run(
 
 def make_shards(run: Path, count: int, photos: int, images: list[bytes]) -> None:
     """The photos of a made-up run through dbtrain's own shard writer."""
-    from dbtrain.subjects.sharding import shard_manifest
+    from dbtrain.subjects.manifest import scan_manifest
+    from dbtrain.subjects.sharding import shard_subjects
 
     folder = run / "photos"
     folder.mkdir()
@@ -189,4 +190,5 @@ def make_shards(run: Path, count: int, photos: int, images: list[bytes]) -> None
         for n in range(count)
     ]
     (run / "photos.jsonl").write_text("\n".join(lines) + "\n")
-    shard_manifest(run / "photos.jsonl", run / "shards", loads("data: {resolution: 64}"), lambda line: None)
+    subjects, findings = scan_manifest(run / "photos.jsonl")
+    shard_subjects(subjects, findings, run / "shards", loads("data: {resolution: 64}"), lambda line: None)

@@ -115,18 +115,17 @@ class Rig:
     engine: object
     bank: object
     plan: object
-    session: SimpleNamespace
     config: RunConfig
 
     def steps(self, first: int, last: int) -> list[dict[str, float]]:
+        from dbtrain.engines.capture import Capture, Eager
         from dbtrain.engines.engine import lr_scale
         from dbtrain.training.job import train_step
+        from dbtrain.training.session import Stop
 
-        total = self.config.train.steps
+        train, eager = self.config.train, Eager(Capture("off", ""))
         return [
-            train_step(self.engine, self.bank, self.plan, step, self.session, lr_scale(step, self.config.train, total))[
-                0
-            ]
+            train_step(self.engine, eager, self.bank, self.plan, step, lr_scale(step, train, train.steps), Stop())[0]
             for step in range(first, last)
         ]
 
@@ -149,24 +148,24 @@ def rig(config: RunConfig):
     from dbtrain.engines.engine import plan_batches
     from dbtrain.engines.world import start_world
     from dbtrain.engines.zero import ZeroEngine
-    from dbtrain.families import FAMILIES
     from dbtrain.randomness import stream_key
-    from dbtrain.training.bank import encode_captions
-    from dbtrain.training.session import load_base
+    from dbtrain.training.bank import captions_of
+    from dbtrain.training.session import Base
     from dbtrain.training.step import TrainingStep
     from dbtrain.training.trainables import make_trainable
 
     world = start_world()
     plan = plan_batches(config.train.batch, config.train.micro_batch, world.size)
-    family, models = FAMILIES[config.model.family], load_base(config, world)
+    base = Base.load(config, world)
+    family, models = base.family, base.models
     bank = make_bank(config)
     for role in bank.items:
-        bank.cache(role, models.vae, world.device)
-    captions = encode_captions(family, models, bank.texts, world.device, not config.train.text_encoder)
+        bank.cache(role, family.codec, models.vae, world.device)
+    captions = captions_of(family, models, config, bank.texts, world.device)
     groups = make_trainable(family, models, config, "rex")
     module = TrainingStep(family, models, config, stream_key(config.seed, "rex"), captions)
     engine = ZeroEngine(module, groups, config, plan, world)
     try:
-        yield Rig(engine, bank, plan, SimpleNamespace(world=world, stop=False), config)
+        yield Rig(engine, bank, plan, config)
     finally:
         engine.close()

@@ -6,22 +6,8 @@ from pathlib import Path
 import torch
 
 from dbtrain.tiny import BASE, CLIP
-
-
-def _text_config(tokenizer, projection: int | None = None, width: int = 32) -> dict:
-    """The tokenizer's own special tokens: CLIP's pooled embedding is taken at the end-of-text token."""
-    return {
-        "vocab_size": 8192,
-        "hidden_size": width,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 77,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        **({"projection_dim": projection} if projection else {}),
-    }
+from tests.kit.random_flow import make_flux, make_flux2_klein, make_sd3
+from tests.kit.random_text import text_config
 
 
 def _vae():
@@ -73,7 +59,7 @@ def make_sd(folder: Path, parameterization: str = "epsilon") -> Path:
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
     pipeline = StableDiffusionPipeline(
         vae=_vae(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**_text_config(tokenizer))),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(tokenizer))),
         unet=unet,
         tokenizer=tokenizer,
         scheduler=_scheduler(parameterization),
@@ -115,13 +101,23 @@ def make_sdxl(folder: Path) -> Path:
         scheduler=_scheduler("epsilon"),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        text_encoder=CLIPTextModel(CLIPTextConfig(**_text_config(tokenizer))),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**_text_config(tokenizer, projection=48, width=48))),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(tokenizer))),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text_config(tokenizer, projection=48, width=48))),
         force_zeros_for_empty_prompt=True,
     )
     pipeline.save_pretrained(folder)
     shutil.rmtree(folder / "feature_extractor", ignore_errors=True)
     return folder
+
+
+FAMILIES = {
+    "sd": make_sd,
+    "sdxl": make_sdxl,
+    "sd3": make_sd3,
+    "flux": make_flux,
+    "flux2_klein": make_flux2_klein,
+}
+"""What writes the diffusers folder of a random model, by the name of its family."""
 
 
 def random_weights(cls, config, **options):

@@ -2,14 +2,13 @@
 
 import copy
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from dbtrain.engines.engine import lr_scale
-from dbtrain.families import FAMILIES
 from dbtrain.models.family import Models
 from dbtrain.objective.noise import discrete_schedule
 from dbtrain.packing.pack import Pack, Start
@@ -19,6 +18,7 @@ from dbtrain.settings.config import LoraConfig, PriorConfig, RunConfig, TrainCon
 from dbtrain.training.step import TrainingStep
 from dbtrain.training.trainables import fresh_adapter, make_trainable
 from dbtrain.values import Batch, Conditioning, Role
+from tests.kit.fake_family import fake_family
 
 BATCH, TARGETS = 2, ("conv", "to_q", "to_k", "to_v", "to_out", "ff")
 ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
@@ -48,15 +48,15 @@ class Denoiser(nn.Module):
 
 
 class Vae:
-    """Only what the codec's scale reads."""
+    """Only what `sample_latents` reads."""
 
     class config:
         scaling_factor = 0.5
         shift_factor = None
 
 
-FAMILY = replace(
-    FAMILIES["sd"], text_encoders=(), denoise=lambda net, x_t, time_B, told, _: net(x_t, time_B, told.states_BTD)
+FAMILY = fake_family(
+    encode_tokens=lambda *_: None, denoise=lambda net, x_t, time_B, told, _: net(x_t, time_B, told.states_BTD)
 )
 
 

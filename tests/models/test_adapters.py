@@ -17,7 +17,6 @@ from dbtrain.models.adapters import (
     detach,
     layers,
     matching_layers,
-    read_rows,
     renamed,
     reset_row,
     write_rows,
@@ -26,6 +25,7 @@ from dbtrain.models.foreign_adapters import read_state
 from dbtrain.models.load import load_models
 from dbtrain.settings.config import LoraConfig as Settings
 from dbtrain.settings.config import ModelConfig
+from tests.kit.adapter_rows import read_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WITH_CONV = ("attn*.to_q", "attn*.to_k", "attn*.to_v", "attn*.to_out.0", "proj_in")
@@ -161,6 +161,9 @@ def test_only_pointwise_convolutions_match():
     assert matching_layers(model, ["*"]) == ["one"]
 
 
+UNETS = ("sd", "sdxl")
+
+
 @pytest.fixture
 def models(model_folders, request):
     family = request.param
@@ -177,7 +180,7 @@ def latents(family, models):
     return (x, torch.tensor([10, 700]), states), {"added_cond_kwargs": added, "return_dict": False}
 
 
-@pytest.mark.parametrize("models", FAMILIES, indirect=True)
+@pytest.mark.parametrize("models", UNETS, indirect=True)
 @torch.no_grad()
 def test_detach_restores_every_bit(models):
     family, models = models
@@ -192,7 +195,7 @@ def test_detach_restores_every_bit(models):
     assert list(models.denoiser.state_dict()) == names
 
 
-@pytest.mark.parametrize("models", FAMILIES, indirect=True)
+@pytest.mark.parametrize("models", UNETS, indirect=True)
 @torch.no_grad()
 def test_forward_is_pefts(models):
     family, models = models
@@ -237,7 +240,7 @@ def random_weights(family, models, patterns=WITH_CONV, alpha=2.0, rank=4):
     return weights
 
 
-@pytest.mark.parametrize("models", FAMILIES, indirect=True)
+@pytest.mark.parametrize("models", UNETS, indirect=True)
 def test_kohya_keys_are_the_golden_list(models):
     family, models = models
     state = to_kohya(random_weights(family, models), family.kohya)
@@ -247,7 +250,7 @@ def test_kohya_keys_are_the_golden_list(models):
 
 
 @pytest.mark.parametrize("short", [False, True], ids=["long names", "short names of older files"])
-@pytest.mark.parametrize("models", FAMILIES, indirect=True)
+@pytest.mark.parametrize("models", UNETS, indirect=True)
 def test_what_was_written_is_read_back(models, short):
     family, models = models
     weights = random_weights(family, models)

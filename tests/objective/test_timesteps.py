@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
-from dbtrain.objective import DISTRIBUTIONS
-from dbtrain.objective.timesteps import first_words, logit_normal, timestep_index, uniform
+from dbtrain.objective import DISTRIBUTIONS, load
+from dbtrain.objective.timesteps import first_words, logit_normal, shifted, timestep_index, uniform
 from dbtrain.randomness import Purpose, stream_key, uniforms
 from dbtrain.settings.config import ObjectiveConfig
 from dbtrain_kernels.philox import uniform as uniform_of
@@ -100,3 +100,23 @@ def test_a_border_word_is_the_first_that_reaches_its_index(name):
     )
     index_S = torch.arange(1000)[inside_S]
     assert (at_S >= index_S).all() and (before_S < index_S).all() and inside_S.sum() > 900
+
+
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_a_shift_moves_the_logit_of_the_level(shift):
+    """Logit-normal(m, d) shifted by s is logit-normal(m + ln s, d), and the border words see the shift."""
+    uniform_B = uniforms_of()
+    moved = timestep_index(uniform_B, settings("logit_normal", 0.3, 0.8), 1000, shift)
+    told = timestep_index(uniform_B, settings("logit_normal", 0.3 + math.log(shift), 0.8), 1000)
+    assert (moved - told).abs().max() <= 1 and (moved == told).double().mean() > 0.999
+    words = first_words(settings("logit_normal"), 1000, torch.device("cpu"), shift)
+    want = first_words(settings("logit_normal", math.log(shift)), 1000, torch.device("cpu"))
+    plain = first_words(settings("logit_normal"), 1000, torch.device("cpu"))
+    assert (words - want).abs().max() <= 2 and (words != plain).any()
+
+
+def test_no_shift_changes_no_bit():
+    uniform_B = uniforms_of()
+    for name in ("uniform", "logit_normal"):
+        level_B = load(DISTRIBUTIONS[name])(uniform_B, settings(name))
+        assert torch.equal(shifted(level_B, 1.0), level_B)

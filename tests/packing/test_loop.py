@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -15,12 +17,12 @@ from dbtrain.packing.pack import Pack
 from dbtrain.priors.own_images import import_images
 from dbtrain.results.publish import LORA_FILE
 from dbtrain.results.record import read_record
-from dbtrain.settings.recipes import load
+from dbtrain.settings.recipes import load, render
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.train import train_manifest, train_subjects
 from dbtrain.training.bank import Bank
-from dbtrain.training.session import open_session
-from tests.kit.main_job import small_config, write_job
+from dbtrain.training.session import Watch, join_run, open_work
+from tests.kit.main_job import environment, small_config, write_job
 
 SINGLE = 2e-5
 """float32, products summed in another order; relative to how far the weights moved where that is the smaller."""
@@ -97,6 +99,21 @@ def test_a_packed_run_gives_what_solo_runs_give(solo, packed):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
         norms = [row["grad_norm"] for row in logs[0]]
         assert sum(norm > 0.02 for norm in norms) > len(norms) / 2
+
+
+def test_captions_of_each_photo_train_in_a_pack_as_alone(job, tmp_path):
+    shutil.copytree(job / "rex", tmp_path / "rex")
+    for number, text in enumerate(("{subject} on a shelf", "[trigger] asleep")):
+        (tmp_path / "rex" / f"{number}.txt").write_text(text)
+    (tmp_path / "photos.csv").write_text("subject,class,images,steps\nrex,dog,rex,3\n")
+    results = {}
+    for kind, more in {"alone": (), "together": PACKED}.items():
+        settings = (*words(job, *more), "data.caption_dropout=0.3", "train.schedule=cosine")
+        config = small_config(*settings)
+        (record,), _ = train_manifest(tmp_path / "photos.csv", config, tmp_path / kind, None, quiet=True)
+        assert record["caption"].endswith("dog on a shelf")
+        results[kind] = adapter(tmp_path / kind, "rex")
+    assert gap(results["together"], results["alone"]) < SINGLE
 
 
 def test_what_is_published_has_the_same_form(solo, packed):
@@ -216,14 +233,14 @@ def test_a_stop_request_checkpoints_every_row_and_the_rest_ends_in_the_same_byte
 def test_a_solo_checkpoint_goes_on_in_a_pack(job, solo):
     """The checkpoint of record knows no engine: three steps alone, the rest in a pack."""
     config = small_config(*words(job, "train.schedule=cosine", "checkpoint.every_steps=3"))
-    import dbtrain.train as module
+    import dbtrain.training.job as module
 
     with pytest.MonkeyPatch.context() as patch:
-        step = module.train_step
+        made = module.train_step
 
-        def stopping(*arguments):
-            values = step(*arguments)
-            arguments[4].stop = arguments[3] >= 3
+        def stopping(engine, runner, bank, plan, step, scale, stop):
+            values = made(engine, runner, bank, plan, step, scale, stop)
+            stop.asked = step >= 3
             return values
 
         patch.setattr(module, "train_step", stopping)
@@ -243,6 +260,26 @@ def test_a_writer_that_fails_is_heard(job, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         train(job, "full", *PACKED, "sample.images=0", names=["ben"])
     assert read_record(job / "full" / "subjects" / "ben") is None
+
+
+WITHOUT_DEEPSPEED = """
+import sys
+from pathlib import Path
+import dbtrain.bench.pack, dbtrain.evaluate.protocol
+from dbtrain.settings import recipes
+from dbtrain.train import train_manifest
+config = recipes.load(Path(sys.argv[1]))
+records, failed = train_manifest(Path(sys.argv[2]), config, Path(sys.argv[3]), ["rex", "tom"], quiet=True)
+print(len(records), failed, "deepspeed" in sys.modules)
+"""
+
+
+def test_a_pack_with_priors_needs_no_deepspeed(job, tmp_path):
+    """It is half of what a process loads, and packs, class images, scores and benchmarks of packs use none of it."""
+    (tmp_path / "packed.yaml").write_text(render(small_config(*PACKED, "train.steps=1", "sample.images=1")))
+    command = [sys.executable, "-c", WITHOUT_DEEPSPEED, tmp_path / "packed.yaml", job / "photos.csv", tmp_path / "out"]
+    done = subprocess.run([str(word) for word in command], env=environment(), capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["2 {} False"], done.stderr
 
 
 def test_auto_measures_and_says_why(job, capsys):
@@ -285,18 +322,19 @@ def test_finished_is_told_as_soon_as_a_subject_is_on_disk(job):
     begun = time.perf_counter()
     config = small_config(*words(job, *PACKED, "sample.images=0", f"prior.store={job / 'told-priors'}"))
     subjects = read_manifest(job / "photos.csv")
-    session = open_session(config, subjects, job / "photos.csv", job / "told", quiet=True)
-    told = []
+    watch = Watch(quiet=True)
+    base = join_run(config, watch)
+    work, told = open_work(base, watch, subjects, (), job / "told", [subject.id for subject in subjects]), []
 
     def finished(subject, outcome):
         assert not isinstance(outcome, EngineError)
-        assert read_record(session.out / "subjects" / subject.id)["run"] == outcome["run"]
-        done = {path.parent.name for path in (session.out / "subjects").glob("*/record.json")}
+        assert read_record(work.out / "subjects" / subject.id)["run"] == outcome["run"]
+        done = {path.parent.name for path in (work.out / "subjects").glob("*/record.json")}
         told.append((subject.id, done))
 
-    train_subjects(session, subjects, finished)
+    train_subjects(base, work, watch, finished)
     assert {name for name, _ in told} == {"rex", "tom", "ben", "ada"}
     assert told[0][1] != {"rex", "tom", "ben", "ada"}
-    spent = sum(sum(read_record(session.out / "subjects" / name)["stages_s"].values()) for name, _ in told)
+    spent = sum(sum(read_record(work.out / "subjects" / name)["stages_s"].values()) for name, _ in told)
     wall = time.perf_counter() - begun
     assert 0.8 * wall < spent < wall + 0.01

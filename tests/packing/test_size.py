@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from dbtrain.engines.world import World
 from dbtrain.errors import EngineError
-from dbtrain.packing.size import Probe, choose_size, fit, free_bytes, used_bytes
+from dbtrain.models.adapters import layers
+from dbtrain.packing.size import Probe, choose_size, fit, free_bytes, measured_size, sample_shape, used_bytes
 from dbtrain.settings.config import PackedConfig
+from dbtrain.training.session import Base, Watch
+from tests.kit.main_job import small_config
 
 MIB = 2**20
 
@@ -69,3 +73,19 @@ def test_kept_bytes_are_counted_once_and_grow_with_the_batch():
     assert bytes_of(50) == 2 * 50 * 400
     assert bytes_of(100) == 2 * bytes_of(50)
     assert free_bytes("cpu") > MIB
+
+
+def test_a_size_is_measured_on_the_base_and_leaves_it_as_it_was(capsys):
+    base = Base.load(small_config("engine.kind=packed"), World(0, 1, "cpu"))
+    wide = base.settings.model_copy(update={"lora": base.settings.lora.model_copy(update={"rank": 5})})
+    assert measured_size(base, Watch(), [base.settings, wide], 2) in (1, 2)
+    assert "engine.packed.size: auto: " in capsys.readouterr().err
+    assert not layers(base.models.denoiser)
+
+
+@pytest.mark.parametrize(
+    "words, shape",
+    [((), (8, 16, 16)), (("data.cache_latents=false",), (3, 32, 32)), (("data.crop=random",), (3, 32, 32))],
+)
+def test_a_rehearsal_has_the_shape_of_what_banks_give(words, shape):
+    assert sample_shape(Base.load(small_config(*words), World(0, 1, "cpu"))) == shape

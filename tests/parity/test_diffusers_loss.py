@@ -16,10 +16,11 @@ from diffusers.training_utils import compute_snr
 
 from dbtrain.families import FAMILIES
 from dbtrain.models.load import load_models
-from dbtrain.randomness import Purpose, normals, stream_key, uniforms
+from dbtrain.randomness import Purpose, stream_key, uniforms
 from dbtrain.settings.config import ModelConfig, ObjectiveConfig, PriorConfig, RunConfig, TrainConfig
 from dbtrain.training.step import TrainingStep
 from dbtrain.values import Batch, Role
+from tests.kit.normals import normals
 
 KEY, STEP, BATCH, LAMBDA, GAMMA = stream_key(5, "rex"), 2, 2, 0.7, 1.0
 LOSS_CLOSE = 16 * 2.0**-23

@@ -13,12 +13,13 @@ from dbtrain.engines.zero import ZeroEngine
 from dbtrain.families import FAMILIES
 from dbtrain.models.adapters import layers
 from dbtrain.models.load import load_models
-from dbtrain.randomness import Purpose, normals, stream_key, uniforms
+from dbtrain.randomness import Purpose, stream_key, uniforms
 from dbtrain.settings.config import LoraConfig as OurLora
 from dbtrain.settings.config import ModelConfig, PriorConfig, RunConfig, TrainConfig
 from dbtrain.training.step import TrainingStep
 from dbtrain.training.trainables import make_trainable
 from dbtrain.values import Batch, Role
+from tests.kit.normals import normals
 
 STEPS, EARLY, BATCH, LAMBDA, CLIP, KEY = 50, 10, 2, 0.5, 0.02, stream_key(3, "rex")
 CLOSE = 1e-5

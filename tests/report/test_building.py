@@ -12,7 +12,6 @@ from PIL import Image
 
 from dbtrain.errors import DataError
 from dbtrain.report import build, rebuild
-from dbtrain.report.building import LedgerRows
 from dbtrain.storage.atomic import LOCK, held
 from dbtrain.values import Subject
 from tests.kit.made_up_run import make_run
@@ -180,7 +179,7 @@ def test_the_ledger_tells_states_reasons_and_retries(run, monkeypatch):
         "cat-00001": {"state": "quarantined", "attempts": 3, "reason": "the loss is nan", "cause": "nan"},
         "zoe": {"state": "waiting", "attempts": 0, "class": "cat"},
     }
-    monkeypatch.setattr("dbtrain.report.building.read_ledger", lambda run: LedgerRows(rows, {"nan": 3, "killed": 9}))
+    monkeypatch.setattr("dbtrain.report.building.read_ledger", lambda run: (rows, {"nan": 3, "killed": 9}))
     built = rebuild(run)
     index = built.index.read_text()
     assert (built.subjects, built.over) == (6, False)
@@ -247,7 +246,7 @@ def test_a_watch_ends_with_pages_that_do_not_reload(run, end):
 
 def test_a_fleet_that_still_draws_and_scores_is_not_over(run, monkeypatch):
     rows = {name: {"state": "finished", "after": None} for name in os.listdir(run / "subjects")}
-    monkeypatch.setattr("dbtrain.report.building.read_ledger", lambda run: LedgerRows(rows, {}))
+    monkeypatch.setattr("dbtrain.report.building.read_ledger", lambda run: (rows, {}))
     with held(run / LOCK):
         assert not rebuild(run).over
     assert rebuild(run).over

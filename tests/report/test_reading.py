@@ -22,7 +22,7 @@ from dbtrain.report.reading import (
 def test_a_log_line_that_is_being_written_is_left_out(tmp_path):
     lines = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": float("nan")}, {"no": "step"}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
-    found = read_log(tmp_path / "log.jsonl", [])
+    found = read_log(tmp_path, [])
     assert [line["step"] for line in found] == [1, 2]
     assert number(found[1]["loss"]) is None
 
@@ -30,7 +30,7 @@ def test_a_log_line_that_is_being_written_is_left_out(tmp_path):
 def test_of_a_huge_log_the_end_is_read(tmp_path):
     line = json.dumps({"step": 7, "note": "x" * 1000}) + "\n"
     (tmp_path / "log.jsonl").write_text(line * (MAX_BYTES // 1000 + 10) + '{"step": 8}\n')
-    found = read_log(tmp_path / "log.jsonl", [])
+    found = read_log(tmp_path, [])
     assert found[-1]["step"] == 8 and len(found) < MAX_BYTES // 1000 + 2
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from dbtrain.errors import DataError
 from dbtrain.report import build, rebuild
-from dbtrain.report.building import LedgerRows
 from tests.kit.made_up_run import make_run
 from tests.report.conftest import page, tree
 
@@ -48,7 +47,7 @@ def test_only_pages_of_an_earlier_build_are_removed(run):
 def test_a_subject_that_is_a_link_is_left_out_and_named(run, tmp_path, monkeypatch):
     (run / "subjects" / "cat-00001").rename(tmp_path / "cat")
     (run / "subjects" / "cat-00001").symlink_to(tmp_path / "cat")
-    monkeypatch.setattr("dbtrain.report.building.read_ledger", lambda run: LedgerRows({"cat-00001": {}}, {}))
+    monkeypatch.setattr("dbtrain.report.building.read_ledger", lambda run: ({"cat-00001": {}}, {}))
     built = rebuild(run)
     assert built.subjects == 4 and "cat-00001 is left out: subjects/cat-00001 is a link" in built.index.read_text()
 

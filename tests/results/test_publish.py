@@ -1,40 +1,36 @@
 """Artefacts: diffusers draws our image from our adapter, model folders load, cards are safe, digests are right."""
 
-import hashlib
 import json
 import os
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
-from PIL import Image
 from safetensors import safe_open
 
 from dbtrain.errors import DataError
 from dbtrain.families import FAMILIES
-from dbtrain.models.adapters import LoraWeights, adapter, attach, detach, layers, read_rows, renamed
+from dbtrain.models.adapters import LoraWeights, adapter, attach, detach, layers, renamed
 from dbtrain.models.load import load_models
 from dbtrain.models.sampling import generate, make_pipeline
-from dbtrain.results.card import CARD, CONFIG_FILE, TESTED, publish_card
 from dbtrain.results.publish import KOHYA_FILE, LORA_FILE, MODEL_FOLDER, publish_lora, read_lora, save_safetensors
-from dbtrain.results.record import read_record, write_record
-from dbtrain.results.sheets import grid, publish_sheet
 from dbtrain.settings.config import LoraConfig, ModelConfig, PublishConfig, RunConfig, TrainConfig
-from dbtrain.settings.recipes import loads, render
 from dbtrain.training.trainables import publish_weights
+from tests.kit.adapter_rows import read_rows
+from tests.kit.published import PUBLISHED
 
 PROVENANCE = {"subject": "rex", "dbtrain": "0"}
 DRAW = {"prompts": ["a photo of a dog"], "seeds": [1], "resolution": 32, "steps": 2, "guidance": 7.5}
 
 
+UNETS = ("sd", "sdxl")
+"""Families whose text encoders train too; the others' adapters are compared in `contracts/test_oracles.py`."""
+
+
 @pytest.fixture(scope="module")
 def bases(model_folders):
     return {
-        name: load_models(FAMILIES[name], ModelConfig(family=name, path=str(folder)))
-        for name, folder in model_folders.items()
+        name: load_models(FAMILIES[name], ModelConfig(family=name, path=str(model_folders[name]))) for name in UNETS
     }
 
 
@@ -69,7 +65,7 @@ def stock_pipeline(family, folder):
 
 
 @pytest.mark.parametrize("text, alpha", [(False, 4.0), (True, 1.5)], ids=["denoiser", "with text, alpha not rank"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", UNETS)
 def test_diffusers_draws_our_image_to_the_bit(name, text, alpha, bases, model_folders, tmp_path):
     family, models = FAMILIES[name], bases[name]
     weights = random_adapter(family, models, alpha, text)
@@ -85,7 +81,7 @@ def test_diffusers_draws_our_image_to_the_bit(name, text, alpha, bases, model_fo
     assert [np.abs(a - b).max() for a, b in zip(plain, pixels(make_pipeline(family, models)))] == [0]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", UNETS)
 def test_diffusers_reads_the_kohya_file_alike(name, bases, model_folders, tmp_path):
     """diffusers' converter of kohya names is the independent reader; it multiplies alpha / rank into the matrices, so
     float32 sums round apart: at most one step of 255."""
@@ -171,115 +167,6 @@ def test_kohya_metadata(tmp_path):
     assert (metadata["ss_network_dim"], float(metadata["ss_network_alpha"])) == ("2", 1.0)
 
 
-RECORD = {
-    "subject": "rex",
-    "class": "dog",
-    "identifier": "srx",
-    "caption": "a photo of srx dog",
-    "steps": 3,
-    "seed": 0,
-    "base": "some/base",
-    "base_digest": "0" * 64,
-    "data_digest": "1" * 64,
-    "run": "2" * 64,
-    "dbtrain": "0",
-}
-HOSTILE = {
-    "class": 'dog" | `rm` <script>alert(1)</script>\n---\n# injected\n- x: {a: b}',
-    "caption": "a photo of srx dog'\"\n---\ntags: [evil]\n```\n<img src=x>",
-    "identifier": "sr|x`<b>",
-    "base": "some/base'); import os; os.system('id') #\n```\n# heading",
-}
-
-
-def card_of(folder, record, method="lora"):
-    config = RunConfig(train=TrainConfig(method=method))
-    publish_card(folder, record, config, render(config))
-    card = ModelCard((folder / CARD).read_text())  # the hub's own reader
-    return card.data.to_dict(), card.text, config
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_card_has_front_matter_that_hubs_read(tmp_path, method):
-    front, body, config = card_of(tmp_path, RECORD, method)
-    assert front["base_model"] == "some/base" and front["instance_prompt"] == "a photo of srx dog"
-    assert {"text-to-image", "dreambooth", "dbtrain"} <= set(front["tags"])
-    assert ("lora" in front["tags"]) == (method == "lora") == ("load_lora_weights" in body)
-    recipe = body.split("```yaml\n", 1)[1].split("```", 1)[0]
-    assert loads(recipe, "card", []) == config == loads((tmp_path / CONFIG_FILE).read_text(), "file", [])
-
-
-def test_the_card_shows_samples_where_there_are_some_and_code_that_loads(tmp_path):
-    assert "samples.png" not in card_of(tmp_path, RECORD)[1]
-    (tmp_path / "samples.png").touch()
-    assert "![samples](samples.png)" in card_of(tmp_path, RECORD)[1]
-    embedded = card_of(tmp_path, {**RECORD, "base": "embedded"})[1]
-    assert "from dbtrain.tiny import BASE" in embedded and "'embedded'" not in embedded
-    single = card_of(tmp_path, {**RECORD, "base": "b.safetensors", "family": "sdxl"})[1]
-    assert "StableDiffusionXLPipeline.from_single_file('b.safetensors')" in single
-
-
-def test_the_card_names_the_versions_that_make_compat_runs(tmp_path):
-    source = (Path(__file__).parents[2] / "benchmarks" / "compat.py").read_text()
-    versions = re.findall(r'^    "(0\.\d+\.\d+)": "transformers==', source, re.M)
-    assert len(versions) >= 6 and (versions[0], versions[-1]) == TESTED
-    assert f"diffusers {TESTED[0]} to {TESTED[1]}" in card_of(tmp_path, RECORD)[1]
-
-
-def test_the_cards_code_runs(tmp_path, monkeypatch, bases, model_folders):
-    """As a user pastes it: in the subject's folder, with the stock diffusers, offline."""
-    weights = random_adapter(FAMILIES["sd"], bases["sd"], 1.5, True)
-    publish_lora(tmp_path, weights, PROVENANCE, kohya=False)
-    body = card_of(tmp_path, {**RECORD, "base": str(model_folders["sd"])})[1]
-    code = body.split("```python\n", 1)[1].split("\n```", 1)[0]
-    monkeypatch.chdir(tmp_path)
-    exec(code.replace("pipe(", "pipe(num_inference_steps=1, height=32, width=32, prompt="), {})
-    assert Image.open(tmp_path / "sample.png").size == (32, 32)
-
-
-@pytest.mark.parametrize("field", HOSTILE)
-def test_hostile_names_stay_text(tmp_path, field):
-    front, body, _ = card_of(tmp_path, {**RECORD, field: HOSTILE[field]})
-    assert set(front) == {"base_model", "library_name", "instance_prompt", "tags"} and "evil" not in front["tags"]
-    key = {"base": "base_model", "caption": "instance_prompt"}.get(field)
-    assert key is None or front[key] == HOSTILE[field]
-    code, outside = False, []
-    for line in body.splitlines():
-        if line.startswith("```"):
-            code = not code
-        elif not code:
-            outside.append(line)
-    plain = "\n".join(outside)
-    assert "<script" not in plain and "<img" not in plain and "<b>" not in plain
-    assert not code  # every fence is closed
-    assert [line for line in outside if line.startswith("#")] == [f"# rex: {one_line(front, field)}", "## Recipe"]
-    rows = [line for line in outside if line.startswith("|")]
-    assert len(rows) == 11 and all(line.replace("\\|", "").count("|") == 3 for line in rows)
-    python = body.split("```python\n", 1)[1].split("\n```", 1)[0]
-    compile(python, "card", "exec")
-    assert "os.system('id')" not in python.replace(repr(HOSTILE["base"]), "")
-
-
-def one_line(front, field):
-    """What the title may show of the class noun."""
-    if field != "class":
-        return "dog"
-    return HOSTILE["class"].replace("|", "\\|").replace("`", "'").replace("\n", " ").replace("<", "&lt;")
-
-
-def test_record_has_the_digests_of_the_artefacts(tmp_path):
-    files = {"a.bin": b"first", "model/b.bin": b"second"}
-    for name, data in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(data)
-    assert read_record(tmp_path) is None
-    write_record(tmp_path, RECORD, [tmp_path / name for name in files])
-    record = read_record(tmp_path)
-    assert record.pop("files") == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    assert record.pop("sizes") == {name: len(data) for name, data in files.items()}
-    assert record == RECORD and json.loads((tmp_path / "record.json").read_text())["subject"] == "rex"
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_full_model_folder_loads_as_it_is(name, model_folders, tmp_path):
     family = FAMILIES[name]
@@ -288,7 +175,7 @@ def test_a_full_model_folder_loads_as_it_is(name, model_folders, tmp_path):
     with torch.no_grad():
         next(models.denoiser.parameters()).mul_(1.5)
     config = RunConfig(model=model, train=TrainConfig(method="full"), publish=PublishConfig(dtype="fp32"))
-    written = publish_weights(tmp_path, family, models, config, RECORD, {})
+    written = publish_weights(tmp_path, family, models, config, PUBLISHED, {})
     assert tmp_path / MODEL_FOLDER / "model_index.json" in written
     theirs = pixels(stock_pipeline(family, tmp_path / MODEL_FOLDER))
     ours = pixels(make_pipeline(family, models))
@@ -302,7 +189,7 @@ def test_half_precision_folders_have_half_the_numbers(dtype, model_folders, tmp_
     models = load_models(FAMILIES["sd"], model)
     before = models.denoiser.conv_in.weight.clone()
     config = RunConfig(model=model, train=TrainConfig(method="full"), publish=PublishConfig(dtype=dtype))
-    publish_weights(tmp_path, FAMILIES["sd"], models, config, RECORD, {})
+    publish_weights(tmp_path, FAMILIES["sd"], models, config, PUBLISHED, {})
     with safe_open(tmp_path / MODEL_FOLDER / "unet" / "diffusion_pytorch_model.safetensors", "pt") as opened:
         stored = opened.get_tensor("conv_in.weight")
     assert stored.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
@@ -319,7 +206,7 @@ def test_a_model_is_on_the_disk_before_a_record_can_tell_of_it(bases, model_fold
     synced, fsync = set(), os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), fsync(file)))
     config = full_config(model_folders["sd"])
-    written = publish_weights(tmp_path, FAMILIES["sd"], bases["sd"], config, RECORD, {})
+    written = publish_weights(tmp_path, FAMILIES["sd"], bases["sd"], config, PUBLISHED, {})
     folders = {folder for path in written for folder in path.parents if folder.is_relative_to(tmp_path)}
     assert len(written) > 5
     assert [path for path in (*written, *folders) if path.stat().st_ino not in synced] == []
@@ -330,29 +217,6 @@ def test_a_model_folder_holds_nothing_of_an_earlier_writer(bases, model_folders,
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of a writer that was killed")
     config = full_config(model_folders["sd"])
-    written = publish_weights(tmp_path, FAMILIES["sd"], bases["sd"], config, RECORD, {})
+    written = publish_weights(tmp_path, FAMILIES["sd"], bases["sd"], config, PUBLISHED, {})
     assert stale not in written and not stale.exists()
     assert [path.name for path in tmp_path.iterdir()] == [MODEL_FOLDER]
-
-
-def test_grid_and_sheet_hold_every_image(tmp_path):
-    rows = [[Image.new("RGB", (8, 8), (10 * i, 20 * j, 30)) for j in range(3)] for i in range(2)]
-    sheet = grid(rows)
-    assert sheet.size == (3 * 12 + 4, 2 * 12 + 4)
-    assert sheet.getpixel((4 + 12 + 3, 4 + 12 + 3)) == (10, 20, 30)
-    path = publish_sheet(tmp_path, rows, ["first", "second"], "samples")
-    assert path == tmp_path / "samples.png" and Image.open(path).size[0] == 3 * 132 + 4
-    singles = sorted((tmp_path / "samples" / "samples").glob("*.png"))
-    assert len(singles) == 6 and Image.open(singles[4]).getpixel((0, 0)) == (10, 20, 30)
-    write_record(tmp_path, RECORD, [path])
-    samples = read_record(tmp_path)["samples"]
-    assert samples == {single.name: hashlib.sha256(single.read_bytes()).hexdigest() for single in singles}
-    publish_sheet(tmp_path, [row[:2] for row in rows[:1]], ["first"], "samples")
-    assert sorted((tmp_path / "samples" / "samples").glob("*.png")) == singles[:2]
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"files": []}', "[" * 9000])
-def test_a_damaged_record_says_what_to_do(tmp_path, content):
-    (tmp_path / "record.json").write_text(content)
-    with pytest.raises(DataError, match=r"record.json: is damaged; remove it and run the same training again"):
-        read_record(tmp_path)

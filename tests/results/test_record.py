@@ -1,5 +1,7 @@
 """record.json against the files beside it: what is found, by whom, and what is said."""
 
+import hashlib
+import json
 import os
 
 import pytest
@@ -8,6 +10,7 @@ from dbtrain.errors import DataError
 from dbtrain.fleet.messages import Published
 from dbtrain.fleet.worker import Worker
 from dbtrain.results.record import RECORD, file_problem, finished_record, read_record, refuse_changed, write_record
+from tests.kit.published import PUBLISHED
 
 ABOUT = dict.fromkeys(("subject", "class", "identifier", "run", "base", "base_digest"), "x")
 DAMAGES = {
@@ -86,3 +89,23 @@ def test_a_fleet_lets_go_of_a_record_that_does_not_verify(folder):
     assert end.cause == "error" and "adapter: has the sha256" in end.reason
     assert not (folder / RECORD).exists()
     assert "holds no finished subject" in worker._checked(published).end.reason
+
+
+def test_record_has_the_digests_of_the_artefacts(tmp_path):
+    files = {"a.bin": b"first", "model/b.bin": b"second"}
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert read_record(tmp_path) is None
+    write_record(tmp_path, PUBLISHED, [tmp_path / name for name in files])
+    record = read_record(tmp_path)
+    assert record.pop("files") == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    assert record.pop("sizes") == {name: len(data) for name, data in files.items()}
+    assert record == PUBLISHED and json.loads((tmp_path / "record.json").read_text())["subject"] == "rex"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"files": []}', "[" * 9000])
+def test_a_damaged_record_says_what_to_do(tmp_path, content):
+    (tmp_path / "record.json").write_text(content)
+    with pytest.raises(DataError, match=r"record.json: is damaged; remove it and run the same training again"):
+        read_record(tmp_path)

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 from dbtrain.data.images import open_photo
-from dbtrain.data.index import INDEX_NAME, TAR_END, Index, Row, Shard
+from dbtrain.data.index import INDEX_NAME, TAR_END, Entry, Index, Shard
 from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DbtrainError
 from dbtrain.families import FAMILIES
@@ -28,12 +28,15 @@ from dbtrain.models.adapters import adapter
 from dbtrain.models.load import load_models
 from dbtrain.priors.store import store_damage
 from dbtrain.results.checkpoint import latest_checkpoint
+from dbtrain.results.identity import Identity
 from dbtrain.results.publish import read_lora
-from dbtrain.settings.config import ModelConfig
+from dbtrain.settings.config import DataConfig, ModelConfig
 from dbtrain.settings.recipes import load, loads
-from dbtrain.storage.kept_tensors import proved_tensor
-from dbtrain.subjects.manifest import read_manifest
+from dbtrain.storage.kept_tensors import kept_tensor
+from dbtrain.subjects.foreign import from_imagefolder, from_kohya
+from dbtrain.subjects.manifest import read_manifest, scan_manifest
 from dbtrain.subjects.registry import read_registry
+from dbtrain.subjects.tars import tar_samples
 from tests.kit.main_job import sd_folder
 
 CANARY = Path("canary")
@@ -84,6 +87,26 @@ def load_base(path: str) -> object:
     return load_models(FAMILIES["sd"], ModelConfig(path=path))
 
 
+def captioned(path: Path) -> object:
+    """A subject with this file as a caption: beside its photo, and as a folder's table."""
+    for name in (f"1{path.suffix}", f"metadata{path.suffix}"):
+        folder = Path(f"captions-{path.stem}-{name}")
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32)).save(folder / "1.jpeg")
+        (folder / name).write_bytes(path.read_bytes())
+        Path("m.jsonl").write_text(json.dumps({"subject": "a", "class": "cat", "images": str(folder)}))
+        subjects, findings = scan_manifest(Path("m.jsonl"))
+        used = [one.captions for one in subjects if one.captions]
+        assert not used and (findings or path.suffix in UNREAD), (used, name)
+    raise DbtrainError("is no caption")
+
+
+def foreign_tar(path: Path) -> object:
+    return list(tar_samples([path], "a", "cat", DataConfig(resolution=32), str))
+
+
+UNREAD = (".png", ".jpg", ".webp")
+"""Endings under which a file is taken for a damaged photo, which preflight finds."""
 DOORS: dict[str, Callable[[Path], object]] = {
     "a photo": photo_manifest,
     "a manifest": read_manifest,
@@ -91,6 +114,9 @@ DOORS: dict[str, Callable[[Path], object]] = {
     "an adapter": read_lora,
     "a base model": lambda path: load_base(str(path)),
     "a registry": lambda path: read_registry(path, "0" * 64),
+    "a caption": captioned,
+    "a foreign tar": foreign_tar,
+    "a folder to import": lambda path: (from_kohya(path), from_imagefolder(path)),
     "a shard index": lambda path: Index.load(path.rename(INDEX_NAME).parent),
 }
 EXTENSIONS = """pt pth pkl pickle bin ckpt npy npz joblib pyd
@@ -112,7 +138,7 @@ def test_a_pickle_in_a_checkpoint_is_passed_over(name):
     folder.mkdir(parents=True)
     for content in PICKLES:
         (folder / name).write_bytes(content)
-        assert latest_checkpoint(Path("checkpoints"), "r")[0] is None
+        assert latest_checkpoint(Path("checkpoints"), Identity("r"))[0] is None
 
 
 def test_a_pickle_in_a_prior_store_is_named_and_not_opened():
@@ -121,7 +147,7 @@ def test_a_pickle_in_a_prior_store_is_named_and_not_opened():
         for name in ("x/key.json", "x/latents/a.json", "x/latents/a.safetensors"):
             Path("store", name).write_bytes(content)
         assert len(store_damage(Path("store"))) == 2
-    made = proved_tensor(folder, {}, lambda: torch.ones(2))
+    made = kept_tensor(folder, {}, lambda: torch.ones(2))
     assert torch.equal(made, torch.ones(2))
 
 
@@ -136,7 +162,7 @@ def shard_of(members: list[tuple[str, bytes]], key: str = "cat-0-0") -> Path:
         info.size = len(content)
         body += info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
     whole = body + bytes(TAR_END)
-    row = Row("train-000000.tar", key, 0, len(body), hashlib.sha256(body).hexdigest(), "")
+    row = Entry("train-000000.tar", key, 0, len(body), hashlib.sha256(body).hexdigest(), "")
     shard = Shard("train-000000.tar", hashlib.sha256(whole).hexdigest(), len(whole), 1)
     (folder / shard.name).write_bytes(whole)
     Index((row,), (shard,)).save(folder)
@@ -165,13 +191,13 @@ MEMBERS = {
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_hostile_shard_with_right_digests_is_refused(name):
     folder = shard_of(MEMBERS[name])
-    refuses(lambda: list(read_samples(folder, Index.load(folder).rows)))
+    refuses(lambda: list(read_samples(folder, Index.load(folder).entries)))
     assert verify(folder)
 
 
 def test_the_same_shard_with_honest_members_is_read():
     folder = shard_of([("cat-0-0.png", b"abcd"), ("cat-0-0.json", META)])
-    assert [one.image for one in read_samples(folder, Index.load(folder).rows)] == [b"abcd"]
+    assert [one.image for one in read_samples(folder, Index.load(folder).entries)] == [b"abcd"]
 
 
 IDS = ["../x", "a/b", "a\\b", ".", "..", "-x", "_x", "x" * 65, "a b", "a\tb", "é", "a;b", "$(x)", "`x`", "<b>", "a:b",
@@ -316,7 +342,7 @@ def png_of(width: int, height: int, *more: bytes) -> bytes:
 
 PHOTOS = {
     "a bomb": png_of(65_535, 65_535),
-    "a bomb just above the cap": png_of(50_000, 1001),
+    "a bomb just above the cap": png_of(20_000, 10_001),
     "a size of nothing": png_of(0, 0),
     "a text bomb": png_of(32, 32, png_chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(80 * 2**20), 9))),
     "a profile bomb": png_of(32, 32, png_chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(80 * 2**20), 9))),
@@ -325,6 +351,9 @@ PHOTOS = {
     "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch canary) (w) file\n",
     "PDF": b"%PDF-1.4\n",
     "a script": b"#!/bin/sh\ntouch canary\n",
+    "a HEIC of nothing": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200),
+    "an AVIF of nothing": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(200),
+    "a HEIC that claims to go on": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic\x7f\xff\xff\xffmeta" + bytes(64),
     "PPM": b"P6 40 40 255 " + bytes(4800),
     "XBM": b"#define im_width 40\n#define im_height 40\nstatic char im_bits[] = {\n" + b"0x00," * 200,
 }

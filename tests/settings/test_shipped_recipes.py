@@ -33,3 +33,11 @@ def test_a_json_file_parses(path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
 def test_a_yaml_file_parses(path):
     assert list(yaml.safe_load_all(path.read_text("utf-8")))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_keeps_its_state_on_the_way(name):
+    """Each says how often, with its reason; at least once before the end."""
+    config = recipes.load(name)
+    assert "checkpoint:" in (CONFIGS / "recipes" / f"{name}.yaml").read_text()
+    assert 0 < config.checkpoint.every_steps < config.train.steps

@@ -210,6 +210,36 @@ def test_bad_identifiers_are_explained(tokenizer, text, verdict):
     assert len(explained.tokens) == len(explained.ranks)
 
 
+class ClipSized(T5Sized):
+    """A vocabulary of CLIP's size and marks, in which four long tokens have the ranks that they have in CLIP's."""
+
+    LONG = {"ohwx": 47993, "olis": 44611, "gabi": 41877, "dream": 1370}
+
+    def __init__(self):
+        self.by_word = {"a": 0, "photo": 1, "of": 2, "dog": 3, "zwx": 49000, **self.LONG}
+        self.words = [f"q{number}" for number in range(49408)]
+        for word, rank in self.by_word.items():
+            self.words[rank] = word
+        self.vocab = {f"{word}</w>": rank for rank, word in enumerate(self.words)}
+
+    def __call__(self, texts, add_special_tokens=True):
+        return {"input_ids": [[self.by_word.get(word.lower(), 9) for word in text.split()] for text in texts]}
+
+
+@pytest.mark.parametrize("text", ["ohwx", "olis", "gabi", "OHWX"])
+def test_long_tokens_are_judged_by_their_rarity(text):
+    explained = identifiers.explain(ClipSized(), text)
+    assert explained.verdict == "rare, but may be a word" and "% of the vocabulary" in explained.reason
+    assert identifiers.explain(ClipSized(), "dream").verdict == "has a meaning"
+
+
+def test_texts_of_the_same_tokens_are_paired(tokenizer):
+    rare = identifiers.candidates(tokenizer)[0].text
+    lowers = tokenizer(rare)["input_ids"] == tokenizer(rare.upper())["input_ids"]
+    found = identifiers.same_tokens(tokenizer, [rare, "dog", rare.upper(), rare])
+    assert found == ([(rare, rare.upper())] if lowers else [])
+
+
 def test_an_empty_text_is_an_error(tokenizer):
     with pytest.raises(ConfigError, match="empty"):
         identifiers.explain(tokenizer, "  ")

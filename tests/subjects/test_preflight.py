@@ -1,19 +1,26 @@
 import json
 import os
 import tracemalloc
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from dbtrain.models.load import load_tokenizer
 from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.identifiers import candidates
 from dbtrain.subjects.manifest import read_manifest
-from dbtrain.subjects.preflight import preflight
+from dbtrain.subjects.preflight import preflight, sift
 from dbtrain.subjects.registry import recorded_identifiers
 from dbtrain.values import Subject
 from tests.kit.made_photos import picture, png
 
-CONFIG = RunConfig()
+CONFIG = RunConfig.model_validate({"data": {"resolution": 32}})
+
+
+def small(settings):
+    """Settings at the resolution of the photos here."""
+    return RunConfig.model_validate({**settings, "data": {**settings.get("data", {}), "resolution": 32}})
 
 
 def test_sound_subjects_have_no_findings_even_with_one_photo(photo_folder):
@@ -38,7 +45,6 @@ def test_every_bad_photo_is_found_in_order_with_subject_file_and_remedy(photo_fo
     ]
     assert [finding.what[:10] for finding in found] == ["is empty (", "is no JPEG", "cannot be "]
     assert all(finding.remedy and finding.line().isprintable() for finding in found)
-    assert found[0].row() == {"subject": "a", "file": str(bad[0]), "what": found[0].what, "remedy": found[0].remedy}
 
 
 @pytest.mark.parametrize("name", [b"\xe9.png", b"\x1b[31m.png"])
@@ -47,7 +53,7 @@ def test_a_photos_name_cannot_upset_the_table_of_findings(tmp_path, name):
     photo.write_bytes(b"BM")
     (finding,) = preflight([Subject("a", "cat", (photo,))], CONFIG)
     assert finding.line().isprintable() and "is no JPEG" in finding.what
-    json.dumps(finding.row(), ensure_ascii=False).encode()
+    json.dumps(asdict(finding), ensure_ascii=False).encode()
 
 
 PACKED = {"engine": {"kind": "packed"}, "prior": {"weight": 0}}
@@ -62,9 +68,6 @@ FIELDS = [
     ("prior_weight", NO_IMAGES, {"prior_weight": 0.5}, "prior.images is 0"),
     ("caption", {}, {"caption": "{identifier} " + "very " * 80}, "tokens, 30 are read"),
     ("class", LONG_CLASS, {"class_noun": "very " * 30}, "makes a caption of"),
-    ("identifier", {}, {"identifier": "dog"}, "'dog' is a word; the model would mix it with the subject"),
-    ("identifier", {}, {"identifier": "Dog"}, "is a word"),
-    ("identifier", {}, {"identifier": "elephant"}, "is one token of more than 3 characters"),
 ]
 
 
@@ -78,11 +81,37 @@ def test_every_field_is_judged_under_the_runs_settings(photo_folder, tokenizer, 
     photos = (photo_folder / "cat" / "p1.png",)
     sound = Subject("rex", "cat", photos, steps=101, identifier="sks")
     bad = Subject(**{"id": "a", "class_noun": "cat", "images": photos, **fields})
-    (found,) = preflight([sound, bad], RunConfig.model_validate(settings), tokenizer)
+    (found,) = preflight([sound, bad], small(settings), tokenizer)
     assert (found.subject, found.file) == ("a", place)
     assert what in found.what and found.remedy
     asked = {name: value for name, value in fields.items() if name in ("rank", "steps", "prior_weight")}
     assert preflight([Subject("a", "cat", photos, **asked)], CONFIG, tokenizer) == []
+
+
+@pytest.mark.parametrize(
+    ("identifier", "part"),
+    [
+        ("dog", "'dog' has a meaning: 'dog' is a word"),
+        ("Dog", "is a word"),
+        ("elephant", "is one token of more than 3 characters"),
+        ("alex_v2", "splits into common letters"),
+        ("<s1>", "splits into common letters"),
+        ("[V]", "splits into common letters"),
+    ],
+)
+def test_an_identifier_that_a_user_chose_is_a_note_at_most(photo_folder, tokenizer, identifier, part):
+    subject = Subject("a", "cat", (photo_folder / "cat" / "p1.png",), identifier=identifier)
+    subjects, (note,) = sift([subject], [], CONFIG, tokenizer)
+    assert subjects == [subject] and note.note and note.file == "identifier" and part in note.what
+
+
+def test_two_spellings_of_one_token_are_said(photo_folder, tokenizer):
+    photos = (photo_folder / "cat" / "p1.png",)
+    good = candidates(tokenizer)[0].text
+    members = [Subject("a", "cat", photos, identifier=good), Subject("b", "cat", photos, identifier=good.upper()),
+               Subject("c", "cat", photos, identifier=good)]  # fmt: skip
+    (note,) = preflight(members, CONFIG, tokenizer)
+    assert (note.subject, note.note) == ("b", True) and f"the same tokens as {good!r}" in note.what
 
 
 def test_identifiers_that_others_were_given_are_found(tmp_path, tokenizer):
@@ -90,11 +119,37 @@ def test_identifiers_that_others_were_given_are_found(tmp_path, tokenizer):
     given = recorded_identifiers(registry, tokenizer, [Subject("rex", "cat", ())])["rex"]
     asking = [Subject("tom", "cat", (), identifier=given)]
     assert preflight(asking, CONFIG, tokenizer) == []
-    configured = RunConfig.model_validate({"identifier": {"registry": str(registry)}})
+    configured = small({"identifier": {"registry": str(registry)}})
     for found in (preflight(asking, CONFIG, tokenizer, registry), preflight(asking, configured, tokenizer)):
         assert [one.subject for one in found] == ["tom"]
         assert f"identifier {given!r} was given to subject rex" in found[0].what
     assert preflight([Subject("rex", "cat", (), identifier=given)], CONFIG, tokenizer, registry) == []
+
+
+def test_photos_far_below_the_resolution_are_one_note_a_subject(photo_folder):
+    cat = Subject("cat", "cat", tuple(sorted((photo_folder / "cat").iterdir())))
+    large = photo_folder / "large.png"
+    large.write_bytes(png(picture(100, 80)))
+    (note,) = preflight([cat, Subject("b", "cat", (large,))], RunConfig.model_validate({"data": {"resolution": 80}}))
+    assert note.note and note.subject == "cat" and "short side of 40 px (and 2 more are too small)" in note.what
+    subjects, findings = sift([cat], [], RunConfig())
+    assert subjects == [cat] and len(findings) == 1
+
+
+def test_captions_of_photos_that_are_too_long_are_a_note(photo_folder, tokenizer):
+    photos = tuple(sorted((photo_folder / "cat").iterdir()))
+    cat = Subject("cat", "cat", photos, captions=("", "{subject}", "{subject} " + "very " * 80))
+    (note,) = preflight([cat], CONFIG, tokenizer)
+    assert note.note and note.file == "captions" and "30 are read" in note.what and "has 162 tokens" in note.what
+
+
+def test_the_cap_is_a_setting_and_a_profile_that_is_none_is_a_note(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(picture(1100, 1000), icc_profile=b"none" * 50))
+    subject = Subject("a", "cat", (tmp_path / "a.png",))
+    (note,) = preflight([subject], CONFIG)
+    assert note.note and "colour profile cannot be used" in note.what
+    (found,) = preflight([subject], RunConfig.model_validate({"data": {"max_pixels": 1_000_000, "resolution": 32}}))
+    assert not found.note and "the cap is 1 million" in found.what and "data.max_pixels" in found.remedy
 
 
 def test_memory_stays_flat(tmp_path: Path):

@@ -148,9 +148,43 @@ def test_cached_mirror_images_are_encoded_mirror_images():
 
     models = load_models(FAMILIES["sd"], ModelConfig(path=str(sd_folder())))
     made = bank(priors=False, flip=True)
-    made.cache(Role.INSTANCE, models.vae, "cpu")
+    made.cache(Role.INSTANCE, FAMILIES["sd"].codec, models.vae, "cpu")
     array = square(open_photo(made.items[Role.INSTANCE][1].sample.image), 32)
     with torch.no_grad():
         want = encode_images(models.vae, torch.stack([to_pixels(array), to_pixels(flip(array))]))
     torch.testing.assert_close(made.moments[Role.INSTANCE][1], want, rtol=1e-4, atol=1e-5)
     assert made.moments[Role.INSTANCE].shape == (3, 2, 8, 16, 16)
+
+
+def captioned(dropout=0.0, priors=True) -> Bank:
+    """Photos with a caption each."""
+    items = {Role.INSTANCE: [Item(sample(i), f"srx dog number {i}") for i in range(5)]}
+    if priors:
+        items[Role.PRIOR] = [Item(sample(i, Role.PRIOR), "a photo of a dog") for i in range(5)]
+    return Bank(items, DataConfig(resolution=32, caption_dropout=dropout), 0, "rex", BATCH)
+
+
+def test_each_photo_trains_under_its_own_caption():
+    made = captioned()
+    pictures = [to_pixels(square(open_photo(item.sample.image), 32)) for item in made.items[Role.INSTANCE]]
+    assert len(made.texts) == 6
+    for step in range(3):
+        batch = made.batch(step, range(BATCH), "cpu")
+        for image, row in zip(batch.images_BCHW[:BATCH], batch.caption_B[:BATCH]):
+            number = next(i for i, one in enumerate(pictures) if torch.equal(one, image))
+            assert made.texts[row] == f"srx dog number {number}"
+
+
+def test_dropped_captions_are_a_share_of_the_photos_by_their_slots_alone():
+    plain, made = captioned(), captioned(0.25)
+    assert made.texts == [*plain.texts, ""]
+    dropped = 0
+    for step in range(100):
+        one, two = (bank.batch(step, range(BATCH), "cpu") for bank in (plain, made))
+        empty = two.caption_B == made.texts.index("")
+        assert torch.equal(one.caption_B[~empty], two.caption_B[~empty]) and not empty[BATCH:].any()
+        assert torch.equal(one.images_BCHW, two.images_BCHW)
+        dropped += int(empty.sum())
+        half = made.batch(step, range(4, BATCH), "cpu")
+        assert torch.equal(half.caption_B[:4], two.caption_B[4:BATCH])
+    assert 0.2 < dropped / (100 * BATCH) < 0.3

@@ -1,18 +1,17 @@
 """The training step against the equation in float64 autograd, written out sample by sample; mutants are caught."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
 
-from dbtrain.families import FAMILIES
 from dbtrain.models.family import Models
 from dbtrain.objective.noise import discrete_schedule, flow_schedule
-from dbtrain.randomness import Purpose, normals, stream_key, uniforms
+from dbtrain.randomness import Purpose, stream_key, uniforms
 from dbtrain.settings.config import ObjectiveConfig, PriorConfig, RunConfig, TrainConfig
 from dbtrain.training.step import TrainingStep
 from dbtrain.values import Batch, Conditioning, Role
+from tests.kit.fake_family import fake_family
+from tests.kit.normals import normals
 
 KEY = stream_key(7, "rex")
 BATCH, LAMBDA, GAMMA, STEP = 4, 0.625, 0.5, 10  # batch and lambda are exact in float32, where the step multiplies them
@@ -35,7 +34,7 @@ class Denoiser(nn.Module):
 
 
 class Vae:
-    """Only what the codec's scale reads."""
+    """Only what `sample_latents` reads."""
 
     class config:
         scaling_factor = 0.5
@@ -50,7 +49,7 @@ def encode_tokens(encoders, tokens):
     return Conditioning(encoders["text_encoder"](tokens[0]))
 
 
-FAMILY = replace(FAMILIES["sd"], encode_tokens=encode_tokens, denoise=denoise)
+FAMILY = fake_family(encode_tokens=encode_tokens, denoise=denoise, text_encoders=("text_encoder",))
 ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
 
 

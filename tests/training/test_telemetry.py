@@ -11,7 +11,7 @@ import pytest
 from dbtrain.errors import ConfigError
 from dbtrain.settings.config import RunConfig, TrackConfig
 from dbtrain.training import telemetry
-from dbtrain.training.telemetry import JsonLines, Meter, Progress, Stages, open_sinks, peak_memory_gib
+from dbtrain.training.telemetry import JsonLines, Meter, Progress, open_sinks, peak_memory_gib
 
 VALUES = {"loss": 0.5, "lr": 1e-4, "images_per_s": 8.0, "steps_per_s": 2.0, "data_wait_share": 0.25, "memory_gib": 1.0}
 
@@ -47,16 +47,6 @@ def test_a_nan_is_not_averaged_away():
     for loss in (1.0, math.nan, 1.0):
         meter.add(1, 0, {"loss": loss})
     assert math.isnan(meter.read()["loss"])
-
-
-def test_stages_add_up_even_when_they_fail(clock):
-    stages = Stages()
-    for _ in range(2):
-        with pytest.raises(ValueError), stages("train"):
-            clock.fail_after(1.5)
-    with stages("save"):
-        clock.s += 0.25
-    assert stages.seconds == {"train": 3.0, "save": 0.25}
 
 
 def test_the_log_goes_on_where_it_ended_and_is_readable_at_once(tmp_path):

@@ -14,7 +14,8 @@ def test_words_variables_and_flags():
 
 @pytest.mark.parametrize("text, words", [
     ("a ^\n b", ["a", "b"]), ("a `\n b", ["a", "b"]), ("a \\\r\n b", ["a", "b"]), ("a b^\n", ["a", "b^"]),
-    (r"--d=C:\x\y", ["--d=C:/x/y"]), (r"--d a\b\c", ["--d", "a/b/c"]), (r"a\ b", ["a b"]), (r'"say \"x\""', ['say "x"'])])
+    (r"--d=C:\x\y", ["--d=C:/x/y"]), (r"--d a\b\c", ["--d", "a/b/c"]), (r"a\ b", ["a b"]),
+    (r'"say \"x\""', ['say "x"'])])
 def test_line_ends_and_backslashes(text, words):
     assert shell_words(text) == words
 

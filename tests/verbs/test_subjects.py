@@ -107,10 +107,10 @@ def test_a_failed_subject_is_4_and_the_others_are_printed(job, tmp_path, monkeyp
 
     finish = train.train_subject
 
-    def fail_one(session, subject):
+    def fail_one(base, work, watch, subject):
         if subject.id == "rex":
             return train.EngineError("step 1: the loss is nan")
-        return finish(session, subject)
+        return finish(base, work, watch, subject)
 
     monkeypatch.setattr(train, "train_subject", fail_one)
     result = run("train", *job[1], "--subjects", "all", "--out", job[0] / "out", "--quiet")
@@ -134,31 +134,6 @@ def test_preflight_counts_who_is_left_out_and_looks_without_a_base(job, tmp_path
     blind = run("preflight", *words, "--skip-bad", "model.path=nowhere/base")
     assert (blind.exit_code, blind.stdout) == (0, left.stdout)
     assert blind.stderr.startswith("captions and identifiers are not checked: nowhere/base: no tokenizer found")
-
-
-def test_shards_are_verified(job):
-    shards = job[0] / "more-shards"
-    assert run("shard", job[1][0], "--out", shards, "--config", job[1][2]).exit_code == 0
-    sound = run("shard", "verify", shards)
-    assert (sound.exit_code, sound.stdout) == (0, f"{shards}: sound\n")
-    tar = shards / "train-000000.tar"
-    bad = bytearray(tar.read_bytes())
-    bad[700] ^= 1
-    tar.write_bytes(bad)
-    damaged = run("shard", "verify", shards)
-    assert damaged.exit_code == 3
-    assert "train-000000.tar" in damaged.stderr
-    assert run("shard", job[1][0]).exit_code == 2
-
-
-def test_priors_are_drawn_once_a_class(job):
-    store = job[0] / "store"
-    words = ("prior", job[1][0], "--out", store, "--config", job[1][2], job[1][3], "prior.images=2")
-    assert run(*words).stdout.splitlines()[-2:] == [
-        "cat: 2 images drawn, 2 in the store",
-        "dog: 2 images drawn, 2 in the store",
-    ]
-    assert run(*words).stdout.splitlines()[-1] == "dog: 0 images drawn, 2 in the store"
 
 
 def test_two_adapters_share_one_warm_base_and_leave_it_as_it_was(job, monkeypatch):

@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 from dbtrain.report import build
-from dbtrain.report.building import LedgerRows
 from tests.kit.made_up_run import make_run, picture
 
 MARK = "window.pwned=1"
@@ -101,7 +100,7 @@ def poisoned(tmp_path_factory):
     (folder / "shards").mkdir()
     (folder / "shards" / "index.jsonl").write_text(PAYLOADS[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dbtrain.report.building.read_ledger", lambda run: LedgerRows(rows, dict.fromkeys(PAYLOADS, 3)))
+        patch.setattr("dbtrain.report.building.read_ledger", lambda run: (rows, dict.fromkeys(PAYLOADS, 3)))
         return build(folder).parent
 
 

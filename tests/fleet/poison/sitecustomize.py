@@ -16,16 +16,16 @@ def fail(error):
     raise error
 
 
-def hold(session):
-    while (session.out / "hold").exists() and not session.stop:
-        (session.out / "held").touch()
-        session.beat("hold")
+def hold(out, watch):
+    while (out / "hold").exists() and not watch.stop.asked:
+        (out / "held").touch()
+        watch.beat("hold")
         time.sleep(0.05)
 
 
-def once(session):
-    if not (session.out / "once").exists():
-        (session.out / "once").touch()
+def once(out, watch):
+    if not (out / "once").exists():
+        (out / "once").touch()
         os.abort()
 
 
@@ -33,31 +33,31 @@ def poison(open_job):
     from dbtrain.errors import EngineError
 
     ways = {
-        "crash": lambda session: os.abort(),
+        "crash": lambda out, watch: os.abort(),
         "once": once,
-        "kill": lambda session: os.kill(os.getpid(), signal.SIGKILL),
-        "hang": lambda session: time.sleep(1e6),
-        "oom": lambda session: fail(MemoryError()),
-        "nan": lambda session: fail(EngineError("step 1: the loss is nan")),
-        "bug": lambda session: fail(ZeroDivisionError("one by nought")),
-        "file": lambda session: fail(OSError(5, "Input/output error", "a.png")),
-        "disk": lambda session: fail(OSError(28, "No space left on device")),
+        "kill": lambda out, watch: os.kill(os.getpid(), signal.SIGKILL),
+        "hang": lambda out, watch: time.sleep(1e6),
+        "oom": lambda out, watch: fail(MemoryError()),
+        "nan": lambda out, watch: fail(EngineError("step 1: the loss is nan")),
+        "bug": lambda out, watch: fail(ZeroDivisionError("one by nought")),
+        "file": lambda out, watch: fail(OSError(5, "Input/output error", "a.png")),
+        "disk": lambda out, watch: fail(OSError(28, "No space left on device")),
         "hold": hold,
     }
 
-    def poisoned(session, subject):
-        ways.get(subject.id.split("-")[0], lambda session: None)(session)
-        return open_job(session, subject)
+    def poisoned(base, work, watch, subject, *more):
+        ways.get(subject.id.split("-")[0], lambda out, watch: None)(work.out, watch)
+        return open_job(base, work, watch, subject, *more)
 
     return poisoned
 
 
 def poison_after(work):
-    ways = {"index": lambda session: fail(IndexError("list index out of range")), "wait": hold}
+    ways = {"index": lambda out, watch: fail(IndexError("list index out of range")), "wait": hold}
 
-    def poisoned(session, folder, task):
-        ways.get(folder.name.split("-")[0], lambda session: None)(session)
-        return work(session, folder, task)
+    def poisoned(base, watch, folder, task):
+        ways.get(folder.name.split("-")[0], lambda out, watch: None)(folder.parents[1], watch)
+        return work(base, watch, folder, task)
 
     return poisoned
 

@@ -1,0 +1,324 @@
+"""Make docs/results.md, and the five figures in README.md, from the files in benchmarks/results/.
+
+python benchmarks/results_page.py            # write both
+python benchmarks/results_page.py --check    # exit code 1 if one of them is not what would be written
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures: made by benchmarks/results_page.py -->", "<!-- end of figures -->"
+
+Result = dict[str, Any]
+Figures = list[tuple[str, str]]
+"""What each figure is, and the figure with its unit."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How results of one name are shown.
+
+    command: what made the result. It is empty where the result says that itself.
+    """
+
+    title: str
+    figures: Callable[[Result], Figures]
+    command: str = ""
+
+
+def campaign(result: Result, kinds: tuple[str, ...], parts: tuple[str, ...] = ("",)) -> str:
+    """`good of cases` over the campaigns whose names begin with one of the parts and end with one of the kinds."""
+    chosen = [
+        entry for entry in result["campaigns"] if entry["name"].startswith(parts) and entry["name"].endswith(kinds)
+    ]
+    return f"{sum(entry['good'] for entry in chosen):,} of {sum(entry['cases'] for entry in chosen):,}"
+
+
+def faults(result: Result) -> Figures:
+    costs = result["costs"]
+    interrupted = ("cut", "from then on", "EIO", "SIGTERM")
+    return [
+        ("one subject's run, killed at every one of its file operations: the same files after", same_files(result)),
+        ("a pack of two, killed at every one of its file operations", campaign(result, ("kill",), ("packed",))),
+        ("power cuts, full disks, failing operations, requests to stop", campaign(result, interrupted)),
+        ("damage to checkpoints, shards and prior stores that was found", campaign(result, ("damage",))),
+        ("preflight of 1,000 subjects", f"{costs['preflight']['subjects']['1000']['seconds']:.1f} s"),
+        ("proofs, share of training time", f"{costs['proofs in a tiny run']['share_of_training']:.2%}"),
+    ]
+
+
+def same_files(result: Result) -> str:
+    return campaign(result, ("kill",), ("train",))
+
+
+NAMES = {"zygote": "warm parent"}
+"""What a process is called today, by its name in older results."""
+
+
+def kills(title: str, result: Result) -> Figures:
+    """What a campaign of SIGKILLs came to; title: put before each line."""
+    back = result["recovery_s"]
+    return [
+        (f"{title}: lost, finished twice, adapters that differ from the undisturbed run", unharmed(result)),
+        (
+            f"{title}: throughput kept under {result['kills_per_min']:.0f} kills a minute",
+            f"{result['throughput_kept']:.0%}",
+        ),
+        (
+            f"{title}: seconds until a killed process's work goes on, median and 95 %",
+            ", ".join(f"{NAMES.get(name, name)} {one['p50']:.1f} and {one['p95']:.1f}" for name, one in back.items()),
+        ),
+    ]
+
+
+def unharmed(result: Result) -> str:
+    return f"{result['lost']}, {result['duplicated']}, {result['adapters_that_differ']}"
+
+
+def fleet(result: Result) -> Figures:
+    scale = result["scale"]
+    figures = [
+        (
+            f"planning and scheduling, {scale['subjects']:,} subjects",
+            f"{scale['plan_and_schedule_ms_a_subject']:.2f} ms a subject",
+        ),
+        (f"`batch status` of {scale['subjects']:,} subjects", f"{scale['status_command_s']:.2f} s"),
+    ]
+    for key in ("kills", "soak", "kills gang 2"):
+        one = result[key]
+        gang = f", gangs of {one['gang']}" if one["gang"] > 1 else ""
+        figures += kills(f"{one['subjects']:,} subjects{gang}, {one['kills_total']:,} SIGKILLs", one)
+    return figures
+
+
+def multinode(result: Result) -> Figures:
+    lost, subjects = result["one host lost"], result["about"]["subjects"]
+    return [
+        (
+            "one of two hosts lost midway: subjects finished, finished twice",
+            f"{lost['finished']} of {subjects}, {lost['finished_twice']}",
+        ),
+        ("the lost subject is taken up again after", f"{lost['taken_up_again_s'][0]:.0f} s"),
+        ("largest difference of a weight from the undisturbed run", f"{result['largest difference of a weight']:g}"),
+    ]
+
+
+def pack(result: Result) -> Figures:
+    line = result["line"]
+    figures = [
+        (
+            f"{name}: a subject's step, processor time; solo / this",
+            f"{1000 * step['cost_s']:.1f} ms; {step['times_solo']:.2f}",
+        )
+        for name, step in result["steps"].items()
+    ]
+    figures += [
+        (f"{name}: share of a matrix product's FLOP/s", f"{step['mfu']:.0%}")
+        for name, step in result["steps"].items()
+        if step.get("mfu")
+    ]
+    whole = f"{line['start_s']:.1f} + {line['class_s']:.1f} K + {line['subject_s']:.2f} S processor seconds"
+    return [*figures, ("a whole run of S subjects of K classes", whole)]
+
+
+def pack_peers(result: Result) -> Figures:
+    return [
+        ("what is trained", f"{result['about']['subjects']}; {result['about']['recipe']}"),
+        *(
+            (
+                f"{name}: a subject, all in",
+                f"{seconds:.1f} processor seconds, {result['less_than'][name]:.1f} times a pack's",
+            )
+            for name, seconds in result["cpu_s_a_subject"].items()
+        ),
+        ("turns", str(result["about"]["turns"])),
+    ]
+
+
+def paper_shape(result: Result) -> Figures:
+    return [
+        (entry["what"], f"{entry['value']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}] {entry['verdict']}".strip())
+        for entry in result["findings"]
+    ]
+
+
+def times(ratio: float) -> str:
+    """How many times less ours takes than theirs, or more."""
+    return f"{ratio:.2f} times less" if ratio >= 1 else f"{1 / ratio:.2f} times more"
+
+
+def peers(result: Result) -> Figures:
+    measured = {
+        "step_cpu_s": "one step, processor time",
+        "start_cpu_s": "start-up, load, cache, save",
+        "wall_s": "long run, wall",
+    }
+    return [
+        (f"`{result[method]['script']}`, {what}", times(result[method]["ratio"][key]))
+        for method in ("lora", "full")
+        for key, what in measured.items()
+    ]
+
+
+def report(result: Result) -> Figures:
+    shown = result["browser"]["ms"]
+    slowest_sort = max(milliseconds for name, (milliseconds, _) in shown.items() if name.startswith("sort"))
+    return [
+        (f"pages of {result['subjects']:,} subjects: built", f"{result['first']['seconds']:.0f} s"),
+        ("made again with nothing changed", f"{result['unchanged']['seconds']:.1f} s"),
+        ("the index opens in Chromium", f"{shown['open, clock'][0] / 1000:.1f} s"),
+        ("it sorts, slowest column", f"{slowest_sort:.0f} ms"),
+    ]
+
+
+def step_counts(result: Result) -> Figures:
+    return [
+        (f"{step['model']}, {step['form']}, {step['subjects']} subjects: launches a step, a subject",
+         f"{step['launches']:,}; {step['launches'] / step['subjects']:,.0f}")
+        for step in result["steps"]
+    ]  # fmt: skip
+
+
+def tiny_quality(result: Result) -> Figures:
+    drawn, vae = result["generated"], result["vae"]
+    return [
+        ("class accuracy of drawn pictures", f"{drawn['class accuracy, plain prompt']:.1%}"),
+        ("scene accuracy of drawn pictures", f"{drawn['scene accuracy, placed']:.1%}"),
+        ("mean absolute error of the VAE, unseen scenes", f"{vae['train']:.3f}"),
+    ]
+
+
+INTRODUCTION = """\
+# Results
+
+Everything that was measured, with the machine, the commit and the command. **Nothing has been timed on a GPU yet**, and
+what is not measured is not claimed. `make results` makes this page and the figures of the README from the files in
+`benchmarks/results/`. No number is copied by hand.
+
+Numbers that tests hold are not here. They are: LoRA against PEFT and torch's AdamW ([tests/parity](../tests/parity)), a
+pack against each of its subjects alone ([tests/packing](../tests/packing)), ZeRO 0-3 at several rank counts
+([tests/e2e](../tests/e2e)), adapters that diffusers loads ([tests/results](../tests/results)). Each tolerance stands in
+its test.
+"""
+PEERS_TITLE = "A pack of 16 beside diffusers' script, run once for each subject: {}"
+PAPER_SHAPE = "python benchmarks/paper_shape.py --images"
+SIXTY_STEPS = f"{PAPER_SHAPE} 4 --name paper-shape-60-steps --seeds 0 1 2 --overrides train.steps=60"
+MEASUREMENTS = {
+    "pack": Measurement("A pack's step beside solo training", pack),
+    "pack-line": Measurement("What a run of packs costs, by subjects and classes", pack),
+    "pack-peers-one-class-short": Measurement(PEERS_TITLE.format("one class, 60 steps"), pack_peers),
+    "pack-peers-one-class": Measurement(PEERS_TITLE.format("one class, 250 steps"), pack_peers),
+    "pack-peers-short": Measurement(PEERS_TITLE.format("two classes, 60 steps"), pack_peers),
+    "pack-peers-priors": Measurement(PEERS_TITLE.format("two classes, 250 steps, more priors"), pack_peers),
+    "pack-peers": Measurement(PEERS_TITLE.format("two classes, 250 steps"), pack_peers),
+    "peers": Measurement(
+        "One subject beside diffusers' scripts",
+        peers,
+        "python benchmarks/peers.py --script lora=PATH --script full=PATH",
+    ),
+    "step-counts": Measurement("What a LoRA step launches on a GPU, counted without one", step_counts),
+    "faults": Measurement("Kills, power cuts, full disks and damage", faults),
+    "fleet": Measurement("The fleet under kills, and at size", fleet),
+    "multinode": Measurement("A fleet over two hosts, one of them lost", multinode, "python benchmarks/multinode.py"),
+    "report": Measurement("The report of 10,000 subjects", report),
+    "tiny-quality": Measurement("The embedded base", tiny_quality, "python benchmarks/tiny_quality.py"),
+    "paper-shape": Measurement("The shape of the paper's tables on the embedded base", paper_shape, f"{PAPER_SHAPE} 8"),
+    "paper-shape-60-steps": Measurement("The same with 60 steps and three seeds", paper_shape, SIXTY_STEPS),
+}
+"""How each result is shown, by the part of its file's name before the device, in the page's order."""
+
+
+def read_results() -> dict[str, list[tuple[str, Result]]]:
+    """(file name without ending, content) of every result, by the name of its measurement."""
+    found: dict[str, list[tuple[str, Result]]] = {name: [] for name in MEASUREMENTS}
+    for path in sorted(RESULTS.glob("*.json")):
+        found[path.stem.rsplit("_", 2)[0]].append((path.stem, json.loads(path.read_text("utf-8"))))
+    return found
+
+
+def provenance(result: Result, command: str) -> list[str]:
+    """Lines that say on what machine, at which commit and by which command a result was made.
+
+    A file of several parts has these facts in each part.
+    """
+    parts = {"": result} if {"about", "commit"} & set(result) else result
+    lines = []
+    for name, part in parts.items():
+        about = part.get("about", part)
+        machine = about.get("machine") or about.get("device") or "no GPU used"
+        made_by = about.get("command") or command
+        lines.append(f"{f'{name}: ' if name else ''}{machine}; commit `{about['commit']}`; `{made_by}`")
+    return lines
+
+
+def page() -> str:
+    """docs/results.md."""
+    lines = [INTRODUCTION.rstrip()]
+    for name, results in read_results().items():
+        measurement = MEASUREMENTS[name]
+        for stem, result in results:
+            lines += ["", f"## {measurement.title}", ""]
+            lines += [f"- {line}" for line in provenance(result, measurement.command)]
+            links = [f"[{stem}.{ending}](../benchmarks/results/{stem}.{ending})" for ending in ("md", "json")]
+            lines += [f"- full result: {', '.join(links)}"]
+            lines += ["", "| what | measured |", "|---|---|"]
+            lines += [f"| {what} | {figure} |" for what, figure in measurement.figures(result)]
+    return "\n".join(lines) + "\n"
+
+
+def five_figures() -> str:
+    """The table in README.md."""
+    newest = {name: results[-1][1] for name, results in read_results().items()}
+    packs = [result["less_than"] for name, result in newest.items() if name.startswith("pack-peers")]
+    made, given = (sorted(ratios[f"peer, priors {kind}"] for ratios in packs) for kind in ("made", "given"))
+    paper, attacked = newest["paper-shape"]["findings"], newest["fleet"]["kills"]
+    harm = f"{attacked['subjects']:,} subjects under {attacked['kills_total']:,} kills: lost, finished twice, changed"
+    rows = {
+        "16 subjects in a pack beside diffusers' script run for each: processor time": (
+            f"{made[0]:.1f} to {made[-1]:.1f} times less; "
+            f"{given[0]:.1f} to {given[-1]:.1f} times less if the script is given its priors"
+        ),
+        "a LoRA step of one subject beside diffusers' script: processor time": times(
+            newest["peers"]["lora"]["ratio"]["step_cpu_s"]
+        ),
+        "a run killed at each of its file operations and started again: the same files": same_files(newest["faults"]),
+        f"a fleet of {harm}": unharmed(attacked),
+        "DreamBooth on the embedded base: gap to the photos closed; scenes drawn as asked": (
+            f"{paper[0]['value']:.2f}; {paper[2]['value']:.2f}"
+        ),
+    }
+    return "\n".join(["| what | measured |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in rows.items())])
+
+
+def readme(text: str) -> str:
+    """README.md with its figures made anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{five_figures()}\n{END}{after}"
+
+
+def main() -> int:
+    """Write both files, or say which one is not up to date."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file would change")
+    check = parser.parse_args().check
+    wanted = {PAGE: page(), README: readme(README.read_text("utf-8"))}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} {'is not up to date' if check else 'written'}")
+        if not check:
+            path.write_text(wanted[path], "utf-8")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Rules about several settings together."""
+
+from dbtrain.settings.config import NAMING, RunConfig, ZeroConfig
+
+
+def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
+    """(dotted key, message) for each setting that does not go together with others; empty when all do."""
+    train, zero, data = config.train, config.engine.zero, config.data
+    rules = [
+        (
+            "train.warmup_steps",
+            train.warmup_steps >= train.steps and train.warmup_steps > 0,
+            f"is {train.warmup_steps}, but train.steps is {train.steps}; the learning rate would never reach its peak",
+        ),
+        (
+            "train.micro_batch",
+            train.micro_batch is not None and train.batch % train.micro_batch != 0,
+            f"is {train.micro_batch}, which does not divide train.batch = {train.batch}",
+        ),
+        (
+            "engine.zero.offload_optimizer",
+            zero.offload_optimizer and zero.stage == 0,
+            "needs engine.zero.stage 1, 2 or 3",
+        ),
+        (
+            "engine.channels_last",
+            config.engine.channels_last and config.engine.kind == "zero",
+            "needs engine.kind=packed: DeepSpeed sends weights as flat bytes, which such weights are not",
+        ),
+        (
+            "engine.zero.offload_parameters",
+            zero.offload_parameters and zero.stage != 3,
+            f"needs engine.zero.stage 3, got {zero.stage}",
+        ),
+        (
+            "engine.capture",
+            config.engine.capture == "graph" and config.engine.kind == "zero",
+            "graph cannot record DeepSpeed's step; use engine.kind=packed (a pack of one is one subject), or compile",
+        ),
+        (
+            "engine.capture",
+            config.engine.capture == "compile" and config.engine.kind == "zero" and zero.stage == 3,
+            "compile cannot cut blocks whose parameters ZeRO stage 3 gathers as they run; use engine.capture=off",
+        ),
+        (
+            "train.text_encoder_lr",
+            train.text_encoder_lr is not None and not train.text_encoder,
+            "is set, but train.text_encoder is false, so it would have no effect",
+        ),
+        (
+            "data.caption",
+            not any(place in data.caption for place in NAMING),
+            f"must contain {', '.join(NAMING)}, got {data.caption!r}; without one of these nothing names the subject",
+        ),
+        (
+            "data.class_caption",
+            "{identifier}" in data.class_caption or "[trigger]" in data.class_caption,
+            "must not contain {identifier} or [trigger]; priors show the class, not the subject",
+        ),
+        (
+            "prior.images",
+            config.prior.weight > 0 and config.prior.images == 0,
+            "is 0 while prior.weight is above 0; set prior.weight=0 to train without prior preservation",
+        ),
+        (
+            "lora.targets",
+            train.method == "lora" and not config.lora.targets,
+            "is empty; a LoRA needs at least one layer pattern",
+        ),
+        ("lora.init", config.lora.init is not None and train.method != "lora", "is set, but train.method is not lora"),
+        (
+            "train.stop_loss",
+            train.stop_loss is not None and config.engine.kind != "packed",
+            "is set, but only engine.kind=packed looks at it",
+        ),
+    ]
+    rules += _packed_rules(config) if config.engine.kind == "packed" else []
+    return [(key, message) for key, wrong, message in rules if wrong]
+
+
+def _packed_rules(config: RunConfig) -> list[tuple[str, bool, str]]:
+    """What a pack cannot do: (dotted key, whether the settings ask for it, message)."""
+    train, engine, track = config.train, config.engine, config.track
+    return [
+        ("train.method", train.method != "lora", "must be lora: a pack shares one frozen base; use engine.kind=zero"),
+        (
+            "train.micro_batch",
+            train.micro_batch not in (None, train.batch),
+            f"is {train.micro_batch}, but a pack runs all {train.batch} at once; lower engine.packed.size",
+        ),
+        (
+            "engine.zero",
+            engine.zero != ZeroConfig(),
+            "is set, but engine.kind=packed trains without DeepSpeed; use engine.kind=zero to shard or offload",
+        ),
+        ("engine.deepspeed", engine.deepspeed is not None, "is set, but engine.kind=packed trains without DeepSpeed"),
+        (
+            "track.wandb" if track.wandb else "track.trackio",
+            bool(track.wandb or track.trackio),
+            "follows one run in a process, and a pack has many; set it to null: log.jsonl and TensorBoard work",
+        ),
+    ]

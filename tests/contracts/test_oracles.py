@@ -1,0 +1,264 @@
+"""Oracles of a family: its stock pipeline's own calls, models that know the answer, each subject of a pack alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from dbtrain.families import FAMILIES, flow
+from dbtrain.models.adapters import adapter, attach, detach, layers
+from dbtrain.models.load import load_models
+from dbtrain.models.sampling import generate, make_pipeline
+from dbtrain.results.publish import publish_lora
+from dbtrain.settings.config import ModelConfig
+from dbtrain.training.trainables import RECOMPUTED
+from tests.kit.adapter_rows import read_rows
+from tests.kit.family_facts import FACTS, batch_of
+
+CAPTIONS = ["a photo of a dog", "a photo of a cat in the snow"]
+FLOWS = [name for name in FAMILIES if FAMILIES[name].schedule is flow.schedule]
+SIZES = pytest.mark.parametrize("size", [(64, 64), (64, 96)], ids=["square", "two to three"])
+
+
+def model_of(name, folders):
+    family = FAMILIES[name]
+    return family, FACTS[name], load_models(family, ModelConfig(family=name, path=str(folders[name])))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def loaded(request, model_folders):
+    """(family, facts, models) in float32; tests leave them as they are."""
+    return model_of(request.param, model_folders)
+
+
+def in_float64(name, folders):
+    family, facts, models = model_of(name, folders)
+    for module in (*models.components(family.denoiser).values(), models.vae):
+        module.double()
+    return family, facts, models
+
+
+@pytest.fixture(scope="module")
+def doubles(model_folders):
+    """`in_float64` by name, each made once."""
+    made = {}
+    return lambda name: made.get(name) or made.setdefault(name, in_float64(name, model_folders))
+
+
+@pytest.fixture
+def exact(request, doubles):
+    """(family, facts, models) in float64; tests leave them as they are."""
+    return doubles(request.param)
+
+
+ALL = pytest.mark.parametrize("exact", FAMILIES, indirect=True)
+FLOW = pytest.mark.parametrize("exact", FLOWS, indirect=True)
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@torch.no_grad()
+def told(family, models, captions=CAPTIONS):
+    return family.encode_tokens(models.text_encoders, family.tokenize(models, captions))
+
+
+def latents(facts, size, count=2, channels=4, **options):
+    return noise(count, channels, size[0] // facts.side, size[1] // facts.side, **options)
+
+
+def drawn(family, models, facts, start, size, steps, captions=CAPTIONS, **options):
+    """What the stock pipeline makes of latents, without guidance."""
+    return make_pipeline(family, models)(
+        prompt=list(captions),
+        latents=facts.start(start),
+        height=size[0],
+        width=size[1],
+        num_inference_steps=steps,
+        **family.call(models, 1.0),
+        **options,
+    ).images
+
+
+@ALL
+@SIZES
+@torch.no_grad()
+def test_denoise_is_the_pipelines_own_call(exact, size):
+    family, facts, models = exact
+    start = latents(facts, size, channels=family.codec.channels)
+    before, after = [facts.native(start)], []
+
+    def step_end(pipeline, i, time, values):
+        before.append(values["latents"].clone())
+        times.append(time)
+        return {}
+
+    times, (height, width) = [], start.shape[-2:]
+    watch = models.denoiser.register_forward_hook(lambda module, words, output: after.append(output[0]))
+    drawn(family, models, facts, start, size, 4, output_type="latent", callback_on_step_end=step_end)
+    watch.remove()
+    assert len(after) == 4
+    conditioning = told(family, models)
+    for native, time, theirs in zip(before, times, after):
+        x_t = facts.ours(native, height, width)
+        ours = family.denoise(models.denoiser, x_t, time.expand(2), conditioning, batch_of(2, *size))
+        assert torch.equal(ours, facts.ours(theirs, height, width))
+
+
+@ALL
+@torch.no_grad()
+def test_conditioning_is_what_the_stock_pipeline_feeds(exact):
+    family, facts, models = exact
+    states, pooled = facts.text(make_pipeline(family, models), CAPTIONS)
+    ours = told(family, models)
+    assert torch.equal(ours.states_BTD, states)
+    assert (ours.pooled_BD is None) == (pooled is None) and (pooled is None or torch.equal(ours.pooled_BD, pooled))
+
+
+@torch.no_grad()
+def times_told(family, facts, models, start):
+    """The line from the denoiser's own argument of time back to t: two calls of `denoise` show it."""
+    seen, conditioning = [], told(family, models)
+
+    def call(**words):
+        seen.append(words)
+        return (torch.zeros_like(words[facts.sample]),)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.denoiser, "forward", call)
+        for time in (0.0, 1000.0):
+            family.denoise(models.denoiser, start, torch.tensor([time, time]), conditioning, batch_of(2))
+    low, high = (words["timestep"].double() for words in seen)
+    return lambda time: (time.double() - low[: len(time)]) / (high - low)[: len(time)] * 1000
+
+
+@FLOW
+@SIZES
+@pytest.mark.parametrize("knows", ["the picture and the noise", "the picture and the time"])
+@torch.no_grad()
+def test_a_model_that_knows_the_picture_draws_it(exact, size, knows, monkeypatch):
+    """The codec's latents, the sign and scale of the velocity and the sense of time agree with the pipeline's."""
+    family, facts, models = exact
+    pixels = (noise(2, 3, *size, seed=1) / 3).clamp(-1, 1)
+    posterior = models.vae.encode(pixels).latent_dist
+    raw = posterior.mean
+    if not facts.mean:
+        raw = raw + posterior.std * noise(*raw.shape, seed=2)
+    mean, logvar = family.codec.encode(models.vae, pixels).double().chunk(2, 1)
+    clean = mean + torch.exp(0.5 * logvar) * noise(*mean.shape, seed=2)
+    eps, (height, width) = noise(*clean.shape, seed=3), clean.shape[-2:]
+    time_of = times_told(family, facts, models, eps)
+
+    def forward(**words):
+        if knows == "the picture and the noise":
+            return (facts.native(eps - clean),)
+        sigma_B = (time_of(words["timestep"]) / 1000).view(-1, 1, 1, 1)
+        x_t = facts.ours(words[facts.sample], height, width)
+        return (facts.native((x_t - clean) / sigma_B),)
+
+    monkeypatch.setattr(models.denoiser, "forward", forward)
+    for steps in (1, 3):
+        image = drawn(family, models, facts, eps, size, steps, output_type="pt")
+        want = (models.vae.decode(raw, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        assert (image - want).abs().max() < 1e-5  # the scheduler's noise levels are float32
+
+
+def random_stack(denoiser, subjects, only=None):
+    """Adapters of random numbers on every layer of a denoiser that can have one; `only`: of this subject alone."""
+    attach(denoiser, ["*"], 1 if only is not None else subjects, 2, 3.0)
+    for number, (_, layer) in enumerate(layers(denoiser)):
+        layer.double()
+        for kind, parameter in enumerate((layer.down_NRD, layer.up_NDR)):
+            values = noise(subjects, *parameter.shape[1:], seed=2 * number + kind) * 0.2
+            parameter.data = values if only is None else values[only : only + 1]
+
+
+def gradients(family, facts, models, samples, rows):
+    """Gradients of every adapter, [N, ...] by name, of a loss of these samples' predictions."""
+    count = len(samples)
+    x_t = latents(facts, (64, 64), 6, family.codec.channels)[samples]
+    goal = latents(facts, (64, 64), 6, family.codec.channels, seed=1)[samples]
+    captions = told(family, models, [*CAPTIONS, "a dog", "a cat", "the snow", "a photo"])[samples]
+    time_B = torch.tensor([3, 150, 333, 500, 777, 990])[samples]
+    prediction = family.denoise(models.denoiser, x_t, time_B, captions, batch_of(count))
+    ((prediction - goal) ** 2).mean((1, 2, 3)).sum().backward()
+    found = {}
+    for path, layer in layers(models.denoiser):
+        for kind, parameter in (("down", layer.down_NRD), ("up", layer.up_NDR)):
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            assert len(grad) == rows
+            found[path, kind] = grad
+    return found
+
+
+@ALL
+def test_a_pack_is_each_subject_alone(exact):
+    """Adapters on every layer that can have one, three subjects of two samples."""
+    family, facts, models = exact
+    try:
+        random_stack(models.denoiser, 3)
+        pack = gradients(family, facts, models, torch.arange(6), 3)
+        detach(models.denoiser)
+        for subject in range(3):
+            random_stack(models.denoiser, 3, subject)
+            alone = gradients(family, facts, models, torch.arange(6)[2 * subject : 2 * subject + 2], 1)
+            for name, grad in alone.items():
+                assert (pack[name][subject] - grad[0]).abs().max() <= 1e-12 * max(1.0, float(grad.abs().max())), name
+            detach(models.denoiser)
+    finally:
+        detach(models.denoiser)
+    assert {path for (path, _), grad in pack.items() if not grad.any()} == facts.idle
+
+
+@ALL
+def test_recomputed_blocks_give_the_same_gradients(exact):
+    family, facts, models = exact
+    try:
+        random_stack(models.denoiser, 1)
+        models.denoiser.train()
+        plain = gradients(family, facts, models, torch.arange(2), 1)
+        models.denoiser.zero_grad()
+        models.denoiser.enable_gradient_checkpointing(RECOMPUTED)
+        again = gradients(family, facts, models, torch.arange(2), 1)
+    finally:
+        models.denoiser.disable_gradient_checkpointing()
+        models.denoiser.eval()
+        detach(models.denoiser)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize("alpha", [4.0, 8.0], ids=["alpha is rank", "alpha is twice the rank"])
+@torch.no_grad()
+def test_diffusers_predicts_alike_from_a_published_adapter(loaded, alpha, tmp_path):
+    family, facts, models = loaded
+    x_t = latents(facts, (64, 64), 2, family.codec.channels, dtype=torch.float32)
+    conditioning, time_B = told(family, models), torch.tensor([3, 777])
+
+    def predict():
+        return family.denoise(models.denoiser, x_t, time_B, conditioning, batch_of(2))
+
+    attach(models.denoiser, ["attn*", "ff*", "proj_mlp"], 1, 4, alpha)
+    for number, (_, layer) in enumerate(layers(models.denoiser)):
+        layer.down_NRD.data = noise(*layer.down_NRD.shape, seed=2 * number, dtype=torch.float32) * 0.1
+        layer.up_NDR.data = noise(*layer.up_NDR.shape, seed=2 * number + 1, dtype=torch.float32) * 0.1
+    weights = read_rows({family.denoiser: models.denoiser}, 0, alpha)
+    detach(models.denoiser)
+    publish_lora(tmp_path, weights, {"family": family.name}, kohya=False)
+    plain = predict()
+    with adapter(family, models, weights):
+        ours = predict()
+    pipeline = make_pipeline(family, models)
+    pipeline.load_lora_weights(tmp_path)
+    theirs = predict()
+    pipeline.unload_lora_weights()
+    assert (ours - theirs).abs().max() == 0
+    assert (ours - plain).abs().max() > 1e-3 and torch.equal(plain, predict())
+
+
+def test_a_picture_alone_is_the_picture_of_its_batch(loaded):
+    family, _, models = loaded
+    pipeline = make_pipeline(family, models)
+    together = list(generate(pipeline, CAPTIONS, [5, 6], 64, 2, 1.0))
+    for caption, seed, image in zip(CAPTIONS, (5, 6), together):
+        (alone,) = generate(pipeline, [caption], [seed], 64, 2, 1.0)
+        assert np.abs(np.asarray(alone, dtype=int) - np.asarray(image, dtype=int)).max() <= 1

@@ -1,0 +1,118 @@
+"""What the tests of a family know of its stock pipeline, and what no row says: a row of facts for each family."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbtrain.values import Batch, Role
+
+Text = tuple[Tensor, Tensor | None]
+
+
+def as_it_is(x_BCHW: Tensor) -> Tensor:
+    return x_BCHW
+
+
+def same(x: Tensor, height: int, width: int) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Facts:
+    """text(pipeline, captions) -> token states and pooled text of the pipeline's own `encode_prompt`.
+
+    native(latents [B, C, h, w]) -> latents as the pipeline and its denoiser have them.
+    ours(native, h, w) is its inverse. given(latents): as the pipeline takes them at the start. mean: whether training
+    has the mean of the autoencoder's posterior in place of a sample.
+    sample: the name of the denoiser's argument that has them. side: pixels of a cell of the random model's latents.
+    idle: denoiser layers whose outputs nothing of a prediction depends on, so that an adapter there has no gradient.
+    """
+
+    text: Callable[[Any, Sequence[str]], Text]
+    native: Callable[[Tensor], Tensor] = as_it_is
+    ours: Callable[[Tensor, int, int], Tensor] = same
+    sample: str = "sample"
+    side: int = 2
+    idle: frozenset[str] = frozenset()
+    given: Callable[[Tensor], Tensor] | None = None
+    mean: bool = False
+
+    def start(self, x_BCHW: Tensor) -> Tensor:
+        """Latents as the pipeline's call takes them."""
+        return (self.given or self.native)(x_BCHW)
+
+
+def _unguided(pipeline: Any, captions: Sequence[str]) -> Any:
+    return pipeline.encode_prompt(
+        list(captions), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+
+
+def _sd(pipeline: Any, captions: Sequence[str]) -> Text:
+    return _unguided(pipeline, captions)[0], None
+
+
+def _sdxl(pipeline: Any, captions: Sequence[str]) -> Text:
+    states, _, pooled, _ = _unguided(pipeline, captions)
+    return states, pooled
+
+
+def _sd3(pipeline: Any, captions: Sequence[str]) -> Text:
+    states, _, pooled, _ = pipeline.encode_prompt(list(captions), None, None, do_classifier_free_guidance=False)
+    return states, pooled
+
+
+def _flux(pipeline: Any, captions: Sequence[str]) -> Text:
+    states, pooled, _ = pipeline.encode_prompt(list(captions), None)
+    return states, pooled
+
+
+def _flux_native(x_BCHW: Tensor) -> Tensor:
+    from diffusers import FluxPipeline
+
+    return FluxPipeline._pack_latents(x_BCHW, *x_BCHW.shape)  # diffusers 0.42: what its pipeline calls
+
+
+def _flux_ours(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
+    from diffusers import FluxPipeline
+
+    return FluxPipeline._unpack_latents(tokens_BLD, 8 * height, 8 * width, 8)
+
+
+def _klein(pipeline: Any, captions: Sequence[str]) -> Text:
+    return pipeline.encode_prompt(list(captions))[0], None
+
+
+def _klein_native(x_BCHW: Tensor) -> Tensor:
+    from diffusers import Flux2KleinPipeline
+
+    return Flux2KleinPipeline._pack_latents(x_BCHW)
+
+
+def _klein_ours(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
+    from diffusers import Flux2KleinPipeline
+
+    ids = Flux2KleinPipeline._prepare_latent_ids(tokens_BLD.new_empty(len(tokens_BLD), 1, height, width))
+    return Flux2KleinPipeline._unpack_latents_with_ids(tokens_BLD, ids, height, width)
+
+
+FACTS = {
+    "sd": Facts(_sd),
+    "sdxl": Facts(_sdxl),
+    "sd3": Facts(_sd3, sample="hidden_states", side=8, idle=frozenset({"transformer_blocks.2.attn.add_q_proj"})),
+    "flux": Facts(_flux, _flux_native, _flux_ours, sample="hidden_states", side=8),
+    "flux2_klein": Facts(
+        _klein, _klein_native, _klein_ours, sample="hidden_states", side=16, given=as_it_is, mean=True
+    ),
+}
+"""The facts of each family, by its name."""
+
+
+def batch_of(count: int, height: int = 128, width: int = 128) -> Batch:
+    """Samples that say nothing but their size in pixels."""
+    zeros = torch.zeros(count, dtype=torch.long)
+    sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).repeat(count, 1)
+    return Batch(torch.zeros(count, 8, 16, 16), zeros, torch.full_like(zeros, Role.INSTANCE), zeros, sizes)

@@ -1,0 +1,216 @@
+"""Random-weight models of the rectified-flow families, small enough for tests."""
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dbtrain.tiny import BASE
+from tests.kit.random_text import text_config
+
+WORDS = "a photo of dog cat the in snow very much longer caption".split()
+
+
+def t5_tokenizer() -> Any:
+    """T5's kind of tokenizer over letters and some words."""
+    from transformers import T5TokenizerFast
+
+    letters = [(letter, -4.0) for letter in string.ascii_lowercase]
+    words = [(f"\u2581{word}", -2.0) for word in WORDS]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("\u2581", -3.0), *letters, *words]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0)
+
+
+def _t5() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(vocab_size=64, d_model=40, d_kv=8, d_ff=32, num_layers=2, num_heads=4)).eval()
+
+
+def _clip_tokenizer() -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def make_sd3(folder: Path) -> Path:
+    """A diffusers folder of a random Stable Diffusion 3.5 medium layout: its first block has a second attention."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        caption_projection_dim=64,
+        joint_attention_dim=40,
+        pooled_projection_dim=48,
+        pos_embed_max_size=24,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    tokenizer = _clip_tokenizer()
+    first, second = (CLIPTextConfig(**text_config(tokenizer, width, width)) for width in (16, 32))
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(),
+        text_encoder=CLIPTextModelWithProjection(first),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(second),
+        tokenizer_2=tokenizer,
+        text_encoder_3=_t5(),
+        tokenizer_3=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_flux(folder: Path) -> Path:
+    """A diffusers folder of a random FLUX.1 dev layout."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=40,
+        pooled_projection_dim=48,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        shift=3.0,
+    )
+    tokenizer = _clip_tokenizer()
+    pipeline = FluxPipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=_vae(),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(tokenizer, width=48))),
+        tokenizer=tokenizer,
+        text_encoder_2=_t5(),
+        tokenizer_2=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def chat_tokenizer() -> Any:
+    """Qwen's kind of tokenizer over bytes and some pairs, with a chat template that knows thinking."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2TokenizerFast
+
+    merges = [("d", "o"), ("do", "g"), ("c", "a"), ("ca", "t"), ("\u0120", "a")]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    pieces = [*sorted(ByteLevel.alphabet()), *(first + second for first, second in merges), *special]
+    tokenizer = Qwen2TokenizerFast(
+        vocab={piece: number for number, piece in enumerate(pieces)},
+        merges=merges,
+        pad_token=special[0],
+        unk_token=special[0],
+        eos_token=special[2],
+        additional_special_tokens=special[1:],
+    )
+    tokenizer.chat_template = (
+        "{% for one in messages %}<|im_start|>{{ one.role }}\n{{ one.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    return tokenizer
+
+
+def make_flux2_klein(folder: Path) -> Path:
+    """A diffusers folder of a random FLUX.2 klein layout: its autoencoder has statistics of the latents' cells."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=128,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=48,
+        timestep_guidance_channels=32,
+        mlp_ratio=2.0,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=32,
+        norm_num_groups=4,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    text = Qwen3Config(
+        vocab_size=512,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        shift=3.0,
+    )
+    pipeline = Flux2KleinPipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(text).eval(),
+        tokenizer=chat_tokenizer(),
+        is_distilled=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder

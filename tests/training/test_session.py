@@ -1,0 +1,61 @@
+"""What the subjects of a run share: the priors at hand and the stores."""
+
+import pytest
+import torch
+
+from dbtrain.data.index import Index
+from dbtrain.engines.world import World
+from dbtrain.models.adapters import layers
+from dbtrain.training.clock import Clock
+from dbtrain.training.session import Base, ClassPriors, PriorCache, Watch, Work
+from dbtrain.training.trainables import make_trainable
+from dbtrain.values import Subject
+from tests.kit.main_job import small_config
+
+ALONE = World(0, 1, "cpu")
+
+
+def test_the_classes_that_were_used_last_are_kept():
+    cache, priors = PriorCache(2), {name: ClassPriors([name]) for name in "abc"}
+    for name in ("a", "b", "a", "c"):
+        cache.keep(name, priors[name])
+    assert cache.kept == {"a": priors["a"], "c": priors["c"]}
+
+
+def test_stores_are_the_runs_own_or_shared(tmp_path):
+    own, shared = small_config(), small_config("prior.store=elsewhere", "data.shards=s3://bucket/shards")
+    rex = Subject("rex", "dog", ())
+    work = Work.under(tmp_path, own, [rex], {"rex": "srx"}, Index((), ()))
+    assert (work.shards, work.priors) == (tmp_path / "shards", tmp_path / "priors")
+    assert work.folder(rex) == tmp_path / "subjects" / "rex"
+    work = Work.under(tmp_path, shared, [rex], {"rex": "srx"}, Index((), ()))
+    assert (str(work.shards), str(work.priors)) == ("s3://bucket/shards", "elsewhere")
+
+
+def test_a_watch_says_what_it_is_given_unless_it_is_quiet(capsys):
+    Watch(quiet=True).say("nothing")
+    Watch().say("a line")
+    assert capsys.readouterr().err == "a line\n"
+    beats = []
+    watch = Watch(beat=beats.append, clock=Clock())
+    apart = watch.timed_apart()
+    with apart.clock.stage("save"):
+        pass
+    assert beats == ["save"] and not watch.clock.seconds and apart.stop is watch.stop
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_base_is_restored_in_place(method):
+    """Whoever holds the models sees them as they were before the subject, to the bit."""
+    base = Base.load(small_config(f"train.method={method}"), ALONE)
+    models = base.models
+    before = {name: tensor.clone() for name, tensor in models.denoiser.state_dict().items()}
+    groups = make_trainable(base.family, models, base.settings, "rex")
+    assert bool(layers(models.denoiser)) == (method == "lora")
+    with torch.no_grad():
+        for param in (param for group in groups for param in group.params.values()):
+            param.add_(1)
+    base.restore()
+    assert base.models is models and not layers(models.denoiser)
+    after = models.denoiser.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
