@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dbtrain.families import FAMILIES  # noqa: E402
-from dbtrain.models.adapters import LoraWeights, adapter, attach, detach, layers, read_rows  # noqa: E402
+from dbtrain.models.adapters import LoraWeights, adapter, attach, detach, layers  # noqa: E402
 from dbtrain.models.family import Family, Models  # noqa: E402
 from dbtrain.models.load import load_models  # noqa: E402
 from dbtrain.models.sampling import make_pipeline  # noqa: E402
@@ -27,6 +27,7 @@ from dbtrain.results.exporting import export  # noqa: E402
 from dbtrain.results.publish import MODEL_FOLDER, publish_lora, read_lora  # noqa: E402
 from dbtrain.settings.config import LoraConfig, ModelConfig, PublishConfig, RunConfig, TrainConfig  # noqa: E402
 from dbtrain.training.trainables import publish_weights  # noqa: E402
+from tests.kit.adapter_rows import read_rows  # noqa: E402
 from tests.kit.compat_probe import draw  # noqa: E402
 from tests.kit.random_models import make_sd, make_sdxl  # noqa: E402
 

@@ -11,7 +11,15 @@ from dbtrain.families import FAMILIES
 from dbtrain.models.adapters import LoraWeights
 from dbtrain.models.foreign_adapters import told_families
 from dbtrain.models.single_file import checkpoint_of
-from dbtrain.results.publish import LORA_FILE, MODEL_FOLDER, PEFT_FILE, adapter_file, export_kohya, read_lora
+from dbtrain.results.publish import (
+    LORA_FILE,
+    MODEL_FOLDER,
+    PEFT_FILE,
+    adapter_file,
+    export_kohya,
+    in_order,
+    read_lora,
+)
 from dbtrain.results.record import finished_record, read_record
 from dbtrain.storage.atomic import hidden, sync_folder
 
@@ -99,11 +107,23 @@ def export_model(source: Path, out: str, family: str | None) -> Path:
     temporary = hidden(path)
     try:
         save_file(tensors, temporary, {"format": "pt", "modelspec.title": name})
+        sort_metadata(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
     return path
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata in a safetensors file's header, which then keeps its length; the tensors are not read."""
+    with path.open("r+b") as file:
+        size = file.read(8)
+        head = size + file.read(int.from_bytes(size, "little"))
+        ordered = in_order(head)
+        if len(ordered) == len(head):  # else the offsets behind it would move
+            file.seek(0)
+            file.write(ordered)
 
 
 def model_family(folder: Path) -> str:

@@ -25,11 +25,14 @@ def save_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> Non
     """Write tensors with string metadata, whole or not at all."""
     from safetensors.torch import save
 
-    write_file(path, _in_order(save(tensors, metadata)))
+    write_file(path, in_order(save(tensors, metadata)))
 
 
-def _in_order(content: bytes) -> bytes:
-    """A safetensors file with sorted metadata: the library's order differs between processes, so digests would too."""
+def in_order(content: bytes) -> bytes:
+    """A safetensors file, or its header, with sorted metadata.
+
+    The library's order differs between processes, and digests would differ with it.
+    """
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))

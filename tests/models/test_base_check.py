@@ -15,15 +15,17 @@ from dbtrain.models.load import load_models, marked, refuse_base
 from dbtrain.models.single_file import checkpoint_of
 from dbtrain.settings.config import ModelConfig
 
+UNETS = ("sd", "sdxl")
+
 
 @pytest.fixture(scope="module")
 def single_files(model_folders, tmp_path_factory):
     """The random models as single files, by family."""
     folder = tmp_path_factory.mktemp("single")
-    for name, place in model_folders.items():
-        tensors = {key: tensor.contiguous() for key, tensor in checkpoint_of(place, name).items()}
+    for name in UNETS:
+        tensors = {key: tensor.contiguous() for key, tensor in checkpoint_of(model_folders[name], name).items()}
         save_file(tensors, folder / f"{name}.safetensors")
-    return {name: folder / f"{name}.safetensors" for name in model_folders}
+    return {name: folder / f"{name}.safetensors" for name in UNETS}
 
 
 @pytest.fixture

@@ -50,6 +50,10 @@ def comfy(component, path):
     return f"text_encoders.clip_{'g' if component.endswith('2') else 'l'}.transformer.{path}"
 
 
+def kohya_names(family):
+    return lambda component, path: FAMILIES[family].kohya(component, path).name
+
+
 BOTH, XL = ("unet", "text_encoder"), ("unet", "text_encoder", "text_encoder_2")
 DOT = "{}.{}".format
 TRAINERS = {
@@ -62,8 +66,8 @@ TRAINERS = {
                              ".lora_B.weight"),
     "processors": (("unet",), lambda c, path: f"{c}.{path}".replace(".to_", ".processor.to_").replace("to_out.0",
                    "to_out"), "_lora.down.weight", "_lora.up.weight"),
-    "kohya": (BOTH, FAMILIES["sd"].kohya, ".lora_down.weight", ".lora_up.weight"),
-    "kohya XL": (XL, FAMILIES["sdxl"].kohya, ".lora_down.weight", ".lora_up.weight"),
+    "kohya": (BOTH, kohya_names("sd"), ".lora_down.weight", ".lora_up.weight"),
+    "kohya XL": (XL, kohya_names("sdxl"), ".lora_down.weight", ".lora_up.weight"),
     "ComfyUI": (XL, comfy, ".lora_A.weight", ".lora_B.weight"),
     "ComfyUI, kohya's ends": (XL, comfy, ".lora_down.weight", ".lora_up.weight"),
 }  # fmt: skip
@@ -106,7 +110,7 @@ def test_each_layer_has_its_own_rank_and_alpha():
         rank, alpha = 2 + number, 1.0 + number
         down, up = torch.randn(rank, 6), torch.randn(5, rank)
         want[path] = alpha / rank * up @ down
-        name = FAMILIES["sd"].kohya("unet", path)
+        name = FAMILIES["sd"].kohya("unet", path).name
         state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(alpha)}
     weights = read_state(state, {})
     assert weights.rank == 4
@@ -114,7 +118,7 @@ def test_each_layer_has_its_own_rank_and_alpha():
         torch.testing.assert_close(update(weights, path), matrix)
     written = to_kohya(weights, FAMILIES["sd"].kohya)
     for path, matrix in want.items():
-        name = FAMILIES["sd"].kohya("unet", path)
+        name = FAMILIES["sd"].kohya("unet", path).name
         down, up = written[f"{name}.lora_down.weight"], written[f"{name}.lora_up.weight"]
         torch.testing.assert_close(written[f"{name}.alpha"] / len(down) * up @ down, matrix)
 

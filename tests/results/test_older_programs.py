@@ -16,7 +16,8 @@ def names(path):
         return list(opened.keys())
 
 
-def test_a_folder_gets_the_long_names_and_the_two_files_of_a_tokenizer(sdxl_folder, tmp_path):
+def test_a_folder_gets_the_long_names_and_the_two_files_of_a_tokenizer(model_folders, tmp_path):
+    sdxl_folder = model_folders["sdxl"]
     folder = tmp_path / "model"
     shutil.copytree(sdxl_folder, folder)
     suit_older_programs(folder)
