@@ -13,7 +13,7 @@ CORES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST = $(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -q -n $(CORES) --dist worksteal -m "not gpu"
 BENCH ?= benchmarks/tiny_quality.py benchmarks/paper_shape.py
 
-.PHONY: help demo test browser lint gpu bench results install clean
+.PHONY: help demo test browser lint gpu compat bench results install clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -42,6 +42,9 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 gpu: $(VENV)/.installed  ## the tests and benchmarks that need a CUDA device, in eight minutes, into ./gpu-results
 	$(BIN)/python benchmarks/gpu.py --out gpu-results
 
+compat: $(VENV)/.installed  ## what we publish, loaded by eight versions of diffusers, in environments of their own in ./.compat
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compat.py
+
 bench: $(VENV)/.installed  ## the benchmarks that need no peer, or BENCH="a.py b.py"
 	@for script in $(BENCH); do echo "== $$script"; $(RUN) $(BIN)/python $$script || exit 1; done
 
@@ -51,7 +54,7 @@ results: $(VENV)/.installed  ## docs/results.md and the README's figures, from b
 install: $(VENV)/.installed  ## only the virtual environment, with dbtrain editable in it
 
 clean:  ## remove the virtual environment and build output
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .compat build dist *.egg-info
 
 # torch is installed first. The second command then keeps the build of torch (CPU or CUDA) that is there.
 $(VENV)/.installed: setup.py constraints.txt pyproject.toml

@@ -22,6 +22,7 @@ REQUIRES = [
     "deepspeed>=0.18",
     "diffusers>=0.36",
     "fsspec>=2024.6",
+    "hjson>=3.1",
     "jinja2>=3.1",
     "ninja>=1.11",
     "numpy>=1.26",

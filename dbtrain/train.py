@@ -18,6 +18,7 @@ from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.training.job import Finished, open_job
 from dbtrain.training.session import Base, Watch, Work, join_run, open_work
 from dbtrain.training.stopping import signals_as_before
+from dbtrain.training.telemetry import refuse_trackers
 from dbtrain.values import Subject
 
 
@@ -36,6 +37,7 @@ def train_manifest(
     Raises DataError for unknown ids or while another run works on `out`, and StopRequested when the process was asked
     to stop.
     """
+    refuse_trackers(config.track)
     subjects, findings = scan_manifest(manifest, config.data.shards is None)
     if not skip_bad:
         refuse(findings)

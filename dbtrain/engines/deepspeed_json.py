@@ -54,6 +54,15 @@ THEIRS: dict[str, type | tuple[type, ...]] = {
 """Top-level keys that a user may set, with their types; DeepSpeed passes an unknown key silently, and fails on a wrong
 type deep within."""
 
+SWITCHED = frozenset(
+    """amp autotuning compile compression_training curriculum_learning data_efficiency elasticity eigenvalue
+    hybrid_engine nebula pipeline progressive_layer_drop quantize_training sparse_attention tensor_parallel
+    use_node_local_storage weight_quantization""".split()
+)
+"""Top-level keys of DeepSpeed that change the training, and that templates often hold switched off."""
+ADAM = ("Adam", "AdamW")
+"""Types of optimizers in templates that are the run's own AdamW when all of their values are "auto"."""
+
 JSON_NAMES = {dict: "an object", bool: "true or false", str: "text", int: "a whole number", (int, float): "a number"}
 
 
@@ -89,7 +98,15 @@ def deepspeed_config(
 def merge_user_file(path: Path, decided: dict[str, Any], zero_keys: Collection[str]) -> dict[str, Any]:
     """A user's DeepSpeed JSON under dbtrain's decisions: "auto" is resolved; disagreement, unknown keys are errors."""
     user = _read_json(path)
-    findings = [_unknown(path, key, [*OURS, *THEIRS]) for key in user if key not in OURS and key not in THEIRS]
+    user = {key: value for key, value in user.items() if key not in SWITCHED or not _is_off(value)}
+    known = [*OURS, *THEIRS]
+    findings = [
+        f"{path}: {key}: is switched on, and dbtrain does not use it; remove it, or set enabled to false"
+        if key in SWITCHED
+        else _unknown(path, key, known)
+        for key in user
+        if key not in known
+    ]
     findings += [
         f"{path}: {key}: got {value!r}, want {JSON_NAMES[THEIRS[key]]}"
         for key, value in user.items()
@@ -113,10 +130,10 @@ def merge_user_file(path: Path, decided: dict[str, Any], zero_keys: Collection[s
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = _parsed(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"engine.deepspeed: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"engine.deepspeed: {path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"engine.deepspeed: {path} must hold a JSON object, got {type(value).__name__}")
@@ -124,6 +141,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(zero, dict):
         raise ConfigError(f"{path}: zero_optimization: got {zero!r}, want a JSON object such as {{\"stage\": 2}}")
     return value
+
+
+def _parsed(text: str) -> Any:
+    """The value in a JSON text; comments and trailing commas are allowed, as DeepSpeed reads its files with hjson."""
+    import hjson
+
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        value = json.loads(json.dumps(hjson.loads(text)))  # plain dicts, lists and numbers
+        if not isinstance(value, dict):
+            raise error  # hjson takes any text for a text without quotes
+        return value
 
 
 def _is_a(value: Any, kind: type | tuple[type, ...]) -> bool:
@@ -139,11 +169,20 @@ def _unknown(path: Path, key: str, known: Collection[str]) -> str:
 def _disagrees(key: str, value: Any, ours: dict[str, Any], top: bool) -> bool:
     if key in ("zero_optimization", "steps_per_print") or value == "auto":
         return False
+    if top and key in ("optimizer", "scheduler") and isinstance(value, dict):
+        params = value.get("params") or {}
+        kind = key == "scheduler" or value.get("type") in ADAM
+        return not (kind and params and isinstance(params, dict) and all(entry == "auto" for entry in params.values()))
     if key in ("fp16", "bf16") and isinstance(value, dict):
         return value.get("enabled", False) not in (False, "auto")
     if key in ours:
         return not _agrees(value, ours[key])
     return (top and key in OURS) or (key.startswith("offload_") and value not in (None, {"device": "none"}))
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a section is switched off; one without `enabled` is off in DeepSpeed, whatever else it says."""
+    return value in (None, False) or (isinstance(value, dict) and value.get("enabled", False) in (False, "auto"))
 
 
 def _agrees(value: Any, ours: Any) -> bool:

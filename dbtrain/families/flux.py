@@ -107,5 +107,6 @@ FLUX = Family(
     call=call,
     attend=keep_attention,
     trains_text=False,
+    negative=False,
     shapes={"flux1": DEV},
 )

@@ -121,5 +121,6 @@ FLUX2_KLEIN = Family(
     call=call,
     attend=keep_attention,
     trains_text=False,
+    negative=False,
     shapes={"flux2_klein_4b": size(5, 20, 24, 7680), "flux2_klein_9b": size(8, 24, 32, 12288)},
 )

@@ -64,4 +64,5 @@ SD = Family(
     kohya=kohya,
     regions=REGIONS,
     shapes={"sd15": SD15},
+    base_version="sd_v1",
 )

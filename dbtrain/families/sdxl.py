@@ -1,14 +1,12 @@
 """Stable Diffusion XL (arXiv 2307.01952): two text encoders, pooled text and size conditioning."""
 
-import re
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from dbtrain.models.architectures import Architecture
 from dbtrain.models.family import Family, KohyaLayer, Tokens
 from dbtrain.models.schedules import diffusion
+from dbtrain.models.stability_names import to_stability
 from dbtrain.models.unet import CODEC, REGIONS, SAMPLERS, UNET, text_path
 from dbtrain.values import Batch, Conditioning
 
@@ -27,32 +25,12 @@ def denoise(unet: nn.Module, x_t_BCHW: Tensor, time_B: Tensor, conditioning: Con
 
 
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-BLOCKS: list[tuple[str, Callable[[int, int], str]]] = [
-    (r"down_blocks\.(\d)\.resnets\.(\d)", lambda i, j: f"input_blocks.{3 * i + j + 1}.0"),
-    (r"down_blocks\.(\d)\.attentions\.(\d)", lambda i, j: f"input_blocks.{3 * i + j + 1}.1"),
-    (r"mid_block\.(resnets)\.(\d)", lambda _, j: f"middle_block.{2 * j}"),
-    (r"mid_block\.(attentions)\.(\d)", lambda _, j: "middle_block.1"),
-    (r"up_blocks\.(\d)\.resnets\.(\d)", lambda i, j: f"output_blocks.{3 * i + j}.0"),
-    (r"up_blocks\.(\d)\.attentions\.(\d)", lambda i, j: f"output_blocks.{3 * i + j}.1"),
-]
-"""Stability's names of the blocks (two layers a block), which kohya's sd-scripts use, by diffusers' names."""
-LAYERS = {"conv_shortcut": "skip_connection", "time_emb_proj": "emb_layers.1"}
 
 
 def kohya(component: str, path: str) -> KohyaLayer:
     """kohya's name of a layer: Stability's block names with underscores, behind `lora_unet`, `lora_te1`, `lora_te2`."""
-    name = f"{KOHYA[component]}.{_stability_path(path) if component == 'unet' else text_path(path)}"
+    name = f"{KOHYA[component]}.{to_stability(path) if component == 'unet' else text_path(path)}"
     return KohyaLayer(name.replace(".", "_"))
-
-
-def _stability_path(path: str) -> str:
-    for pattern, rename in BLOCKS:
-        match = re.match(pattern, path)
-        if match:
-            block, layer = (int(part) if part.isdigit() else 0 for part in match.groups())
-            path = rename(block, layer) + path[match.end() :]
-    head, _, tail = path.rpartition(".")
-    return f"{head}.{LAYERS.get(tail, tail)}" if head else path
 
 
 XL = Architecture(
@@ -100,4 +78,5 @@ SDXL = Family(
     kohya=kohya,
     regions=REGIONS,
     shapes={"sdxl": XL},
+    base_version="sdxl_base_v1-0",
 )

@@ -1,40 +1,37 @@
 """Names of an adapter's matrices in files: diffusers' (PEFT's under the component) and kohya's, both ways."""
 
+import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from dbtrain.models.adapters import LoraWeights
+from dbtrain.models.adapters import TEXT_MODEL, LoraWeights
 from dbtrain.models.family import KohyaLayer
+
+SHORT_CLIP = re.compile(r"(encoder\.layers|embeddings|final_layer_norm)\b")
+"""How the path of a CLIP layer begins in transformers >= 5.6."""
+
+
+def long_path(component: str, path: str) -> str:
+    """A layer's path in files. Those of CLIP's text models begin with `text_model.`: diffusers with transformers < 5.6,
+    ComfyUI and kohya know no other, and newer versions read both."""
+    return TEXT_MODEL + path if component.startswith("text_encoder") and SHORT_CLIP.match(path) else path
 
 
 def to_diffusers(weights: LoraWeights) -> dict[str, Tensor]:
-    """State dict for `pipe.load_lora_weights`: PEFT's names under the component's, e.g. `unet.<path>.lora_A.weight`."""
+    """State dict for `pipe.load_lora_weights`: PEFT's names under the component's, e.g. `unet.<path>.lora_A.weight`.
+
+    Its readers disagree about alpha, so only a folded adapter means the same to all of them.
+    """
     state = {}
     for component, matrices in weights.matrices.items():
         for path, (down, up) in matrices.items():
             trail = (1, 1) if f"{component}.{path}" in weights.conv else ()
-            state[f"{component}.{path}.lora_A.weight"] = down.reshape(*down.shape, *trail).contiguous()
-            state[f"{component}.{path}.lora_B.weight"] = up.reshape(*up.shape, *trail).contiguous()
+            name = f"{component}.{long_path(component, path)}"
+            state[f"{name}.lora_A.weight"] = down.reshape(*down.shape, *trail).contiguous()
+            state[f"{name}.lora_B.weight"] = up.reshape(*up.shape, *trail).contiguous()
     return state
-
-
-def from_diffusers(state: dict[str, Tensor], alpha: float | None = None) -> LoraWeights:
-    """The adapter in a state dict of `to_diffusers`; alpha None is alpha = rank."""
-    matrices: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-    conv = set()
-    for name in sorted(state):
-        if not name.endswith(".lora_A.weight"):
-            continue
-        full = name.removesuffix(".lora_A.weight")
-        component, path = full.split(".", 1)
-        down, up = state[name], state[f"{full}.lora_B.weight"]
-        if down.dim() == 4:
-            conv.add(full)
-        matrices.setdefault(component, {})[path] = (down.flatten(1), up.flatten(1))
-    rank = next(down.shape[0] for group in matrices.values() for down, _ in group.values())
-    return LoraWeights(matrices, rank if alpha is None else alpha, rank, frozenset(conv))
 
 
 def to_kohya(weights: LoraWeights, layer_of: Callable[[str, str], KohyaLayer]) -> dict[str, Tensor]:
@@ -54,10 +51,11 @@ def to_kohya(weights: LoraWeights, layer_of: Callable[[str, str], KohyaLayer]) -
             trail = (1, 1) if f"{component}.{path}" in weights.conv else ()
             state[f"{layer.name}.lora_down.weight"] = down.reshape(*down.shape, *trail).contiguous()
             state[f"{layer.name}.lora_up.weight"] = up.reshape(*up.shape, *trail).contiguous()
-            state[f"{layer.name}.alpha"] = torch.tensor(float(weights.alpha))
+            state[f"{layer.name}.alpha"] = torch.tensor(weights.scale * len(down))
     for (name, sizes), parts in fused.items():
-        state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = _fused(parts, sizes)
-        state[f"{name}.alpha"] = torch.tensor(float(weights.alpha * len(sizes)))
+        down, up = _fused(parts, sizes)
+        state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = down, up
+        state[f"{name}.alpha"] = torch.tensor(weights.scale * len(down))
     return state
 
 

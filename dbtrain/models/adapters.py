@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -20,6 +20,8 @@ from dbtrain.randomness import Purpose, stream_key, uniform_range
 from dbtrain_kernels.lora import lora
 
 ALL_ROWS = slice(None)
+TEXT_MODEL = "text_model."
+"""What the layers of a CLIP text model are called by in files, and in some models of transformers."""
 
 
 class StackedLora(nn.Module):
@@ -143,12 +145,29 @@ class LoraWeights:
     """One subject's adapter: {model path: (A [rank, in], B [out, rank])} for each component, with its alpha.
 
     Components are named `unet` (or `transformer`), `text_encoder`, `text_encoder_2`. conv: paths of 1x1 convolutions.
+    rank: the largest of any layer. The update of every layer is alpha / rank * B A, whatever the layer's own rank.
     """
 
     matrices: dict[str, dict[str, tuple[Tensor, Tensor]]]
     alpha: float
     rank: int
     conv: frozenset[str] = frozenset()
+
+    @property
+    def scale(self) -> float:
+        """What every layer's B A is multiplied by."""
+        return self.alpha / self.rank
+
+    def folded(self, weight: float = 1.0) -> LoraWeights:
+        """The same adapter at scale 1 (alpha = rank): the scale, and a weight of one's own, multiplied into B."""
+        factor = self.scale * weight
+        if factor == 1:
+            return self if self.alpha == self.rank else replace(self, alpha=float(self.rank))
+        matrices = {
+            component: {path: (down, up * factor) for path, (down, up) in layers.items()}
+            for component, layers in self.matrices.items()
+        }
+        return replace(self, matrices=matrices, alpha=float(self.rank))
 
 
 def from_state(trained: dict[str, Tensor], components: dict[str, nn.Module], alpha: float) -> LoraWeights:
@@ -176,7 +195,42 @@ def write_rows(components: dict[str, nn.Module], row: int, weights: LoraWeights)
             layer.up_NDR[row] = 0
             layer.down_NRD[row, : down.shape[0]] = down.to(layer.down_NRD)
             layer.up_NDR[row, :, : up.shape[1]] = up.to(layer.up_NDR)
-            layer.scale_N[row] = weights.alpha / weights.rank
+            layer.scale_N[row] = weights.scale
+
+
+def renamed(components: dict[str, nn.Module], weights: LoraWeights) -> LoraWeights:
+    """The adapter with the names that its text layers have in these models.
+
+    transformers 5.6 dropped `text_model.` from a CLIPTextModel and kept it in a CLIPTextModelWithProjection; files hold
+    the long names, and older files of dbtrain the short ones.
+    """
+
+    def name_in(model: nn.Module | None, path: str) -> str:
+        short = path.removeprefix(TEXT_MODEL)
+        other = short if short != path else TEXT_MODEL + path
+        known = model is None or has_layer(model, path) or not has_layer(model, other)
+        return path if known else other
+
+    names = {
+        f"{component}.{path}": name_in(components.get(component), path)
+        for component, matrices in weights.matrices.items()
+        for path in matrices
+    }
+    matrices = {
+        component: {names[f"{component}.{path}"]: pair for path, pair in matrices.items()}
+        for component, matrices in weights.matrices.items()
+    }
+    conv = frozenset(f"{full.partition('.')[0]}.{names[full]}" for full in weights.conv)
+    return replace(weights, matrices=matrices, conv=conv)
+
+
+def has_layer(model: nn.Module, path: str) -> bool:
+    """Whether a model has a module of this path."""
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) -> None:
@@ -187,7 +241,8 @@ def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) 
                 weight = components[component].get_submodule(path).weight
             except (KeyError, AttributeError) as error:
                 raise DataError(f"adapter: {component}.{path} is no layer of this base; use its own base") from error
-            want = ((weights.rank, weight[0].numel()), (weight.shape[0], weights.rank))
+            rank = len(down)
+            want = ((rank, weight[0].numel()), (weight.shape[0], rank))
             if not isinstance(weight, torch.Tensor) or weight.dim() < 2 or (down.shape, up.shape) != want:
                 got = f"{tuple(down.shape)} and {tuple(up.shape)}"
                 wanted = f"{want[0]} and {want[1]}"
@@ -198,6 +253,7 @@ def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) 
 def adapter(family: Family, models: Models, weights: LoraWeights) -> Iterator[None]:
     """The base with an adapter on it; afterwards the base as it was."""
     components = models.components(family.denoiser)
+    weights = renamed(components, weights)
     refuse_misfit(components, weights)
     for name, matrices in weights.matrices.items():
         attach(components[name], matrices, 1, weights.rank, weights.alpha)

@@ -133,6 +133,8 @@ class Family:
     kohya(component, path) -> a layer in kohya's files; None for a family whose adapters no reader takes by such names.
     regions: class names of the blocks that repeat in the denoiser, which are compiled one by one. shapes: published
     sizes, to count and to time without weights. trains_text: whether diffusers loads adapters of all its text encoders.
+    negative: whether the pipeline takes a negative prompt.
+    base_version: kohya's name of the base (`ss_base_model_version`), by which A1111 and Forge choose what to offer.
     """
 
     name: str
@@ -155,6 +157,8 @@ class Family:
     call: Callable[[Models, float], dict[str, Any]] = by_guidance
     attend: Callable[[nn.Module, str, str, str], Attention] = engage_attention
     trains_text: bool = True
+    negative: bool = True
+    base_version: str = "unknown"
 
 
 def refuse_impossible(family: Family, config: RunConfig) -> None:

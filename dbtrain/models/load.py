@@ -11,7 +11,9 @@ import torch
 from dbtrain.engines.unit_scale import drop_unit_divisions
 from dbtrain.errors import ConfigError, DataError, first_line
 from dbtrain.models.architectures import class_of
+from dbtrain.models.base_check import base_problem, marks_of, path_problem
 from dbtrain.models.family import Family, Models, is_local
+from dbtrain.models.schedules import changed
 from dbtrain.settings.config import ModelConfig
 from dbtrain.storage.atomic import file_digest
 from dbtrain.tiny import BASE, EMBEDDED
@@ -21,7 +23,19 @@ A_HUB_ID = "a hub id (fetched once; without network it must be in the hub's cach
 
 def source_of(path: str) -> str:
     """Where a model is read from: `embedded` is the base that ships with dbtrain."""
-    return str(BASE) if path == EMBEDDED else path
+    return str(BASE) if path == EMBEDDED else str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def refuse_base(family: Family, config: ModelConfig) -> None:
+    """Raise ConfigError where small files, or the path itself, show that a base cannot be used as this family's."""
+    try:
+        source = source_of(config.path)
+        problem = path_problem(config.path) if config.path != EMBEDDED else None
+        problem = problem or base_problem(family, source, config.variant)
+    except DataError as error:
+        problem = str(error)
+    if problem:
+        raise ConfigError(f"model.path: {problem}")
 
 
 def load_models(family: Family, config: ModelConfig) -> Models:
@@ -31,6 +45,7 @@ def load_models(family: Family, config: ModelConfig) -> Models:
     """
     quiet_libraries()
     source = source_of(config.path)
+    refuse_base(family, config)
     mind_the_network(source, *filter(None, [config.single_file_layout]))
     if source.endswith((".safetensors", ".ckpt")):
         return _load_single_file(family, config, source)
@@ -47,12 +62,19 @@ def load_models(family: Family, config: ModelConfig) -> Models:
         scheduler = _load_scheduler(source, index, config)
     except (OSError, KeyError, ValueError) as error:
         raise ConfigError(
-            f"model.path: cannot load {config.path!r} as {family.name}: {first_line(error)}; "
+            f"model.path: cannot load {config.path!r} as {family.name}: {first_line(error)}; {_variant_hint(error)}"
             f"give a diffusers folder, a .safetensors file, or {A_HUB_ID}"
         ) from error
     models = _assemble(family, config, source, parts, tokenizers, scheduler)
     models.told = {name: index[name] for name in family.told if name in index}
     return models
+
+
+def _variant_hint(error: Exception) -> str:
+    """What may help where a hub model's weights are not found: many hold fp16 weights alone."""
+    text = str(error)
+    told = ".safetensors" in text or ".bin" in text
+    return "if it holds fp16 weights alone, set model.variant=fp16; " if told else ""
 
 
 def _assemble(
@@ -140,7 +162,19 @@ def _load_single_file(family: Family, config: ModelConfig, source: str) -> Model
     if config.dtype == "bf16":
         parts |= {name: module.to(torch.bfloat16) for name, module in parts.items() if name != "vae"}
     tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_encoders}
-    return _assemble(family, config, source, parts, tokenizers, pipeline.scheduler)
+    return _assemble(family, config, source, parts, tokenizers, marked(pipeline.scheduler, marks_of(Path(source))))
+
+
+def marked(scheduler: Any, marks: set[str]) -> Any:
+    """The scheduler as the marks of a single file want it: `v_pred` predicts v, `ztsnr` has zero terminal SNR."""
+    told: dict[str, Any] = {}
+    if "v_pred" in marks:
+        told["prediction_type"] = "v_prediction"
+    if "ztsnr" in marks:
+        told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if not told:
+        return scheduler
+    return changed(scheduler, type(scheduler), told)
 
 
 def mind_the_network(*sources: str) -> None:

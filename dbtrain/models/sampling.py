@@ -37,8 +37,9 @@ def generate(
     guidance: float,
     precision: str = "fp32",
     batch: int = 8,
+    negative: str | None = None,
 ) -> Iterator[Image.Image]:
-    """One RGB image for each (prompt, seed), in order.
+    """One RGB image for each (prompt, seed), in order. negative: what guidance leads away from; None is nothing.
 
     Every image has its own CPU generator, so its noise does not depend on the batch it is drawn in or on the device.
     """
@@ -55,16 +56,23 @@ def generate(
                 num_inference_steps=steps,
                 output_type="pil",
                 **told,
+                **({} if negative is None else {"negative_prompt": [negative] * len(generators)}),
             ).images
 
 
 def draw_samples(
-    pipeline: Any, prompts: Sequence[str], settings: SampleConfig, resolution: int, precision: str = "fp32"
+    pipeline: Any,
+    prompts: Sequence[str],
+    settings: SampleConfig,
+    resolution: int,
+    precision: str = "fp32",
+    negative: str | None = None,
 ) -> list[list[Image.Image]]:
     """A row of `settings.images` images for each prompt; image i of every row has seed `settings.seed` + i."""
     flat = [prompt for prompt in prompts for _ in range(settings.images)]
     seeds = [settings.seed + i for _ in prompts for i in range(settings.images)]
-    images = list(generate(pipeline, flat, seeds, resolution, settings.steps, settings.guidance, precision))
+    chosen = (resolution, settings.steps, settings.guidance, precision)
+    images = list(generate(pipeline, flat, seeds, *chosen, negative=negative))
     return [images[i * settings.images : (i + 1) * settings.images] for i in range(len(prompts))]
 
 

@@ -54,4 +54,14 @@ def scheduler_as_trained(scheduler: Any, schedule: Schedule, config: ModelConfig
 
     knows_zero_snr = "rescale_betas_zero_snr" in inspect.signature(type(scheduler)).parameters
     kind = type(scheduler) if knows_zero_snr or config.zero_terminal_snr is not True else DDIMScheduler
-    return kind.from_config({**scheduler.config, **told})
+    return changed(scheduler, kind, told)
+
+
+def changed(scheduler: Any, kind: Any, settings: dict[str, Any]) -> Any:
+    """A scheduler of this class with another one's settings, but for these.
+
+    diffusers keeps in `_use_default_values` what a file did not say, and `from_config` drops those keys; without that
+    list it takes them.
+    """
+    kept = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return kind.from_config({**kept, **settings})

@@ -15,6 +15,10 @@ from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import write_file
 from dbtrain.tiny import EMBEDDED
 
+TESTED = ("0.33.1", "0.42.1")
+"""Oldest and newest diffusers that `make compat` loads results with."""
+TESTED_FAMILIES = ("sd", "sdxl")
+"""Families whose results it loads."""
 CARD = "README.md"
 CONFIG_FILE = "config.yaml"
 
@@ -38,6 +42,10 @@ def publish_card(folder: Path, record: dict[str, Any], config: RunConfig, recipe
         f"| {key} | `{_cell(record[key])}` |"
         for key in ("identifier", "class", "steps", "seed", "base", "base_digest", "data_digest", "run", "dbtrain")
     )
+    tested = ""
+    if record.get("family", "sd") in TESTED_FAMILIES:
+        versions = f"diffusers {TESTED[0]} to {TESTED[1]} and the transformers and PEFT of their day"
+        tested = f"Such results are tested with {versions}.\n\n"
     write_file(
         folder / CARD,
         f"""---
@@ -52,7 +60,7 @@ Trained with dbtrain {__version__} (DreamBooth, arXiv 2208.12242).
 {python_snippet({**record, "method": config.train.method}, ".", "sample.png")}
 ```
 
-| | |
+{tested}| | |
 |---|---|
 {rows}
 

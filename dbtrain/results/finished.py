@@ -30,14 +30,22 @@ SHEET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 @contextmanager
-def finished_pipeline(folder: Path | None, family: Family, models: Models, config: RunConfig) -> Iterator[Any]:
-    """The pipeline of a finished subject: the base with its adapter, or its own model. None gives the plain base's."""
+def finished_pipeline(
+    folder: Path | None, family: Family, models: Models, config: RunConfig, weight: float = 1.0
+) -> Iterator[Any]:
+    """The pipeline of a finished subject: the base with its adapter, or its own model. None gives the plain base's.
+
+    weight: how much of the adapter is added to the base; 0 is the base alone. Raises ConfigError for another weight
+    than 1 where there is no adapter.
+    """
     with sampling_mode(models):
         if folder is None:
             yield make_pipeline(family, models)
         elif (folder / LORA_FILE).exists():
-            with adapter(family, models, read_lora(folder)[0]):
+            with adapter(family, models, read_lora(folder)[0].folded(weight)):
                 yield make_pipeline(family, models)
+        elif weight != 1:
+            raise ConfigError(f"--weight: {folder} is a whole model and has no adapter to weigh; leave it out")
         else:
             own = config.model.model_copy(update={"path": str(folder / MODEL_FOLDER)})
             yield make_pipeline(family, load_models(family, own).to(models.denoiser.device))
@@ -70,11 +78,14 @@ def generate_finished(
     overrides: Sequence[str],
     name: str,
     sets: Sequence[str] = (),
+    negative: str | None = None,
+    weight: float = 1.0,
 ) -> Iterator[Path]:
     """The sheets drawn for each finished subject's folder. A base is loaded once for all adapters that follow on it.
 
     prompts: templates with `{subject}`; None takes those of the subject's own recipe. sets: names of prompt sets, in
-    place of prompts; each set gives one sheet of its name. overrides: `a.b=c` settings.
+    place of prompts; each set gives one sheet of its name. overrides: `a.b=c` settings. negative: a template of what
+    the pictures are to keep away from. weight: of the adapters, as in `finished_pipeline`.
     Raises DataError for a folder without a finished subject, and ConfigError for an unknown set, for a bad name of a
     sheet, and where there is nothing to draw.
     """
@@ -91,10 +102,14 @@ def generate_finished(
             for title, prompt_set in titles.items()
         }
         refuse_nothing(folder, sheets, config)
-        with finished_pipeline(folder, family, warm.load(config.model), config) as pipeline:
+        if negative and not family.negative:
+            raise ConfigError(f"--negative: the pipeline of {family.name} takes no negative prompt; leave it out")
+        avoided = negative and fill(negative, identifier=record["identifier"], class_noun=noun)
+        with finished_pipeline(folder, family, warm.load(config.model), config, weight) as pipeline:
             for title, templates in sheets.items():
                 texts = [fill(text, identifier=record["identifier"], class_noun=noun) for text in templates]
-                rows = draw_samples(pipeline, texts, config.sample, config.data.resolution, config.train.precision)
+                chosen = (config.sample, config.data.resolution, config.train.precision)
+                rows = draw_samples(pipeline, texts, *chosen, negative=avoided)
                 yield publish_sheet(folder, rows, texts, title)
 
 

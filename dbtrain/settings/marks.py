@@ -64,13 +64,13 @@ def anchored(config: Tree) -> Tree:
 
 
 def absolute(path: str | None) -> str | None:
-    """A path, absolute; an address or None as it is."""
-    return path if path is None or "://" in path else str(Path(path).absolute())
+    """A path, absolute, with `~` replaced; an address or None as it is."""
+    return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
 
 
 def absolute_name(name: str | None) -> str | None:
     """A name as `absolute` if a file or folder of this name exists; a hub id and `embedded` as they are."""
-    return name if name is None or name == EMBEDDED or not Path(name).exists() else absolute(name)
+    return name if name is None or name == EMBEDDED or not Path(name).expanduser().exists() else absolute(name)
 
 
 ANCHORS: dict[Mark, Callable[[str | None], str | None]] = {Mark.PATH: absolute, Mark.PATH_OR_NAME: absolute_name}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 from dbtrain.errors import ConfigError
-from dbtrain.settings.config import RunConfig
+from dbtrain.settings.config import RunConfig, TrackConfig
 
 LOG = "log.jsonl"
 
@@ -40,6 +41,16 @@ class JsonLines:
         self.file.close()
 
 
+def refuse_trackers(track: TrackConfig) -> None:
+    """Raise ConfigError for trackers that are asked for and not installed; none is loaded."""
+    missing = [name for name in ("wandb", "trackio") if getattr(track, name) and find_spec(name) is None]
+    if missing:
+        raise ConfigError([MISSING.format(name=name) for name in missing])
+
+
+MISSING = "track.{name}: {name} is not installed; pip install 'dbtrain[trackers]', or set track.{name}=null"
+
+
 class TensorBoard:
     """TensorBoard event files under `tensorboard/`, with the run's settings as text."""
 
@@ -66,10 +77,7 @@ class Tracker:
         try:
             self.api = __import__(module)
         except ImportError as error:
-            raise ConfigError(
-                f"track.{module}: {module} is not installed; pip install 'dbtrain[trackers]', "
-                f"or set track.{module}=null"
-            ) from error
+            raise ConfigError(MISSING.format(name=module)) from error
         self.api.init(project=project, name=run, config=settings)
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from dbtrain.engines.engine import EngineState, ParamGroup
 from dbtrain.errors import DataError
-from dbtrain.models.adapters import attach, fresh_row, from_state, layers, reset_row
+from dbtrain.models.adapters import attach, fresh_row, from_state, layers, renamed, reset_row
 from dbtrain.models.family import Family, Models
 from dbtrain.models.pipelines import assemble
-from dbtrain.results.publish import LORA_FILE, MODEL_FOLDER, publish_lora, read_lora
+from dbtrain.results.older_programs import suit_older_programs
+from dbtrain.results.publish import MODEL_FOLDER, adapter_file, publish_lora, read_lora
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import file_digest, whole_folder
 
@@ -57,12 +58,12 @@ def initial_matrices(family: Family, models: Models, config: RunConfig) -> dict[
     lacks, and ranks above its own, start afresh. Raises DataError where it does not fit.
     """
     path = Path(str(config.lora.init))
-    weights, _ = read_lora(path)
+    weights = renamed(models.components(family.denoiser), read_lora(path)[0])
     if weights.rank > config.lora.rank:
         raise DataError(f"lora.init: {path} has rank {weights.rank}, lora.rank is {config.lora.rank}; raise it")
     trained = trained_components(family, models, config)
     targets = {f"{name}.{at}": layer for name, module in trained.items() for at, layer in layers(module)}
-    factor = weights.alpha / weights.rank / (lora_alpha(config) / config.lora.rank)
+    factor = weights.scale / (lora_alpha(config) / config.lora.rank)
     given = {f"{name}.{at}": (down, up * factor) for name, matrices in weights.matrices.items()
              for at, (down, up) in matrices.items()}  # fmt: skip
     if strange := sorted(given.keys() - targets.keys()):
@@ -80,7 +81,7 @@ def initial_matrices(family: Family, models: Models, config: RunConfig) -> dict[
 def initial_digest(config: RunConfig) -> str:
     """SHA-256 of the adapter in `lora.init`; DataError if there is none."""
     path = Path(str(config.lora.init))
-    file = path / LORA_FILE if path.is_dir() else path
+    file = adapter_file(path)
     if not file.is_file():
         raise DataError(f"lora.init: {file} is no file; give a finished subject's folder, or an adapter's file")
     return file_digest(file)
@@ -165,6 +166,7 @@ def publish_weights(
         module.to(dtype)
     with whole_folder(folder / MODEL_FOLDER) as temporary:
         assemble(family, models).save_pretrained(temporary, safe_serialization=True)
+        suit_older_programs(temporary)
     for module in components.values():
         module.float()
     return sorted(path for path in (folder / MODEL_FOLDER).rglob("*") if path.is_file())

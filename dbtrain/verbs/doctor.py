@@ -20,6 +20,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from dbtrain.errors import DataError
 from dbtrain.tiny import BASE, EMBEDDED
 from dbtrain_launchers.ray_head import is_loopback, token_file_finding, token_path
 
@@ -250,14 +251,25 @@ def check_ray_head(address: str, ask: Callable[[str], tuple[bool, str]] = probe)
 
 
 def check_model(model: str) -> Check:
-    """Whether a base model can be found: `embedded`, a folder, a .safetensors file, or a hub id (not contacted)."""
-    path = BASE if model == EMBEDDED else Path(model)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        return fail("model", f"{path} has no model_index.json", "give the folder of a diffusers pipeline")
-    if path.is_file() and path.suffix != ".safetensors":
-        return fail("model", f"{path} is not a .safetensors file", "convert it; other formats can run code when loaded")
-    if path.exists():
-        return ok("model", str(path))
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+    """Whether a base model can be used: `embedded`, a folder, a .safetensors file, or a hub id (not contacted)."""
+    from dbtrain.families import FAMILIES
+    from dbtrain.models.base_check import base_problem, path_problem
+
+    if model == EMBEDDED:
+        return check_model(str(BASE))
+    problem = path_problem(model)
+    place = Path(model).expanduser()
+    if problem:
+        return fail("model", problem, "check the path")
+    if not place.exists():
         return warn("model", f"{model} is no path here; it will be looked up as a hub id")
-    return fail("model", f"{model} does not exist", "check the path")
+    try:
+        problems = {name: base_problem(FAMILIES[name], str(place)) for name in FAMILIES}
+    except DataError as error:
+        return fail("model", str(error), "fetch the base again")
+    fits = [name for name, problem in problems.items() if problem is None]
+    if fits:
+        return ok("model", f"{place}, model.family={' or '.join(fits)}")
+    # The family that comes nearest to the base says most about what is wrong with it.
+    detail = min(filter(None, problems.values()), key=lambda problem: "model.family=" in problem)
+    return fail("model", detail, "give a base of one of the families")

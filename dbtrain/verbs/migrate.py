@@ -6,7 +6,6 @@ recipe trains what the command trained. Flags are those of diffusers 0.42 (examp
 """
 
 import re
-import shlex
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import PurePath
@@ -14,6 +13,7 @@ from typing import Any
 
 from dbtrain.errors import ConfigError
 from dbtrain.settings import recipes, yaml12
+from dbtrain.verbs.shell_words import flags_of, shell_words
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def migrate(command_line: str) -> Migration:
 
 
 def _take_apart(command_line: str) -> _Command:
-    words = _words(command_line)
+    words = shell_words(command_line)
     position = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if position is None:
         raise ConfigError("migrate: no script in the command line, want one of " + ", ".join(SCRIPTS))
@@ -148,45 +148,13 @@ def _take_apart(command_line: str) -> _Command:
         other = re.search(r"sd3|flux|sana|hidream|qwen|lumina|z_image", script)
         reason = f"dbtrain has no family for {other[0]} models" if other else "only these are understood"
         raise ConfigError(f"migrate: {script}: {reason}; want one of {', '.join(SCRIPTS)}")
-    launcher, own = _flags(words[:position]), _flags(words[position + 1:])
+    launcher, own = flags_of(words[:position]), flags_of(words[position + 1:])
     if "pretrained_model_name_or_path" not in own:
         raise ConfigError(f"migrate: {script} without --pretrained_model_name_or_path, want the base model")
     command = _Command(script, {**launcher, **own})
     if "accelerate" in words[:position] and "num_processes" not in launcher:
         command.notes.append("accelerate without --num_processes: taken as 1 process; correct train.batch if more")
     return command
-
-
-def _words(text: str) -> list[str]:
-    """Shell words of a command or a small script: continued lines joined, `export A=b` lines applied."""
-    variables: dict[str, str] = {}
-    words: list[str] = []
-    for line in re.sub(r"\\\s*\n", " ", text).splitlines():
-        try:
-            parts = shlex.split(line, comments=True)
-        except ValueError as error:
-            raise ConfigError(f"migrate: {line.strip()[:60]!r}: {error}; check the quotes") from None
-        parts = [re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda m: variables.get(m[1] or m[2], m[0]), part) for part in parts]
-        while parts and (parts[0] in ("export", "!") or re.match(r"\w+=", parts[0])):
-            name, equals, value = parts.pop(0).partition("=")
-            if equals:
-                variables[name] = value
-        words += parts
-    return words
-
-
-def _flags(words: list[str]) -> dict[str, str]:
-    """Flags with their values; the empty text for a switch, several values joined by a space."""
-    flags: dict[str, str] = {}
-    name = None
-    for word in words:
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            flags[name] = value
-        elif name:
-            flags[name] = f"{flags[name]} {word}".strip()
-    return flags
 
 
 def _plain(text: str) -> Any:
@@ -294,6 +262,11 @@ def _captions(command: _Command) -> dict[str, Any]:
     """The manifest's row; captions and prompts of the recipe become templates as well."""
     instance, prior = command.get("instance_prompt"), command.get("class_prompt")
     identifier, noun = _split_prompt(instance, prior)
+    if noun is not None and identifier and not prior:
+        command.notes.append(
+            f"guessed from {instance!r}: the identifier is {identifier!r}, the class {noun!r}; correct both in the "
+            "manifest, and `data.caption` in the recipe, where that is wrong"
+        )
     if noun is None:
         noun = "object"
         command.notes.append(f"no class noun found in {instance!r}; correct `class` in the manifest: it matters most")
@@ -324,9 +297,28 @@ def _split_prompt(instance: str, prior: str) -> tuple[str | None, str | None]:
         return found[1], noun
     words = subject.split()
     if noun is None and len(words) > 1:
-        return words[0], " ".join(words[1:])
+        place = _rare_word(words)
+        return words[place], " ".join(words[place + 1 :] or words[:place])
     # "a photo of sks" beside "a photo of a dog": the noun stands in the class prompt only.
     return (words[0] if len(words) == 1 and subject != noun else None), noun
+
+
+def _rare_word(words: list[str]) -> int:
+    """Place of the identifier among a prompt's words: of the first that is no word, or else of the first."""
+    return next((place for place, word in enumerate(words) if not _is_word(word)), 0)
+
+
+def _is_word(text: str) -> bool:
+    """Whether letters can be spoken as a word: at least a vowel, and no long run of consonants or digit."""
+    plain = text.lower().strip(".,;:!?")
+    if not plain.isalpha():
+        return False
+    vowels = len(re.findall("[aeiouy]", plain))
+    return bool(vowels) and not re.search(r"[bcdfghjklmnpqrstvwxz]{4}", plain) and plain not in IDENTIFIERS
+
+
+IDENTIFIERS = frozenset("sks ohwx zwx olis gabi tok hta ktn shs srx bnha".split())
+"""Identifiers that tutorials give, some of which can be spoken."""
 
 
 def _core(prompt: str) -> str:

@@ -37,12 +37,16 @@ def preflight_verb(
 
     With --skip-bad this succeeds if any subject is sound; `train --skip-bad` leaves the listed subjects out.
     """
-    from dbtrain.models.load import load_tokenizer
+    from dbtrain.families import FAMILIES
+    from dbtrain.models.load import load_tokenizer, refuse_base
     from dbtrain.subjects.finding import defects, notes, refuse
     from dbtrain.subjects.manifest import scan_manifest
     from dbtrain.subjects.preflight import sift
+    from dbtrain.training.telemetry import refuse_trackers
 
     config = load_config(recipe, overrides)
+    refuse_trackers(config.track)
+    refuse_base(FAMILIES[config.model.family], config.model)
     tokenizer = None
     try:
         tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
@@ -87,7 +91,9 @@ def train_verb(
     stop_at_once()
     if subjects not in (None, "all") or bool(subject) == bool(subjects):
         raise ConfigError("--subject, --subjects: give --subject ID (it repeats), or --subjects all")
-    config = load_config(recipe, overrides)
+    from dbtrain.settings.marks import anchored
+
+    config = anchored(load_config(recipe, overrides))
     from dbtrain.train import train_manifest
 
     opened = partial(keep_origin, out, "train", manifest, recipe, overrides, skip_bad)
@@ -119,6 +125,12 @@ def generate_verb(
         typer.Option("--set", metavar="NAME", help=SETS),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the sheet without --set.")] = "generated",
+    negative: Annotated[
+        str | None, typer.Option(help="What the pictures are to keep away from: the negative prompt of guidance.")
+    ] = None,
+    weight: Annotated[
+        float, typer.Option(min=-4, max=4, help="How much of the adapter is added to the base; 0 is the base alone.")
+    ] = 1.0,
 ) -> None:
     """Draw images of finished subjects; many adapters share one loaded base."""
     from dbtrain.results.finished import generate_finished
@@ -129,20 +141,27 @@ def generate_verb(
         raise ConfigError("FOLDER: is missing; give a finished subject, OUT/subjects/ID")
     if prompt and sets:
         raise ConfigError("--prompt, --set: give one of them")
-    for sheet in generate_finished(folders, prompt, settings, name, sets or ()):
+    for sheet in generate_finished(folders, prompt, settings, name, sets or (), negative, weight):
         typer.echo(sheet)
 
 
 def export_verb(
-    folder: Annotated[Path, typer.Argument(help="Finished LoRA subject: OUT/subjects/ID, or an adapter file.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Finished subject: OUT/subjects/ID; an adapter of any trainer; a diffusers folder."),
+    ],
+    out: Annotated[str, typer.Option(help="File to write, or a folder: the file then has the subject's name.")],
+    family: Annotated[
+        str | None, typer.Option(help="Family of the base, such as sd or sdxl, where the names do not tell it.")
+    ] = None,
 ) -> None:
-    """Write an adapter with the key names of kohya-ss and ComfyUI."""
-    from dbtrain.results.publish import export_kohya, read_lora
+    """Write an adapter with the key names of kohya-ss and ComfyUI, or a fully fine-tuned model as one checkpoint file.
 
-    weights, metadata = read_lora(folder)
-    provenance = {key: value for key, value in metadata.items() if key not in ("format", "lora_adapter_metadata")}
-    typer.echo(export_kohya(out, weights, provenance))
+    Adapters of kohya, PEFT, diffusers and ComfyUI are read too. Whole models: Stable Diffusion 1, 2 and XL.
+    """
+    from dbtrain.results.exporting import export
+
+    typer.echo(export(folder, out, family))
 
 
 def demo_verb(

@@ -179,3 +179,49 @@ def test_what_deepspeed_itself_refuses_is_a_settings_error(given, world, zero):
     config = RunConfig(train=TrainConfig(batch=4), engine={"deepspeed": str(path), "zero": {"stage": 2}})
     with pytest.raises(ConfigError, match=f"DeepSpeed refuses it: .*{next(iter(zero))}"):
         _accepted_config(config, plan_batches(4, 2, 1))
+
+
+AUTO = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+def test_the_usual_template_of_autos_is_the_runs_own(given, kind):
+    path = given({"optimizer": {"type": kind, "params": AUTO}, "zero_optimization": {"stage": 2},
+                  "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}},
+                  "fp16": {"enabled": "auto", "loss_scale": 0}, "bf16": {"enabled": "auto"}})  # fmt: skip
+    assert resolve(path) == resolve(given({"zero_optimization": {"stage": 2}}))
+
+
+@pytest.mark.parametrize("section", [
+    {"optimizer": {"type": "AdamW", "params": {**AUTO, "lr": 1e-3}}}, {"optimizer": {"type": "Lamb", "params": AUTO}},
+    {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}])  # fmt: skip
+def test_a_template_with_values_of_its_own_disagrees(given, section):
+    (line,) = findings(given(section))
+    assert next(iter(section)) in line and "the run decides" in line
+
+
+COMMENTED = {
+    "line comments": '{\n // stage two\n "zero_optimization": {"stage": 2} # why\n}',
+    "trailing commas": '{"zero_optimization": {"stage": 2,},}',
+    "a block comment": '{/* two\n lines */ "zero_optimization": {"stage": 2}}',
+}
+
+
+@pytest.mark.parametrize("case", COMMENTED)
+def test_json_with_comments_is_read_as_deepspeed_reads_it(given, case):
+    assert resolve(given(COMMENTED[case])) == resolve(given({"zero_optimization": {"stage": 2}}))
+
+
+OFF = {"amp": {"enabled": False, "opt_level": "auto"}, "elasticity": {"enabled": False}, "autotuning": {},
+       "curriculum_learning": {"enabled": "auto"}, "data_efficiency": None}  # fmt: skip
+
+
+def test_sections_that_are_switched_off_say_nothing(given):
+    plain = resolve(given({"zero_optimization": {"stage": 2}}))
+    assert resolve(given({**OFF, "zero_optimization": {"stage": 2}})) == plain
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_and_switched_on_they_are_refused(given, name):
+    (line,) = findings(given({name: {"enabled": True}}))
+    assert f"{name}: is switched on, and dbtrain does not use it" in line

@@ -9,7 +9,7 @@ from torch import nn
 
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
-from dbtrain.models.adapter_names import from_diffusers, to_diffusers, to_kohya
+from dbtrain.models.adapter_names import to_diffusers, to_kohya
 from dbtrain.models.adapters import (
     LoraWeights,
     StackedLora,
@@ -17,9 +17,11 @@ from dbtrain.models.adapters import (
     detach,
     layers,
     matching_layers,
+    renamed,
     reset_row,
     write_rows,
 )
+from dbtrain.models.foreign_adapters import read_state
 from dbtrain.models.load import load_models
 from dbtrain.settings.config import LoraConfig as Settings
 from dbtrain.settings.config import ModelConfig
@@ -247,15 +249,30 @@ def test_kohya_keys_are_the_golden_list(models):
     assert all(float(state[name]) == 2.0 for name in state if name.endswith(".alpha"))
 
 
+@pytest.mark.parametrize("short", [False, True], ids=["long names", "short names of older files"])
 @pytest.mark.parametrize("models", UNETS, indirect=True)
-def test_from_diffusers_undoes_to_diffusers(models):
+def test_what_was_written_is_read_back(models, short):
     family, models = models
     weights = random_weights(family, models)
-    back = from_diffusers(to_diffusers(weights), 2.0)
+    state = to_diffusers(weights)
+    assert all(".text_model." in name for name in state if name.startswith("text_encoder"))
+    if short:
+        state = {name.replace("text_encoder.text_model.", "text_encoder."): value for name, value in state.items()}
+    back = renamed(models.components(family.denoiser), read_state(state, {"lora_alpha": 2.0}))
     assert (back.alpha, back.rank, back.conv) == (weights.alpha, weights.rank, weights.conv)
     assert len(weights.conv) == (4 if family.name == "sd" else 0)  # SDXL's proj_in is linear
     assert {c: set(m) for c, m in back.matrices.items()} == {c: set(m) for c, m in weights.matrices.items()}
     for component, matrices in weights.matrices.items():
         for path, pair in matrices.items():
             assert all(torch.equal(a, b) for a, b in zip(pair, back.matrices[component][path]))
-    assert from_diffusers(to_diffusers(weights)).alpha == 4
+    assert read_state(state, {}).alpha == 4
+
+
+def test_folding_keeps_every_update():
+    down, up = torch.ones(2, 3), torch.full((3, 2), 3.0)
+    weights = LoraWeights({"unet": {"a": (down, up)}}, 1.0, 4)
+    folded = weights.folded(2.0)
+    assert (folded.alpha, folded.scale) == (4.0, 1.0)
+    assert torch.equal(folded.matrices["unet"]["a"][1], up * 0.5)
+    same = LoraWeights({"unet": {"a": (down, up)}}, 2.0, 2)
+    assert same.folded() is same

@@ -1,5 +1,8 @@
 """The model card: front matter that hubs read, code that runs, and hostile names that stay text."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -8,7 +11,7 @@ from PIL import Image
 from dbtrain.families import FAMILIES
 from dbtrain.models.adapters import LoraWeights
 from dbtrain.models.load import load_models
-from dbtrain.results.card import CARD, CONFIG_FILE, publish_card
+from dbtrain.results.card import CARD, CONFIG_FILE, TESTED, publish_card
 from dbtrain.results.publish import publish_lora
 from dbtrain.settings.config import ModelConfig, RunConfig, TrainConfig
 from dbtrain.settings.recipes import loads, render
@@ -47,6 +50,14 @@ def test_the_card_shows_samples_where_there_are_some_and_code_that_loads(tmp_pat
     assert "from dbtrain.tiny import BASE" in embedded and "'embedded'" not in embedded
     single = card_of(tmp_path, {**PUBLISHED, "base": "b.safetensors", "family": "sdxl"})[1]
     assert "StableDiffusionXLPipeline.from_single_file('b.safetensors')" in single
+
+
+def test_the_card_names_the_versions_that_make_compat_runs(tmp_path):
+    source = (Path(__file__).parents[2] / "benchmarks" / "compat.py").read_text()
+    versions = re.findall(r'^    "(0\.\d+\.\d+)": "transformers==', source, re.M)
+    assert len(versions) >= 6 and (versions[0], versions[-1]) == TESTED
+    assert f"diffusers {TESTED[0]} to {TESTED[1]}" in card_of(tmp_path, PUBLISHED)[1]
+    assert "tested with" not in card_of(tmp_path, {**PUBLISHED, "family": "flux"})[1]
 
 
 def test_the_cards_code_runs(tmp_path, monkeypatch, model_folders):

@@ -1,5 +1,6 @@
 """Artefacts: diffusers draws our image from our adapter, model folders load, cards are safe, digests are right."""
 
+import json
 import os
 
 import numpy as np
@@ -9,10 +10,10 @@ from safetensors import safe_open
 
 from dbtrain.errors import DataError
 from dbtrain.families import FAMILIES
-from dbtrain.models.adapters import LoraWeights, adapter, attach, detach, layers
+from dbtrain.models.adapters import LoraWeights, adapter, attach, detach, layers, renamed
 from dbtrain.models.load import load_models
 from dbtrain.models.sampling import generate, make_pipeline
-from dbtrain.results.publish import KOHYA_FILE, LORA_FILE, MODEL_FOLDER, publish_lora, read_lora
+from dbtrain.results.publish import KOHYA_FILE, LORA_FILE, MODEL_FOLDER, publish_lora, read_lora, save_safetensors
 from dbtrain.settings.config import LoraConfig, ModelConfig, PublishConfig, RunConfig, TrainConfig
 from dbtrain.training.trainables import publish_weights
 from tests.kit.adapter_rows import read_rows
@@ -100,11 +101,46 @@ def test_read_lora_returns_what_was_published(bases, tmp_path):
     assert not (tmp_path / KOHYA_FILE).exists()
     for path in (tmp_path, tmp_path / LORA_FILE):
         back, metadata = read_lora(path)
-        assert (back.alpha, back.rank, back.conv) == (1.5, 4, weights.conv)
-        assert metadata["subject"] == "rex"
+        back = renamed(bases["sd"].components("unet"), back)
+        assert (back.alpha, back.rank, back.conv) == (4, 4, weights.conv)
+        assert (metadata["subject"], metadata["trained_alpha"]) == ("rex", "1.5")
         for component, matrices in weights.matrices.items():
-            for layer, pair in matrices.items():
-                assert all(torch.equal(a, b) for a, b in zip(pair, back.matrices[component][layer]))
+            for layer, (down, up) in matrices.items():
+                assert torch.equal(back.matrices[component][layer][0], down)
+                assert torch.equal(back.matrices[component][layer][1], up * (1.5 / 4))
+
+
+def test_every_version_of_diffusers_finds_its_settings_and_needs_no_alpha(bases, tmp_path):
+    """0.34 to 0.39 fail without both patterns; those below 0.34 take alpha for the rank. `make compat` runs them."""
+    publish_lora(tmp_path, random_adapter(FAMILIES["sd"], bases["sd"], 1.5, True), PROVENANCE, kohya=False)
+    with safe_open(tmp_path / LORA_FILE, "pt") as opened:
+        settings = json.loads(opened.metadata()["lora_adapter_metadata"])
+        names = list(opened.keys())
+    for component in ("unet", "text_encoder"):
+        assert settings[f"{component}.r"] == settings[f"{component}.lora_alpha"] == 4
+        assert settings[f"{component}.rank_pattern"] == settings[f"{component}.alpha_pattern"] == {}
+        told = {f"{component}.{path}" for path in settings[f"{component}.target_modules"]}
+        held = {name.partition(".lora_")[0] for name in names if name.startswith(f"{component}.")}
+        assert told == {name.replace("text_model.", "") for name in held}
+
+
+def test_a_file_of_dbtrain_before_the_long_names_is_read(bases, tmp_path):
+    """Names without `text_model.`, alpha in the metadata, no patterns: what dbtrain 0.1.0 wrote."""
+    weights = random_adapter(FAMILIES["sd"], bases["sd"], 1.5, True)
+    state = {
+        f"{component}.{path}.lora_{kind}.weight": matrix.reshape(*matrix.shape, *((1, 1) if is_conv else ()))
+        for component, matrices in weights.matrices.items()
+        for path, pair in matrices.items()
+        for kind, matrix in zip("AB", pair)
+        for is_conv in [f"{component}.{path}" in weights.conv]
+    }
+    settings = {f"{component}.lora_alpha": 1.5 for component in weights.matrices}
+    save_safetensors(tmp_path / LORA_FILE, state, {"lora_adapter_metadata": json.dumps(settings)})
+    images = []
+    for adapted in (weights, read_lora(tmp_path)[0]):
+        with adapter(FAMILIES["sd"], bases["sd"], adapted):
+            images.append(pixels(make_pipeline(FAMILIES["sd"], bases["sd"])))
+    assert [np.abs(a - b).max() for a, b in zip(*images)] == [0]
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\xff" * 64])

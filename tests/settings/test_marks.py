@@ -60,6 +60,10 @@ def test_addresses_hub_ids_and_absent_values_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (absolute("s3://bucket/shards"), absolute(None)) == ("s3://bucket/shards", None)
     assert absolute("new") == str(tmp_path / "new")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    assert absolute("~/new") == str(tmp_path / "new")
+    assert (absolute_name("~/base"), absolute_name("~/none")) == (str(tmp_path / "base"), "~/none")
     (tmp_path / "embedded").mkdir()
     names = ["embedded", "someone/a-model", None]
     assert [absolute_name(name) for name in names] == names

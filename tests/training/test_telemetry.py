@@ -134,3 +134,13 @@ def test_peak_memory_is_this_process_in_gib():
     peak = peak_memory_gib("cpu")
     assert len(held) / 2**30 < peak < 64
     assert time.perf_counter() > 0
+
+
+def test_a_missing_tracker_is_told_without_loading_any(monkeypatch):
+    from dbtrain.training import telemetry
+
+    monkeypatch.setattr(telemetry, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as raised:
+        telemetry.refuse_trackers(TrackConfig(wandb="a", trackio="b"))
+    assert [finding.partition(":")[0] for finding in raised.value.findings] == ["track.wandb", "track.trackio"]
+    telemetry.refuse_trackers(TrackConfig())

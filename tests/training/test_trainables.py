@@ -5,7 +5,7 @@ import torch
 
 from dbtrain.engines.world import World
 from dbtrain.errors import DataError
-from dbtrain.models.adapters import from_state, layers, read_rows
+from dbtrain.models.adapters import from_state, layers
 from dbtrain.results.publish import publish_lora
 from dbtrain.training.session import Base
 from dbtrain.training.trainables import (
@@ -17,6 +17,7 @@ from dbtrain.training.trainables import (
     make_stack,
     make_trainable,
 )
+from tests.kit.adapter_rows import read_rows
 from tests.kit.main_job import small_config
 
 TEXT = ("train.text_encoder=true", "train.lr=2e-3", "train.text_encoder_lr=5e-4")

@@ -1,6 +1,7 @@
 """The doctor finds what it says it finds, and its report is data."""
 
 import json
+import shutil
 import socket
 
 import pytest
@@ -8,6 +9,7 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from dbtrain import cli
+from dbtrain.families import FAMILIES
 from dbtrain.verbs import doctor
 
 
@@ -161,9 +163,21 @@ def test_only_a_living_ray_head_counts(tmp_path):
 
 def test_model_places(tmp_path):
     states = {"org/name": "warn", str(tmp_path / "no" / "such" / "folder"): "fail", str(tmp_path): "fail"}
-    for name, state in (("weights.ckpt", "fail"), ("weights.safetensors", "ok")):
+    for name, state in (("weights.ckpt", "fail"), ("weights.safetensors", "fail")):
         (tmp_path / name).touch()
         states[str(tmp_path / name)] = state
     assert {model: doctor.check_model(model).state for model in states} == states
     (tmp_path / "model_index.json").touch()
-    assert doctor.check_model(str(tmp_path)).state == "ok"
+    assert "cannot be read" in doctor.check_model(str(tmp_path)).detail
+
+
+def test_a_model_is_looked_into(model_folders, tmp_path):
+    for name in FAMILIES:
+        folder = model_folders[name]
+        check = doctor.check_model(str(folder))
+        assert (check.state, check.detail) == ("ok", f"{folder}, model.family={name}")
+    shutil.copytree(model_folders["sd"], tmp_path / "base")
+    place = tmp_path / "base" / "unet" / "config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "in_channels": 9}))
+    check = doctor.check_model(str(tmp_path / "base"))
+    assert (check.state, "is an inpainting model" in check.detail) == ("fail", True), check

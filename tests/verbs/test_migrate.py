@@ -204,3 +204,44 @@ def test_every_command_gives_a_valid_recipe_or_a_clean_error(flags, values):
     told = [line.split()[0].rstrip(":") for line in result.dropped]
     assert {f"--{flag}" for flag in flags if flag in migrate.DROPPED} <= set(told)
     assert {"subject", "class", "images"} <= yaml.safe_load(result.manifest_yaml)[0].keys()
+
+
+ENDS = {"bash": "\\\n", "spaces behind it": "\\  \n", "cmd": "^\n", "cmd, spaces": "^ \n", "PowerShell": "`\n",
+        "Windows lines": "\\\r\n", "cmd with Windows lines": "^\r\n"}  # fmt: skip
+
+
+@pytest.mark.parametrize("shell", ENDS)
+def test_lines_go_on_as_in_every_shell(shell):
+    text = LORA.replace(" --", f" {ENDS[shell]}  --") + f' {ENDS[shell]}--instance_prompt="a photo of zwx gadget"\n'
+    config, result = config_of(text)
+    assert config.model.path == "m"
+    assert yaml.safe_load(result.manifest_yaml) == [
+        {"subject": "d", "class": "gadget", "images": "d", "identifier": "zwx"}
+    ]
+
+
+@pytest.mark.parametrize("written, read", [
+    (r"D:\pics\zorbo", "D:/pics/zorbo"), (r'"D:\my pics\zorbo"', "D:/my pics/zorbo"), (r".\pics\zorbo", "./pics/zorbo"),
+    (r"pics\zorbo", "pics/zorbo"), (r"\\server\pics\zorbo", "//server/pics/zorbo"), (r"..\pics", "../pics"),
+    (r"my\ pics/zorbo", "my pics/zorbo"), ("'my pics/zorbo'", "my pics/zorbo"), ("/mnt/pics", "/mnt/pics")])
+def test_paths_of_every_shell(written, read):
+    for mark in (" ", "="):
+        text = LORA.replace("--instance_data_dir d", f"--instance_data_dir{mark}{written}")
+        assert yaml.safe_load(config_of(text)[1].manifest_yaml)[0]["images"] == read
+
+
+@pytest.mark.parametrize("prompt, identifier, noun, caption", [
+    ("a shiny zwx gadget", "zwx", "gadget", "a shiny {identifier} {class}"),
+    ("close up portrait of zwx person", "zwx", "person", "close up portrait of {identifier} {class}"),
+    ("a photo of sks dog", "sks", "dog", "a photo of {identifier} {class}"),
+    ("a photo of ohwx man", "ohwx", "man", "a photo of {identifier} {class}"),
+    ("a tiny old xjq42 teapot", "xjq42", "teapot", "a tiny old {identifier} {class}"),
+    ("a photo of <s1> corgi", "<s1>", "corgi", "a photo of {identifier} {class}"),
+    ("a gadget zwx", "zwx", "gadget", "a {class} {identifier}")])
+def test_the_identifier_is_the_word_that_is_none_and_the_guess_is_said(prompt, identifier, noun, caption):
+    config, result = config_of(f'{LORA} --instance_prompt="{prompt}"')
+    row = yaml.safe_load(result.manifest_yaml)[0]
+    assert (row["identifier"], row["class"], config.data.caption) == (identifier, noun, caption)
+    assert sum("guessed from" in note and identifier in note for note in result.notes) == 1
+    with_class = config_of(f'{LORA} --instance_prompt="{prompt}" --class_prompt="a {noun}"')[1]
+    assert not any("guessed from" in note for note in with_class.notes)

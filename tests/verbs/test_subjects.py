@@ -247,3 +247,38 @@ def test_generate_explains_wrong_words(job, words, message):
     folder = job[0] / "out" / "subjects" / "rex"
     result = run("generate", *(folder if word == "FOLDER" else word for word in words))
     assert (result.exit_code, message in result.stderr) == (2, True), result.output
+
+
+def test_a_negative_prompt_and_a_weight_change_pictures(job):
+    folder = job[0] / "out" / "subjects" / "rex"
+
+    def drawn(name, *words):
+        settings = ("sample.images=1", "sample.steps=3", "sample.guidance=30")
+        done = run("generate", folder, "--prompt", "a {subject}", "--name", name, *settings, *words)
+        assert done.exit_code == 0, done.output
+        return Image.open(folder / f"{name}.png").tobytes()
+
+    plain = drawn("w1")
+    assert drawn("w2", "--weight", "1.0") == plain
+    assert drawn("w3", "--negative", "{subject}, blurry") != plain
+    assert drawn("w4", "--weight", "0") != plain
+    assert run("generate", folder, "--prompt", "a {subject}", "--weight", "9").exit_code == 2
+
+
+def test_weight_zero_is_the_base(job):
+    folder = job[0] / "out" / "subjects" / "rex"
+    config = finished.finished_config(folder, ["sample.images=1"])
+    models, family = finished.load_models(finished.FAMILIES["sd"], config.model), finished.FAMILIES["sd"]
+    rows = []
+    for place, weight in ((None, 1.0), (folder, 0.0)):
+        with finished.finished_pipeline(place, family, models, config, weight) as pipeline:
+            rows.append(finished.draw_samples(pipeline, ["a dog"], config.sample, config.data.resolution)[0][0])
+    assert rows[0].tobytes() == rows[1].tobytes()
+
+
+def test_a_whole_model_has_no_weight(job, model_folders, tmp_path):
+    config = finished.finished_config(job[0] / "out" / "subjects" / "rex", [])
+    models, family = finished.load_models(finished.FAMILIES["sd"], config.model), finished.FAMILIES["sd"]
+    pipeline = finished.finished_pipeline(tmp_path, family, models, config, 0.5)
+    with pytest.raises(finished.ConfigError, match="has no adapter to weigh"), pipeline:
+        pass

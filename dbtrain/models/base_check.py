@@ -1,0 +1,185 @@
+"""What can be known to be wrong with a base model from its small files, before any weight is read.
+
+A folder's index and configurations, or a single file's header, say what a base is. Each function returns one line, or
+None where nothing is wrong or nothing can be known.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from dbtrain.errors import DataError, named
+from dbtrain.models.family import Family
+
+HEADER_BYTES = 2**25
+"""Largest header of a .safetensors file that is read; Stable Diffusion XL's has 300 KB."""
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+DECIDING = re.compile(r"(text_encoder\w*|unet|transformer)$")
+"""Components that one family has and another has not."""
+ITS_FAMILY = "set model.family to what it is"
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+"""Stability's name of a U-Net's first convolution."""
+
+
+def base_problem(family: Family, source: str, variant: str | None = None) -> str | None:
+    """Why a base that lies here cannot be one of this family; for a hub id, None."""
+    place = Path(source)
+    if place.is_file():
+        return single_file_problem(family, place)
+    if not place.is_dir():
+        return None
+    if not (place / "model_index.json").is_file():
+        return f"{named(place)} has no model_index.json; give the folder of a diffusers pipeline"
+    return folder_problem(family, place, variant)
+
+
+def folder_problem(family: Family, place: Path, variant: str | None = None) -> str | None:
+    """What keeps a diffusers folder from being used as a family's base."""
+    index = _json(place / "model_index.json")
+    kind = index.get("_class_name", "model of an unknown kind")
+    held = {name for name, entry in index.items() if isinstance(entry, list) and entry[:1] != [None]}
+    wanted = {family.denoiser, *family.text_encoders, *(["vae"] if "vae" in family.components else [])}
+    missing, more = sorted(wanted - held), sorted(filter(DECIDING.match, held - wanted))
+    if missing or more:
+        what = f"has no {missing[0]}" if missing else f"has a {more[0]} besides"
+        return f"{named(place)} is a {kind}, no base of model.family={family.name} ({what}); {ITS_FAMILY}"
+    channels = channel_problem(place, family.denoiser)
+    if channels:
+        return f"{named(place)} {channels}"
+    for name in sorted(wanted):
+        problem = weights_problem(place / name, variant)
+        if problem:
+            return problem
+    return None
+
+
+def channel_problem(place: Path, denoiser: str) -> str | None:
+    """Why a U-Net does not take what its VAE makes: inpainting, depth and editing models take more."""
+    unet, vae = place / denoiser / "config.json", place / "vae" / "config.json"
+    if denoiser != "unet" or not unet.is_file() or not vae.is_file():
+        return None
+    got, want = _json(unet).get("in_channels"), _json(vae).get("latent_channels", 4)
+    return None if got in (None, want) else _channels(got, want)
+
+
+INPUTS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures"}
+"""Kinds of models by what their U-Net takes in."""
+
+
+def _channels(got: int, want: int) -> str:
+    kind = INPUTS.get(got, "another kind of model")
+    return f"is {kind}: its U-Net takes {got} channels, and text-to-image training has {want}; give another base"
+
+
+def weights_problem(folder: Path, variant: str | None) -> str | None:
+    """Why a component's folder has no weights that can be read: another variant, or a format that can run code."""
+    if not folder.is_dir():
+        return f"{named(folder)} is missing; the base is not whole"
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in WEIGHTS)
+    safe = [name for name in names if name.endswith(".safetensors")]
+    marks = [re.search(r"\.([A-Za-z]\w*)(?:-\d+-of-\d+)?\.safetensors$", name) for name in safe]
+    variants = {mark[1] if mark else None for mark in marks}
+    if variant in variants or (variant is None and not names):
+        return None if names else f"{named(folder)} has no weights; the base is not whole"
+    if not safe:
+        what = f"only {names[0]}" if names else "no weights"
+        return (
+            f"{named(folder)} has {what}, and only .safetensors are read, as other formats can run code; convert it: "
+            "load the base with diffusers, then save_pretrained(FOLDER, safe_serialization=True)"
+        )
+    others = sorted(name for name in variants if name)
+    if variant is None:
+        return f"{named(folder)} has no plain weights, only {', '.join(others)}; set model.variant={others[0]}"
+    remedy = f"model.variant={others[0]}" if others else "model.variant=null"
+    return f"{named(folder)} has no weights of the variant {variant}; set {remedy}"
+
+
+def single_file_problem(family: Family, path: Path) -> str | None:
+    """What keeps a single file from being used as a family's base."""
+    if path.suffix != ".safetensors":
+        return f"{named(path)} is not a .safetensors file; other formats can run code, so convert it"
+    header = read_header(path)
+    encoders = 2 if any(name.startswith("conditioner.embedders.1.") for name in header) else 1
+    if FIRST not in header:
+        kind = next((kind for part, kind in DENOISERS.items() if any(part in name for name in header)), None)
+        if family.denoiser == "unet":
+            what = f"is {kind}" if kind else "holds no U-Net under Stability's names"
+            return f"{named(path)} {what}, no base of model.family={family.name}; give a whole checkpoint of it"
+        return None
+    if family.denoiser != "unet" or encoders != len(family.text_encoders):
+        kind = "Stable Diffusion XL" if encoders == 2 else "Stable Diffusion 1 or 2"
+        return f"{named(path)} is {kind}, no base of model.family={family.name}; {ITS_FAMILY}"
+    channels = header[FIRST]["shape"][1]
+    return None if channels == 4 else f"{named(path)} {_channels(channels, 4)}"
+
+
+DENOISERS = {
+    "joint_blocks.": "Stable Diffusion 3",
+    "double_blocks.": "FLUX",
+    "lora_": "a LoRA",
+    ".lora_A.": "a LoRA",
+    "down_blocks.": "a part of a diffusers folder",
+}
+"""What a file is by a part of its names."""
+
+
+def marks_of(path: Path) -> set[str]:
+    """The marks in a single file that stand for settings of its scheduler: `v_pred`, `ztsnr`."""
+    return {"v_pred", "ztsnr"} & read_header(path).keys()
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Names, kinds and shapes of the tensors in a .safetensors file. Raises DataError for a file that is none."""
+    try:
+        with path.open("rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0]
+            if size > HEADER_BYTES:
+                raise ValueError("its header is too large")
+            header = json.loads(file.read(size))
+            if not isinstance(header, dict) or file.tell() != 8 + size:
+                raise ValueError("its header is cut")
+        header.pop("__metadata__", None)
+        if not all(isinstance(entry, dict) and isinstance(entry.get("shape"), list) for entry in header.values()):
+            raise ValueError("its header names no tensors")
+    except (OSError, ValueError, AttributeError, struct.error, RecursionError) as error:
+        raise DataError(f"{named(path)}: cannot be read as a .safetensors file ({error}); fetch it again") from error
+    return header
+
+
+def path_problem(text: str) -> str | None:
+    """Why a model source that names nothing here was meant as a path; None for one that is here, or for a hub id."""
+    place = Path(text).expanduser()
+    if place.exists():
+        return None
+    here = f"(a relative path counts from {Path.cwd()})"
+    if "$" in text or re.search(r"%\w+%", text):
+        return f"{named(text)}: variables such as $HOME are not replaced here; write the path out"
+    if "\\" in text or re.match(r"[A-Za-z]:", text):
+        return f"{named(text)}: is a path of Windows; write it with / as this machine has it"
+    if text.startswith(("/", ".", "~")) or text.endswith(("/", *WEIGHTS)) or text.count("/") > 1:
+        return f"{named(text)}: does not exist {here}{_near(place)}"
+    if "/" in text and place.parent.is_dir():
+        return f"{named(text)}: {named(place.parent)}/ is a folder here, and holds no {named(place.name)}{_near(place)}"
+    return None if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) else f"{named(text)}: does not exist, and is no hub id"
+
+
+def _near(place: Path) -> str:
+    parent = place.parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(place.name, names, 1)
+    return f"; did you mean {named(parent / near[0])}?" if near else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{named(path)}: cannot be read ({error}); fetch the base again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{named(path)}: is no JSON object; fetch the base again")
+    return value
