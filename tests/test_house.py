@@ -65,14 +65,14 @@ CORE = """
 """
 WHEEL = "dbtrain/*.py dbtrain/*/*.py kernels/dbtrain_kernels/*.py launchers/dbtrain_launchers/*.py"
 BUDGETS = {
-    "core": (3_000, CORE),
-    "verbs": (1_700, "dbtrain/verbs/*.py"),
+    "core": (3_200, CORE),
+    "verbs": (2_000, "dbtrain/verbs/*.py"),
     "report": (1_400, "dbtrain/report/*.py"),
-    "fleet": (2_700, "dbtrain/fleet/*.py"),
+    "fleet": (3_450, "dbtrain/fleet/*.py"),
     "evaluate": (1_500, "dbtrain/evaluate/*.py"),
-    "subjects and data": (2_200, "dbtrain/subjects/*.py dbtrain/data/*.py"),
-    "kernels": (1_300, "kernels/dbtrain_kernels/*.py"),
-    "wheel": (20_000, WHEEL),
+    "subjects and data": (3_900, "dbtrain/subjects/*.py dbtrain/data/*.py"),
+    "kernels": (1_400, "kernels/dbtrain_kernels/*.py"),
+    "wheel": (25_800, WHEEL),
 }
 """Most lines of each room, and its files. Raise a budget only in a commit that says why."""
 MAX_FAMILY_LINES = 150
