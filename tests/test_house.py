@@ -67,7 +67,7 @@ WHEEL = "dbtrain/*.py dbtrain/*/*.py kernels/dbtrain_kernels/*.py launchers/dbtr
 BUDGETS = {
     "core": (3_200, CORE),
     "verbs": (2_000, "dbtrain/verbs/*.py"),
-    "report": (1_400, "dbtrain/report/*.py"),
+    "report": (1_600, "dbtrain/report/*.py"),
     "fleet": (3_450, "dbtrain/fleet/*.py"),
     "evaluate": (1_500, "dbtrain/evaluate/*.py"),
     "subjects and data": (3_900, "dbtrain/subjects/*.py dbtrain/data/*.py"),
