@@ -55,13 +55,15 @@ ENTER = (
 
 def encode_subject(subject: Subject) -> str:
     """A subject as the ledger keeps it, in JSON; photos are left out, which are in the shards."""
-    kept = [each.name for each in fields(subject) if each.name != "images"]
+    kept = [each.name for each in fields(subject) if each.name not in ("images", "masks")]
     return json.dumps({name: getattr(subject, name) for name in kept})
 
 
 def decode_subject(text: str) -> Subject:
     """A subject as the ledger keeps it, without photos."""
-    return Subject(images=(), **json.loads(text))
+    about = json.loads(text)
+    captions = about.pop("captions", None)
+    return Subject(images=(), captions=None if captions is None else tuple(captions), **about)
 
 
 class Ledger:

@@ -56,7 +56,7 @@ def refuse_changed_rows(ledger: Ledger, subjects: Iterable[Subject], out: Path) 
     for subject in subjects:
         if subject.id in entered:
             before = decode_subject(entered[subject.id]["spec"])
-            for name in (each.name for each in fields(subject) if each.name != "images"):
+            for name in (each.name for each in fields(subject) if each.name not in ("images", "masks")):
                 old, new = getattr(before, name), getattr(subject, name)
                 given = name == "identifier" and new is None  # the one that it was given holds
                 more = name == "steps" and None not in (old, new) and new >= old

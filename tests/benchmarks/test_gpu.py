@@ -9,7 +9,7 @@ import typer
 
 from benchmarks import gpu
 from benchmarks.gpu import Clock, Part, measured, parts, pinned, run
-from dbtrain.verbs.bench import app
+from dbtrain.verbs.bench import APPS
 
 ROOT = Path(gpu.ROOT)
 SPEAKS = "import sys, time; print('result'); print('row 1', file=sys.stderr, flush=True); "
@@ -64,7 +64,7 @@ def test_correctness_comes_first_and_the_tests_are_all_that_need_a_gpu():
 @pytest.mark.parametrize("one", [one for one in parts() if not one.tests], ids=lambda one: one.name)
 def test_every_bench_is_one_that_dbtrain_has(one):
     _, _, bench, verb, *words = one.words
-    command = typer.main.get_command(app).commands[verb]
+    command = typer.main.get_command(APPS["bench"]).commands[verb]
     assert bench == "bench" and command.make_context(verb, words).params["as_json"]
 
 

@@ -100,7 +100,7 @@ def test_a_stopped_subject_goes_on_for_more_steps_and_a_decaying_schedule_is_tol
 
     def pressing(self, engine, done, stop):
         if done == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
         after_step(self, engine, done, stop)
 
     monkeypatch.setattr(Job, "after_step", pressing)

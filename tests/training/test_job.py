@@ -12,6 +12,7 @@ from dbtrain.engines.engine import BatchPlan
 from dbtrain.engines.world import World
 from dbtrain.errors import EngineError, StopRequested
 from dbtrain.results.checkpoint import read_checkpoint
+from dbtrain.results.identity import Identity
 from dbtrain.training import job as module
 from dbtrain.training.job import Job, train_step
 from dbtrain.training.session import Base, PriorCache, Stop, Watch, Work
@@ -64,7 +65,7 @@ def job(tmp_path):
     config = small_config("train.steps=4", "checkpoint.every_steps=2", "sample.every_steps=3", "sample.images=0")
     base = Base(ALONE, None, None, config, PriorCache(1))
     work = Work.under(tmp_path, config, [Subject("rex", "dog", ())], {"rex": "srx"}, Index((), ()))
-    return Job(base, work, Watch(quiet=True), work.subjects[0], config, "a" * 64, None, None, ExitStack())
+    return Job(base, work, Watch(quiet=True), work.subjects[0], config, Identity("a" * 64, {}), None, None, ExitStack())
 
 
 def test_what_follows_a_step(job):
