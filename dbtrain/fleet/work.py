@@ -125,7 +125,7 @@ def draw_and_score(base: Base, watch: Watch, task: Task, order: Order, send: Sen
             outcome = "done"
             try:
                 with beating(watch.beat, name):
-                    AFTER[name](base, Path(task.out) / "subjects" / subject.id, task)
+                    AFTER[name](base, watch, Path(task.out) / "subjects" / subject.id, task)
             except Exception as error:
                 end = explain(error)
                 if not BLAMED[end.cause] or end.cause == "file":
@@ -135,7 +135,7 @@ def draw_and_score(base: Base, watch: Watch, task: Task, order: Order, send: Sen
             send(FollowedUp(order.number, position, name, outcome))
 
 
-def generate(base: Base, folder: Path, task: Task) -> None:
+def generate(base: Base, watch: Watch, folder: Path, task: Task) -> None:
     """Draw the recipe's prompts into the subject's `generated.png`."""
     record, config = finished_record(folder), finished_config(folder, ())
     refuse_nothing(folder, {"generated": config.sample.prompts}, config)
@@ -146,7 +146,7 @@ def generate(base: Base, folder: Path, task: Task) -> None:
     publish_sheet(folder, rows, texts, "generated")
 
 
-def evaluate(base: Base, folder: Path, task: Task) -> None:
+def evaluate(base: Base, watch: Watch, folder: Path, task: Task) -> None:
     """Score the subject by the run's evaluation protocol into its `evaluation.json`."""
     protocol = Protocol(**task.evaluation)
     judge = warm_judge(protocol.identity, protocol.clip, base.world.device, protocol.distance)
@@ -157,7 +157,7 @@ warm_judge = cache(load_judge)
 """The encoders, loaded once a worker."""
 
 
-AFTER: dict[str, Callable[[Base, Path, Task], None]] = {"generate": generate, "evaluate": evaluate}
+AFTER: dict[str, Callable[[Base, Watch, Path, Task], None]] = {"generate": generate, "evaluate": evaluate}
 """What can be asked for finished subjects, by its name."""
 WORK: dict[str, Callable[[Base, Watch, Task, Order, Send], None]] = {
     "train": train,

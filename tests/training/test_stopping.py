@@ -15,7 +15,7 @@ from tests.kit.main_job import small_config, write_job
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Signals as a program at a terminal has them: pytest-xdist's workers ignore Ctrl-C, and what is ignored stays so."""
+    """Signals as at a terminal: pytest-xdist's workers ignore Ctrl-C, and a signal that is ignored stays so."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with signals_as_before():
         yield
