@@ -4,7 +4,7 @@ A file holds what dbtrain knows of its architecture alone. What several share is
 """
 
 from collections.abc import Iterator, Mapping
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 
@@ -16,8 +16,7 @@ class Rows(Mapping[str, Any]):
         self.places = dict(places)
 
     def __getitem__(self, name: str) -> Any:
-        module, _, row = self.places[name].partition(":")
-        return getattr(import_module(f"{__name__}.{module}"), row)
+        return resolve_name(f"{__name__}.{self.places[name]}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)

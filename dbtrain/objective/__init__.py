@@ -5,7 +5,7 @@ names what can be chosen, as `module:function` that is loaded on use, so that se
 """
 
 from collections.abc import Callable
-from importlib import import_module
+from pkgutil import resolve_name
 
 PARAMETERIZATIONS = ("epsilon", "v_prediction", "sample", "flow")
 """What a denoiser can predict: the rows of `dbtrain_kernels.reference.TARGETS` and of `weighting.X0_ERROR`."""
@@ -31,5 +31,4 @@ None: t depends on more than one uniform number, and `dbtrain_kernels.reference.
 
 def load(name: str) -> Callable:
     """The function of `module:function`."""
-    module, function = name.split(":")
-    return getattr(import_module(f"{__name__}.{module}"), function)
+    return resolve_name(f"{__name__}.{name}")

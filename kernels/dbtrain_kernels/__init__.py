@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 
@@ -27,8 +27,7 @@ class Op:
 
     def load(self, part: str) -> Any:
         """What a part names. Without a fused form, the fused form is the plain one."""
-        module, name = (getattr(self, part) or self.reference).split(":")
-        return getattr(import_module(module), name)
+        return resolve_name(getattr(self, part) or self.reference)
 
 
 OPS = {
