@@ -53,10 +53,13 @@ ENTER = (
 )
 
 
+KEPT_FIELDS = tuple(each.name for each in fields(Subject) if each.name not in ("images", "masks"))
+"""What the ledger keeps of a subject. Photos and masks are in the shards."""
+
+
 def encode_subject(subject: Subject) -> str:
-    """A subject as the ledger keeps it, in JSON; photos are left out, which are in the shards."""
-    kept = [each.name for each in fields(subject) if each.name not in ("images", "masks")]
-    return json.dumps({name: getattr(subject, name) for name in kept})
+    """A subject as the ledger keeps it, in JSON."""
+    return json.dumps({name: getattr(subject, name) for name in KEPT_FIELDS})
 
 
 def decode_subject(text: str) -> Subject:

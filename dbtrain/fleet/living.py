@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dbtrain.data.index import Index
 from dbtrain.errors import ConfigError, DataError, shown
-from dbtrain.fleet.ledger import ENTER, Ledger, decode_subject, encode_subject
+from dbtrain.fleet.ledger import ENTER, KEPT_FIELDS, Ledger, decode_subject, encode_subject
 from dbtrain.results.identity import Identity, Relation, difference, relation
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.marks import deciding
@@ -56,7 +56,7 @@ def refuse_changed_rows(ledger: Ledger, subjects: Iterable[Subject], out: Path) 
     for subject in subjects:
         if subject.id in entered:
             before = decode_subject(entered[subject.id]["spec"])
-            for name in (each.name for each in fields(subject) if each.name not in ("images", "masks")):
+            for name in KEPT_FIELDS:
                 old, new = getattr(before, name), getattr(subject, name)
                 given = name == "identifier" and new is None  # the one that it was given holds
                 more = name == "steps" and None not in (old, new) and new >= old
