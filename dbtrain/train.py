@@ -10,6 +10,7 @@ from typing import Any
 
 from dbtrain.engines.world import from_first, start_world
 from dbtrain.errors import DataError, DbtrainError, EngineError, StopRequested
+from dbtrain.results.uploading import Uploads, refuse_address
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import LOCK, held
 from dbtrain.storage.trouble import bare
@@ -31,13 +32,15 @@ def train_manifest(
     skip_bad: bool = False,
     opened: Callable[[], object] = lambda: None,
 ) -> tuple[list[dict[str, Any]], dict[str, DbtrainError]]:
-    """The records of the chosen subjects (None is all), and the error of each that failed; the others are not affected.
+    """The records of the chosen subjects (None is all), and the error of each that failed, or was trained and not
+    uploaded; the others are not affected.
 
     skip_bad: leave subjects with findings out, print them, and name them in `shards/skipped.json`. opened: see `Watch`.
     Raises DataError for unknown ids or while another run works on `out`, and StopRequested when the process was asked
     to stop.
     """
     refuse_trackers(config.track)
+    refuse_address(config.publish)
     subjects, findings = scan_manifest(manifest, config.data.shards is None)
     if not skip_bad:
         refuse(findings)
@@ -74,6 +77,7 @@ def train_chosen(
 def _train_all(base: Base, work: Work, watch: Watch) -> tuple[list[dict[str, Any]], dict[str, DbtrainError]]:
     records: list[dict[str, Any]] = []
     failed: dict[str, DbtrainError] = {}
+    uploads = Uploads(base.settings.publish.to if base.world.first else None, watch.say)
 
     def finished(subject: Subject, outcome: dict[str, Any] | DbtrainError) -> None:
         if isinstance(outcome, DbtrainError):
@@ -81,9 +85,13 @@ def _train_all(base: Base, work: Work, watch: Watch) -> tuple[list[dict[str, Any
             watch.say(f"{subject.id}: failed: {outcome}")
         else:
             records.append(outcome)
+            uploads.add([work.folder(subject)])
 
-    train_subjects(base, work, watch, finished)
-    return records, failed
+    try:
+        train_subjects(base, work, watch, finished)
+    except StopRequested as stop:
+        raise StopRequested(f"{stop}{uploads.left}") from None
+    return records, {**failed, **uploads.finish(lambda: watch.stop.asked)}
 
 
 def train_subjects(base: Base, work: Work, watch: Watch, finished: Finished) -> None:

@@ -18,11 +18,14 @@ LIBRARIES = {
     "accelerate",
     "deepspeed",
     "diffusers",
+    "flask",
     "fsspec",
     "hypothesis",
     "jinja2",
+    "huggingface_hub",
     "kernels",
     "lpips",
+    "moto",
     "ninja",
     "numpy",
     "peft",
@@ -35,6 +38,7 @@ LIBRARIES = {
     "ray",
     "requests",
     "rich",
+    "s3fs",
     "safetensors",
     "tensorboard",
     "torch",
@@ -72,7 +76,7 @@ BUDGETS = {
     "evaluate": (1_500, "dbtrain/evaluate/*.py"),
     "subjects and data": (3_900, "dbtrain/subjects/*.py dbtrain/data/*.py"),
     "kernels": (1_400, "kernels/dbtrain_kernels/*.py"),
-    "wheel": (25_800, WHEEL),
+    "wheel": (26_150, WHEEL),
 }
 """Most lines of each room, and its files. Raise a budget only in a commit that says why."""
 MAX_FAMILY_LINES = 150
