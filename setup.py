@@ -96,7 +96,7 @@ setup(
     packages=packages(),
     package_dir={**ROOTS, **CONFIGS},
     package_data={
-        "dbtrain": ["py.typed", "tiny/assets/**", "report/templates/**", "subjects/*.txt"],
+        "dbtrain": ["py.typed", "*.pyi", "tiny/assets/**", "report/templates/**", "subjects/*.txt"],
         "dbtrain.configs": ["**"],
     },
     include_package_data=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ def train_manifest(
     quiet: bool = False,
     skip_bad: bool = False,
     opened: Callable[[], object] = lambda: None,
+    watch: Watch | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, DbtrainError]]:
     """The records of the chosen subjects (None is all), and the error of each that failed, or was trained and not
     uploaded; the others are not affected.
 
     skip_bad: leave subjects with findings out, print them, and name them in `shards/skipped.json`. opened: see `Watch`.
+    watch: of the caller's own, in place of quiet and opened.
     Raises DataError for unknown ids or while another run works on `out`, and StopRequested when the process was asked
     to stop.
     """
@@ -49,7 +52,7 @@ def train_manifest(
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, 1)
         raise DataError(f"{manifest}: has no subject {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    return train_chosen(subjects, findings, config, out, chosen or [*known], quiet, skip_bad, opened)
+    return train_chosen(subjects, findings, config, out, chosen or [*known], quiet, skip_bad, opened, watch)
 
 
 def train_chosen(
@@ -61,6 +64,7 @@ def train_chosen(
     quiet: bool = False,
     skip_bad: bool = False,
     opened: Callable[[], object] = lambda: None,
+    watch: Watch | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, DbtrainError]]:
     """What `train_manifest` returns, for a manifest that `scan_manifest` has read. The photos of all subjects are
     sharded, and the subjects with the ids `chosen` are trained."""
@@ -68,7 +72,8 @@ def train_chosen(
     with signals_as_before(), ExitStack() as fence:
         if not from_first(world, lambda: fence.enter_context(held(out / LOCK))):
             raise DataError(f"{out}: another run is working there; wait for it or stop it, or use another --out")
-        watch = Watch(quiet or not world.first, opened=opened)
+        watch = watch or Watch(quiet, opened=opened)
+        watch = replace(watch, quiet=watch.quiet or not world.first)
         base = join_run(config, watch)
         work = open_work(base, watch, subjects, findings, out, chosen, skip_bad)
         return _train_all(base, work, watch)

@@ -57,7 +57,7 @@ LEFTOVERS = ["TO" + "DO", "FIX" + "ME", "XX" + "X:"]
 PLACES = ["/" + "work/", "/" + "home/", "/" + "root/", "/" + "Users/", "/opt/" + "pypi", "/opt/" + "wheels"]
 HOSTS = ["pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", "index-" + "url", "find-" + "links"]
 
-AT_THE_TOP = {"__init__", "__main__", "cli", "train", "values", "randomness", "errors", "machine"}
+AT_THE_TOP = {"__init__", "__main__", "api", "cli", "train", "values", "randomness", "errors", "machine"}
 """Modules directly in `dbtrain/`. A new module belongs in one of its folders."""
 
 CORE = """
@@ -76,7 +76,7 @@ BUDGETS = {
     "evaluate": (1_500, "dbtrain/evaluate/*.py"),
     "subjects and data": (3_900, "dbtrain/subjects/*.py dbtrain/data/*.py"),
     "kernels": (1_400, "kernels/dbtrain_kernels/*.py"),
-    "wheel": (26_150, WHEEL),
+    "wheel": (26_250, WHEEL),
 }
 """Most lines of each room, and its files. Raise a budget only in a commit that says why."""
 MAX_FAMILY_LINES = 150

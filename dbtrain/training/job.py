@@ -167,6 +167,7 @@ class Job:
                     values = {**meter.read(), "memory_gib": peak_memory_gib(world.device)}
                     meter.reset()
                     progress.report(done, values)
+                    watch.logged(self.subject.id, done, steps, values)
                     for sink in sinks:
                         sink.log(done, values)
                 self.after_step(engine, done, measured["stop"] > 0)
