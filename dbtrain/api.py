@@ -1,6 +1,6 @@
 """The door for programs: what `import dbtrain` offers. Every function is a few lines around what a verb calls.
 
-`dbtrain.NAME` loads this module when a name is first used; `import dbtrain` alone loads nothing heavy. docs/api.md.
+This module is loaded when one of its names is first used; `import dbtrain` alone loads nothing heavy. docs/api.md.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_a_kept_pipeline_is_the_one_that_generate_draws_with(rex):
 
 
 def test_rows_are_a_manifest_that_the_command_line_takes_too(job, rex):
-    folder, recipe, settings = job
+    folder = job[0]
     row = json.loads((folder / "one" / "photos.jsonl").read_text())
     assert row == {"subject": "rex", "class": "dog", "images": str(folder / "rex")}
     from dbtrain.subjects.manifest import read_manifest
