@@ -33,6 +33,13 @@ class Store:
         bucket = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets.get(BUCKET)
         return {key: bytes(value.value) for key, value in (bucket.keys.items() if bucket else ())}
 
+    def keep(self, key: str, content: bytes) -> None:
+        """Put other content under a key, behind the server's back."""
+        from moto.core import DEFAULT_ACCOUNT_ID
+        from moto.s3.models import s3_backends
+
+        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object(BUCKET, key, content)
+
     def clear(self) -> None:
         """Forget objects, requests and orders."""
         from moto.core import DEFAULT_ACCOUNT_ID

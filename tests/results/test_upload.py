@@ -85,6 +85,17 @@ def test_a_real_s3_server_gets_it_and_each_file_once(result, store):
     assert {line.split()[0] for line in store.requests} <= {"GET", "HEAD"}
 
 
+def test_what_a_store_keeps_differently_is_noticed_and_leaves_no_record(result, store):
+    def rot(number, environ):
+        if environ["REQUEST_METHOD"] == "PUT" and environ["PATH_INFO"].endswith("weights.bin"):
+            store.keep("all/rex/weights.bin", b"rot")
+
+    store.after = rot
+    with pytest.raises(DataError, match="weights.bin: has the sha256"):
+        upload(result, f"s3://{BUCKET}/all")
+    assert "record.json" not in in_store(store)
+
+
 def test_files_that_are_there_are_not_sent_again(result, store):
     upload(result, f"s3://{BUCKET}/all")
     files = fsspec.filesystem("s3")
