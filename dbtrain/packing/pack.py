@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dbtrain.data.index import Index
-from dbtrain.engines.capture import WARM_STEPS, choose_capture, make_runner
+from dbtrain.engines.capture import choose_capture, make_runner, steps_to_warm
 from dbtrain.engines.engine import lr_scale
 from dbtrain.engines.packed import PackedEngine, RowSettings
 from dbtrain.models.adapters import layers
@@ -150,7 +150,7 @@ class Pack:
     @property
     def warm_steps(self) -> int:
         """Steps to make before a step can be timed: those that compile or record, and choose kernels."""
-        return {"graph": WARM_STEPS + 1, "compile": 2}.get(self.runner.choice.mode, 1)
+        return steps_to_warm(self.runner.choice.mode)
 
     def step(self, batch: Batch) -> None:
         """`advance`, run as `engine.capture` says."""

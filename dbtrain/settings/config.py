@@ -242,12 +242,13 @@ class EngineConfig(Section):
     at once in one process."""
     zero: ZeroConfig = ZeroConfig()
     packed: PackedConfig = PackedConfig()
-    capture: Literal["auto", "graph", "compile", "off"] = "auto"
+    capture: Literal["auto", "graph", "compile", "compiled_graph", "off"] = "auto"
     """How a step is run: `graph` records it once as a CUDA graph (packed engine), `compile` compiles the denoiser's
-    repeated blocks, `off` does neither, `auto` is `graph` where a graph can be recorded and `off` elsewhere."""
+    repeated blocks, `compiled_graph` compiles the blocks and then records the step, `off` does neither, `auto` is
+    `graph` where a graph can be recorded and `off` elsewhere."""
     channels_last: bool = False
     """Keep the denoiser's convolutions in the channels-last layout, which tensor cores read without reordering. For
-    `capture: compile`: each GroupNorm of a step that is not compiled copies its input to the other layout and back."""
+    compiled steps: each GroupNorm of a step that is not compiled copies its input to the other layout and back."""
     deterministic: bool = False
     """Use only algorithms that give the same bits in each run on one kind of GPU; slower. `model.attention: auto` is
     then PyTorch's own pick, because a choice by time may differ between runs."""

@@ -34,8 +34,8 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
         ),
         (
             "engine.capture",
-            config.engine.capture == "graph" and config.engine.kind == "zero",
-            "graph cannot record DeepSpeed's step; use engine.kind=packed (a pack of one is one subject), or compile",
+            config.engine.capture in ("graph", "compiled_graph") and config.engine.kind == "zero",
+            f"{config.engine.capture} cannot record DeepSpeed's step; use engine.kind=packed, or compile",
         ),
         (
             "engine.capture",
