@@ -20,15 +20,7 @@ LAYERS = (9, 18, 27)
 
 def tokenize(models: Models, captions: Sequence[str]) -> Tokens:
     """Ids and mask of each caption as the user's turn of a chat, without thinking."""
-    (tokenizer,) = models.tokenizers.values()
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        for caption in captions
-    ]
-    found = flow.padded(tokenizer, texts, LENGTH)
-    return found.input_ids, found.attention_mask
+    return flow.chat_tokens(models, captions, LENGTH, thinking=False)
 
 
 def encode_tokens(text_encoders: dict[str, nn.Module], tokens: Tokens) -> Conditioning:

@@ -51,6 +51,14 @@ def _vae() -> Any:
     )
 
 
+def dynamic_scheduler(**options: Any) -> Any:
+    """A flow scheduler whose shift grows with the image, FLUX's unless told otherwise."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    flux = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0, **{**flux, **options})
+
+
 def make_sd3(folder: Path) -> Path:
     """A diffusers folder of a random Stable Diffusion 3.5 medium layout: its first block has a second attention."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -91,7 +99,7 @@ def make_sd3(folder: Path) -> Path:
 
 def make_flux(folder: Path) -> Path:
     """A diffusers folder of a random FLUX.1 dev layout."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
@@ -107,18 +115,10 @@ def make_flux(folder: Path) -> Path:
         guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-        shift=3.0,
-    )
     tokenizer = _clip_tokenizer()
     pipeline = FluxPipeline(
         transformer=transformer,
-        scheduler=scheduler,
+        scheduler=dynamic_scheduler(),
         vae=_vae(),
         text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(tokenizer, width=48))),
         tokenizer=tokenizer,
@@ -155,12 +155,7 @@ def chat_tokenizer() -> Any:
 
 def make_flux2_klein(folder: Path) -> Path:
     """A diffusers folder of a random FLUX.2 klein layout: its autoencoder has statistics of the latents' cells."""
-    from diffusers import (
-        AutoencoderKLFlux2,
-        FlowMatchEulerDiscreteScheduler,
-        Flux2KleinPipeline,
-        Flux2Transformer2DModel,
-    )
+    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -196,17 +191,9 @@ def make_flux2_klein(folder: Path) -> Path:
         num_key_value_heads=1,
         head_dim=8,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-        shift=3.0,
-    )
     pipeline = Flux2KleinPipeline(
         transformer=transformer,
-        scheduler=scheduler,
+        scheduler=dynamic_scheduler(),
         vae=vae,
         text_encoder=Qwen3ForCausalLM(text).eval(),
         tokenizer=chat_tokenizer(),
