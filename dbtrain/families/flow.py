@@ -127,6 +127,10 @@ def chat_tokens(models: Models, captions: Sequence[str], length: int, thinking: 
     return found.input_ids, found.attention_mask
 
 
+def nothing(models: Models, guidance: float) -> None:
+    """None: the guidance is a number that the denoiser is told, and leads away from no text."""
+
+
 INSTRUCTION = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"

@@ -1,4 +1,4 @@
-"""Qwen-Image and Qwen-Image-2512: Qwen2.5-VL's last states behind a fixed instruction, a joint-attention transformer."""
+"""Qwen-Image and Qwen-Image-2512: Qwen2.5-VL's last states behind an instruction, a joint-attention transformer."""
 
 from collections.abc import Sequence
 from typing import Any

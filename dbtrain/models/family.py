@@ -57,6 +57,12 @@ class Models:
         """The trainable components by their names on disk; denoiser: the name of that component."""
         return {denoiser: self.denoiser, **self.text_encoders}
 
+    @property
+    def identifying(self) -> Any:
+        """The tokenizer in which identifiers are rare: the last one, whose encoder makes most of the token states. The
+        encoders before it are CLIP's, which feed SD3 and FLUX.1 little more than a pooled text."""
+        return next(reversed(self.tokenizers.values()))
+
     def to(self, device: torch.device) -> Models:
         """The same models, moved."""
         for module in (self.denoiser, self.vae, *self.text_encoders.values()):

@@ -233,12 +233,16 @@ def quiet_libraries() -> None:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The first tokenizer of a diffusers folder, a tokenizer folder, a hub id, or `embedded`."""
+    """The tokenizer that identifiers are chosen in (`Models.identifying`), of a diffusers folder, a hub id or
+    `embedded`; or the tokenizer in a folder of its own."""
     from transformers import AutoTokenizer, CLIPTokenizer
 
     source = source_of(path)
     mind_the_network(source)
     try:
+        for name, kind in _tokenizers_of(source)[-1:]:
+            loader = class_of(f"transformers:{kind}") if kind.startswith(("CLIP", "T5", "Qwen")) else AutoTokenizer
+            return _with_vocabulary(loader.from_pretrained(source, subfolder=name))
         if (Path(source) / "tokenizer").is_dir() or not is_local(source):
             return _with_vocabulary(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"))
         return _with_vocabulary(AutoTokenizer.from_pretrained(source))
@@ -246,6 +250,19 @@ def load_tokenizer(path: str) -> Any:
         raise DataError(
             f"{path}: no tokenizer found: {first_line(error)}; give a model or tokenizer folder, or {A_HUB_ID}"
         ) from error
+
+
+def _tokenizers_of(source: str) -> list[tuple[str, str]]:
+    """Names and classes of a pipeline's tokenizers, in order; empty where there is no index of a pipeline."""
+    from huggingface_hub import hf_hub_download
+
+    name = "model_index.json"
+    try:
+        path = Path(source) / name if is_local(source) else Path(hf_hub_download(source, name))
+        index = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return sorted((name, entry[1]) for name, entry in index.items() if name.startswith("tokenizer") and entry[1])
 
 
 def digests_of(source: str) -> dict[str, str]:

@@ -227,7 +227,7 @@ def open_work(
     Until this returns, a signal to stop ends the process at once.
     """
     world, settings = base.world, base.settings
-    tokenizer = next(iter(base.models.tokenizers.values()))
+    tokenizer = base.models.identifying
     registry = Path(settings.identifier.registry or out / REGISTRY)
 
     def shard() -> set[str]:

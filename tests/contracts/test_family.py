@@ -59,7 +59,7 @@ def test_tokens_fill_the_encoders_length(loaded):
         tokenizer = models.tokenizers[name]
         clip = type(models.text_encoders[name]).__name__.startswith("CLIP")
         assert ids.shape == (2, tokenizer.model_max_length if clip else LENGTHS.get(family.name, 512))
-        assert (ids[0] == tokenizer.eos_token_id).any()
+        assert torch.isin(ids[0], torch.tensor([tokenizer.eos_token_id, tokenizer.pad_token_id])).any()
         assert not clip or ids[1, -1] == tokenizer.eos_token_id  # cut, but ended
 
 

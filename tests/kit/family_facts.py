@@ -143,6 +143,7 @@ FACTS = {
     "flux2_klein": Facts(
         _klein, _klein_native, _klein_ours, sample="hidden_states", side=16, given=as_it_is, mean=True
     ),
+    "flux2": Facts(_klein, _klein_native, _klein_ours, sample="hidden_states", side=16, given=as_it_is, mean=True),
     "zimage": Facts(_zimage, side=8, mean=True, sign=-1, listed=True),
     "qwen_image": Facts(
         _masked,

@@ -1,4 +1,4 @@
-"""Random-weight models of the flow families that read text by a language model of Qwen's kind, small enough for tests."""
+"""Random-weight models of the flow families that read text by a language model, small enough for tests."""
 
 from pathlib import Path
 from typing import Any
