@@ -15,6 +15,7 @@ from dbtrain.storage.atomic import LOCK, held
 from dbtrain.storage.trouble import bare
 from dbtrain.subjects.finding import Finding, refuse
 from dbtrain.subjects.manifest import scan_manifest
+from dbtrain.training.bank import texts_of_run
 from dbtrain.training.job import Finished, open_job
 from dbtrain.training.session import Base, Watch, Work, join_run, open_work
 from dbtrain.training.stopping import signals_as_before
@@ -92,6 +93,8 @@ def train_subjects(base: Base, work: Work, watch: Watch, finished: Finished) -> 
     A failed subject does not affect the others; a disk that refuses ends them all. Raises StopRequested when the
     process was asked to stop.
     """
+    with watch.clock.stage("load"):
+        base.ready(texts_of_run(base, work))
     if base.settings.engine.kind == "packed":
         from dbtrain.packing.loop import train_packed
 

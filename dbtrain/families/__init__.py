@@ -32,6 +32,10 @@ FAMILIES = Rows(
         "sd3": "sd3:SD3",
         "flux": "flux:FLUX",
         "flux2_klein": "flux2_klein:FLUX2_KLEIN",
+        "flux2": "flux2:FLUX2",
+        "zimage": "zimage:ZIMAGE",
+        "qwen_image": "qwen_image:QWEN_IMAGE",
+        "krea2": "krea2:KREA2",
     }
 )
 """A `models.family.Family` for each architecture, by the name used in `model.family`."""

@@ -42,7 +42,7 @@ def folder_problem(family: Family, place: Path, variant: str | None = None) -> s
     """What keeps a diffusers folder from being used as a family's base."""
     index = _json(place / "model_index.json")
     kind = index.get("_class_name", "model of an unknown kind")
-    held = {name for name, entry in index.items() if isinstance(entry, list) and entry[:1] != [None]}
+    held = {name for name, entry in index.items() if isinstance(entry, list) and list(map(type, entry)) == [str, str]}
     wanted = {family.denoiser, *family.text_encoders, *(["vae"] if "vae" in family.components else [])}
     missing, more = sorted(wanted - held), sorted(filter(DECIDING.match, held - wanted))
     if missing or more:

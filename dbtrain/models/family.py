@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from dbtrain.models.attention import Attention, engage_attention
 from dbtrain.objective.noise import Schedule
 from dbtrain.settings.config import ModelConfig, RunConfig
 from dbtrain.values import Batch, Conditioning
+
+if TYPE_CHECKING:
+    from dbtrain.models.texts import Texts
 
 Tokens = tuple[Tensor, ...]
 """Token ids [B, T], one tensor a text encoder, and then the masks that a family needs."""
@@ -45,10 +48,20 @@ class Models:
     """What computes the denoiser's attention; None until that is chosen."""
     told: dict[str, Any] = field(default_factory=dict)
     """What the base's `model_index.json` says to its pipeline, of the names in `Family.told`."""
+    texts: Texts | None = None
+    """What encodes texts where the text encoders are not kept; `text_encoders` is then empty."""
+    pending: Callable[[], dict[str, nn.Module]] | None = None
+    """What loads the denoiser and the autoencoder, where these are still to come; they are empty modules then."""
 
     def components(self, denoiser: str) -> dict[str, nn.Module]:
         """The trainable components by their names on disk; denoiser: the name of that component."""
         return {denoiser: self.denoiser, **self.text_encoders}
+
+    @property
+    def identifying(self) -> Any:
+        """The tokenizer in which identifiers are rare: the last one, whose encoder makes most of the token states. The
+        encoders before it are CLIP's, which feed SD3 and FLUX.1 little more than a pooled text."""
+        return next(reversed(self.tokenizers.values()))
 
     def to(self, device: torch.device) -> Models:
         """The same models, moved."""
@@ -108,6 +121,17 @@ def unshifted(scheduler: Any, tokens: int) -> float:
     return 1.0
 
 
+def from_nothing(models: Models, guidance: float) -> str | None:
+    """The empty text, where there is a guidance (above 1) to lead away from it."""
+    return "" if guidance > 1 else None
+
+
+def prompt_embeds(told: Conditioning) -> dict[str, Any]:
+    """Encoded prompts as most pipelines take them."""
+    pooled = {} if told.pooled_BD is None else {"pooled_prompt_embeds": told.pooled_BD}
+    return {"prompt_embeds": told.states_BTD, **pooled}
+
+
 def by_guidance(models: Models, guidance: float) -> dict[str, Any]:
     """The arguments of a pipeline that takes classifier-free guidance and nothing else of its own."""
     return {"guidance_scale": guidance}
@@ -128,12 +152,16 @@ class Family:
     model's own.
     shift(scheduler, image tokens) -> the factor by which noise levels are moved in training.
     call(models, guidance) -> arguments of the pipeline's call beside prompts, sizes and steps.
+    embeds(conditioning) -> arguments of the pipeline's call in place of prompts; those of what guidance leads away from
+    have `negative_` before their names. avoided(models, guidance) -> the text that guidance leads away from where no
+    negative prompt is given; None where the pipeline needs none.
     attend(denoiser, choice, device, precision) -> what now computes its attention, as `engage_attention`.
 
     kohya(component, path) -> a layer in kohya's files; None for a family whose adapters no reader takes by such names.
     regions: class names of the blocks that repeat in the denoiser, which are compiled one by one. shapes: published
     sizes, to count and to time without weights. trains_text: whether diffusers loads adapters of all its text encoders.
-    negative: whether the pipeline takes a negative prompt.
+    negative: whether the pipeline takes a negative prompt. unstackable: layers that no pack can adapt, as in
+    `lora.targets`, and why.
     base_version: kohya's name of the base (`ss_base_model_version`), by which A1111 and Forge choose what to offer.
     """
 
@@ -155,9 +183,12 @@ class Family:
     told: tuple[str, ...] = ()
     shift: Callable[[Any, int], float] = unshifted
     call: Callable[[Models, float], dict[str, Any]] = by_guidance
+    embeds: Callable[[Conditioning], dict[str, Any]] = prompt_embeds
+    avoided: Callable[[Models, float], str | None] = from_nothing
     attend: Callable[[nn.Module, str, str, str], Attention] = engage_attention
     trains_text: bool = True
     negative: bool = True
+    unstackable: Mapping[str, str] = field(default_factory=dict)
     base_version: str = "unknown"
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dbtrain.engines.capture import as_python
 from dbtrain.models.family import Family, Models
-from dbtrain.models.pipelines import arguments, assemble
+from dbtrain.models.pipelines import assemble, words
 from dbtrain.settings.config import SampleConfig
 
 
@@ -43,20 +43,19 @@ def generate(
 
     Every image has its own CPU generator, so its noise does not depend on the batch it is drawn in or on the device.
     """
-    device, told = pipeline.device.type, arguments(pipeline, guidance)
+    device = pipeline.device.type
     for start in range(0, len(prompts), batch):
         chunk = slice(start, start + batch)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]]
+        told = words(pipeline, prompts[chunk], negative, guidance)
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             yield from pipeline(
-                prompt=list(prompts[chunk]),
                 generator=generators,
                 height=resolution,
                 width=resolution,
                 num_inference_steps=steps,
                 output_type="pil",
                 **told,
-                **({} if negative is None else {"negative_prompt": [negative] * len(generators)}),
             ).images
 
 

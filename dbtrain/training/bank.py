@@ -7,7 +7,7 @@ any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -22,12 +22,15 @@ from dbtrain.errors import ConfigError, DataError, StopRequested
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.models.load import base_digest
 from dbtrain.models.sampling import sampling_mode
+from dbtrain.models.texts import Group, encoded
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key, prior_moments, read_priors
 from dbtrain.randomness import Purpose, stream_key, uniforms
+from dbtrain.results.record import looks_finished
 from dbtrain.settings.config import DataConfig, PriorConfig, RunConfig
 from dbtrain.subjects.prompts import fill
-from dbtrain.training.session import Base, ClassPriors, Watch, Work
+from dbtrain.training.identity import subject_config
+from dbtrain.training.session import Base, ClassPriors, Watch, Work, drawn_texts
 from dbtrain.values import OWN, Batch, Conditioning, Role, Sample, Subject, sent
 
 
@@ -56,9 +59,7 @@ class Bank:
     ):
         self.items, self.data, self.seed, self.subject, self.batch_size = items, data, seed, subject, batch
         self.key = stream_key(seed, subject)
-        self.texts = list(dict.fromkeys(item.caption for role in items for item in items[role]))
-        if data.caption_dropout and "" not in self.texts:
-            self.texts.append("")
+        self.texts = distinct((item.caption for role in items for item in items[role]), data)
         self.moments: dict[Role, Tensor] = {}
         self.sizes = {
             role: torch.tensor([_size_ids(item.sample, data.resolution) for item in group], dtype=torch.float32)
@@ -161,6 +162,11 @@ class Bank:
         return to_pixels(flip(array) if mirrored else array)
 
 
+def distinct(captions: Iterable[str], data: DataConfig) -> list[str]:
+    """Captions once each, and the empty one where captions are dropped."""
+    return list(dict.fromkeys([*captions, *([""] if data.caption_dropout else [])]))
+
+
 def join_batches(parts: Sequence[Batch]) -> Batch:
     """One batch of the samples of several, in order, without `subject_B`. Parts without masks get factors of 1 beside
     parts with masks."""
@@ -198,9 +204,29 @@ def captions_of(
     family: Family, models: Models, config: RunConfig, texts: Sequence[str], device: str
 ) -> Conditioning | Tokens:
     """The captions as conditioning (encoded once, in fp32), or as tokens to encode anew each step."""
-    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
-    cached = config.data.cache_text and not config.train.text_encoder
-    return family.encode_tokens(models.text_encoders, tokens) if cached else tokens
+    if config.data.cache_text and not config.train.text_encoder:
+        return encoded(family, models, texts, device)
+    return tuple(ids.to(device) for ids in family.tokenize(models, texts))
+
+
+def texts_of_run(base: Base, work: Work) -> list[Group]:
+    """The groups of texts that training the subjects of a work asks for: captions as their banks have them, and the
+    prompts of class images and samples."""
+    settings, groups = base.settings, [("",)] if base.settings.engine.kind == "packed" else []
+    todo = [subject for subject in work.subjects if not looks_finished(work.folder(subject))]
+    for subject in todo:
+        config, identifier = subject_config(settings, subject), work.identifiers[subject.id]
+        names = {"identifier": identifier, "class_noun": subject.class_noun}
+        classes = [prior_key(config, base.models, subject.class_noun).prompt] if config.prior.weight > 0 else []
+        given = [entry.caption or config.data.caption for entry in work.index.entries_of(subject.id)]
+        try:
+            groups.append(tuple(distinct([*(fill(text, **names) for text in given), *classes], config.data)))
+            prompts = [fill(text, **names) for text in config.sample.prompts if config.sample.images]
+        except ConfigError:  # of this subject alone; its bank says it
+            continue
+        groups += drawn_texts(base, classes, config.prior.guidance) if classes else []
+        groups += drawn_texts(base, prompts, config.sample.guidance) if prompts else []
+    return groups
 
 
 ClassImages = Callable[[Base, Work, Watch, RunConfig, PriorKey], list[Sample]]
