@@ -32,6 +32,9 @@ FAMILIES = Rows(
         "sd3": "sd3:SD3",
         "flux": "flux:FLUX",
         "flux2_klein": "flux2_klein:FLUX2_KLEIN",
+        "if_stage1": "deepfloyd:IF_STAGE1",
+        "if_stage2": "deepfloyd:IF_STAGE2",
+        "x4_upscaler": "upscaler:X4_UPSCALER",
     }
 )
 """A `models.family.Family` for each architecture, by the name used in `model.family`."""

@@ -14,6 +14,7 @@ from dbtrain.models.architectures import class_of
 from dbtrain.models.base_check import base_problem, marks_of, path_problem
 from dbtrain.models.family import Family, Models, is_local
 from dbtrain.models.schedules import changed
+from dbtrain.objective.noise import discrete_schedule
 from dbtrain.settings.config import ModelConfig
 from dbtrain.storage.atomic import file_digest
 from dbtrain.tiny import BASE, EMBEDDED
@@ -51,15 +52,13 @@ def load_models(family: Family, config: ModelConfig) -> Models:
         return _load_single_file(family, config, source)
     try:
         index = _index(family, source, config)
-        parts = {
-            name: _load_component(family, source, name, index, config)
-            for name in (family.denoiser, "vae", *family.text_encoders)
-        }
+        parts = {name: _load_component(family, source, name, index, config) for name in modules_of(family)}
         tokenizers = {
-            name: _load_part_tokenizer(family, source, name.replace("text_encoder", "tokenizer"), config)
+            name: _load_part_tokenizer(family, source, name.replace("text_encoder", "tokenizer"), index, config)
             for name in family.text_encoders
         }
-        scheduler = _load_scheduler(source, index, config)
+        scheduler = _load_scheduler(source, "scheduler", index, config)
+        guide = _load_scheduler(source, family.guide.scheduler, index, config) if family.guide else None
     except (OSError, KeyError, ValueError) as error:
         raise ConfigError(
             f"model.path: cannot load {config.path!r} as {family.name}: {first_line(error)}; {_variant_hint(error)}"
@@ -67,7 +66,14 @@ def load_models(family: Family, config: ModelConfig) -> Models:
         ) from error
     models = _assemble(family, config, source, parts, tokenizers, scheduler)
     models.told = {name: index[name] for name in family.told if name in index}
+    if guide is not None:
+        models.guide_scheduler, models.levels = guide, discrete_schedule(guide.alphas_cumprod, "epsilon")
     return models
+
+
+def modules_of(family: Family) -> list[str]:
+    """Names on disk of the modules that are loaded: denoiser, autoencoder if there is one, text encoders."""
+    return [family.denoiser, *(["vae"] if "vae" in family.components else []), *family.text_encoders]
 
 
 def _variant_hint(error: Exception) -> str:
@@ -86,7 +92,7 @@ def _assemble(
     schedule, scheduler = family.schedule(scheduler, config)
     return Models(
         denoiser=parts[family.denoiser],
-        vae=parts["vae"],
+        vae=parts.get("vae"),
         text_encoders={name: parts[name] for name in family.text_encoders},
         tokenizers=tokenizers,
         scheduler=scheduler,
@@ -123,8 +129,10 @@ def _load_component(family: Family, source: str, name: str, index: dict, config:
     )
 
 
-def _load_part_tokenizer(family: Family, source: str, name: str, config: ModelConfig) -> Any:
-    loader = class_of(family.components.get(name, ("transformers:CLIPTokenizer",))[0])
+def _load_part_tokenizer(family: Family, source: str, name: str, index: dict, config: ModelConfig) -> Any:
+    known = family.components.get(name, ("transformers:CLIPTokenizer",))
+    told = index.get(name, (None, ""))[1]
+    loader = class_of(next((entry for entry in known if entry.partition(":")[2] == told), known[0]))
     return _with_vocabulary(loader.from_pretrained(source, subfolder=name, revision=config.revision))
 
 
@@ -135,12 +143,10 @@ def _with_vocabulary(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _load_scheduler(source: str, index: dict, config: ModelConfig) -> Any:
+def _load_scheduler(source: str, name: str, index: dict, config: ModelConfig) -> Any:
     import diffusers
 
-    return getattr(diffusers, index["scheduler"][1]).from_pretrained(
-        source, subfolder="scheduler", revision=config.revision
-    )
+    return getattr(diffusers, index[name][1]).from_pretrained(source, subfolder=name, revision=config.revision)
 
 
 def _load_single_file(family: Family, config: ModelConfig, source: str) -> Models:
@@ -158,7 +164,7 @@ def _load_single_file(family: Family, config: ModelConfig, source: str) -> Model
             f"model.path: cannot read {config.path!r} as {family.name}: {first_line(error)}; "
             "offline, set model.single_file_layout to a diffusers folder of the same architecture"
         ) from error
-    parts = {name: getattr(pipeline, name) for name in (family.denoiser, "vae", *family.text_encoders)}
+    parts = {name: getattr(pipeline, name) for name in modules_of(family)}
     if config.dtype == "bf16":
         parts |= {name: module.to(torch.bfloat16) for name, module in parts.items() if name != "vae"}
     tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_encoders}
@@ -224,7 +230,7 @@ def load_tokenizer(path: str) -> Any:
 def digests_of(source: str) -> dict[str, str]:
     """sha256 of every weight, tokenizer and scheduler file of a local model by its relative path; empty for hub ids."""
     root = Path(source)
-    kinds = ("*/*.safetensors", "tokenizer*/*", "scheduler/*.json")
+    kinds = ("*/*.safetensors", "tokenizer*/*", "scheduler/*.json", "*_scheduler/*.json")
     files = [root] if root.is_file() else sorted({path for kind in kinds for path in root.glob(kind) if path.is_file()})
     return {file.name if root.is_file() else file.relative_to(root).as_posix(): file_digest(file) for file in files}
 

@@ -1,14 +1,16 @@
 """What the tests of a family know of its stock pipeline, and what no row says: a row of facts for each family."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dbtrain.models.family import Family
 from dbtrain.values import Batch, Role
 
+IF_TARGETS = tuple(f"attentions.*.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"))
 Text = tuple[Tensor, Tensor | None]
 
 
@@ -28,6 +30,8 @@ class Facts:
     ours(native, h, w) is its inverse. given(latents): as the pipeline takes them at the start. mean: whether training
     has the mean of the autoencoder's posterior in place of a sample.
     sample: the name of the denoiser's argument that has them. side: pixels of a cell of the random model's latents.
+    stock: whether the pipeline takes latents and calls back, so that its own steps can be watched; those of cascades
+    take none, and `test_super.py` compares with them. targets: of adapters that its pipeline loads.
     idle: denoiser layers whose outputs nothing of a prediction depends on, so that an adapter there has no gradient.
     """
 
@@ -39,6 +43,8 @@ class Facts:
     idle: frozenset[str] = frozenset()
     given: Callable[[Tensor], Tensor] | None = None
     mean: bool = False
+    stock: bool = True
+    targets: tuple[str, ...] = ("attn*", "ff*", "proj_mlp")
 
     def start(self, x_BCHW: Tensor) -> Tensor:
         """Latents as the pipeline's call takes them."""
@@ -99,6 +105,10 @@ def _klein_ours(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
     return Flux2KleinPipeline._unpack_latents_with_ids(tokens_BLD, ids, height, width)
 
 
+def _if(pipeline: Any, captions: Sequence[str]) -> Text:
+    return pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)[0], None
+
+
 FACTS = {
     "sd": Facts(_sd),
     "sdxl": Facts(_sdxl),
@@ -107,8 +117,23 @@ FACTS = {
     "flux2_klein": Facts(
         _klein, _klein_native, _klein_ours, sample="hidden_states", side=16, given=as_it_is, mean=True
     ),
+    "if_stage1": Facts(_if, side=4, stock=False, targets=IF_TARGETS),
+    "if_stage2": Facts(_if, side=4, stock=False, targets=IF_TARGETS),
+    "x4_upscaler": Facts(_sd, side=4, stock=False),
 }
 """The facts of each family, by its name."""
+
+
+def shown(family: Family, batch: Batch, x_t_BCHW: Tensor, rows: Tensor | None = None) -> Batch:
+    """The batch with a random guide for each sample, where a family's denoiser takes one; rows: which of them."""
+    if family.guide is None:
+        return batch
+    stream = torch.Generator().manual_seed(7)
+    most = 1 + int(rows.max()) if rows is not None else len(x_t_BCHW)
+    guide = torch.randn(most, 3, *x_t_BCHW.shape[2:], generator=stream, dtype=x_t_BCHW.dtype)
+    level = torch.arange(most) * 20
+    rows = torch.arange(most) if rows is None else rows
+    return replace(batch, guide_BCHW=guide[rows], level_B=level[rows])
 
 
 def batch_of(count: int, height: int = 128, width: int = 128) -> Batch:
