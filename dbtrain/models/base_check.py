@@ -48,7 +48,7 @@ def folder_problem(family: Family, place: Path, variant: str | None = None) -> s
     if missing or more:
         what = f"has no {missing[0]}" if missing else f"has a {more[0]} besides"
         return f"{named(place)} is a {kind}, no base of model.family={family.name} ({what}); {ITS_FAMILY}"
-    channels = channel_problem(place, family.denoiser)
+    channels = channel_problem(place, family)
     if channels:
         return f"{named(place)} {channels}"
     for name in sorted(wanted):
@@ -58,12 +58,14 @@ def folder_problem(family: Family, place: Path, variant: str | None = None) -> s
     return None
 
 
-def channel_problem(place: Path, denoiser: str) -> str | None:
-    """Why a U-Net does not take what its VAE makes: inpainting, depth and editing models take more."""
-    unet, vae = place / denoiser / "config.json", place / "vae" / "config.json"
-    if denoiser != "unet" or not unet.is_file() or not vae.is_file():
+def channel_problem(place: Path, family: Family) -> str | None:
+    """Why a U-Net does not take what its VAE makes: inpainting, depth and editing models take more. One that enlarges
+    takes the small picture's three channels besides."""
+    unet, vae = place / family.denoiser / "config.json", place / "vae" / "config.json"
+    if family.denoiser != "unet" or not unet.is_file() or not (vae.is_file() or "vae" not in family.components):
         return None
-    got, want = _json(unet).get("in_channels"), _json(vae).get("latent_channels", 4)
+    made = _json(vae).get("latent_channels", 4) if "vae" in family.components else 3
+    got, want = _json(unet).get("in_channels"), made + (3 if family.guide else 0)
     return None if got in (None, want) else _channels(got, want)
 
 

@@ -38,7 +38,8 @@ class ModelConfig(Section):
 
     family: Annotated[str, OneOf(FAMILIES)] = "sd"
     """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL, `sd3` is
-    Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2 klein."""
+    Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2 klein, `if_stage1` and
+    `if_stage2` are DeepFloyd IF, `x4_upscaler` is Stable Diffusion's; the last two enlarge pictures."""
     path: Annotated[str, Field(min_length=1), Mark.NO_RESULT, Mark.PATH_OR_NAME] = "embedded"
     """Diffusers folder, hub id, single-file .safetensors, or `embedded` for the small base that ships with dbtrain."""
     revision: Annotated[str | None, Mark.NO_RESULT] = None
@@ -189,6 +190,20 @@ class ObjectiveConfig(Section):
     """Standard deviation of an extra per-channel constant in the noise; 0 is none."""
 
 
+class SuperConfig(Section):
+    """Training of a denoiser that enlarges (families `if_stage2`, `x4_upscaler`): the paper's second stage. It is shown
+    each photo reduced to a low resolution, with a little noise, and learns to draw the photo."""
+
+    level: Annotated[int, Field(ge=0, le=999)] = 0
+    """Noise level of the small picture, an index of the base's own table, in training and in sampling. The paper lowers
+    it from 1e-3 to 1e-5 in variance, since a model that mistrusts the small picture invents the details of a subject.
+    0 is the least that a base has: 4e-5 for DeepFloyd IF, 1e-4 for the x4 upscaler."""
+    level_highest: Annotated[int, Field(ge=0, le=999)] | None = None
+    """Train at levels drawn uniformly from `level` to this one; null trains at `level` alone."""
+    low_resolution: Annotated[int, Field(ge=8, le=4096)] | None = None
+    """Side of the small picture, in pixels; null is a quarter of `data.resolution`."""
+
+
 class PriorConfig(Section):
     """Class-specific prior preservation (DreamBooth, eq. 2)."""
 
@@ -321,6 +336,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    super: Annotated[SuperConfig, Mark.LATER] = SuperConfig()
     prior: PriorConfig = PriorConfig()
     engine: Annotated[EngineConfig, Mark.NO_RESULT] = EngineConfig()
     checkpoint: Annotated[CheckpointConfig, Mark.NO_RESULT] = CheckpointConfig()

@@ -67,6 +67,11 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             train.method == "lora" and not config.lora.targets,
             "is empty; a LoRA needs at least one layer pattern",
         ),
+        (
+            "super.level_highest",
+            config.super.level_highest is not None and config.super.level_highest < config.super.level,
+            f"is {config.super.level_highest}, below super.level = {config.super.level}",
+        ),
         ("lora.init", config.lora.init is not None and train.method != "lora", "is set, but train.method is not lora"),
         (
             "train.stop_loss",

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dbtrain.data.images import flip, open_photo, square, to_pixels
@@ -19,7 +21,7 @@ from dbtrain.data.index import order
 from dbtrain.data.masks import factors, open_mask
 from dbtrain.engines.world import together
 from dbtrain.errors import ConfigError, DataError, StopRequested
-from dbtrain.models.family import Codec, Family, Models, Tokens
+from dbtrain.models.family import Codec, Family, Models, Tokens, low_side
 from dbtrain.models.load import base_digest
 from dbtrain.models.sampling import sampling_mode
 from dbtrain.models.texts import Group, encoded
@@ -51,16 +53,25 @@ class Bank:
 
     moments: float32 [n, variants, 2C, h, w] by role on the device; empty where pixels are made each step; variant 1 is
     the mirror image. texts: every distinct caption once, and the empty one where captions are dropped. cell: pixels of
-    a side for one latent cell, for masks.
+    a side for one latent cell, for masks. low: pixels of a side of the small pictures that a denoiser enlarges; 0 where
+    there are none. lows: those pictures, [n, variants, 3, low, low] by role, where moments are kept too.
     """
 
     def __init__(
-        self, items: dict[Role, list[Item]], data: DataConfig, seed: int, subject: str, batch: int, cell: int = 8
+        self,
+        items: dict[Role, list[Item]],
+        data: DataConfig,
+        seed: int,
+        subject: str,
+        batch: int,
+        cell: int = 8,
+        low: int = 0,
     ):
         self.items, self.data, self.seed, self.subject, self.batch_size = items, data, seed, subject, batch
         self.key = stream_key(seed, subject)
         self.texts = distinct((item.caption for role in items for item in items[role]), data)
         self.moments: dict[Role, Tensor] = {}
+        self.low, self.lows = low, dict[Role, Tensor]()
         self.sizes = {
             role: torch.tensor([_size_ids(item.sample, data.resolution) for item in group], dtype=torch.float32)
             for role, group in items.items()
@@ -72,7 +83,18 @@ class Bank:
         self.masks = self._center_masks() if data.crop == "center" else None
         self.readers = ThreadPoolExecutor(2)
 
-    def cache(self, role: Role, codec: Codec, vae: nn.Module, device: str) -> Tensor:
+    def reduce(self, role: Role) -> None:
+        """Keep the small pictures of a role's images, and of their mirror images if samples are flipped."""
+        arrays = [square(open_photo(item.sample.image), self.data.resolution) for item in self.items[role]]
+        variants = [arrays, [flip(array) for array in arrays]] if self.data.flip else [arrays]
+        self.lows[role] = torch.stack([torch.stack([small(a, self.low) for a in variant]) for variant in variants], 1)
+
+    def small_photos(self) -> list[Image.Image]:
+        """The subject's photos, reduced to the low resolution: what there is to enlarge where nothing else is."""
+        photos = (open_photo(item.sample.image) for item in self.items[Role.INSTANCE])
+        return [Image.fromarray(square(photo, self.low)) for photo in photos]
+
+    def cache(self, role: Role, codec: Codec, vae: nn.Module | None, device: str) -> Tensor:
         """The moments of a role's images (and of their mirror images if samples are flipped), encoded once."""
         arrays = [square(open_photo(item.sample.image), self.data.resolution) for item in self.items[role]]
         variants = [arrays, [flip(array) for array in arrays]] if self.data.flip else [arrays]
@@ -107,13 +129,13 @@ class Bank:
         if self.data.crop == "random":
             top_B, left_B = (uniforms(self.key, Purpose.CROP, step, 2 * slot_B + axis) for axis in (0, 1))
             crops = list(zip(top_B.tolist(), left_B.tolist()))
-        images, sizes = self._images(role, crops, pick_B, flip_B)
+        images, sizes, lows = self._images(role, crops, pick_B, flip_B)
         masks = self._masks(role, crops, pick_B, flip_B)
         caption_B = self.caption_rows[role][pick_B]
         if self.data.caption_dropout and role == Role.INSTANCE:
             dropped_B = uniforms(self.key, Purpose.CAPTION, step, slot_B) < self.data.caption_dropout
             caption_B = torch.where(dropped_B, self.texts.index(""), caption_B)
-        return Batch(images, caption_B, torch.full_like(slot_B, int(role)), slot_B, sizes, mask_B1HW=masks)
+        return Batch(images, caption_B, torch.full_like(slot_B, int(role)), slot_B, sizes, mask_B1HW=masks, low_BCHW=lows)
 
     @property
     def masked(self) -> bool:
@@ -143,23 +165,33 @@ class Bank:
         array = square(open_mask(item.sample.mask), side, crop)
         return factors(flip(array) if mirrored else array, self.cell, self.data.mask_floor)
 
-    def _images(self, role: Role, crops: Sequence[Crop], pick_B: Tensor, flip_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _images(
+        self, role: Role, crops: Sequence[Crop], pick_B: Tensor, flip_B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Moments or pixels, sizes, and the small picture of the same crop where a denoiser enlarges."""
         if role in self.moments:
             moments = self.moments[role]
             # If the host waited for this copy, it would also wait until the step before has ended.
             pick, flipped = sent(torch.stack([pick_B, flip_B.long()]), moments.device)
-            return moments[pick, flipped], self.sizes[role][pick_B]
+            lows = self.lows[role][pick_B, flip_B.long()] if self.low else None
+            return moments[pick, flipped], self.sizes[role][pick_B], lows
         work = [
             (self.items[role][pick], crop, mirrored)
             for pick, crop, mirrored in zip(pick_B.tolist(), crops, flip_B.tolist())
         ]
-        pixels = list(self.readers.map(lambda job: self._pixels(*job), work))
+        arrays = list(self.readers.map(lambda job: self._array(*job), work))
+        lows = torch.stack([small(array, self.low) for array in arrays]) if self.low else None
         sizes = torch.tensor([_size_ids(item.sample, self.data.resolution, crop) for item, crop, _ in work])
-        return torch.stack(pixels), sizes
+        return torch.stack([to_pixels(array) for array in arrays]), sizes, lows
 
-    def _pixels(self, item: Item, crop: Crop, mirrored: bool) -> Tensor:
+    def _array(self, item: Item, crop: Crop, mirrored: bool) -> np.ndarray:
         array = square(open_photo(item.sample.image), self.data.resolution, crop)
-        return to_pixels(flip(array) if mirrored else array)
+        return flip(array) if mirrored else array
+
+
+def small(array: np.ndarray, side: int) -> Tensor:
+    """Pixels [3, side, side] in [-1, 1] of a crop [H, W, 3], reduced: a large and a small picture of one crop."""
+    return to_pixels(square(Image.fromarray(array), side))
 
 
 def distinct(captions: Iterable[str], data: DataConfig) -> list[str]:
@@ -171,7 +203,8 @@ def join_batches(parts: Sequence[Batch]) -> Batch:
     """One batch of the samples of several, in order, without `subject_B`. Parts without masks get factors of 1 beside
     parts with masks."""
     names = [name for name in Batch.__dataclass_fields__ if name not in ("subject_B", "mask_B1HW")]
-    joined = Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    held = [name for name in names if getattr(parts[0], name) is not None]
+    joined = Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in held})
     some = next((part.mask_B1HW for part in parts if part.mask_B1HW is not None), None)
     if some is None:
         return joined
@@ -193,7 +226,7 @@ def _size_ids(sample: Sample, resolution: int, crop: tuple[float, float] = (0.5,
 
 
 @torch.no_grad()
-def encode_all(codec: Codec, vae: nn.Module, images: Sequence[Tensor], device: str, batch: int = 8) -> Tensor:
+def encode_all(codec: Codec, vae: nn.Module | None, images: Sequence[Tensor], device: str, batch: int = 8) -> Tensor:
     """VAE moments [n, 2C, h, w] of n images [3, H, W], encoded `batch` at a time."""
     chunks = [torch.stack(images[start : start + batch]) for start in range(0, len(images), batch)]
     return torch.cat([codec.encode(vae, chunk.to(device)) for chunk in chunks])
@@ -251,12 +284,15 @@ def fill_bank(
         wanted = (key, config.prior.images)
         priors = base.class_priors.kept.get(wanted) or ClassPriors(class_images(base, work, watch, config, key))
         items[Role.PRIOR] = [Item(sample, key.prompt) for sample in priors.samples]
-    bank = Bank(items, data, config.seed, subject.id, config.train.batch, base.family.codec.cell)
+    low = low_side(config) if base.family.guide else 0
+    bank = Bank(items, data, config.seed, subject.id, config.train.batch, base.family.codec.cell, low)
     if data.cache_latents and data.crop == "center":
         with watch.clock.stage("encode"):
             bank.cache(Role.INSTANCE, base.family.codec, base.models.vae, base.world.device)
             if Role.PRIOR in items and priors.moments is None:
                 priors = replace(priors, moments=encode_priors(base, work, watch, config, key, priors.samples))
+            for role in items if low else ():
+                bank.reduce(role)
     if Role.PRIOR in items:
         if priors.moments is not None:
             bank.moments[Role.PRIOR] = priors.moments
@@ -288,7 +324,7 @@ def encode_priors(
 
     about = {
         "base": base_digest(base.models),
-        "dtype": str(next(vae.parameters()).dtype),
+        "dtype": "pixels" if vae is None else str(next(vae.parameters()).dtype),
         "resolution": config.data.resolution,
         "flip": config.data.flip,
         "device": device.partition(":")[0],

@@ -5,20 +5,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dbtrain.families import FAMILIES, flow
 from dbtrain.models.adapters import adapter, attach, detach, layers, matching_layers
 from dbtrain.models.load import load_models
-from dbtrain.models.sampling import generate, make_pipeline
+from dbtrain.models.sampling import Chain, generate, make_enlarger, make_pipeline
 from dbtrain.models.texts import Texts
 from dbtrain.results.publish import publish_lora
-from dbtrain.settings.config import ModelConfig
+from dbtrain.settings.config import DataConfig, ModelConfig, RunConfig, SampleConfig
 from dbtrain.training.trainables import RECOMPUTED
 from tests.kit.adapter_rows import read_rows
-from tests.kit.family_facts import FACTS, batch_of, real_states
+from tests.kit.family_facts import FACTS, batch_of, real_states, shown
 
 CAPTIONS = ["a photo of a dog", "a photo of a cat in the snow"]
 FLOWS = [name for name in FAMILIES if FAMILIES[name].schedule is flow.schedule]
+ENLARGING = RunConfig(data=DataConfig(resolution=64), sample=SampleConfig(steps=2, guidance=1.0))
 SIZES = pytest.mark.parametrize("size", [(64, 64), (64, 96)], ids=["square", "two to three"])
 
 
@@ -35,7 +37,7 @@ def loaded(request, model_folders):
 
 def in_float64(name, folders):
     family, facts, models = model_of(name, folders)
-    for module in (*models.components(family.denoiser).values(), models.vae):
+    for module in (*models.components(family.denoiser).values(), *filter(None, [models.vae])):
         module.double()
     return family, facts, models
 
@@ -54,6 +56,7 @@ def exact(request, doubles):
 
 
 ALL = pytest.mark.parametrize("exact", FAMILIES, indirect=True)
+STOCK = pytest.mark.parametrize("exact", [name for name in FAMILIES if FACTS[name].stock], indirect=True)
 FLOW = pytest.mark.parametrize("exact", FLOWS, indirect=True)
 
 
@@ -83,7 +86,7 @@ def drawn(family, models, facts, start, size, steps, captions=CAPTIONS, **option
     ).images
 
 
-@ALL
+@STOCK
 @SIZES
 @torch.no_grad()
 def test_denoise_is_the_pipelines_own_call(exact, size):
@@ -194,7 +197,8 @@ def gradients(family, facts, models, samples, rows):
     goal = latents(facts, (64, 64), 6, family.codec.channels, seed=1)[samples]
     captions = shortened(told(family, models, [*CAPTIONS, "a dog", "a cat", "the snow", "a photo"])[samples])
     time_B = torch.tensor([3, 150, 333, 500, 777, 990])[samples]
-    prediction = family.denoise(models.denoiser, x_t, time_B, captions, batch_of(count))
+    batch = shown(family, batch_of(count), x_t, samples)
+    prediction = family.denoise(models.denoiser, x_t, time_B, captions, batch)
     ((prediction - goal) ** 2).mean((1, 2, 3)).sum().backward()
     found = {}
     for path, layer in layers(models.denoiser):
@@ -249,9 +253,9 @@ def test_diffusers_predicts_alike_from_a_published_adapter(loaded, alpha, tmp_pa
     conditioning, time_B = told(family, models), torch.tensor([3, 777])
 
     def predict():
-        return family.denoise(models.denoiser, x_t, time_B, conditioning, batch_of(2))
+        return family.denoise(models.denoiser, x_t, time_B, conditioning, shown(family, batch_of(2), x_t))
 
-    attach(models.denoiser, ["att*", "ff*", "feed_forward*", "img_mlp*", "proj_mlp"], 1, 4, alpha)
+    attach(models.denoiser, facts.targets, 1, 4, alpha)
     for number, (_, layer) in enumerate(layers(models.denoiser)):
         layer.down_NRD.data = noise(*layer.down_NRD.shape, seed=2 * number, dtype=torch.float32) * 0.1
         layer.up_NDR.data = noise(*layer.up_NDR.shape, seed=2 * number + 1, dtype=torch.float32) * 0.1
@@ -285,6 +289,9 @@ def test_encoded_prompts_draw_the_picture_of_the_texts(loaded, guidance):
 def test_a_picture_alone_is_the_picture_of_its_batch(loaded):
     family, _, models = loaded
     pipeline = make_pipeline(family, models)
+    if family.guide is not None:
+        small = [Image.fromarray(np.full((16, 16, 3), shade, np.uint8)) for shade in (60, 60)]
+        pipeline = Chain(small, (make_enlarger(family, models, ENLARGING),))
     together = list(generate(pipeline, CAPTIONS, [5, 6], 64, 2, 1.0))
     for caption, seed, image in zip(CAPTIONS, (5, 6), together):
         (alone,) = generate(pipeline, [caption], [seed], 64, 2, 1.0)
