@@ -273,13 +273,22 @@ def test_diffusers_predicts_alike_from_a_published_adapter(loaded, alpha, tmp_pa
     assert (ours - plain).abs().max() > 1e-3 and torch.equal(plain, predict())
 
 
+def drawing(family, models, guidance=1.0):
+    """What draws pictures: the family's pipeline; of one that enlarges, after two small pictures."""
+    if family.guide is None:
+        return make_pipeline(family, models)
+    small = [Image.fromarray(np.full((16, 16, 3), shade, np.uint8)) for shade in (60, 60)]
+    enlarger = make_enlarger(family, models, ENLARGING)
+    return Chain(small, (enlarger._replace(sample=enlarger.sample.model_copy(update={"guidance": guidance})),))
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_encoded_prompts_draw_the_picture_of_the_texts(loaded, guidance):
     """Without text encoders, from prompts and what guidance leads away from, each encoded alone."""
     family, _, models = loaded
     apart = replace(models, text_encoders={}, texts=Texts(lambda: models.text_encoders))
     ours, theirs = (
-        np.stack(list(generate(make_pipeline(family, one), CAPTIONS, [5, 6], 64, 2, guidance))).astype(int)
+        np.stack(list(generate(drawing(family, one, guidance), CAPTIONS, [5, 6], 64, 2, guidance))).astype(int)
         for one in (apart, models)
     )
     assert np.abs(ours - theirs).max() <= 1
@@ -288,10 +297,7 @@ def test_encoded_prompts_draw_the_picture_of_the_texts(loaded, guidance):
 
 def test_a_picture_alone_is_the_picture_of_its_batch(loaded):
     family, _, models = loaded
-    pipeline = make_pipeline(family, models)
-    if family.guide is not None:
-        small = [Image.fromarray(np.full((16, 16, 3), shade, np.uint8)) for shade in (60, 60)]
-        pipeline = Chain(small, (make_enlarger(family, models, ENLARGING),))
+    pipeline = drawing(family, models)
     together = list(generate(pipeline, CAPTIONS, [5, 6], 64, 2, 1.0))
     for caption, seed, image in zip(CAPTIONS, (5, 6), together):
         (alone,) = generate(pipeline, [caption], [seed], 64, 2, 1.0)
