@@ -12,7 +12,7 @@ from dbtrain.settings.config import ModelConfig, RunConfig
 from dbtrain.tiny import EMBEDDED
 
 AUTO = "auto"
-FEW_STEPS = re.compile(r"(?<![A-Za-z])(?i:turbo|schnell|lightning|hyper|lcm|tcd|dmd2?)(?![a-z])")
+FEW_STEPS = re.compile(r"(?<![A-Za-z])(?i:turbo|schnell|lightning|hyper|lcm|tcd|dmd2?|klein(?=-[0-9]b))(?![a-z])")
 """Words in the names of bases that were distilled to a few steps."""
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 

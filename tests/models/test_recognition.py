@@ -97,6 +97,7 @@ def test_a_lora_is_no_base(tmp_path):
     ("FLUX.1-schnell", "schnell"), ("someone/Z-Image-Turbo", "Turbo"),
     ("sdxl_lightning_4step.safetensors", "lightning"),
     ("juggernautXL_v9Rdphoto2Lightning.safetensors", "Lightning"), ("hyperreal", None), ("Turbonator", None),
+    ("FLUX.2-klein-4B", "klein"), ("FLUX.2-klein-base-4B", None),
     ("dev", None),
 ])  # fmt: skip
 def test_names_of_distilled_bases(name, told):
