@@ -131,7 +131,8 @@ def _assemble(
     )
 
 
-def _index_path(source: str, config: ModelConfig) -> Path:
+def index_path(source: str, config: ModelConfig) -> Path:
+    """The `model_index.json` of a folder, or of a hub id, fetched where it is not in the cache."""
     from huggingface_hub import hf_hub_download
 
     name = "model_index.json"
@@ -139,7 +140,7 @@ def _index_path(source: str, config: ModelConfig) -> Path:
 
 
 def _index(family: Family, source: str, config: ModelConfig) -> dict[str, Any]:
-    index = json.loads(_index_path(source, config).read_text())
+    index = json.loads(index_path(source, config).read_text())
     if index.get("_class_name") != family.pipeline:
         raise ValueError(f"it is a {index.get('_class_name')}, and this family is {family.pipeline}")
     return index
@@ -285,7 +286,7 @@ def digests_of(source: str) -> dict[str, str]:
 
 def commit_of(source: str, config: ModelConfig) -> dict[str, str]:
     """What names a hub model's files as digests would: its id, the commit that was read, and the variant."""
-    return {"source": source, "commit": _index_path(source, config).parent.name, "variant": config.variant or ""}
+    return {"source": source, "commit": index_path(source, config).parent.name, "variant": config.variant or ""}
 
 
 def base_digest(models: Models) -> str:

@@ -36,10 +36,11 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model. Its files are only read."""
 
-    family: Annotated[str, OneOf(FAMILIES)] = "sd"
+    family: Annotated[str, OneOf(("auto", *FAMILIES))] = "sd"
     """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL, `sd3` is
-    Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2 klein, `if_stage1` and
-    `if_stage2` are DeepFloyd IF, `x4_upscaler` is Stable Diffusion's; the last two enlarge pictures."""
+    Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2 klein, `if_stage1` and `if_stage2` are
+    DeepFloyd IF, `x4_upscaler` is Stable Diffusion's; the last two enlarge pictures. `auto` is what the base's own
+    files say."""
     path: Annotated[str, Field(min_length=1), Mark.NO_RESULT, Mark.PATH_OR_NAME] = "embedded"
     """Diffusers folder, hub id, single-file .safetensors, or `embedded` for the small base that ships with dbtrain."""
     revision: Annotated[str | None, Mark.NO_RESULT] = None
@@ -55,6 +56,9 @@ class ModelConfig(Section):
     """Rescale the noise schedule to zero SNR at the last timestep (arXiv 2305.08891); `auto` follows the scheduler."""
     dtype: Annotated[Literal["fp32", "bf16"], Mark.LATER] = "fp32"
     """Number format in which denoiser and text encoders are loaded, for adapters alone; the VAE is always fp32."""
+    distilled: Annotated[bool, Mark.NO_RESULT] = False
+    """Train on a base that was distilled to a few sampling steps (Turbo, Lightning, schnell), which is refused else:
+    its adapters drift off the subject. Such a base is for sampling."""
     attention: Annotated[Literal["auto", "sdpa", "xformers", "flash", "cudnn", "math"], Mark.NO_RESULT] = "auto"
     """Attention implementation: `sdpa` is the one that PyTorch picks, `flash` only its FlashAttention, `cudnn` only
     cuDNN's, `auto` the fastest for each shape by a short measurement on a GPU, `sdpa` on a CPU. A choice that cannot

@@ -22,7 +22,7 @@ from dbtrain.verbs.options import (
     Verb,
     group,
     keep_origin,
-    load_config,
+    load_settled,
     print_json,
     stop_at_once,
 )
@@ -59,7 +59,7 @@ def run_verb(
     as_json: Json = False,
 ) -> None:
     """Train every subject of a manifest: plan, shards, priors, training, publishing. The same command again goes on."""
-    config = load_config(recipe, overrides)
+    config = load_settled(recipe, overrides)
     if gang > 1 and config.engine.kind == "packed":
         raise ConfigError("--gang: packed training runs on one GPU; use --gang 1, or engine.kind=zero")
     if gang > 1:

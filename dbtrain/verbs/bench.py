@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from dbtrain.errors import ConfigError
-from dbtrain.verbs.options import Json, Overrides, Recipe, Verb, group, load_config, print_json
+from dbtrain.verbs.options import Json, Overrides, Recipe, Verb, group, load_settled, print_json
 
 
 def pack_verb(
@@ -24,7 +24,7 @@ def pack_verb(
     """Time the subject-packed trainer at several pack sizes against warm solo training, interleaved."""
     from dbtrain.bench import pack, to_stderr
 
-    config = load_config(recipe, overrides)
+    config = load_settled(recipe, overrides)
     counts = numbers(subjects, "--subjects") if subjects else []
     plan = pack.Plan(numbers(sizes, "--sizes"), steps, turns, processes, counts, random_weights)
     result = pack.measure(config, plan, to_stderr)
@@ -58,7 +58,7 @@ def step_verb(
     from dbtrain.bench import step, to_stderr
     from dbtrain.settings.config import EngineConfig, ModelConfig
 
-    config = load_config(recipe, overrides)
+    config = load_settled(recipe, overrides)
     ways = (
         choices(capture, "--capture", EngineConfig.model_fields["capture"].annotation),
         choices(attention, "--attention", ModelConfig.model_fields["attention"].annotation),

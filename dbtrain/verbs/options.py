@@ -69,6 +69,13 @@ def load_config(recipe: str, overrides: Sequence[str] | None) -> "RunConfig":
     return recipes.load(recipe, overrides or ())
 
 
+def load_settled(recipe: str, overrides: Sequence[str] | None) -> "RunConfig":
+    """The settings as `load_config`, with the base's own family; ConfigError for a base that cannot be trained."""
+    from dbtrain.models.recognition import settled
+
+    return settled(load_config(recipe, overrides))
+
+
 def print_json(value: Any) -> None:
     """Print a value as indented JSON."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
