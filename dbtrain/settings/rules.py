@@ -93,6 +93,12 @@ def _packed_rules(config: RunConfig) -> list[tuple[str, bool, str]]:
             engine.zero != ZeroConfig(),
             "is set, but engine.kind=packed trains without DeepSpeed; use engine.kind=zero to shard or offload",
         ),
+        (
+            "data.buckets",
+            config.data.buckets,
+            "is on, but a pack makes one forward pass of all its subjects, in one shape; use engine.kind=zero, or crop "
+            "to squares",
+        ),
         ("engine.deepspeed", engine.deepspeed is not None, "is set, but engine.kind=packed trains without DeepSpeed"),
         (
             "track.wandb" if track.wandb else "track.trackio",

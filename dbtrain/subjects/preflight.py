@@ -148,7 +148,8 @@ def _look(subject: Subject, path: Path, data: DataConfig) -> Look:
         image, _ = open_with_mask(subject, path, read_photo(path), data)
     except DataError as error:
         return Look(problem=str(error))
-    return Look(short_side=min(image.size), unread=UNREAD in image.info)
+    enlarged = min(covering(image.size, shape_of(image.size, data))) / min(image.size)
+    return Look(None, min(image.size), enlarged, UNREAD in image.info)
 
 
 def _remarks(name: str, seen: Sequence[tuple[Path, Look]], resolution: int) -> Iterator[Finding]:
