@@ -158,9 +158,9 @@ AT_256 = RunConfig.model_validate({"data": {"resolution": 256}})
 
 def test_a_blurred_photo_is_a_note_about_the_worst_of_its_subject(sharp):
     photo, write = sharp
-    soft, softer = (photo.filter(ImageFilter.GaussianBlur(radius)) for radius in (8, 14))
+    soft, softer = (photo.filter(ImageFilter.GaussianBlur(radius)) for radius in (3, 6))
     turned = soft.transpose(Image.Transpose.ROTATE_180)
-    images = (write("a.png"), write("b.png", turned), write("c.png", softer))
+    images = (write("a.png"), write("b.png", turned), write("c.png", softer.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
     (note,) = preflight([Subject("rex", "dog", images)], AT_256)
     assert note.note and note.file == str(images[2]) and note.what == "looks blurred (and 1 more)"
     assert preflight([Subject("rex", "dog", images)], CONFIG) == [], "at 32 px such photos are sharp"
