@@ -227,7 +227,9 @@ def _decode_problem(error: Exception, content: bytes, max_pixels: int) -> str:
     if isinstance(error, Image.UnidentifiedImageError) and kind not in readable():
         what = f"is no JPEG, PNG or WebP photo{f' but {kind}' if kind else ''}, whatever its name says"
         return f"{what} (it begins with {shown(content[:8])}); {missing(kind)}"
-    return f"is damaged or cut short ({shown(str(error))}); copy the photo again or take it out"
+    # Pillow names the object in memory, which says nothing and differs from run to run.
+    why = "not even its header can be read" if isinstance(error, Image.UnidentifiedImageError) else shown(str(error))
+    return f"is damaged or cut short ({why}); copy the photo again or take it out"
 
 
 def _too_many_bytes(name: object, size: int, max_bytes: int) -> str:
