@@ -213,7 +213,11 @@ def main() -> None:
         "processor time of this command (s)": round(time.process_time() - begin),
     }
     rows = rows_of(measured)
-    lines = ["# Masks and captions of each photo on the embedded base", "", "; ".join(f"{k} {v}" for k, v in about.items())]
+    lines = [
+        "# Masks and captions of each photo on the embedded base",
+        "",
+        "; ".join(f"{k} {v}" for k, v in about.items()),
+    ]
     lines += ["", "| | " + " | ".join(SCORES.values()) + " |", "|---" * (len(SCORES) + 1) + "|"]
     lines += [f"| {row['row']} | " + " | ".join(shown(row[key]) for key in SCORES) + " |" for row in rows]
     place = options.results / f"masks-and-captions_cpu_{time.strftime('%Y%m')}"

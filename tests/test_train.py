@@ -325,8 +325,8 @@ def test_photos_of_several_shapes_train_as_if_alone(tmp_path):
     (tmp_path / "photos.csv").write_text("subject,class,images\nrex,dog,rex\ntom,dog,tom\n")
     words = ("data.buckets=true", "train.batch=2", "train.steps=4", "sample.images=0", "track.every_steps=1")
     for out, names in (("both", ["rex", "tom"]), ("alone", ["tom"])):
-        records, failed = train_manifest(tmp_path / "photos.csv", small_config(*words), tmp_path / out, names, quiet=True)
-        assert not failed and len(records) == len(names)
+        _, failed = train_manifest(tmp_path / "photos.csv", small_config(*words), tmp_path / out, names, quiet=True)
+        assert not failed
     both, alone = (file_digest(tmp_path / out / "subjects/tom" / LORA) for out in ("both", "alone"))
     assert both == alone
     kept = [len(list((tmp_path / out / "priors").glob("*/latents/*.json"))) for out in ("both", "alone")]

@@ -135,9 +135,7 @@ def _image_and_mask(subject: Subject, path: Path, data: DataConfig) -> tuple[Ima
         return open_with_mask(subject, path, content, data.replaced("mask", False))
 
 
-def _facts(
-    image: Image.Image, mask: Image.Image | None, shape: Shape, data: DataConfig
-) -> tuple[str, tuple[str, ...]]:
+def _facts(image: Image.Image, mask: Image.Image | None, shape: Shape, data: DataConfig) -> tuple[str, tuple[str, ...]]:
     """(size, shape, crop and mask of a photo in words, warnings)."""
     (width, height), covered = image.size, covering(image.size, shape)
     cut, facts, warnings = lost(image.size, shape), [f"{width}×{height}"], []
@@ -156,8 +154,7 @@ def _facts(
 
 
 def thumbnail(image: Image.Image, mask: Image.Image | None, shape: Shape) -> str:
-    """A data address of a photo as it is trained, in the (height, width) of a thumbnail, with the outline of its mask.
-    """
+    """A data address of a photo as it is trained, in a thumbnail's (height, width), with the outline of its mask."""
     pixels = fit(image, shape)
     if mask is not None:
         pixels = pixels.copy()

@@ -96,8 +96,7 @@ def _packed_rules(config: RunConfig) -> list[tuple[str, bool, str]]:
         (
             "data.buckets",
             config.data.buckets,
-            "is on, but a pack makes one forward pass of all its subjects, in one shape; use engine.kind=zero, or crop "
-            "to squares",
+            "is on, but all subjects of a pack go through the model in one shape; use engine.kind=zero, or squares",
         ),
         ("engine.deepspeed", engine.deepspeed is not None, "is set, but engine.kind=packed trains without DeepSpeed"),
         (

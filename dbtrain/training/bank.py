@@ -93,8 +93,7 @@ class Bank:
         return [items[n] for n, own in enumerate(self.shapes) if own == shape] if role == Role.INSTANCE else items
 
     def cache(self, role: Role, shape: Shape, codec: Codec, vae: nn.Module, device: str) -> Tensor:
-        """The moments of a role's images in a shape (and of their mirror images if samples are flipped), encoded once.
-        """
+        """The moments of a role's images in a shape, and of their mirror images if samples are flipped."""
         arrays = [fit(open_photo(item.sample.image), shape) for item in self.shaped(role, shape)]
         variants = [arrays, [flip(array) for array in arrays]] if self.data.flip else [arrays]
         encoded = [encode_all(codec, vae, [to_pixels(array) for array in variant], device) for variant in variants]

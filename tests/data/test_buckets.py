@@ -8,7 +8,16 @@ from dbtrain.data.buckets import bucket_shapes, covering, lost, shape_of
 from dbtrain.data.images import fit, square
 from dbtrain.settings.config import DataConfig
 
-CAMERAS = [(3000, 4000), (4032, 3024), (4000, 6000), (6000, 4000), (2160, 3840), (3840, 2160), (2000, 2000), (1200, 1500)]
+CAMERAS = [
+    (3000, 4000),
+    (4032, 3024),
+    (4000, 6000),
+    (6000, 4000),
+    (2160, 3840),
+    (3840, 2160),
+    (2000, 2000),
+    (1200, 1500),
+]
 
 
 def data(resolution: int, buckets: bool = True) -> DataConfig:
@@ -22,7 +31,9 @@ def test_photos_of_cameras_lose_next_to_nothing(resolution, multiple):
         assert lost(size, shape_of(size, data(resolution, False), multiple)) == pytest.approx(1 - min(size) / max(size))
 
 
-@pytest.mark.parametrize(("resolution", "multiple"), [(16, 8), (32, 8), (64, 8), (96, 16), (512, 8), (1024, 16), (2048, 8)])
+@pytest.mark.parametrize(
+    ("resolution", "multiple"), [(16, 8), (32, 8), (64, 8), (96, 16), (512, 8), (1024, 16), (2048, 8)]
+)
 def test_shapes_are_few_fit_the_square_memory_and_turn_with_their_photo(resolution, multiple):
     shapes = bucket_shapes(resolution, multiple)
     assert shapes[0] == (resolution, resolution) and len(shapes) <= 11

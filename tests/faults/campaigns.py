@@ -342,7 +342,7 @@ def damage_sources(folder: Path, times: int, seed: int = 0) -> Tally:
                 tally.count(False, f"{what}: was taken for the same")
             except DbtrainError as error:
                 tally.count(result_of(out) == stored and str(error).isprintable(), f"{what}: {error}")
-            except Exception as error:  # noqa: BLE001  what a user would see as a traceback
+            except Exception as error:  # what a user would see as a traceback
                 tally.count(False, f"{what}: {error!r}")
             path.write_bytes(sound)
     assert verify(out) == []

@@ -18,7 +18,13 @@ def clean(tally: campaigns.Tally, at_least: int) -> None:
     assert tally.cases >= at_least
 
 
-PARTS = [("shards", 1, 15), ("checkpoints", 5, 10), ("import_priors", 3, 8), ("import_kohya", 5, 5), ("index_tar", 3, 5)]
+PARTS = [
+    ("shards", 1, 15),
+    ("checkpoints", 5, 10),
+    ("import_priors", 3, 8),
+    ("import_kohya", 5, 5),
+    ("index_tar", 3, 5),
+]
 """What is struck, at every how many file operations, and how many cases that are at least."""
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dbtrain.data.images import fit, flip, open_photo, to_pixels
+from dbtrain.data.images import fit, open_photo, to_pixels
 from dbtrain.data.index import order
 from dbtrain.families import FAMILIES
 from dbtrain.models.load import load_models
