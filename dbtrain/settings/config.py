@@ -72,6 +72,9 @@ class DataConfig(Section):
     """Side of the square training image, in pixels."""
     crop: Literal["center", "random"] = "center"
     """Square crop after the short side is resized. `random` draws a position at every step; latents are not cached."""
+    buckets: Annotated[bool, Mark.LATER] = False
+    """Train each photo in the shape nearest to its own, of about `resolution`^2 pixels and 1:2 to 2:1, instead of a
+    square; its class image gets the same shape. Photos of unlike shapes go through the model one at a time."""
     mask: Annotated[bool | Literal["auto"], Mark.NO_RESULT] = "auto"
     """Weigh the loss of photos by masks of the subject: the column `mask`, a `*-mask.png` beside the photo, or the
     photo's own transparency. `auto` does where a photo has one, true wants one for each photo, false uses none."""

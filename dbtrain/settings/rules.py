@@ -98,6 +98,11 @@ def _packed_rules(config: RunConfig) -> list[tuple[str, bool, str]]:
             engine.zero != ZeroConfig(),
             "is set, but engine.kind=packed trains without DeepSpeed; use engine.kind=zero to shard or offload",
         ),
+        (
+            "data.buckets",
+            config.data.buckets,
+            "is on, but all subjects of a pack go through the model in one shape; use engine.kind=zero, or squares",
+        ),
         ("engine.deepspeed", engine.deepspeed is not None, "is set, but engine.kind=packed trains without DeepSpeed"),
         (
             "track.wandb" if track.wandb else "track.trackio",

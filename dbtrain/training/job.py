@@ -116,7 +116,9 @@ class Job:
     def run_to_end(self) -> dict[str, Any]:
         """The subject's record, after it was built, resumed, trained and published."""
         config, base = self.config, self.base
-        plan = plan_batches(config.train.batch, config.train.micro_batch, base.world.size)
+        # A forward pass has one shape, so photos of several go through it one at a time.
+        micro = config.train.micro_batch if len(self.bank.kinds) == 1 else 1
+        plan = plan_batches(config.train.batch, micro, base.world.size)
         choice = choose_capture(config.engine, torch.device(base.world.device).type)
         runner = make_runner(choice, base.models.denoiser, base.family.regions)
         with self.watch.clock.stage("build"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dbtrain.data.buckets import Shape
 from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
 from dbtrain.engines.deterministic import choose_algorithms
@@ -37,10 +38,11 @@ CLASSES = 8
 
 @dataclass(frozen=True)
 class ClassPriors:
-    """A class's prior images, and their VAE moments [n, variants, 2C, h, w]. moments: None where none are cached."""
+    """A class's prior images. moments: their VAE moments [n, variants, 2C, h, w] by (height, width) in pixels; empty
+    where none are cached."""
 
     samples: list[Sample]
-    moments: Tensor | None = None
+    moments: Mapping[Shape, Tensor] = field(default_factory=dict)
 
 
 class PriorCache:
