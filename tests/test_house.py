@@ -18,11 +18,14 @@ LIBRARIES = {
     "accelerate",
     "deepspeed",
     "diffusers",
+    "flask",
     "fsspec",
     "hypothesis",
     "jinja2",
+    "huggingface_hub",
     "kernels",
     "lpips",
+    "moto",
     "ninja",
     "numpy",
     "peft",
@@ -35,6 +38,7 @@ LIBRARIES = {
     "ray",
     "requests",
     "rich",
+    "s3fs",
     "safetensors",
     "tensorboard",
     "torch",
@@ -53,7 +57,7 @@ LEFTOVERS = ["TO" + "DO", "FIX" + "ME", "XX" + "X:"]
 PLACES = ["/" + "work/", "/" + "home/", "/" + "root/", "/" + "Users/", "/opt/" + "pypi", "/opt/" + "wheels"]
 HOSTS = ["pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", "index-" + "url", "find-" + "links"]
 
-AT_THE_TOP = {"__init__", "__main__", "cli", "train", "values", "randomness", "errors", "machine"}
+AT_THE_TOP = {"__init__", "__main__", "api", "cli", "train", "values", "randomness", "errors", "machine"}
 """Modules directly in `dbtrain/`. A new module belongs in one of its folders."""
 
 CORE = """

@@ -268,14 +268,19 @@ def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) 
 @contextmanager
 def adapter(family: Family, models: Models, weights: LoraWeights) -> Iterator[None]:
     """The base with an adapter on it; afterwards the base as it was."""
+    try:
+        put_on(family, models, weights)
+        yield
+    finally:
+        for module in models.components(family.denoiser).values():
+            detach(module)
+
+
+def put_on(family: Family, models: Models, weights: LoraWeights) -> None:
+    """Put an adapter on the base, to stay."""
     components = models.components(family.denoiser)
     weights = renamed(components, weights)
     refuse_misfit(components, weights)
     for name, matrices in weights.matrices.items():
         attach(components[name], matrices, 1, weights.rank, weights.alpha)
-    try:
-        write_rows(components, 0, weights)
-        yield
-    finally:
-        for module in components.values():
-            detach(module)
+    write_rows(components, 0, weights)

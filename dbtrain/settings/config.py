@@ -317,6 +317,9 @@ class PublishConfig(Section):
     """Number format of a fully fine-tuned model's weights; adapters are always fp32."""
     kohya: bool = False
     """Write the adapter in the format of kohya-ss and ComfyUI too."""
+    to: Annotated[str | None, Mark.PATH] = None
+    """Folder or address (s3://, gs://, abfs://, file://) to which each finished subject is uploaded; null uploads
+    nothing."""
 
 
 class TrackConfig(Section):

@@ -169,6 +169,7 @@ class Job:
                     values = {**meter.read(), "memory_gib": peak_memory_gib(world.device)}
                     meter.reset()
                     progress.report(done, values)
+                    watch.logged(self.subject.id, done, steps, values)
                     for sink in sinks:
                         sink.log(done, values)
                 self.after_step(engine, done, measured["stop"] > 0)
@@ -249,7 +250,9 @@ class Job:
         """Write the subject's artefacts, then its card, then the record that says it is finished."""
         self.results.mkdir(exist_ok=True)
         artefacts = publish_weights(self.results, self.base.family, self.base.models, self.config, record, state)
-        publish_card(self.results, record, self.config, render(self.config))
+        # Where results are sent is nobody's business who gets one.
+        publish = self.config.publish.model_copy(update={"to": None})
+        publish_card(self.results, record, self.config, render(self.config.model_copy(update={"publish": publish})))
         write_record(self.results, record, [*artefacts, *([sheet] if sheet else [])])
         take_place(self.folder)
 

@@ -185,11 +185,13 @@ class Watch:
 
     quiet: print nothing. beat: called with the name of every stage and at every step, to show that this process is
     alive. opened: called by the first rank when a subject's settings and data are sound and there is work to do for it.
+    logged: called with a subject's id, the steps made, all its steps and the values of every log line.
     """
 
     quiet: bool = False
     beat: Callable[[str], None] = lambda stage: None
     opened: Callable[[], object] = lambda: None
+    logged: Callable[[str, int, int, Mapping[str, float]], object] = lambda subject, step, steps, values: None
     stop: Stop = field(default_factory=Stop)
     clock: Clock = field(default_factory=Clock)
 
