@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from dbtrain.engines.capture import as_python
+from dbtrain.models.adapters import chosen_rows
 from dbtrain.models.family import Family, Models
 from dbtrain.models.pipelines import arguments, assemble
 from dbtrain.settings.config import SampleConfig
@@ -38,18 +40,24 @@ def generate(
     precision: str = "fp32",
     batch: int = 8,
     negative: str | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Image.Image]:
     """One RGB image for each (prompt, seed), in order. negative: what guidance leads away from; None is nothing.
 
     Every image has its own CPU generator, so its noise does not depend on the batch it is drawn in or on the device.
+    rows: the adapter of each image, where the models carry the stacked adapters of several subjects. All batches then
+    have one size, the last one filled up with what is drawn in vain: the size of a batch decides how its images are
+    rounded, so no image depends on which others there are.
     """
     device, told = pipeline.device.type, arguments(pipeline, guidance)
     for start in range(0, len(prompts), batch):
-        chunk = slice(start, start + batch)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]]
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            yield from pipeline(
-                prompt=list(prompts[chunk]),
+        chunk = list(range(start, min(start + batch, len(prompts))))
+        drawn = chunk if rows is None else chunk + chunk[-1:] * (batch - len(chunk))
+        generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in drawn]
+        by_row = nullcontext() if rows is None else chosen_rows(modules(pipeline), [rows[i] for i in drawn])
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"), by_row:
+            images = pipeline(
+                prompt=[prompts[i] for i in drawn],
                 generator=generators,
                 height=resolution,
                 width=resolution,
@@ -58,6 +66,12 @@ def generate(
                 **told,
                 **({} if negative is None else {"negative_prompt": [negative] * len(generators)}),
             ).images
+        yield from images[: len(chunk)]
+
+
+def modules(pipeline: Any) -> list[nn.Module]:
+    """The models of a pipeline."""
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
 
 
 def draw_samples(
@@ -67,12 +81,18 @@ def draw_samples(
     resolution: int,
     precision: str = "fp32",
     negative: str | None = None,
+    batch: int = 8,
+    rows: Sequence[int] | None = None,
 ) -> list[list[Image.Image]]:
-    """A row of `settings.images` images for each prompt; image i of every row has seed `settings.seed` + i."""
+    """A row of `settings.images` images for each prompt; image i of every row has seed `settings.seed` + i.
+
+    rows: the adapter of each prompt; see `generate`.
+    """
     flat = [prompt for prompt in prompts for _ in range(settings.images)]
     seeds = [settings.seed + i for _ in prompts for i in range(settings.images)]
-    chosen = (resolution, settings.steps, settings.guidance, precision)
-    images = list(generate(pipeline, flat, seeds, *chosen, negative=negative))
+    own = None if rows is None else [row for row in rows for _ in range(settings.images)]
+    chosen = (resolution, settings.steps, settings.guidance, precision, batch)
+    images = list(generate(pipeline, flat, seeds, *chosen, negative=negative, rows=own))
     return [images[i * settings.images : (i + 1) * settings.images] for i in range(len(prompts))]
 
 

@@ -41,7 +41,7 @@ def finished_pipeline(
     with sampling_mode(models):
         if folder is None:
             yield make_pipeline(family, models)
-        elif (folder / LORA_FILE).exists():
+        elif has_adapter(folder):
             with adapter(family, models, read_lora(folder)[0].folded(weight)):
                 yield make_pipeline(family, models)
         elif weight != 1:
@@ -49,6 +49,19 @@ def finished_pipeline(
         else:
             own = config.model.model_copy(update={"path": str(folder / MODEL_FOLDER)})
             yield make_pipeline(family, load_models(family, own).to(models.denoiser.device))
+
+
+@contextmanager
+def stacked_pipeline(folders: Sequence[Path], family: Family, models: Models) -> Iterator[Any]:
+    """The base's pipeline with the adapters of several finished subjects as the rows of one stack, in order; see
+    `models.sampling.generate`. Each folder must hold an adapter."""
+    with sampling_mode(models), adapter(family, models, *(read_lora(folder)[0].folded() for folder in folders)):
+        yield make_pipeline(family, models)
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether a finished subject is an adapter, and not a whole model."""
+    return (folder / LORA_FILE).exists()
 
 
 def own_device() -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from dbtrain import __version__
 from dbtrain.data.masks import used_samples
@@ -205,19 +206,26 @@ class Job:
     def sample(self, name: str) -> Path | None:
         """The sheet of the validation prompts, drawn with the weights as they are; None on other ranks than the first,
         and where there is nothing to draw."""
-        base, settings = self.base, self.config.sample
+        base, prompts = self.base, self.prompts
         drawing = base.world.first or not keeps_whole(self.config.engine)
-        if not (settings.images and settings.prompts and drawing):
+        if not (prompts and drawing):
             return None
-        identifier = self.work.identifiers[self.subject.id]
-        prompts = [
-            fill(prompt, identifier=identifier, class_noun=self.subject.class_noun) for prompt in settings.prompts
-        ]
         resolution, precision = self.config.data.resolution, self.config.train.precision
+        chosen = (prompts, self.config.sample, resolution, precision)
         with sampling_mode(base.models):
-            rows = draw_samples(make_pipeline(base.family, base.models), prompts, settings, resolution, precision)
-        folder = self.results if name == LAST_SHEET else self.folder
-        return publish_sheet(folder, rows, prompts, name) if base.world.first else None
+            rows = draw_samples(make_pipeline(base.family, base.models), *chosen)
+        return self.publish_samples(rows, name) if base.world.first else None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The validation prompts in the subject's words; none where there is nothing to draw."""
+        names = {"identifier": self.work.identifiers[self.subject.id], "class_noun": self.subject.class_noun}
+        settings = self.config.sample
+        return [fill(prompt, **names) for prompt in settings.prompts] if settings.images else []
+
+    def publish_samples(self, rows: Sequence[Sequence[Image.Image]], name: str) -> Path:
+        """The path of the sheet of pictures drawn for `prompts`, a row each."""
+        return publish_sheet(self.results if name == LAST_SHEET else self.folder, rows, self.prompts, name)
 
     def publish(self, state: EngineState, values: dict[str, float], capture: Capture) -> dict[str, Any]:
         """The record, after the artefacts were written and the base was made what it was before the subject."""

@@ -1,0 +1,63 @@
+"""Pictures of several finished subjects drawn together: the same as one by one, in fewer passes."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbtrain.evaluate.protocol import Protocol, draw, planned, sound
+from dbtrain.evaluate.together import draw_together
+from dbtrain.families import FAMILIES
+from dbtrain.models.load import load_models
+from dbtrain.results.finished import finished_pipeline
+from tests.kit.main_job import small_config
+
+FAMILY = FAMILIES["sd"]
+HOW = Protocol(class_images=1)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return load_models(FAMILY, small_config().model)
+
+
+@pytest.fixture
+def folders(trained, tmp_path):
+    """Three finished subjects in a copy of their run."""
+    shutil.copytree(trained, tmp_path / "out", ignore=shutil.ignore_patterns("evaluation*"))
+    return sorted((tmp_path / "out" / "subjects").iterdir())
+
+
+def passes(models, call) -> int:
+    """Forward passes of the denoiser while something is called."""
+    counted = []
+    hook = models.denoiser.register_forward_pre_hook(lambda *_: counted.append(1))
+    call()
+    hook.remove()
+    return len(counted)
+
+
+def test_subjects_drawn_together_have_the_pictures_drawn_alone_in_fewer_passes(folders, models):
+    plans = [planned(folder, models, HOW) for folder in folders]
+    missing = [[shot for shot in plan.own if not sound(shot.file)] for plan in plans]
+    assert [[shot.row for shot in row] for row in missing] == [["class"]] * 3  # training drew the others
+    together = passes(models, lambda: draw_together(folders, models, FAMILY, HOW))
+    drawn = [np.asarray(Image.open(row[0].file)).astype(int) for row in missing]
+    alone = 0
+    for folder, plan, (shot,) in zip(folders, plans, missing):
+        shot.file.unlink()
+        opened = lambda: finished_pipeline(folder, FAMILY, models, plan.config)  # noqa: B023
+        alone += passes(models, lambda: draw([shot], opened, plan.config, 8))  # noqa: B023
+    again = [np.asarray(Image.open(row[0].file)).astype(int) for row in missing]
+    # Another batch rounds otherwise: one level of 255.
+    assert max(np.abs(a - b).max() for a, b in zip(drawn, again)) <= 1
+    assert together == plans[0].config.sample.steps == alone / 3
+
+
+def test_nothing_is_drawn_for_one_subject_or_for_pictures_that_are_there(folders, models):
+    assert passes(models, lambda: draw_together(folders[:1], models, FAMILY, HOW)) == 0
+    (folders[1] / "record.json").write_text("{")
+    draw_together(folders, models, FAMILY, HOW)
+    assert [any((folder / "evaluation").glob("class-*")) for folder in folders] == [True, False, True]
+    assert passes(models, lambda: draw_together(folders, models, FAMILY, HOW)) == 0
