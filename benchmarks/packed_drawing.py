@@ -76,7 +76,8 @@ def main() -> None:
                 pictures = []
                 for way, seconds in spent.items():
                     begin = time.process_time()
-                    pictures.append([np.asarray(p).astype(int) for r in way(models, adapters, prompts, settings) for p in r])
+                    drawn = way(models, adapters, prompts, settings)
+                    pictures.append([np.asarray(picture).astype(int) for row in drawn for picture in row])
                     seconds.append((time.process_time() - begin) / (subjects * count * 2))
             differ = max(int(np.abs(a - b).max()) for a, b in zip(*pictures))
             alone, joint = (statistics.median(seconds) for seconds in spent.values())
@@ -88,8 +89,8 @@ def main() -> None:
     target = RESULTS / f"packed-drawing_cpu_{time.strftime('%Y%m')}"
     target.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     lines = ["# Pictures of many subjects, drawn one by one and together", "",
-             f"{about['machine']}; commit {about['commit']}. Processor seconds a picture, {options.steps} steps with "
-             f"guidance, medians of {options.turns} turns.", "", "| " + " | ".join(rows[0]) + " |", "|---" * 6 + "|"]
+             (f"{about['machine']}; commit {about['commit']}. Processor seconds a picture, {options.steps} steps with "
+             f"guidance, medians of {options.turns} turns."), "", "| " + " | ".join(rows[0]) + " |", "|---" * 6 + "|"]
     lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
     target.with_suffix(".md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from measures import closed_share, mean_interval
 from paper_shape import Picture, draw, prompt, scores_of
+from paper_shape_tables import GROUPS
 
 from dbtrain.bench import commit
 from dbtrain.evaluate.intervals import shown
@@ -123,7 +124,7 @@ def measure(options, recipes: dict[str, list[str]], manifest: Path) -> list[dict
                 opened = partial(finished_pipeline, folder, FAMILIES["sd"], base, config)
                 cache = options.out / "pictures" / f"seed-{seed}" / name / subject.id
                 files = draw(cache, record["run"] if record else base_digest(base), wanted, seeds, config, opened)
-                groups = {g: [(p, f) for p, f in zip(wanted, files) if p.group == g] for g in ("plain", "placed", "class")}
+                groups = {group: [(p, f) for p, f in zip(wanted, files) if p.group == group] for group in GROUPS}
                 scores = scores_of(judge, subject, groups)
                 scored.append({"recipe": name, "seed": seed, "subject": subject.id, "cpu_s": spent, "scores": scores})
             rows += scored

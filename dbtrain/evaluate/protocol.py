@@ -69,6 +69,8 @@ class Protocol:
     """Folder of the photos; None where training read them."""
     distance: str = AUTO
     """Distance of DIV: a name in `distances.CHOICES`."""
+    base_pictures: Path | None = None
+    """Folder of the base model's pictures, which runs may share; None is RUN/evaluation/base."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ def shots(
         (fill(template, identifier=identifier, class_noun=noun), without_identifier(template, noun))
         for template in wanted.templates
     ]
-    own_folder, base_folder = folder / PICTURES, run_folder(folder) / PICTURES / BASE_PICTURES / slug(noun)
+    of_run = protocol.base_pictures or run_folder(folder) / PICTURES / BASE_PICTURES
+    own_folder, base_folder = folder / PICTURES, of_run / slug(noun)
     by_row: dict[str, list[Shot]] = {}
     for row, prompts, place, model in (
         ("tuned", texts, own_folder, weights),

@@ -55,9 +55,11 @@ class StackedLora(nn.Module):
         """The layer's output, of the base layer's shape."""
         base = self.base(x)
         down_NRD, up_NDR, scale_N = self.down_NRD, self.up_NDR, self.scale_N
-        if isinstance(self.rows, Tensor) or self.rows != ALL_ROWS:  # a slice of everything would still cost copies in backward
-            rows = self.rows.repeat(len(x) // len(self.rows)) if isinstance(self.rows, Tensor) else self.rows
+        if isinstance(self.rows, Tensor):
+            rows = self.rows.repeat(len(x) // len(self.rows))
             down_NRD, up_NDR, scale_N = down_NRD[rows], up_NDR[rows], scale_N[rows]
+        elif self.rows != ALL_ROWS:  # a slice of everything would still cost copies in backward
+            down_NRD, up_NDR, scale_N = down_NRD[self.rows], up_NDR[self.rows], scale_N[self.rows]
         if not len(scale_N):
             return base
         if isinstance(self.base, nn.Conv2d):

@@ -1,6 +1,7 @@
 """Pictures of several finished subjects drawn together: the same as one by one, in fewer passes."""
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -47,8 +48,8 @@ def test_subjects_drawn_together_have_the_pictures_drawn_alone_in_fewer_passes(f
     alone = 0
     for folder, plan, (shot,) in zip(folders, plans, missing):
         shot.file.unlink()
-        opened = lambda: finished_pipeline(folder, FAMILY, models, plan.config)  # noqa: B023
-        alone += passes(models, lambda: draw([shot], opened, plan.config, 8))  # noqa: B023
+        opened = partial(finished_pipeline, folder, FAMILY, models, plan.config)
+        alone += passes(models, partial(draw, [shot], opened, plan.config, 8))
     again = [np.asarray(Image.open(row[0].file)).astype(int) for row in missing]
     # Another batch rounds otherwise: one level of 255.
     assert max(np.abs(a - b).max() for a, b in zip(drawn, again)) <= 1
