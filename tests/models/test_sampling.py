@@ -135,7 +135,8 @@ def test_other_pictures_of_a_stack_change_no_bit_of_a_picture(models, adapters):
         pipeline = make_pipeline(FAMILY, models)
         one, both = (
             draw_samples(pipeline, prompts, settings, 32, batch=4, rows=rows)
-            for prompts, rows in ((["a dog"], [1]), (["a cat", "a vase", "a dog"], [0, 2, 1]))
+            for prompts, rows in ((["a dog"], [1]), (["a cat", "a dog", "a vase"], [0, 1, 2]))
         )
-    assert [np.array_equal(*pair) for pair in zip(arrays(one[0]), arrays(both[2]))] == [True, True]
-    assert len(one) == 1 and len(one[0]) == 2 and np.abs(arrays(both[0])[0] - arrays(both[2])[0]).max() > 20
+    # Alone, the batch of four holds two pictures and what fills it up.
+    assert [np.array_equal(*pair) for pair in zip(arrays(one[0]), arrays(both[1]))] == [True, True]
+    assert len(one) == 1 and len(one[0]) == 2 and np.abs(arrays(both[0])[0] - arrays(both[1])[0]).max() > 20
