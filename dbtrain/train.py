@@ -16,7 +16,9 @@ from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import LOCK, held
 from dbtrain.storage.trouble import bare
 from dbtrain.subjects.finding import Finding, refuse
+from dbtrain.subjects.forgotten import not_forgotten, read_tombstones, refuse_pending
 from dbtrain.subjects.manifest import scan_manifest
+from dbtrain.training.bank import texts_of_run
 from dbtrain.training.job import Finished, open_job
 from dbtrain.training.session import Base, Watch, Work, join_run, open_work
 from dbtrain.training.stopping import signals_as_before
@@ -44,11 +46,14 @@ def train_manifest(
     """
     refuse_trackers(config.track)
     refuse_address(config.publish)
-    subjects, findings = scan_manifest(manifest, config.data.shards is None)
+    refuse_pending(out)
+    subjects, findings = not_forgotten(*scan_manifest(manifest, config.data.shards is None), out)
     if not skip_bad:
         refuse(findings)
     known = dict.fromkeys(subject.id for subject in subjects)
     unknown = [name for name in chosen or () if name not in known]
+    if unknown and unknown[0] in read_tombstones(out):
+        raise DataError(f"{out}: {unknown[0]!r} was forgotten here on request; choose another --out to train it again")
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, 1)
         raise DataError(f"{manifest}: has no subject {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
@@ -105,6 +110,8 @@ def train_subjects(base: Base, work: Work, watch: Watch, finished: Finished) -> 
     A failed subject does not affect the others; a disk that refuses ends them all. Raises StopRequested when the
     process was asked to stop.
     """
+    with watch.clock.stage("load"):
+        base.ready(texts_of_run(base, work))
     if base.settings.engine.kind == "packed":
         from dbtrain.packing.loop import train_packed
 

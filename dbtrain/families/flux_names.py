@@ -1,4 +1,5 @@
-"""FLUX.1's layers in the files of kohya and ComfyUI, under Black Forest Labs' names: q, k, v are one layer there."""
+"""Layers of FLUX.1 and FLUX.2 in the files of kohya and ComfyUI, under Black Forest Labs' names: q, k, v are one layer
+there."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,10 @@ DOUBLE = {
     "ff.net.2": KohyaLayer("img_mlp_2"),
     "ff_context.net.0.proj": KohyaLayer("txt_mlp_0"),
     "ff_context.net.2": KohyaLayer("txt_mlp_2"),
+    "ff.linear_in": KohyaLayer("img_mlp_0"),
+    "ff.linear_out": KohyaLayer("img_mlp_2"),
+    "ff_context.linear_in": KohyaLayer("txt_mlp_0"),
+    "ff_context.linear_out": KohyaLayer("txt_mlp_2"),
     "norm1.linear": KohyaLayer("img_mod_lin"),
     "norm1_context.linear": KohyaLayer("txt_mod_lin"),
 }
@@ -34,6 +39,8 @@ SINGLE = {
     "attn.to_v": KohyaLayer("linear1", 2, LINEAR1),
     "proj_mlp": KohyaLayer("linear1", 3, LINEAR1),
     "proj_out": KohyaLayer("linear2"),
+    "attn.to_qkv_mlp_proj": KohyaLayer("linear1"),
+    "attn.to_out": KohyaLayer("linear2"),
     "norm.linear": KohyaLayer("modulation_lin"),
 }
 BLOCKS = {"transformer_blocks": ("double_blocks", DOUBLE), "single_transformer_blocks": ("single_blocks", SINGLE)}

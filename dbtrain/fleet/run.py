@@ -59,6 +59,10 @@ def _run(
         # Apply requests that the previous driver did not read.
         take_requests(ledger, folder)
         from dbtrain.fleet.entry import enter_run, tell
+        from dbtrain.fleet.forgetting import end_forgetting, told
+
+        if (done := end_forgetting(out, ledger)).removed:
+            tell("\n".join(told(out, done)))
 
         index = enter_run(ledger, manifest, config, out, (lambda line: None) if options.quiet else tell,
                           options.skip_bad)  # fmt: skip

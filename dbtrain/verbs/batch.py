@@ -1,6 +1,7 @@
-"""The verbs of the fleet: `dbtrain batch run|status|retry|cancel|verify|export`."""
+"""The verbs of the fleet: `dbtrain batch run|status|retry|cancel|verify|forget|export`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +25,7 @@ from dbtrain.verbs.options import (
     Verb,
     group,
     keep_origin,
-    load_config,
+    load_settled,
     print_json,
     stop_at_once,
     with_address,
@@ -64,7 +65,7 @@ def run_verb(
 ) -> None:
     """Train every subject of a manifest: plan, shards, priors, training, publishing. The same command again goes on."""
     overrides = with_address(overrides, publish_to)
-    config = load_config(recipe, overrides)
+    config = load_settled(recipe, overrides)
     if gang > 1 and config.engine.kind == "packed":
         raise ConfigError("--gang: packed training runs on one GPU; use --gang 1, or engine.kind=zero")
     if gang > 1:
@@ -165,6 +166,28 @@ def verify_verb(out: Out, as_json: Json = False) -> None:
         typer.echo(f"{finished} results are what they were when they were finished")
 
 
+def forget_verb(
+    out: Annotated[Path, typer.Option(help="Output folder of the run.")],
+    ids: Annotated[list[str] | None, typer.Argument(help="Subjects; none ends what was interrupted.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Remove a person from a run: photos, captions, adapter, images, checkpoints, logs, pages, row. It cannot be undone.
+
+    The other subjects keep every bit. The command may be killed at any moment; run again, it ends its work.
+    """
+    from dbtrain.fleet.forgetting import forget, told
+
+    done = forget(out, ids or ())
+    if done is None:
+        typer.echo("the driver at work, or the next one, will do it; `dbtrain batch status` shows `forgotten` then")
+        return
+    if (out / "report").is_dir():
+        from dbtrain.report.building import rebuild
+
+        rebuild(out)
+    print_json(asdict(done)) if as_json else typer.echo("\n".join(told(out, done)))
+
+
 def export_verb(
     out: Out,
     to: Annotated[Path, typer.Option(help="File to write: .parquet or .csv.")],
@@ -175,6 +198,7 @@ def export_verb(
     typer.echo(f"{to}: {write_rows(out, to)} rows")
 
 
+VERBS = {"forget": Verb(forget_verb, "dbtrain forget rex --out runs/rex")}
 APPS = {
     "batch": group("Train thousands of subjects over many workers, each finished exactly once.",
                    "dbtrain batch run photos.csv --config sdxl_lora --out runs/all", {
@@ -188,6 +212,7 @@ dbtrain batch run photos.csv --config sdxl_full_zero3 --gang 4 --address auto --
         "retry": Verb(retry_verb, "dbtrain batch retry runs/all dog7"),
         "cancel": Verb(cancel_verb, "dbtrain batch cancel runs/all"),
         "verify": Verb(verify_verb, "dbtrain batch verify runs/all"),
+        "forget": Verb(forget_verb, "dbtrain batch forget dog7 --out runs/all"),
         "export": Verb(export_verb, "dbtrain batch export runs/all --to runs/all.parquet"),
     })
 }  # fmt: skip

@@ -72,6 +72,13 @@ def load_config(recipe: str, overrides: Sequence[str] | None) -> "RunConfig":
     return recipes.load(recipe, overrides or ())
 
 
+def load_settled(recipe: str, overrides: Sequence[str] | None) -> "RunConfig":
+    """The settings as `load_config`, with the base's own family; ConfigError for a base that cannot be trained."""
+    from dbtrain.models.recognition import settled
+
+    return settled(load_config(recipe, overrides))
+
+
 def with_address(overrides: Sequence[str] | None, publish_to: str | None) -> list[str] | None:
     """The settings that a command replaces, with `--publish-to` as the setting that it stands for."""
     return [*(overrides or ())] + ([f"publish.to={publish_to}"] if publish_to is not None else [])

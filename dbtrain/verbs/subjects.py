@@ -18,7 +18,7 @@ from dbtrain.verbs.options import (
     SkipBad,
     Verb,
     keep_origin,
-    load_config,
+    load_settled,
     print_json,
     stop_at_once,
     with_address,
@@ -39,18 +39,16 @@ def preflight_verb(
 
     With --skip-bad this succeeds if any subject is sound; `train --skip-bad` leaves the listed subjects out.
     """
-    from dbtrain.families import FAMILIES
-    from dbtrain.models.load import load_tokenizer, refuse_base
+    from dbtrain.models.load import load_tokenizer
     from dbtrain.results.uploading import refuse_address
     from dbtrain.subjects.finding import defects, notes, refuse
     from dbtrain.subjects.manifest import scan_manifest
     from dbtrain.subjects.preflight import sift
     from dbtrain.training.telemetry import refuse_trackers
 
-    config = load_config(recipe, overrides)
+    config = load_settled(recipe, overrides)
     refuse_trackers(config.track)
     refuse_address(config.publish)
-    refuse_base(FAMILIES[config.model.family], config.model)
     tokenizer = None
     try:
         tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
@@ -99,7 +97,7 @@ def train_verb(
     from dbtrain.settings.marks import anchored
 
     overrides = with_address(overrides, publish_to)
-    config = anchored(load_config(recipe, overrides))
+    config = anchored(load_settled(recipe, overrides))
     from dbtrain.train import train_manifest
 
     opened = partial(keep_origin, out, "train", manifest, recipe, overrides, skip_bad)

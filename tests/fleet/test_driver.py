@@ -14,6 +14,7 @@ from dbtrain.fleet.driver import Driver
 from dbtrain.fleet.messages import Died, Failed, Finished, Measure, Ready, Task
 from dbtrain.fleet.options import Options
 from dbtrain.fleet.schedule import WorkUnit
+from dbtrain.subjects.forgotten import PENDING, change_pending
 from tests.kit.fleet_run import run_of_dogs
 from tests.kit.main_job import small_config
 from tests.kit.published import make_result
@@ -149,3 +150,30 @@ def test_a_finished_subject_is_uploaded_while_the_others_wait(tmp_path):
         driver.enter(CREW, Finished(fly(driver, 3), 3, result))
         assert driver.uploads.finish() == {}
     assert [path.parent.name for path in (tmp_path / "far").glob("*/record.json")] == ["s3"]
+
+
+def test_a_person_is_forgotten_beside_a_driver_and_the_others_go_on(tmp_path, monkeypatch):
+    """The workers checkpoint and go first; a subject at work loses nothing but its attempt."""
+    with run_of_dogs(tmp_path, 9) as ledger:
+        (tmp_path / "shards").mkdir()
+        Index((), ()).save(tmp_path / "shards")
+        driver = Driver(ledger, Index((), ()), small_config(), tmp_path, Options(quiet=True, grace_s=0.1))
+        grown = []
+        monkeypatch.setattr(driver, "grow", lambda: grown.append(len(driver.crews)))
+        stopped = []
+        crew = SimpleNamespace(name=CREW.name, pending={}, overdue=lambda: False, ask_stop=lambda: stopped.append(1),
+                               kill=lambda stopped: None, row=lambda: {}, state="busy")  # fmt: skip
+        fly(driver, 3)
+        fly(driver, 4)
+        for flight in driver.flights.values():
+            flight.crew = crew
+        driver.crews[crew.name] = crew
+        monkeypatch.setattr(ledger, "note_worker", lambda row: None)
+        driver.tick()
+        assert not stopped, "nobody is to be forgotten"
+        change_pending(tmp_path, {"s3": ["s3"]})
+        driver.tick()
+        assert stopped and grown == [0] and not driver.flights and not (tmp_path / PENDING).exists()
+        assert (ledger.row(3)["state"], ledger.row(4)["state"]) == ("forgotten", "waiting")
+        assert ledger.row(4)["failures"] == 0 and 3 not in driver.books.view.waiting["dog"]
+        assert list(driver.books.view.waiting["dog"]) == [0, 1, 2, 4, 5, 6, 7, 8] and driver.interrupted == {}

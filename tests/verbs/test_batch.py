@@ -1,5 +1,7 @@
 """The verbs of the fleet: options that contradict each other are refused, and failures decide the exit code."""
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
@@ -28,6 +30,19 @@ def test_a_folder_without_a_run_is_named(tmp_path, verb):
     result = CliRunner().invoke(cli.app, ["batch", verb[0], str(tmp_path / "none"), *verb[1:]])
     assert result.exit_code == 3 and str(tmp_path / "none") in result.stderr
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("verb", [["forget"], ["batch", "forget"]])
+def test_a_person_is_forgotten_by_either_verb_and_told_what_is_gone(tmp_path, verb):
+    (tmp_path / "subjects" / "rex").mkdir(parents=True)
+    (tmp_path / "subjects" / "rex" / "samples.png").write_bytes(b"x")
+    words = [*verb, "rex", "--out", str(tmp_path)]
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 0, result.stderr
+    assert "removed: files in subjects/rex: 2" in result.stdout and "a copy may still be in: exported" in result.stdout
+    result = CliRunner().invoke(cli.app, [*words[:-3], "--json", *words[-3:]])
+    assert json.loads(result.stdout)["removed"] == []
+    assert CliRunner().invoke(cli.app, [*verb, "tom", "--out", str(tmp_path)]).exit_code == 3
 
 
 def summary(quarantined=0, evaluated=0):
