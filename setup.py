@@ -42,10 +42,11 @@ REQUIRES = [
 ]
 EXTRAS = {
     # setuptools builds the wheel that tests/test_packaging.py looks into; triton brings its CPU interpreter; playwright
-    # drives the browser of tests/web, which `make browser` installs.
+    # drives the browser of tests/web, which `make browser` installs; without pillow-heif no test would see a HEIC.
     "test": [
         "hypothesis>=6.100",
         "peft>=0.18",
+        "pillow-heif>=0.21",
         "playwright>=1.50",
         "psutil>=5.9",
         "pytest>=8.2",
