@@ -16,6 +16,7 @@ from dbtrain.results.record import read_record
 from dbtrain.settings.recipes import load
 from dbtrain.storage.atomic import LOCK, file_digest, held
 from dbtrain.subjects import manifest
+from dbtrain.subjects.forgotten import bury, change_pending
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.subjects.rows import read_rows
 from dbtrain.train import train_manifest, train_subjects
@@ -27,6 +28,18 @@ from dbtrain.training.step import TrainingStep
 from tests.kit.main_job import sd_folder, small_config, write_job
 
 LORA = "pytorch_lora_weights.safetensors"
+
+
+def test_a_forgotten_subject_is_trained_no_more_and_a_forgetting_is_ended_first(tmp_path):
+    write_job(tmp_path, subjects="rex:dog tom:cat")
+    out = tmp_path / "out"
+    out.mkdir()
+    bury(out, ["tom"])
+    with pytest.raises(DataError, match="'tom' was forgotten here on request"):
+        train_manifest(tmp_path / "photos.csv", small_config(), out, ["tom"])
+    change_pending(out, {"rex": ["rex"]})
+    with pytest.raises(DataError, match="1 subjects are being forgotten"):
+        train_manifest(tmp_path / "photos.csv", small_config(), out, None)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ PEFT/diffusers and kohya; in memory a layer is known by its path in the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -51,6 +51,11 @@ class StackedLora(nn.Module):
         """Channels out."""
         return self.base.weight.shape[0]
 
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, whose dtype some of diffusers' layers ask for."""
+        return self.base.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, of the base layer's shape."""
         base = self.base(x)
@@ -92,6 +97,17 @@ def attach(model: nn.Module, patterns: Iterable[str], subjects: int, rank: int, 
     for path in paths:
         model.set_submodule(path, StackedLora(model.get_submodule(path), subjects, rank, alpha / rank))
     return [layer for _, layer in layers(model)]
+
+
+def refuse_unstackable(model: nn.Module, unstackable: Mapping[str, str]) -> None:
+    """Raise ConfigError where an adapter is on a layer that mixes the samples of subjects. unstackable: patterns of
+    such layers, and why."""
+    for path, _ in layers(model):
+        for pattern, why in unstackable.items():
+            if fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}"):
+                raise ConfigError(
+                    f"lora.targets: a pack cannot adapt {path}, since {why}; drop it, or set engine.kind=zero"
+                )
 
 
 def detach(model: nn.Module) -> None:
@@ -252,14 +268,19 @@ def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) 
 @contextmanager
 def adapter(family: Family, models: Models, weights: LoraWeights) -> Iterator[None]:
     """The base with an adapter on it; afterwards the base as it was."""
+    try:
+        put_on(family, models, weights)
+        yield
+    finally:
+        for module in models.components(family.denoiser).values():
+            detach(module)
+
+
+def put_on(family: Family, models: Models, weights: LoraWeights) -> None:
+    """Put an adapter on the base, to stay."""
     components = models.components(family.denoiser)
     weights = renamed(components, weights)
     refuse_misfit(components, weights)
     for name, matrices in weights.matrices.items():
         attach(components[name], matrices, 1, weights.rank, weights.alpha)
-    try:
-        write_rows(components, 0, weights)
-        yield
-    finally:
-        for module in components.values():
-            detach(module)
+    write_rows(components, 0, weights)

@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import cycle, islice
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
 from dbtrain.engines.capture import as_python
-from dbtrain.models.family import Family, Models
-from dbtrain.models.pipelines import arguments, assemble
-from dbtrain.settings.config import SampleConfig
+from dbtrain.models.family import Family, Models, low_side
+from dbtrain.models.pipelines import assemble, words
+from dbtrain.settings.config import RunConfig, SampleConfig
 
 
 def make_pipeline(family: Family, models: Models, sampler: str | None = None) -> Any:
     """A diffusers pipeline around the loaded models, sharing their weights; None and `auto` keep its sampler."""
     return assemble(family, models, None if sampler in (None, "auto") else family.samplers[sampler])
+
+
+class Enlarger(NamedTuple):
+    """A pipeline that enlarges pictures, and what it is told. times: sides of a large picture for one of a small one.
+    sized: whether it is told the size. level: noise of the small pictures, which must be that of its training."""
+
+    pipeline: Any
+    times: int
+    sized: bool
+    level: int
+    sample: SampleConfig
+    precision: str
+
+
+class Chain(NamedTuple):
+    """Pipelines that work one after another, in place of one. first: the one that draws, or pictures that are there, of
+    one size; they are taken in turn."""
+
+    first: Any
+    then: tuple[Enlarger, ...]
+
+
+def make_enlarger(family: Family, models: Models, settings: RunConfig) -> Enlarger:
+    """What enlarges pictures with these models, as `settings` trained and sample it."""
+    assert family.guide is not None
+    times, level = settings.data.resolution // low_side(settings), settings.super.level
+    told = (times, family.guide.enlarged, level, settings.sample, settings.train.precision)
+    return Enlarger(make_pipeline(family, models), *told)
 
 
 def image_seed(*names: object) -> int:
@@ -42,21 +71,63 @@ def generate(
     """One RGB image for each (prompt, seed), in order. negative: what guidance leads away from; None is nothing.
 
     Every image has its own CPU generator, so its noise does not depend on the batch it is drawn in or on the device.
+    Of a `Chain`, resolution, steps and guidance are the first pipeline's.
     """
-    device, told = pipeline.device.type, arguments(pipeline, guidance)
+    if isinstance(pipeline, Chain):
+        images: Iterable[Image.Image]
+        if isinstance(pipeline.first, list):
+            images = islice(cycle(pipeline.first), len(prompts))
+        else:
+            images = generate(
+                pipeline.first, prompts, seeds, resolution, steps, guidance, precision, batch, negative
+            )
+        for enlarger in pipeline.then:
+            seeds = [image_seed(seed, "enlarged") for seed in seeds]
+            images = enlarged(enlarger, list(images), prompts, seeds, batch, negative)
+        yield from images
+        return
+    device = pipeline.device.type
     for start in range(0, len(prompts), batch):
         chunk = slice(start, start + batch)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]]
+        told = words(pipeline, prompts[chunk], negative, guidance)
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             yield from pipeline(
-                prompt=list(prompts[chunk]),
                 generator=generators,
                 height=resolution,
                 width=resolution,
                 num_inference_steps=steps,
                 output_type="pil",
                 **told,
-                **({} if negative is None else {"negative_prompt": [negative] * len(generators)}),
+            ).images
+
+
+@torch.no_grad()
+def enlarged(
+    enlarger: Enlarger,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch: int,
+    negative: str | None,
+) -> Iterator[Image.Image]:
+    """Each picture, enlarged under its prompt, in order; they have one size."""
+    pipeline, sample = enlarger.pipeline, enlarger.sample
+    told = {"noise_level": enlarger.level}
+    if enlarger.sized:
+        width, height = pictures[0].size
+        told |= {"height": height * enlarger.times, "width": width * enlarger.times}
+    for start in range(0, len(prompts), batch):
+        chunk = slice(start, start + batch)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]]
+        with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=enlarger.precision == "bf16"):
+            yield from pipeline(
+                image=list(pictures[chunk]),
+                generator=generators,
+                num_inference_steps=sample.steps,
+                output_type="pil",
+                **told,
+                **words(pipeline, prompts[chunk], negative, sample.guidance),
             ).images
 
 

@@ -7,28 +7,33 @@ any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dbtrain.data.buckets import Shape, covering, shape_of
-from dbtrain.data.images import fit, flip, offset, open_photo, picture_size, to_pixels
+from dbtrain.data.images import fit, flip, offset, open_photo, picture_size, square, to_pixels
 from dbtrain.data.index import order
 from dbtrain.data.masks import factors, open_mask
 from dbtrain.engines.world import together
 from dbtrain.errors import ConfigError, DataError, StopRequested
-from dbtrain.models.family import Codec, Family, Models, Tokens
+from dbtrain.models.family import Codec, Family, Models, Tokens, low_side
 from dbtrain.models.load import base_digest
 from dbtrain.models.sampling import sampling_mode
+from dbtrain.models.texts import Group, encoded
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key, prior_moments, read_priors
 from dbtrain.randomness import Purpose, stream_key, uniforms
+from dbtrain.results.record import looks_finished
 from dbtrain.settings.config import DataConfig, PriorConfig, RunConfig
 from dbtrain.subjects.prompts import fill
-from dbtrain.training.session import Base, ClassPriors, Watch, Work
+from dbtrain.training.identity import subject_config
+from dbtrain.training.session import Base, ClassPriors, Watch, Work, drawn_texts
 from dbtrain.values import OWN, Batch, Conditioning, Role, Sample, Subject, sent
 
 
@@ -50,7 +55,9 @@ class Bank:
     shapes: of each photo, one for all without `data.buckets`. A prior is drawn in the shape of the photo beside it.
     moments: float32 [n, variants, 2C, h, w] by role and shape on the device; empty where pixels are made each step;
     variant 1 is the mirror image. texts: every distinct caption once, and the empty one where captions are dropped.
-    cell: pixels of a side for one latent cell, for masks. multiple: see `shape_of`.
+    cell: pixels of a side for one latent cell, for masks. multiple: see `shape_of`. low: pixels of a side of the small
+    pictures that a denoiser enlarges, of a square; 0 where there are none. lows: those pictures [n, variants, 3, h, w]
+    by role and shape, where moments are kept too.
     """
 
     def __init__(
@@ -62,14 +69,14 @@ class Bank:
         batch: int,
         cell: int = 8,
         multiple: int = 8,
+        low: int = 0,
     ):
         self.items, self.data, self.seed, self.subject, self.batch_size = items, data, seed, subject, batch
         self.key = stream_key(seed, subject)
-        self.texts = list(dict.fromkeys(item.caption for role in items for item in items[role]))
-        if data.caption_dropout and "" not in self.texts:
-            self.texts.append("")
+        self.texts = distinct((item.caption for role in items for item in items[role]), data)
         self.shapes = [_shape(item.sample, data, multiple) for item in items.get(Role.INSTANCE, ())]
         self.moments: dict[tuple[Role, Shape], Tensor] = {}
+        self.low, self.lows = low, dict[tuple[Role, Shape], Tensor]()
         self.sizes = {
             (role, shape): torch.tensor([_size_ids(item.sample, shape) for item in self.shaped(role, shape)])
             for role in items
@@ -92,10 +99,19 @@ class Bank:
         items = self.items[role]
         return [items[n] for n, own in enumerate(self.shapes) if own == shape] if role == Role.INSTANCE else items
 
-    def cache(self, role: Role, shape: Shape, codec: Codec, vae: nn.Module, device: str) -> Tensor:
+    def reduce(self, role: Role, shape: Shape) -> None:
+        """Keep the small pictures of a role's images in a shape, and of their mirror images if samples are flipped."""
+        variants = self._variants(role, shape)
+        self.lows[role, shape] = torch.stack([torch.stack(list(map(self._small, arrays))) for arrays in variants], 1)
+
+    def small_photos(self) -> list[Image.Image]:
+        """The subject's photos, reduced to the low resolution: what there is to enlarge where nothing else is."""
+        photos = (open_photo(item.sample.image) for item in self.items[Role.INSTANCE])
+        return [Image.fromarray(square(photo, self.low)) for photo in photos]
+
+    def cache(self, role: Role, shape: Shape, codec: Codec, vae: nn.Module | None, device: str) -> Tensor:
         """The moments of a role's images in a shape, and of their mirror images if samples are flipped."""
-        arrays = [fit(open_photo(item.sample.image), shape) for item in self.shaped(role, shape)]
-        variants = [arrays, [flip(array) for array in arrays]] if self.data.flip else [arrays]
+        variants = self._variants(role, shape)
         encoded = [encode_all(codec, vae, [to_pixels(array) for array in variant], device) for variant in variants]
         self.moments[role, shape] = torch.stack(encoded, 1)
         return self.moments[role, shape]
@@ -131,13 +147,14 @@ class Bank:
         if self.data.crop == "random":
             top_B, left_B = (uniforms(self.key, Purpose.CROP, step, 2 * slot_B + axis) for axis in (0, 1))
             crops = list(zip(top_B.tolist(), left_B.tolist()))
-        images, sizes = self._images(role, shape, crops, pick_B, flip_B)
+        images, sizes, lows = self._images(role, shape, crops, pick_B, flip_B)
         masks = self._masks(role, crops, pick_B, flip_B)
         caption_B = self.caption_rows[role][pick_B]
         if self.data.caption_dropout and role == Role.INSTANCE:
             dropped_B = uniforms(self.key, Purpose.CAPTION, step, slot_B) < self.data.caption_dropout
             caption_B = torch.where(dropped_B, self.texts.index(""), caption_B)
-        return Batch(images, caption_B, torch.full_like(slot_B, int(role)), slot_B, sizes, mask_B1HW=masks)
+        role_B = torch.full_like(slot_B, int(role))
+        return Batch(images, caption_B, role_B, slot_B, sizes, mask_B1HW=masks, low_BCHW=lows)
 
     @property
     def masked(self) -> bool:
@@ -168,20 +185,23 @@ class Bank:
 
     def _images(
         self, role: Role, shape: Shape, crops: Sequence[Crop], pick_B: Tensor, flip_B: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(moments or pixels [B, ...], sizes [B, 6]) of the picked images of a role in a shape."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(moments or pixels [B, ...], sizes [B, 6], the small pictures of the same crops where a denoiser enlarges) of
+        the picked images of a role in a shape."""
         if (role, shape) in self.moments:
             moments, row_B = self.moments[role, shape], self._rows(role, shape, pick_B)
             # If the host waited for this copy, it would also wait until the step before has ended.
             row, flipped = sent(torch.stack([row_B, flip_B.long()]), moments.device)
-            return moments[row, flipped], self.sizes[role, shape][row_B]
+            lows = self.lows[role, shape][row_B, flip_B.long()] if self.low else None
+            return moments[row, flipped], self.sizes[role, shape][row_B], lows
         work = [
             (self.items[role][pick], shape, crop, mirrored)
             for pick, crop, mirrored in zip(pick_B.tolist(), crops, flip_B.tolist())
         ]
-        pixels = list(self.readers.map(lambda job: self._pixels(*job), work))
+        arrays = list(self.readers.map(lambda job: self._array(*job), work))
+        lows = torch.stack([self._small(array) for array in arrays]) if self.low else None
         sizes = torch.tensor([_size_ids(item.sample, shape, crop) for item, _, crop, _ in work])
-        return torch.stack(pixels), sizes
+        return torch.stack([to_pixels(array) for array in arrays]), sizes, lows
 
     def _rows(self, role: Role, shape: Shape, pick_B: Tensor) -> Tensor:
         """Where the picked images lie among those of their role in a shape."""
@@ -189,16 +209,32 @@ class Bank:
             return pick_B
         return torch.tensor([self.shapes[:pick].count(shape) for pick in pick_B.tolist()])
 
-    def _pixels(self, item: Item, shape: Shape, crop: Crop, mirrored: bool) -> Tensor:
+    def _variants(self, role: Role, shape: Shape) -> list[list[np.ndarray]]:
+        """A role's images in a shape; after them the mirrored ones, if samples are flipped."""
+        arrays = [fit(open_photo(item.sample.image), shape) for item in self.shaped(role, shape)]
+        return [arrays, [flip(array) for array in arrays]] if self.data.flip else [arrays]
+
+    def _array(self, item: Item, shape: Shape, crop: Crop, mirrored: bool) -> np.ndarray:
         array = fit(open_photo(item.sample.image), shape, crop)
-        return to_pixels(flip(array) if mirrored else array)
+        return flip(array) if mirrored else array
+
+    def _small(self, array: np.ndarray) -> Tensor:
+        """Pixels [3, h, w] in [-1, 1] of a crop [H, W, 3], reduced: a large and a small picture of one crop."""
+        times = self.data.resolution // self.low
+        return to_pixels(fit(Image.fromarray(array), (array.shape[0] // times, array.shape[1] // times)))
+
+
+def distinct(captions: Iterable[str], data: DataConfig) -> list[str]:
+    """Captions once each, and the empty one where captions are dropped."""
+    return list(dict.fromkeys([*captions, *([""] if data.caption_dropout else [])]))
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
     """One batch of the samples of several, in order, without `subject_B`. Parts without masks get factors of 1 beside
     parts with masks."""
     names = [name for name in Batch.__dataclass_fields__ if name not in ("subject_B", "mask_B1HW")]
-    joined = Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    held = [name for name in names if getattr(parts[0], name) is not None]
+    joined = Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in held})
     some = next((part.mask_B1HW for part in parts if part.mask_B1HW is not None), None)
     if some is None:
         return joined
@@ -224,7 +260,7 @@ def _size_ids(sample: Sample, shape: Shape, crop: Crop = (0.5, 0.5)) -> list[flo
 
 
 @torch.no_grad()
-def encode_all(codec: Codec, vae: nn.Module, images: Sequence[Tensor], device: str, batch: int = 8) -> Tensor:
+def encode_all(codec: Codec, vae: nn.Module | None, images: Sequence[Tensor], device: str, batch: int = 8) -> Tensor:
     """VAE moments [n, 2C, h, w] of n images [3, H, W], encoded `batch` at a time."""
     chunks = [torch.stack(images[start : start + batch]) for start in range(0, len(images), batch)]
     return torch.cat([codec.encode(vae, chunk.to(device)) for chunk in chunks])
@@ -235,9 +271,29 @@ def captions_of(
     family: Family, models: Models, config: RunConfig, texts: Sequence[str], device: str
 ) -> Conditioning | Tokens:
     """The captions as conditioning (encoded once, in fp32), or as tokens to encode anew each step."""
-    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
-    cached = config.data.cache_text and not config.train.text_encoder
-    return family.encode_tokens(models.text_encoders, tokens) if cached else tokens
+    if config.data.cache_text and not config.train.text_encoder:
+        return encoded(family, models, texts, device)
+    return tuple(ids.to(device) for ids in family.tokenize(models, texts))
+
+
+def texts_of_run(base: Base, work: Work) -> list[Group]:
+    """The groups of texts that training the subjects of a work asks for: captions as their banks have them, and the
+    prompts of class images and samples."""
+    settings, groups = base.settings, [("",)] if base.settings.engine.kind == "packed" else []
+    todo = [subject for subject in work.subjects if not looks_finished(work.folder(subject))]
+    for subject in todo:
+        config, identifier = subject_config(settings, subject), work.identifiers[subject.id]
+        names = {"identifier": identifier, "class_noun": subject.class_noun}
+        classes = [prior_key(config, base.models, subject.class_noun).prompt] if config.prior.weight > 0 else []
+        given = [entry.caption or config.data.caption for entry in work.index.entries_of(subject.id)]
+        try:
+            groups.append(tuple(distinct([*(fill(text, **names) for text in given), *classes], config.data)))
+            prompts = [fill(text, **names) for text in config.sample.prompts if config.sample.images]
+        except ConfigError:  # of this subject alone; its bank says it
+            continue
+        groups += drawn_texts(base, classes, config.prior.guidance) if classes else []
+        groups += drawn_texts(base, prompts, config.sample.guidance) if prompts else []
+    return groups
 
 
 ClassImages = Callable[[Base, Work, Watch, RunConfig, PriorKey], list[Sample]]
@@ -262,8 +318,8 @@ def fill_bank(
         wanted = (key, config.prior.images)
         priors = base.class_priors.kept.get(wanted) or ClassPriors(class_images(base, work, watch, config, key))
         items[Role.PRIOR] = [Item(sample, key.prompt) for sample in priors.samples]
-    codec = base.family.codec
-    bank = Bank(items, data, config.seed, subject.id, config.train.batch, codec.cell, codec.multiple)
+    codec, low = base.family.codec, low_side(config) if base.family.guide else 0
+    bank = Bank(items, data, config.seed, subject.id, config.train.batch, codec.cell, codec.multiple, low)
     if data.cache_latents and data.crop == "center":
         with watch.clock.stage("encode"):
             for shape in bank.kinds:
@@ -273,6 +329,8 @@ def fill_bank(
                 elif Role.PRIOR in items:
                     encoded = encode_priors(base, work, watch, config, key, priors.samples, shape)
                     bank.moments[Role.PRIOR, shape] = encoded
+                for role in items if low else ():
+                    bank.reduce(role, shape)
     if Role.PRIOR in items:
         # Shapes that only subjects before this one had leave the device; the store has them.
         moments = {shape: tensor for (role, shape), tensor in bank.moments.items() if role == Role.PRIOR}
@@ -305,7 +363,7 @@ def encode_priors(
 
     about = {
         "base": base_digest(base.models),
-        "dtype": str(next(vae.parameters()).dtype),
+        "dtype": "pixels" if vae is None else str(next(vae.parameters()).dtype),
         "resolution": side,
         "flip": config.data.flip,
         "device": device.partition(":")[0],

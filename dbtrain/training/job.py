@@ -22,7 +22,7 @@ from dbtrain.engines.world import together
 from dbtrain.engines.zero import ZeroEngine
 from dbtrain.errors import DbtrainError, EngineError, StopRequested
 from dbtrain.models.load import base_digest
-from dbtrain.models.sampling import draw_samples, make_pipeline, sampling_mode
+from dbtrain.models.sampling import Chain, draw_samples, make_enlarger, make_pipeline, sampling_mode
 from dbtrain.randomness import stream_key
 from dbtrain.results.card import publish_card
 from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
@@ -169,6 +169,7 @@ class Job:
                     values = {**meter.read(), "memory_gib": peak_memory_gib(world.device)}
                     meter.reset()
                     progress.report(done, values)
+                    watch.logged(self.subject.id, done, steps, values)
                     for sink in sinks:
                         sink.log(done, values)
                 self.after_step(engine, done, measured["stop"] > 0)
@@ -217,9 +218,16 @@ class Job:
         ]
         resolution, precision = self.config.data.resolution, self.config.train.precision
         with sampling_mode(base.models):
-            rows = draw_samples(make_pipeline(base.family, base.models), prompts, settings, resolution, precision)
+            rows = draw_samples(self.pipeline(), prompts, settings, resolution, precision)
         folder = self.results if name == LAST_SHEET else self.folder
         return publish_sheet(folder, rows, prompts, name) if base.world.first else None
+
+    def pipeline(self) -> Any:
+        """What draws the subject's samples. A base that enlarges is given the subject's photos, reduced."""
+        base, bank = self.base, self.bank
+        if base.family.guide is None:
+            return make_pipeline(base.family, base.models)
+        return Chain(bank.small_photos(), (make_enlarger(base.family, base.models, self.config),))
 
     def publish(self, state: EngineState, values: dict[str, float], capture: Capture) -> dict[str, Any]:
         """The record, after the artefacts were written and the base was made what it was before the subject."""
@@ -242,7 +250,9 @@ class Job:
         """Write the subject's artefacts, then its card, then the record that says it is finished."""
         self.results.mkdir(exist_ok=True)
         artefacts = publish_weights(self.results, self.base.family, self.base.models, self.config, record, state)
-        publish_card(self.results, record, self.config, render(self.config))
+        # Where results are sent is nobody's business who gets one.
+        publish = self.config.publish.model_copy(update={"to": None})
+        publish_card(self.results, record, self.config, render(self.config.model_copy(update={"publish": publish})))
         write_record(self.results, record, [*artefacts, *([sheet] if sheet else [])])
         take_place(self.folder)
 

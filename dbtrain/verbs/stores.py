@@ -16,6 +16,7 @@ from dbtrain.verbs.options import (
     Verb,
     group,
     load_config,
+    load_settled,
     print_json,
     stop_at_once,
 )
@@ -101,7 +102,7 @@ def prior_make(
     from dbtrain.subjects.manifest import read_manifest
     from dbtrain.training.session import make_class_priors
 
-    config = load_config(recipe, overrides)
+    config = load_settled(recipe, overrides)
     classes = {subject.class_noun for subject in read_manifest(manifest, config.data.shards is None)}
     for class_noun, count in make_class_priors(classes, config, out).items():
         typer.echo(f"{class_noun}: {count} images drawn, {config.prior.images} in the store")
@@ -147,7 +148,7 @@ def prior_import(
     stop_at_once()
     from dbtrain.priors.own_images import import_images
 
-    new, there = import_images(folder, class_noun, out, load_config(recipe, overrides), typer.echo)
+    new, there = import_images(folder, class_noun, out, load_settled(recipe, overrides), typer.echo)
     typer.echo(f"{class_noun}: {new} images imported, {there} in the store; set prior.images to {there} or less")
 
 

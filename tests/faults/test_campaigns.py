@@ -5,6 +5,7 @@ import pytest
 from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.sharding import shard_subjects
 from tests.faults import campaigns
+from tests.faults.forgetting import forget_under_faults
 from tests.kit.main_job import small_config
 
 
@@ -33,6 +34,11 @@ PARTS = [
 def test_struck_work_done_again_is_the_undisturbed_work(works, tmp_path, part, stride, cases, action, forever):
     work = getattr(works, part)(tmp_path / "root")
     clean(campaigns.disturb(part, work, tmp_path / "root", action, stride, forever), cases)
+
+
+@pytest.mark.parametrize("action, first, forever", [("kill", 2, False), ("cut", 5, False), ("ENOSPC", 8, True)])
+def test_a_person_is_forgotten_whatever_strikes_meanwhile(tmp_path, action, first, forever):
+    clean(forget_under_faults(tmp_path, action, 13, first, forever), 8)
 
 
 @pytest.mark.slow
