@@ -209,6 +209,17 @@ def tiny_quality(result: Result) -> Figures:
     ]
 
 
+
+
+def packed_drawing(result: Result) -> Figures:
+    figures = []
+    for row in result["rows"]:
+        alone, joint = (1000 * row[f"{way} (s)"] for way in ("one by one", "together"))
+        what = f"{row['subjects']} subjects of {row['pictures a subject']} pictures: one by one / together"
+        figures.append((what, f"{alone:.0f} / {joint:.0f} ms of a processor a picture, {row['ratio']:.2f} times"))
+    return figures
+
+
 INTRODUCTION = """\
 # Results
 
@@ -227,6 +238,11 @@ SIXTY_STEPS = f"{PAPER_SHAPE} 4 --name paper-shape-60-steps --seeds 0 1 2 --over
 MEASUREMENTS = {
     "pack": Measurement("A pack's step beside solo training", pack),
     "pack-line": Measurement("What a run of packs costs, by subjects and classes", pack),
+    "packed-drawing": Measurement(
+        "Pictures of many subjects, drawn one by one and together",
+        packed_drawing,
+        "python benchmarks/packed_drawing.py --steps 4",
+    ),
     "pack-peers-one-class-short": Measurement(PEERS_TITLE.format("one class, 60 steps"), pack_peers),
     "pack-peers-one-class": Measurement(PEERS_TITLE.format("one class, 250 steps"), pack_peers),
     "pack-peers-short": Measurement(PEERS_TITLE.format("two classes, 60 steps"), pack_peers),

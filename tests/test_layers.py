@@ -23,7 +23,7 @@ ORDER = (
     ("dbtrain.cli", "dbtrain.api"),  # the doors: for people, and for programs
     ("dbtrain.verbs",),
     ("dbtrain.report",),
-    ("dbtrain.fleet", "dbtrain.bench", "dbtrain_launchers"),
+    ("dbtrain.fleet", "dbtrain.bench", "dbtrain.study", "dbtrain_launchers"),
     ("dbtrain.train",),
     ("dbtrain.packing",),
     ("dbtrain.training", "dbtrain.evaluate"),

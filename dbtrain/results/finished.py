@@ -41,7 +41,7 @@ def finished_pipeline(
     with sampling_mode(models):
         if folder is None:
             yield make_pipeline(family, models)
-        elif (folder / LORA_FILE).exists():
+        elif has_adapter(folder):
             with adapter(family, models, read_lora(folder)[0].folded(weight)):
                 yield make_pipeline(family, models)
         elif weight != 1:
@@ -58,7 +58,7 @@ def own_pipeline(folder: Path, weight: float = 1.0) -> Any:
     """
     finished_record(folder)
     config = finished_config(folder, ())
-    family, whole = FAMILIES[config.model.family], not (folder / LORA_FILE).exists()
+    family, whole = FAMILIES[config.model.family], not has_adapter(folder)
     if whole and weight != 1:
         raise ConfigError(f"weight: {folder} is a whole model and has no adapter to weigh; leave it out")
     own = config.model.model_copy(update={"path": str(folder / MODEL_FOLDER)}) if whole else config.model
@@ -68,6 +68,19 @@ def own_pipeline(folder: Path, weight: float = 1.0) -> Any:
     for module in (models.denoiser, *models.text_encoders.values()):
         module.eval()
     return make_pipeline(family, models)
+
+
+@contextmanager
+def stacked_pipeline(folders: Sequence[Path], family: Family, models: Models) -> Iterator[Any]:
+    """The base's pipeline with the adapters of several finished subjects as the rows of one stack, in order; see
+    `models.sampling.generate`. Each folder must hold an adapter."""
+    with sampling_mode(models), adapter(family, models, *(read_lora(folder)[0].folded() for folder in folders)):
+        yield make_pipeline(family, models)
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether a finished subject is an adapter, and not a whole model."""
+    return (folder / LORA_FILE).exists()
 
 
 def own_device() -> torch.device:

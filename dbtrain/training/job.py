@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from dbtrain import __version__
 from dbtrain.data.masks import used_samples
@@ -208,26 +210,26 @@ class Job:
     def sample(self, name: str) -> Path | None:
         """The sheet of the validation prompts, drawn with the weights as they are; None on other ranks than the first,
         and where there is nothing to draw."""
-        base, settings = self.base, self.config.sample
+        base, prompts = self.base, self.prompts
         drawing = base.world.first or not keeps_whole(self.config.engine)
-        if not (settings.images and settings.prompts and drawing):
+        if not (prompts and drawing):
             return None
-        identifier = self.work.identifiers[self.subject.id]
-        prompts = [
-            fill(prompt, identifier=identifier, class_noun=self.subject.class_noun) for prompt in settings.prompts
-        ]
         resolution, precision = self.config.data.resolution, self.config.train.precision
+        chosen = (prompts, self.config.sample, resolution, precision)
         with sampling_mode(base.models):
-            rows = draw_samples(self.pipeline(), prompts, settings, resolution, precision)
-        folder = self.results if name == LAST_SHEET else self.folder
-        return publish_sheet(folder, rows, prompts, name) if base.world.first else None
+            rows = draw_samples(sampling_pipeline([self]), *chosen)
+        return self.publish_samples(rows, name) if base.world.first else None
 
-    def pipeline(self) -> Any:
-        """What draws the subject's samples. A base that enlarges is given the subject's photos, reduced."""
-        base, bank = self.base, self.bank
-        if base.family.guide is None:
-            return make_pipeline(base.family, base.models)
-        return Chain(bank.small_photos(), (make_enlarger(base.family, base.models, self.config),))
+    @property
+    def prompts(self) -> list[str]:
+        """The validation prompts in the subject's words; none where there is nothing to draw."""
+        names = {"identifier": self.work.identifiers[self.subject.id], "class_noun": self.subject.class_noun}
+        settings = self.config.sample
+        return [fill(prompt, **names) for prompt in settings.prompts] if settings.images else []
+
+    def publish_samples(self, rows: Sequence[Sequence[Image.Image]], name: str) -> Path:
+        """The path of the sheet of pictures drawn for `prompts`, a row each."""
+        return publish_sheet(self.results if name == LAST_SHEET else self.folder, rows, self.prompts, name)
 
     def publish(self, state: EngineState, values: dict[str, float], capture: Capture) -> dict[str, Any]:
         """The record, after the artefacts were written and the base was made what it was before the subject."""
@@ -328,3 +330,15 @@ def role_sums(loss: StepLoss, batch: Batch, count: int) -> torch.Tensor:
     errors = loss.per_sample_B.detach().double() / count
     prior_B = batch.role_B == int(Role.PRIOR)
     return torch.stack([loss.loss.detach().double(), errors[~prior_B].sum(), errors[prior_B].sum()]).cpu()
+
+
+def sampling_pipeline(jobs: Sequence[Job]) -> Any:
+    """What draws the validation prompts of some jobs on one base, a job after another. A base that enlarges is given
+    each subject's own photos, reduced and taken in turn."""
+    base, config = jobs[0].base, jobs[0].config
+    if base.family.guide is None:
+        return make_pipeline(base.family, base.models)
+    photos: list[Image.Image] = []
+    for job in jobs:
+        photos += islice(cycle(job.bank.small_photos()), len(job.prompts) * config.sample.images)
+    return Chain(photos, (make_enlarger(base.family, base.models, config),))
