@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dbtrain.data.buckets import Shape, covering, shape_of
-from dbtrain.data.images import fit, flip, offset, open_photo, picture_size, square, to_pixels
+from dbtrain.data.buckets import Shape, shape_of, size_ids
+from dbtrain.data.images import fit, flip, open_photo, picture_size, square, to_pixels
 from dbtrain.data.index import order
 from dbtrain.data.masks import factors, open_mask
 from dbtrain.engines.world import together
@@ -74,7 +74,8 @@ class Bank:
         self.items, self.data, self.seed, self.subject, self.batch_size = items, data, seed, subject, batch
         self.key = stream_key(seed, subject)
         self.texts = distinct((item.caption for role in items for item in items[role]), data)
-        self.shapes = [_shape(item.sample, data, multiple) for item in items.get(Role.INSTANCE, ())]
+        photos = [item.sample.image for item in items.get(Role.INSTANCE, ())]
+        self.shapes = [shape_of(picture_size(photo) if data.buckets else (1, 1), data, multiple) for photo in photos]
         self.moments: dict[tuple[Role, Shape], Tensor] = {}
         self.low, self.lows = low, dict[tuple[Role, Shape], Tensor]()
         self.sizes = {
@@ -246,17 +247,9 @@ def _factors_of(part: Batch, like: Tensor) -> Tensor:
     return like.new_ones(len(part.slot_B), *like.shape[1:]) if part.mask_B1HW is None else part.mask_B1HW
 
 
-def _shape(sample: Sample, data: DataConfig, multiple: int) -> Shape:
-    """The shape in which a photo is trained. Its header is read only where that depends on it."""
-    return shape_of(picture_size(sample.image) if data.buckets else (1, 1), data, multiple)
-
-
 def _size_ids(sample: Sample, shape: Shape, crop: Crop = (0.5, 0.5)) -> list[float]:
-    """Original height and width, crop top and left in the resized image, target height and width, in pixels."""
-    height, width = sample.meta.get("height", shape[0]), sample.meta.get("width", shape[1])
-    across, down = covering((width, height), shape)
-    offsets = [offset(down - shape[0], crop[0]), offset(across - shape[1], crop[1])]
-    return [float(value) for value in (height, width, *offsets, *shape)]
+    """The six sizes of an image in a shape; where the original size is not known, it is that of the shape."""
+    return size_ids((sample.meta.get("width", shape[1]), sample.meta.get("height", shape[0])), shape, crop)
 
 
 @torch.no_grad()
