@@ -137,6 +137,11 @@ def by_guidance(models: Models, guidance: float) -> dict[str, Any]:
     return {"guidance_scale": guidance}
 
 
+def recompute(denoiser: nn.Module, checkpoint: Callable[..., Any]) -> None:
+    """Let a denoiser compute its blocks again in backward, in the places that diffusers chose."""
+    denoiser.enable_gradient_checkpointing(checkpoint)
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture.
@@ -155,6 +160,8 @@ class Family:
     embeds(conditioning) -> arguments of the pipeline's call in place of prompts; those of what guidance leads away from
     have `negative_` before their names. avoided(models, guidance) -> the text that guidance leads away from where no
     negative prompt is given; None where the pipeline needs none.
+    recompute(denoiser, checkpoint): lets the denoiser's blocks be computed again in backward, by a function such as
+    `torch.utils.checkpoint.checkpoint`.
     attend(denoiser, choice, device, precision) -> what now computes its attention, as `engage_attention`.
 
     kohya(component, path) -> a layer in kohya's files; None for a family whose adapters no reader takes by such names.
@@ -185,6 +192,7 @@ class Family:
     call: Callable[[Models, float], dict[str, Any]] = by_guidance
     embeds: Callable[[Conditioning], dict[str, Any]] = prompt_embeds
     avoided: Callable[[Models, float], str | None] = from_nothing
+    recompute: Callable[[nn.Module, Callable[..., Any]], None] = recompute
     attend: Callable[[nn.Module, str, str, str], Attention] = engage_attention
     trains_text: bool = True
     negative: bool = True
