@@ -36,6 +36,7 @@ FAMILIES = Rows(
         "zimage": "zimage:ZIMAGE",
         "qwen_image": "qwen_image:QWEN_IMAGE",
         "krea2": "krea2:KREA2",
+        "chroma": "chroma:CHROMA",
     }
 )
 """A `models.family.Family` for each architecture, by the name used in `model.family`."""

@@ -135,6 +135,11 @@ def _masked(pipeline: Any, captions: Sequence[str]) -> Text:
     return (states.flatten(2) * mask[..., None]).to(states), None
 
 
+def _chroma(pipeline: Any, captions: Sequence[str]) -> Text:
+    states, _, mask, *_ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
+    return states * mask[..., None], None
+
+
 FACTS = {
     "sd": Facts(_sd),
     "sdxl": Facts(_sdxl),
@@ -159,6 +164,7 @@ FACTS = {
         tolerance=1e-12,
         least=2,
     ),
+    "chroma": Facts(_chroma, _flux_native, _flux_ours, sample="hidden_states", side=8),
     "krea2": Facts(_masked, _flux_native, _flux_ours, sample="hidden_states", side=8, film=True),
 }
 """The facts of each family, by its name."""
