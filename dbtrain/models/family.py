@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from dbtrain.errors import ConfigError
 from dbtrain.models.architectures import Architecture
 from dbtrain.models.attention import Attention, engage_attention
+from dbtrain.models.texts import Texts
 from dbtrain.objective.noise import Schedule
 from dbtrain.settings.config import ModelConfig, RunConfig
 from dbtrain.values import Batch, Conditioning
-
-if TYPE_CHECKING:
-    from dbtrain.models.texts import Texts
 
 Tokens = tuple[Tensor, ...]
 """Token ids [B, T], one tensor a text encoder, and then the masks that a family needs."""
@@ -254,6 +252,14 @@ def noise_shift(family: Family, models: Models, config: RunConfig) -> float:
             "or set objective.shift=1"
         )
     return shift
+
+
+def encode_texts(
+    family: Family, models: Models, text_encoders: dict[str, nn.Module], texts: Sequence[str], device: str
+) -> Conditioning:
+    """The conditioning of texts that are encoded together, on a device."""
+    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
+    return family.encode_tokens(text_encoders, tokens)
 
 
 def encode_images(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Oracles of a family: its stock pipeline's own calls, models that know the answer, each subject of a pack alone."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from dbtrain.families import FAMILIES, flow
 from dbtrain.models.adapters import adapter, attach, detach, layers, matching_layers
+from dbtrain.models.family import encode_texts
 from dbtrain.models.load import load_models
 from dbtrain.models.sampling import generate, make_pipeline
 from dbtrain.models.texts import Texts
@@ -275,7 +277,8 @@ def test_diffusers_predicts_alike_from_a_published_adapter(loaded, alpha, tmp_pa
 def test_encoded_prompts_draw_the_picture_of_the_texts(loaded, guidance):
     """Without text encoders, from prompts and what guidance leads away from, each encoded alone."""
     family, _, models = loaded
-    apart = replace(models, text_encoders={}, texts=Texts(lambda: models.text_encoders))
+    texts = Texts(lambda: models.text_encoders, partial(encode_texts, family, models))
+    apart = replace(models, text_encoders={}, texts=texts)
     ours, theirs = (
         np.stack(list(generate(make_pipeline(family, one), CAPTIONS, [5, 6], 64, 2, guidance))).astype(int)
         for one in (apart, models)
