@@ -22,10 +22,10 @@ from dbtrain.data.index import order
 from dbtrain.data.masks import factors, open_mask
 from dbtrain.engines.world import together
 from dbtrain.errors import ConfigError, DataError, StopRequested
-from dbtrain.models.family import Codec, Family, Models, Tokens, low_side
+from dbtrain.models.family import Codec, Family, Models, Tokens, encode_texts, low_side
 from dbtrain.models.load import base_digest
 from dbtrain.models.sampling import sampling_mode
-from dbtrain.models.texts import Group, encoded
+from dbtrain.models.texts import Group
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key, prior_moments, read_priors
 from dbtrain.randomness import Purpose, stream_key, uniforms
@@ -265,7 +265,9 @@ def captions_of(
 ) -> Conditioning | Tokens:
     """The captions as conditioning (encoded once, in fp32), or as tokens to encode anew each step."""
     if config.data.cache_text and not config.train.text_encoder:
-        return encoded(family, models, texts, device)
+        if models.texts is not None:
+            return models.texts.of(tuple(texts), device)
+        return encode_texts(family, models, models.text_encoders, texts, device)
     return tuple(ids.to(device) for ids in family.tokenize(models, texts))
 
 
