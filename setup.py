@@ -43,13 +43,15 @@ REQUIRES = [
 ]
 EXTRAS = {
     # setuptools builds the wheel that tests/test_packaging.py looks into; triton brings its CPU interpreter; playwright
-    # drives the browser of tests/web, which `make browser` installs; moto with flask is an S3 server for s3fs.
+    # drives the browser of tests/web, which `make browser` installs; moto with flask is an S3 server for s3fs; without
+    # pillow-heif no test would see a HEIC.
     "test": [
         "flask>=3",
         "flask-cors>=5",
         "hypothesis>=6.100",
         "moto>=5.1",
         "peft>=0.18",
+        "pillow-heif>=0.21",
         "playwright>=1.50",
         "psutil>=5.9",
         "pytest>=8.2",

@@ -151,6 +151,18 @@ def paper_shape(result: Result) -> Figures:
     ]
 
 
+def masks_and_captions(result: Result) -> Figures:
+    """Every score of the arms' differences, and of the arms themselves."""
+    names = {"scene": "scene drawn as asked", "leak": "a scene of the photos instead",
+             "identity": "identity in scenes", "plain": "identity, plain prompt"}  # fmt: skip
+    rows = sorted(result["rows"], key=lambda row: "minus" not in row["row"])
+    return [
+        (f"{row['row']}: {what}", "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[key]))
+        for row in rows
+        for key, what in names.items()
+    ]
+
+
 def times(ratio: float) -> str:
     """How many times less ours takes than theirs, or more."""
     return f"{ratio:.2f} times less" if ratio >= 1 else f"{1 / ratio:.2f} times more"
@@ -249,6 +261,7 @@ MEASUREMENTS = {
     "tiny-quality": Measurement("The embedded base", tiny_quality, "python benchmarks/tiny_quality.py"),
     "paper-shape": Measurement("The shape of the paper's tables on the embedded base", paper_shape, f"{PAPER_SHAPE} 8"),
     "paper-shape-60-steps": Measurement("The same with 60 steps and three seeds", paper_shape, SIXTY_STEPS),
+    "masks-and-captions": Measurement("Masks, and captions of each photo, on the embedded base", masks_and_captions),
 }
 """How each result is shown, by the part of its file's name before the device, in the page's order."""
 
