@@ -37,6 +37,8 @@ FAMILIES = Rows(
         "qwen_image": "qwen_image:QWEN_IMAGE",
         "krea2": "krea2:KREA2",
         "chroma": "chroma:CHROMA",
+        "lumina2": "lumina2:LUMINA2",
+        "sana": "sana:SANA",
     }
 )
 """A `models.family.Family` for each architecture, by the name used in `model.family`."""
