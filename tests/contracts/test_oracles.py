@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dbtrain.families import FAMILIES, flow
 from dbtrain.models.adapters import adapter, attach, detach, layers, matching_layers
@@ -135,6 +136,28 @@ def times_told(family, facts, models, start):
             family.denoise(models.denoiser, start, torch.tensor([time, time]), conditioning, batch_of(2))
     low, high = (time.double() for time in seen)
     return lambda time: (time.double() - low[: len(time)]) / (high - low)[: len(time)] * 1000
+
+
+MASKED = pytest.mark.parametrize("exact", ["zimage", "qwen_image", "krea2", "lumina2", "sana"], indirect=True)
+"""Families whose denoiser does not see padding. Chroma's has a mask that hides nothing."""
+
+
+@MASKED
+@torch.no_grad()
+def test_padding_changes_nothing(exact):
+    family, facts, models = exact
+    plain, x_t = told(family, models), latents(facts, (64, 64), channels=family.codec.channels)
+
+    def predict(states_BTD, mask_BT):
+        conditioning = replace(plain, states_BTD=states_BTD, mask_BT=mask_BT)
+        return family.denoise(models.denoiser, x_t, torch.tensor([3, 777]), conditioning, batch_of(2))
+
+    states, mask = plain.states_BTD, plain.mask_BT
+    assert not mask.all(1).any() and mask.any(1).all()
+    want = predict(states, mask)
+    assert (predict(states.where(mask[..., None], 7.0), mask) - want).abs().max() < 1e-12
+    longer = predict(F.pad(states, (0, 0, 0, 8), value=7.0), F.pad(mask, (0, 8)))
+    assert (longer - want).abs().max() < 1e-12
 
 
 @FLOW
