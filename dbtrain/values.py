@@ -134,6 +134,9 @@ class Batch(Tensors):
     left, target height and width in pixels (SDXL's micro-conditioning, arXiv 2307.01952, section 2.2). subject_B: each
     sample's row in a pack, subject-major; None where there is one subject. mask_B1HW: factors of the squared error of
     each latent cell; None stands for 1.
+
+    For denoisers that enlarge: low_BCHW is the same crop reduced to the low resolution, in pixels. guide_BCHW is what
+    the training step makes of it, enlarged and noised, and level_B the noise level that the denoiser is told.
     """
 
     images_BCHW: Tensor
@@ -143,6 +146,9 @@ class Batch(Tensors):
     size_B6: Tensor
     subject_B: Tensor | None = None
     mask_B1HW: Tensor | None = None
+    low_BCHW: Tensor | None = None
+    guide_BCHW: Tensor | None = None
+    level_B: Tensor | None = None
 
 
 @dataclass(frozen=True)

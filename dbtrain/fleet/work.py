@@ -18,6 +18,7 @@ from dbtrain.engines.world import World
 from dbtrain.errors import DbtrainError, StopRequested
 from dbtrain.evaluate.judge import load_judge
 from dbtrain.evaluate.protocol import Protocol, evaluate_finished
+from dbtrain.evaluate.together import draw_together
 from dbtrain.fleet.causes import BLAMED, explain
 from dbtrain.fleet.messages import Failed, FollowedUp, Measure, Order, Published, Task
 from dbtrain.models.sampling import draw_samples, sampling_mode
@@ -120,7 +121,11 @@ def draw_and_score(base: Base, watch: Watch, task: Task, order: Order, send: Sen
     """Generate and evaluate for finished subjects. An error of one subject is sent, and the others go on. Of a gang
     the first member works alone."""
     base.ready()
-    work = zip(order.subjects, order.unit.positions, order.after) if base.world.first else ()
+    work = [*zip(order.subjects, order.unit.positions, order.after)] if base.world.first else []
+    scored = [Path(task.out) / "subjects" / subject.id for subject, _, names in work if "evaluate" in names]
+    if len(scored) > 1:
+        with beating(watch.beat, "evaluate"):
+            draw_together(scored, base.models, base.family, Protocol(**task.evaluation))
     for subject, position, names in work:
         for name in names:
             if watch.stop.asked:

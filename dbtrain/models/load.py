@@ -17,6 +17,7 @@ from dbtrain.models.base_check import base_problem, marks_of, path_problem
 from dbtrain.models.family import Family, Models, encode_texts, is_local
 from dbtrain.models.schedules import changed
 from dbtrain.models.texts import Texts
+from dbtrain.objective.noise import discrete_schedule
 from dbtrain.settings.config import ModelConfig
 from dbtrain.storage.atomic import file_digest
 from dbtrain.tiny import BASE, EMBEDDED
@@ -56,14 +57,17 @@ def load_models(family: Family, config: ModelConfig, apart: bool = False) -> Mod
     with _told_as(family, config):
         index = _index(family, source, config)
         tokenizers = {
-            name: _load_part_tokenizer(family, source, name.replace("text_encoder", "tokenizer"), config)
+            name: _load_part_tokenizer(family, source, name.replace("text_encoder", "tokenizer"), index, config)
             for name in family.text_encoders
         }
-        scheduler = _load_scheduler(source, index, config)
-    load, first = partial(_load_parts, family, config, source, index), (family.denoiser, "vae")
+        scheduler = _load_scheduler(source, "scheduler", index, config)
+        guide = _load_scheduler(source, family.guide.scheduler, index, config) if family.guide else None
+    load, first = partial(_load_parts, family, config, source, index), modules_of(family, texts=False)
     parts = {name: torch.nn.Module() for name in first} if apart else load((*first, *family.text_encoders))
     models = _assemble(family, config, source, parts, tokenizers, scheduler)
     models.told = {name: index[name] for name in family.told if name in index}
+    if guide is not None:
+        models.guide_scheduler, models.levels = guide, discrete_schedule(guide.alphas_cumprod, "epsilon")
     if apart:
         models.texts = Texts(partial(load, family.text_encoders), partial(encode_texts, family, models))
         models.pending = partial(load, first)
@@ -99,6 +103,12 @@ def _frozen(family: Family, parts: dict[str, torch.nn.Module]) -> dict[str, torc
     return parts
 
 
+def modules_of(family: Family, texts: bool = True) -> list[str]:
+    """Names on disk of the modules that are loaded: denoiser, autoencoder if there is one, and text encoders."""
+    vae = ["vae"] if "vae" in family.components else []
+    return [family.denoiser, *vae, *(family.text_encoders if texts else ())]
+
+
 def _variant_hint(error: Exception) -> str:
     """What may help where a hub model's weights are not found: many hold fp16 weights alone."""
     text = str(error)
@@ -112,7 +122,7 @@ def _assemble(
     schedule, scheduler = family.schedule(scheduler, config)
     return Models(
         denoiser=parts[family.denoiser],
-        vae=parts["vae"],
+        vae=parts.get("vae"),
         text_encoders={name: parts[name] for name in family.text_encoders if name in parts},
         tokenizers=tokenizers,
         scheduler=scheduler,
@@ -122,7 +132,8 @@ def _assemble(
     )
 
 
-def _index_path(source: str, config: ModelConfig) -> Path:
+def index_path(source: str, config: ModelConfig) -> Path:
+    """The `model_index.json` of a folder, or of a hub id, fetched where it is not in the cache."""
     from huggingface_hub import hf_hub_download
 
     name = "model_index.json"
@@ -130,7 +141,7 @@ def _index_path(source: str, config: ModelConfig) -> Path:
 
 
 def _index(family: Family, source: str, config: ModelConfig) -> dict[str, Any]:
-    index = json.loads(_index_path(source, config).read_text())
+    index = json.loads(index_path(source, config).read_text())
     if index.get("_class_name") != family.pipeline:
         raise ValueError(f"it is a {index.get('_class_name')}, and this family is {family.pipeline}")
     return index
@@ -149,8 +160,10 @@ def _load_component(family: Family, source: str, name: str, index: dict, config:
     )
 
 
-def _load_part_tokenizer(family: Family, source: str, name: str, config: ModelConfig) -> Any:
-    loader = class_of(family.components.get(name, ("transformers:CLIPTokenizer",))[0])
+def _load_part_tokenizer(family: Family, source: str, name: str, index: dict, config: ModelConfig) -> Any:
+    known = family.components.get(name, ("transformers:CLIPTokenizer",))
+    told = index.get(name, (None, ""))[1]
+    loader = class_of(next((entry for entry in known if entry.partition(":")[2] == told), known[0]))
     return _with_vocabulary(loader.from_pretrained(source, subfolder=name, revision=config.revision))
 
 
@@ -161,12 +174,10 @@ def _with_vocabulary(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _load_scheduler(source: str, index: dict, config: ModelConfig) -> Any:
+def _load_scheduler(source: str, name: str, index: dict, config: ModelConfig) -> Any:
     import diffusers
 
-    return getattr(diffusers, index["scheduler"][1]).from_pretrained(
-        source, subfolder="scheduler", revision=config.revision
-    )
+    return getattr(diffusers, index[name][1]).from_pretrained(source, subfolder=name, revision=config.revision)
 
 
 def _load_single_file(family: Family, config: ModelConfig, source: str) -> Models:
@@ -184,7 +195,7 @@ def _load_single_file(family: Family, config: ModelConfig, source: str) -> Model
             f"model.path: cannot read {config.path!r} as {family.name}: {first_line(error)}; "
             "offline, set model.single_file_layout to a diffusers folder of the same architecture"
         ) from error
-    parts = {name: getattr(pipeline, name) for name in (family.denoiser, "vae", *family.text_encoders)}
+    parts = {name: getattr(pipeline, name) for name in modules_of(family)}
     if config.dtype == "bf16":
         parts |= {name: module.to(torch.bfloat16) for name, module in parts.items() if name != "vae"}
     tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_encoders}
@@ -269,14 +280,14 @@ def _tokenizers_of(source: str) -> list[tuple[str, str]]:
 def digests_of(source: str) -> dict[str, str]:
     """sha256 of every weight, tokenizer and scheduler file of a local model by its relative path; empty for hub ids."""
     root = Path(source)
-    kinds = ("*/*.safetensors", "tokenizer*/*", "scheduler/*.json")
+    kinds = ("*/*.safetensors", "tokenizer*/*", "scheduler/*.json", "*_scheduler/*.json")
     files = [root] if root.is_file() else sorted({path for kind in kinds for path in root.glob(kind) if path.is_file()})
     return {file.name if root.is_file() else file.relative_to(root).as_posix(): file_digest(file) for file in files}
 
 
 def commit_of(source: str, config: ModelConfig) -> dict[str, str]:
     """What names a hub model's files as digests would: its id, the commit that was read, and the variant."""
-    return {"source": source, "commit": _index_path(source, config).parent.name, "variant": config.variant or ""}
+    return {"source": source, "commit": index_path(source, config).parent.name, "variant": config.variant or ""}
 
 
 def base_digest(models: Models) -> str:

@@ -14,8 +14,10 @@ def assemble(family: Family, models: Models, scheduler: str | None = None) -> An
     chosen = models.scheduler
     if scheduler is not None:
         chosen = getattr(diffusers, scheduler).from_config(models.scheduler.config)
-    parts = {family.denoiser: models.denoiser, "vae": models.vae, "scheduler": chosen}
+    parts = {family.denoiser: models.denoiser, "scheduler": chosen}
     parts |= {name: models.text_encoders.get(name) for name in family.text_encoders}
+    parts |= {} if models.vae is None else {"vae": models.vae}
+    parts |= {} if family.guide is None else {family.guide.scheduler: models.guide_scheduler}
     parts |= {**family.absent, **models.told}
     parts |= {name.replace("text_encoder", "tokenizer"): tokenizer for name, tokenizer in models.tokenizers.items()}
     pipeline = getattr(diffusers, family.pipeline)(**parts)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from dbtrain.data.index import Index
-from dbtrain.engines.capture import WARM_STEPS, choose_capture, make_runner
+from dbtrain.engines.capture import choose_capture, make_runner, steps_to_warm
 from dbtrain.engines.engine import lr_scale
 from dbtrain.engines.packed import PackedEngine, RowSettings
 from dbtrain.models.adapters import layers
-from dbtrain.models.family import Family, Models, Tokens
+from dbtrain.models.family import Family, Models, Tokens, low_side
 from dbtrain.randomness import stream_key
 from dbtrain.results.checkpoint import Checkpoint
 from dbtrain.settings.config import DataConfig, RunConfig
@@ -125,7 +125,8 @@ class Pack:
         slot_B = torch.arange(self.roles * count).repeat(self.size)
         images, sizes = torch.randn(len(slot_B), *shape), torch.full((len(slot_B), 6), side)
         masks = self._no_mask(images) if self.masked else None
-        batch = Batch(images, self.room * self.subject_B.cpu(), role_B, slot_B, sizes, self.subject_B, masks)
+        lows = torch.zeros(len(slot_B), 3, *[low_side(self.config)] * 2) if self.family.guide else None
+        batch = Batch(images, self.room * self.subject_B.cpu(), role_B, slot_B, sizes, self.subject_B, masks, lows)
         return batch.to(self.device)
 
     def batch(self, banks: Sequence[tuple[int, Bank, int]]) -> Batch:
@@ -150,7 +151,7 @@ class Pack:
     @property
     def warm_steps(self) -> int:
         """Steps to make before a step can be timed: those that compile or record, and choose kernels."""
-        return {"graph": WARM_STEPS + 1, "compile": 2}.get(self.runner.choice.mode, 1)
+        return steps_to_warm(self.runner.choice.mode)
 
     def step(self, batch: Batch) -> None:
         """`advance`, run as `engine.capture` says."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dbtrain.data.buckets import Shape
 from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
 from dbtrain.engines.deterministic import choose_algorithms
@@ -37,10 +38,11 @@ CLASSES = 8
 
 @dataclass(frozen=True)
 class ClassPriors:
-    """A class's prior images, and their VAE moments [n, variants, 2C, h, w]. moments: None where none are cached."""
+    """A class's prior images. moments: their VAE moments [n, variants, 2C, h, w] by (height, width) in pixels; empty
+    where none are cached."""
 
     samples: list[Sample]
-    moments: Tensor | None = None
+    moments: Mapping[Shape, Tensor] = field(default_factory=dict)
 
 
 class PriorCache:
@@ -183,11 +185,13 @@ class Watch:
 
     quiet: print nothing. beat: called with the name of every stage and at every step, to show that this process is
     alive. opened: called by the first rank when a subject's settings and data are sound and there is work to do for it.
+    logged: called with a subject's id, the steps made, all its steps and the values of every log line.
     """
 
     quiet: bool = False
     beat: Callable[[str], None] = lambda stage: None
     opened: Callable[[], object] = lambda: None
+    logged: Callable[[str, int, int, Mapping[str, float]], object] = lambda subject, step, steps, values: None
     stop: Stop = field(default_factory=Stop)
     clock: Clock = field(default_factory=Clock)
 

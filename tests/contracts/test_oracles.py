@@ -7,21 +7,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from dbtrain.families import FAMILIES, flow
 from dbtrain.models.adapters import adapter, attach, detach, layers, matching_layers
 from dbtrain.models.family import encode_texts
 from dbtrain.models.load import load_models
-from dbtrain.models.sampling import generate, make_pipeline
+from dbtrain.models.sampling import Chain, generate, make_enlarger, make_pipeline
 from dbtrain.models.texts import Texts
 from dbtrain.results.publish import publish_lora
-from dbtrain.settings.config import ModelConfig
+from dbtrain.settings.config import DataConfig, ModelConfig, RunConfig, SampleConfig
 from dbtrain.training.trainables import RECOMPUTED
 from tests.kit.adapter_rows import read_rows
-from tests.kit.family_facts import FACTS, batch_of, real_states
+from tests.kit.family_facts import FACTS, batch_of, real_states, shown
 
 CAPTIONS = ["a photo of a dog", "a photo of a cat in the snow"]
 FLOWS = [name for name in FAMILIES if FAMILIES[name].schedule is flow.schedule]
+ENLARGING = RunConfig(data=DataConfig(resolution=64), sample=SampleConfig(steps=2, guidance=1.0))
 SIZES = pytest.mark.parametrize("size", [(64, 64), (64, 96)], ids=["square", "two to three"])
 
 
@@ -38,7 +40,7 @@ def loaded(request, model_folders):
 
 def in_float64(name, folders):
     family, facts, models = model_of(name, folders)
-    for module in (*models.components(family.denoiser).values(), models.vae):
+    for module in (*models.components(family.denoiser).values(), *filter(None, [models.vae])):
         module.double()
     return family, facts, models
 
@@ -57,6 +59,7 @@ def exact(request, doubles):
 
 
 ALL = pytest.mark.parametrize("exact", FAMILIES, indirect=True)
+STOCK = pytest.mark.parametrize("exact", [name for name in FAMILIES if FACTS[name].stock], indirect=True)
 FLOW = pytest.mark.parametrize("exact", FLOWS, indirect=True)
 
 
@@ -86,7 +89,7 @@ def drawn(family, models, facts, start, size, steps, captions=CAPTIONS, **option
     ).images
 
 
-@ALL
+@STOCK
 @SIZES
 @torch.no_grad()
 def test_denoise_is_the_pipelines_own_call(exact, size):
@@ -236,7 +239,8 @@ def gradients(family, facts, models, captions, samples, rows):
     x_t = latents(facts, (64, 64), 6, family.codec.channels)[samples]
     goal = latents(facts, (64, 64), 6, family.codec.channels, seed=1)[samples]
     time_B = torch.tensor([3, 150, 333, 500, 777, 990])[samples]
-    prediction = family.denoise(models.denoiser, x_t, time_B, captions[samples], batch_of(count))
+    batch = shown(family, batch_of(count), x_t, samples)
+    prediction = family.denoise(models.denoiser, x_t, time_B, captions[samples], batch)
     ((prediction - goal) ** 2).mean((1, 2, 3)).sum().backward()
     found = {}
     for path, layer in layers(models.denoiser):
@@ -293,9 +297,9 @@ def test_diffusers_predicts_alike_from_a_published_adapter(loaded, alpha, tmp_pa
     conditioning, time_B = told(family, models), torch.tensor([3, 777])
 
     def predict():
-        return family.denoise(models.denoiser, x_t, time_B, conditioning, batch_of(2))
+        return family.denoise(models.denoiser, x_t, time_B, conditioning, shown(family, batch_of(2), x_t))
 
-    attach(models.denoiser, ["att*", "ff*", "feed_forward*", "img_mlp*", "proj_mlp"], 1, 4, alpha)
+    attach(models.denoiser, facts.targets, 1, 4, alpha)
     for number, (_, layer) in enumerate(layers(models.denoiser)):
         layer.down_NRD.data = noise(*layer.down_NRD.shape, seed=2 * number, dtype=torch.float32) * 0.1
         layer.up_NDR.data = noise(*layer.up_NDR.shape, seed=2 * number + 1, dtype=torch.float32) * 0.1
@@ -313,6 +317,15 @@ def test_diffusers_predicts_alike_from_a_published_adapter(loaded, alpha, tmp_pa
     assert (ours - plain).abs().max() > 1e-3 and torch.equal(plain, predict())
 
 
+def drawing(family, models, guidance=1.0):
+    """What draws pictures: the family's pipeline; of one that enlarges, after two small pictures."""
+    if family.guide is None:
+        return make_pipeline(family, models)
+    small = [Image.fromarray(np.full((16, 16, 3), shade, np.uint8)) for shade in (60, 60)]
+    enlarger = make_enlarger(family, models, ENLARGING)
+    return Chain(small, (enlarger._replace(sample=enlarger.sample.model_copy(update={"guidance": guidance})),))
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_encoded_prompts_draw_the_picture_of_the_texts(loaded, guidance):
     """Without text encoders, from prompts and what guidance leads away from, each encoded alone."""
@@ -320,7 +333,7 @@ def test_encoded_prompts_draw_the_picture_of_the_texts(loaded, guidance):
     texts = Texts(lambda: models.text_encoders, partial(encode_texts, family, models))
     apart = replace(models, text_encoders={}, texts=texts)
     ours, theirs = (
-        np.stack(list(generate(make_pipeline(family, one), CAPTIONS, [5, 6], 64, 2, guidance))).astype(int)
+        np.stack(list(generate(drawing(family, one, guidance), CAPTIONS, [5, 6], 64, 2, guidance))).astype(int)
         for one in (apart, models)
     )
     assert np.abs(ours - theirs).max() <= 1
@@ -329,7 +342,7 @@ def test_encoded_prompts_draw_the_picture_of_the_texts(loaded, guidance):
 
 def test_a_picture_alone_is_the_picture_of_its_batch(loaded):
     family, _, models = loaded
-    pipeline = make_pipeline(family, models)
+    pipeline = drawing(family, models)
     together = list(generate(pipeline, CAPTIONS, [5, 6], 64, 2, 1.0))
     for caption, seed, image in zip(CAPTIONS, (5, 6), together):
         (alone,) = generate(pipeline, [caption], [seed], 64, 2, 1.0)

@@ -1,15 +1,17 @@
 """What the tests of a family know of its stock pipeline, and what no row says: a row of facts for each family."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dbtrain.models.family import Family
 from dbtrain.values import Batch, Conditioning, Role
 
+IF_TARGETS = tuple(f"attentions.*.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"))
 Text = tuple[Tensor, Tensor | None]
 """Token states and pooled text. Where a caption's real tokens alone count, the states are of the longest caption."""
 
@@ -32,6 +34,8 @@ class Facts:
     sample: the name of the denoiser's argument that has them. side: pixels of a cell of the random model's latents.
     heard(arguments by place, by name) -> the latents and the time in a call of the denoiser, where it is not called by
     names. sign: -1 where it says x0 - eps. listed: whether it takes and gives a list, of films of one frame.
+    stock: whether the pipeline takes latents and calls back, so that its own steps can be watched; those of cascades
+    take none, and `test_super.py` compares with them. targets: of adapters that its pipeline loads.
     idle: denoiser layers whose outputs nothing of a prediction depends on, so that an adapter there has no gradient.
     tolerance: of conditioning and prediction, where the pipeline pads captions to another length than we do.
     least: fewest steps that the scheduler can sample with; a stretch to a last noise level divides by zero at 1.
@@ -50,6 +54,8 @@ class Facts:
     listed: bool = False
     tolerance: float = 0.0
     least: int = 1
+    stock: bool = True
+    targets: tuple[str, ...] = ("att*", "ff*", "feed_forward*", "img_mlp*", "proj_mlp")
 
     def heard(self, places: Sequence[Any], words: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The latents, as the pipeline has them, and the time in a call of the denoiser."""
@@ -137,6 +143,10 @@ def _masked(pipeline: Any, captions: Sequence[str]) -> Text:
     return (states.flatten(2) * mask[..., None]).to(states), None
 
 
+def _if(pipeline: Any, captions: Sequence[str]) -> Text:
+    return pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)[0], None
+
+
 def _chroma(pipeline: Any, captions: Sequence[str]) -> Text:
     states, _, mask, *_ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
     return states * mask[..., None], None
@@ -180,6 +190,9 @@ FACTS = {
     "lumina2": Facts(_gemma, sample="hidden_states", side=8, sign=-1),
     "sana": Facts(_gemma, side=16, mean=True),
     "krea2": Facts(_masked, _flux_native, _flux_ours, sample="hidden_states", side=8, film=True),
+    "if_stage1": Facts(_if, side=4, stock=False, targets=IF_TARGETS),
+    "if_stage2": Facts(_if, side=4, stock=False, targets=IF_TARGETS),
+    "x4_upscaler": Facts(_sd, side=4, stock=False),
 }
 """The facts of each family, by its name."""
 
@@ -188,6 +201,18 @@ def real_states(conditioning: Conditioning, tokens: int) -> Tensor:
     """The states of this many first tokens, zero where they are padding that the denoiser does not see."""
     states, mask = conditioning.states_BTD[:, :tokens], conditioning.mask_BT
     return states if mask is None else states * mask[:, :tokens, None]
+
+
+def shown(family: Family, batch: Batch, x_t_BCHW: Tensor, rows: Tensor | None = None) -> Batch:
+    """The batch with a random guide for each sample, where a family's denoiser takes one; rows: which of them."""
+    if family.guide is None:
+        return batch
+    stream = torch.Generator().manual_seed(7)
+    most = 1 + int(rows.max()) if rows is not None else len(x_t_BCHW)
+    guide = torch.randn(most, 3, *x_t_BCHW.shape[2:], generator=stream, dtype=x_t_BCHW.dtype)
+    level = torch.arange(most) * 20
+    rows = torch.arange(most) if rows is None else rows
+    return replace(batch, guide_BCHW=guide[rows], level_B=level[rows])
 
 
 def batch_of(count: int, height: int = 128, width: int = 128) -> Batch:

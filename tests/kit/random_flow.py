@@ -22,7 +22,8 @@ def t5_tokenizer() -> Any:
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0)
 
 
-def _t5() -> Any:
+def t5() -> Any:
+    """A random T5 encoder of `t5_tokenizer`'s vocabulary."""
     from transformers import T5Config, T5EncoderModel
 
     return T5EncoderModel(T5Config(vocab_size=64, d_model=40, d_kv=8, d_ff=32, num_layers=2, num_heads=4)).eval()
@@ -90,7 +91,7 @@ def make_sd3(folder: Path) -> Path:
         tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(second),
         tokenizer_2=tokenizer,
-        text_encoder_3=_t5(),
+        text_encoder_3=t5(),
         tokenizer_3=t5_tokenizer(),
     )
     pipeline.save_pretrained(folder)
@@ -122,7 +123,7 @@ def make_flux(folder: Path) -> Path:
         vae=_vae(),
         text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(tokenizer, width=48))),
         tokenizer=tokenizer,
-        text_encoder_2=_t5(),
+        text_encoder_2=t5(),
         tokenizer_2=t5_tokenizer(),
     )
     pipeline.save_pretrained(folder)
@@ -149,7 +150,7 @@ def make_chroma(folder: Path) -> Path:
         transformer=transformer,
         scheduler=dynamic_scheduler(),
         vae=_vae(),
-        text_encoder=_t5(),
+        text_encoder=t5(),
         tokenizer=t5_tokenizer(),
     )
     pipeline.save_pretrained(folder)
