@@ -52,10 +52,13 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "setuptools>=77",
+        "torchao>=0.15",
         "triton>=3.6",
     ],
     # Reads HEIC, the format of phones' photos.
     "photos": ["pillow-heif>=0.21"],
+    # A LoRA's frozen base in 8 or 4 bits: model.quantize.
+    "quantize": ["bitsandbytes>=0.45", "torchao>=0.15"],
     "gpu": ["xformers>=0.0.35"],
     # Empty: the shipped metrics need nothing more. lpips would bring torchvision, which replaces or breaks a CPU torch.
     "eval": [],

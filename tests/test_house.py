@@ -66,13 +66,13 @@ CORE = """
 WHEEL = "dbtrain/*.py dbtrain/*/*.py kernels/dbtrain_kernels/*.py launchers/dbtrain_launchers/*.py"
 BUDGETS = {
     "core": (3_200, CORE),
-    "verbs": (2_700, "dbtrain/verbs/*.py"),
+    "verbs": (2_750, "dbtrain/verbs/*.py"),
     "report": (1_600, "dbtrain/report/*.py"),
     "fleet": (3_450, "dbtrain/fleet/*.py"),
     "evaluate": (1_500, "dbtrain/evaluate/*.py"),
     "subjects and data": (3_900, "dbtrain/subjects/*.py dbtrain/data/*.py"),
     "kernels": (1_400, "kernels/dbtrain_kernels/*.py"),
-    "wheel": (26_500, WHEEL),
+    "wheel": (27_200, WHEEL),
 }
 """Most lines of each room, and its files. Raise a budget only in a commit that says why."""
 MAX_FAMILY_LINES = 150

@@ -67,6 +67,16 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             train.method == "lora" and not config.lora.targets,
             "is empty; a LoRA needs at least one layer pattern",
         ),
+        (
+            "lora.up_ratio",
+            config.lora.up_ratio != 1 and train.method != "lora",
+            "is set, but train.method is not lora",
+        ),
+        (
+            "model.quantize",
+            config.model.quantize != "none" and config.engine.kind != "packed",
+            "needs engine.kind=packed (a pack of one is one subject): DeepSpeed cannot move a base in few bits",
+        ),
         ("lora.init", config.lora.init is not None and train.method != "lora", "is set, but train.method is not lora"),
         (
             "train.stop_loss",

@@ -20,6 +20,7 @@ from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
 from dbtrain.models.family import Family, Models, refuse_impossible
 from dbtrain.models.load import load_models
+from dbtrain.models.quantize import quantize
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key
 from dbtrain.settings.config import RunConfig
@@ -104,6 +105,8 @@ def _load_models(settings: RunConfig, world: World) -> Models:
     models.attention = family.attend(models.denoiser, attention, device.type, precision)
     if settings.train.method == "lora" and precision == "bf16":
         models.denoiser.to(torch.bfloat16)
+    if quantize(models.denoiser, family, settings.model.quantize):
+        models.digests = {**models.digests, "quantize": settings.model.quantize}  # it draws other class images
     return models
 
 
