@@ -42,13 +42,13 @@ def folder_problem(family: Family, place: Path, variant: str | None = None) -> s
     """What keeps a diffusers folder from being used as a family's base."""
     index = read_json(place / "model_index.json")
     kind = index.get("_class_name", "model of an unknown kind")
-    held = {name for name, entry in index.items() if isinstance(entry, list) and entry[:1] != [None]}
+    held = {name for name, entry in index.items() if isinstance(entry, list) and list(map(type, entry)) == [str, str]}
     wanted = {family.denoiser, *family.text_encoders, *(["vae"] if "vae" in family.components else [])}
     missing, more = sorted(wanted - held), sorted(filter(DECIDING.match, held - wanted))
     if missing or more:
         what = f"has no {missing[0]}" if missing else f"has a {more[0]} besides"
         return f"{named(place)} is a {kind}, no base of model.family={family.name} ({what}); {ITS_FAMILY}"
-    channels = channel_problem(place, family.denoiser)
+    channels = channel_problem(place, family)
     if channels:
         return f"{named(place)} {channels}"
     if kind != family.pipeline:
@@ -60,12 +60,14 @@ def folder_problem(family: Family, place: Path, variant: str | None = None) -> s
     return None
 
 
-def channel_problem(place: Path, denoiser: str) -> str | None:
-    """Why a U-Net does not take what its VAE makes: inpainting, depth and editing models take more."""
-    unet, vae = place / denoiser / "config.json", place / "vae" / "config.json"
-    if denoiser != "unet" or not unet.is_file() or not vae.is_file():
+def channel_problem(place: Path, family: Family) -> str | None:
+    """Why a U-Net does not take what its VAE makes: inpainting, depth and editing models take more. One that enlarges
+    takes the small picture's three channels besides."""
+    unet, vae = place / family.denoiser / "config.json", place / "vae" / "config.json"
+    if family.denoiser != "unet" or not unet.is_file() or not (vae.is_file() or "vae" not in family.components):
         return None
-    got, want = read_json(unet).get("in_channels"), read_json(vae).get("latent_channels", 4)
+    made = read_json(vae).get("latent_channels", 4) if "vae" in family.components else 3
+    got, want = read_json(unet).get("in_channels"), made + (3 if family.guide else 0)
     return None if got in (None, want) else _channels(got, want)
 
 

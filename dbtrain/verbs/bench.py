@@ -43,7 +43,9 @@ def ops_verb(as_json: Json = False) -> None:
 
 def step_verb(
     recipe: Recipe = "tiny",
-    capture: Annotated[str, typer.Option(help="Ways to run a step, with commas: off, compile, graph.")] = "off",
+    capture: Annotated[
+        str, typer.Option(help="Ways to run a step, with commas: off, compile, graph, compiled_graph.")
+    ] = "off",
     attention: Annotated[str, typer.Option(help="Attentions: auto, sdpa, flash, math, xformers.")] = "sdpa",
     sizes: Annotated[str, typer.Option(help="Pack sizes, with commas.")] = "1",
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of one turn.")] = 5,
@@ -107,7 +109,7 @@ dbtrain bench pack --config sd15_lora --random-weights --sizes 1,8,32"""),
         "ops": Verb(ops_verb, "dbtrain bench ops --json"),
         "step": Verb(step_verb, """\
 dbtrain bench step --capture off,graph --attention sdpa,flash,xformers --sizes 1,8
-dbtrain bench step --config sd15_lora --random-weights --capture off,compile,graph"""),
+dbtrain bench step --config sd15_lora --random-weights --capture off,compile,graph,compiled_graph"""),
         "model": Verb(model_verb, """\
 dbtrain bench model sd15 --sizes 1,8
 dbtrain bench model flux1 sdxl --card H200,4090 --recompute"""),

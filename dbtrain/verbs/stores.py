@@ -65,17 +65,16 @@ def shard_index(
 ) -> None:
     """Write the photos and captions of tars made elsewhere as shards with an index; use them as data.shards."""
     stop_at_once()
-    from dbtrain.data.shards import write_shards
     from dbtrain.subjects.columns import check_class
     from dbtrain.subjects.finding import CellError
-    from dbtrain.subjects.tars import tar_samples
+    from dbtrain.subjects.tars import index_tars
 
     try:
         noun = check_class(class_noun, out)
     except CellError as bad:
         raise ConfigError(f"--class: {bad.args[0]}, want {bad.args[1]}; {bad.args[2]}") from bad
     config = load_config(recipe, ())
-    index = write_shards(tar_samples(tars, subject, noun, config.data, typer.echo), out)
+    index = index_tars(tars, subject, noun, config.data, out, typer.echo)
     typer.echo(f"{out}: {len(index.entries)} samples of {subject} in {len(index.shards)} shards")
 
 
