@@ -19,6 +19,7 @@ import ray
 
 from dbtrain.data.index import Index
 from dbtrain.errors import FleetError, StopRequested, reached
+from dbtrain.fleet.arrivals import LOOK_S, Arrivals
 from dbtrain.fleet.books import Books, Flight
 from dbtrain.fleet.causes import End
 from dbtrain.fleet.cluster import has_gpus, room
@@ -74,14 +75,16 @@ class Driver:
         """The disk error that ends the run; None while writes succeed."""
         self.refused: set[int] = set()
         self.unplaced = 0
+        self.arrivals: Arrivals | None = None
+        """Where subjects join from while the run goes on; None where the run ends with its last subject."""
 
     def drive(self) -> None:
         """Work until nothing waits, or a stop is asked for."""
         take_signals((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), self.ask_stop)
-        slow = fast = 0.0
+        slow = fast = looked = 0.0
         ended = "failed"
         try:
-            while self.flights or not (self.books.view.empty or self.stopping or self.disk):
+            while self.arrivals or self.flights or not (self.books.view.empty or self.stopping or self.disk):
                 now = time.monotonic()
                 if now - slow > GROW_S:
                     slow = now
@@ -92,6 +95,11 @@ class Driver:
                 if self.stopping or self.disk:
                     self.wind_down()
                     break
+                if self.arrivals and now - looked > LOOK_S:
+                    looked = now
+                    self.index, joined = self.arrivals.take(self.ledger, self.index)
+                    for noun, position in joined:
+                        self.books.view.add(noun, position)
                 self.assign()
                 self.listen(0.2)
             ended = "stopped" if self.stopping or self.disk else "done"
@@ -326,4 +334,5 @@ def limits_of(config: RunConfig, options: Options, pack: int) -> Limits:
     """What the schedule may use, for packs of so many rows. A gang draws all of a class's priors together."""
     blocks = math.ceil(config.prior.images / BLOCK) if config.prior.weight > 0 else 0
     parts = min(blocks, 1) if options.gang > 1 else blocks
-    return Limits(pack, options.unit * pack, tries=options.tries, losses=options.losses, prior_parts=parts)
+    unit = 1 if options.watch else options.unit  # so that nobody who joins waits for a long unit to end
+    return Limits(pack, unit * pack, newest=options.watch, tries=options.tries, losses=options.losses, prior_parts=parts)

@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,8 @@ def _words(out: Path, index: Index, name: str) -> list[str]:
     """What leads to a subject in a text: its id, its captions, and the names of its photos."""
     entries = [entry for entry in index.entries if entry.subject == name]
     words = {name, *(entry.caption for entry in entries)}
-    try:
+    with suppress(DataError):  # a damaged photo is removed all the same, and nothing can be read of it
         words |= {str(sample.meta.get("source", "")) for sample in read_samples(out / "shards", entries)}
-    except DataError:
-        pass  # A damaged photo is removed all the same, and nothing can be read of it.
     return sorted(words - {""})
 
 
