@@ -105,7 +105,8 @@ class Arrivals:
                 continue
             self.stamps[file] = status.st_mtime_ns, status.st_size
         quiet = [file for file, stamp in self.stamps.items() if before.get(file) == stamp]
-        due = [file for file in quiet if self.read.get(file) != self.stamps[file] or self.again.get(file, now + 1) < now]
+        due = [file for file in quiet
+               if self.read.get(file) != self.stamps[file] or self.again.get(file, now + 1) < now]  # fmt: skip
         for file in due:
             self.read[file] = self.stamps[file]
             self.again.pop(file, None)

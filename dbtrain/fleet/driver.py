@@ -49,7 +49,7 @@ BAD_STARTS = 3
 """Trainers of one crew that may fail to load the base, one after another."""
 REFUSED = 5
 """Subjects in a row, with none finished in between, whose files are refused: then it is the disk and not theirs."""
-NO_START = ("killed", "stopped", "disk")
+NO_START = ("killed", "stopped", "disk", "unmounted")
 """Ends of a trainer that say nothing of the next start, or end the run anyway."""
 
 
@@ -137,7 +137,10 @@ class Driver:
                 self.drop(crew, End("lost", "GPUs have joined, which take its place"))
         members = room(self.shape.gpus, self.shape.cpus)
         self.warn_of_room(members)
-        wanted = self.options.workers or max(1, members // self.shape.size)
+        room_for = max(1, members // self.shape.size)
+        left_out = sum(crew.state == "left out" for crew in self.crews.values())
+        asked = self.options.workers
+        wanted = min(asked + left_out, max(room_for, asked)) if asked else room_for
         while len(self.crews) < wanted:
             name = f"worker-{next(self.names):03d}"
             measure = None
@@ -195,7 +198,7 @@ class Driver:
         idle = [crew for crew in self.crews.values() if crew.state == "idle"]
         if not idle or self.pack is None:
             return
-        alive = sum(crew.state != "placing" for crew in self.crews.values())
+        alive = sum(crew.state not in ("placing", "left out") for crew in self.crews.values())
         orders, waiting = [], [Idle(crew.name, crew.last_class) for crew in idle]
         units = schedule(self.books.view, waiting, alive, self.books.limits)
         with self.ledger.commit():
@@ -242,6 +245,7 @@ class Driver:
                 self.books.finish(self.flights[number], position, result)
             case Failed(number, position, end, seconds):
                 self.books.retire(self.flights[number], position, self.sift(end, [position]), seconds)
+                self.heed(crew, end)
             case FollowedUp(number, position, name, outcome):
                 if self.books.note_after(position, name, outcome):
                     self.flights[number].open.pop(position)
@@ -268,10 +272,27 @@ class Driver:
         """Enter the death of a crew's trainer; the crew has begun to start another."""
         at_work = [position for flight in self.flights.values() if flight.crew is crew for position in flight.open]
         end = self.sift(end, at_work[:1])
-        if not self.abandon(crew, end) and end.cause not in NO_START:
+        started = self.abandon(crew, end)
+        self.heed(crew, end)
+        if not started and end.cause not in NO_START:
             crew.bad_starts += 1
-            if crew.bad_starts >= BAD_STARTS:
+            if crew.bad_starts >= BAD_STARTS and not self.leave_out(crew, end):
                 raise FleetError(f"{crew.name}: its trainer cannot start: {end.reason}; see {self.out / 'logs'}")
+
+    def heed(self, crew: Crew, end: End) -> None:
+        """Leave out a crew on whose machine the run's folder is not there; the last one's want of it ends the run."""
+        if end.cause == "unmounted":
+            self.abandon(crew, end)
+            if not self.leave_out(crew, end):
+                self.disk = end.reason
+
+    def leave_out(self, crew: Crew, end: End) -> bool:
+        """Whether the run goes on without a crew whose machine or GPU cannot work, as there are others that may."""
+        if all(other.state == "left out" for other in self.crews.values() if other is not crew):
+            return False
+        crew.leave_out()
+        self.screen.say(f"{crew.name}: is left out, and the others go on: {end.reason}; see {self.out / 'logs'}")
+        return True
 
     def sift(self, end: End, positions: list[int]) -> End:
         """The end, with `disk` as its cause where a refused file is no subject's own, or the latest of too many; `disk`
@@ -335,4 +356,5 @@ def limits_of(config: RunConfig, options: Options, pack: int) -> Limits:
     blocks = math.ceil(config.prior.images / BLOCK) if config.prior.weight > 0 else 0
     parts = min(blocks, 1) if options.gang > 1 else blocks
     unit = 1 if options.watch else options.unit  # so that nobody who joins waits for a long unit to end
-    return Limits(pack, unit * pack, newest=options.watch, tries=options.tries, losses=options.losses, prior_parts=parts)
+    return Limits(pack, unit * pack, tries=options.tries, losses=options.losses, newest=options.watch,
+                  prior_parts=parts)  # fmt: skip

@@ -47,7 +47,8 @@ def generate(
     for start in range(0, len(prompts), batch):
         chunk = slice(start, start + batch)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]]
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        half = torch.float16 if precision == "fp16" else torch.bfloat16
+        with torch.autocast(device, half, enabled=precision in ("bf16", "fp16")):
             yield from pipeline(
                 prompt=list(prompts[chunk]),
                 generator=generators,

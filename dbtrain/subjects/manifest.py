@@ -66,7 +66,8 @@ def scan_manifest(path: Path, photos: bool = True) -> tuple[list[Subject], list[
 
 def manifest_files(folder: Path) -> list[Path]:
     """The manifests in a folder, by name; hidden files are none."""
-    return [path for path in sorted(folder.iterdir()) if path.suffix.lower() in READERS and not path.name.startswith(".")]
+    shown_files = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return [path for path in shown_files if path.suffix.lower() in READERS]
 
 
 def manifest_digest(path: Path) -> str:

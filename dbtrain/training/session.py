@@ -14,6 +14,7 @@ from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
 from dbtrain.engines.deterministic import choose_algorithms
 from dbtrain.engines.engine import keeps_whole, plan_batches
+from dbtrain.engines.loss_scale import DTYPES, resolved_precision
 from dbtrain.engines.world import World, from_first, start_world, together
 from dbtrain.families import FAMILIES
 from dbtrain.machine import take_signals
@@ -71,6 +72,7 @@ class Base:
     def load(cls, settings: RunConfig, world: World) -> Base:
         """The base model of some settings, on this rank's device."""
         classes = CLASSES if settings.engine.kind == "packed" else 1
+        settings = resolved_precision(settings, torch.device(world.device).type)
         family = FAMILIES[settings.model.family]
         return cls(world, family, _load_models(settings, world), settings, PriorCache(classes))
 
@@ -102,8 +104,8 @@ def _load_models(settings: RunConfig, world: World) -> Models:
         models.denoiser.to(memory_format=torch.channels_last)
     attention, precision = settings.model.attention, settings.train.precision
     models.attention = family.attend(models.denoiser, attention, device.type, precision)
-    if settings.train.method == "lora" and precision == "bf16":
-        models.denoiser.to(torch.bfloat16)
+    if settings.train.method == "lora" and precision != "fp32":
+        models.denoiser.to(DTYPES[precision])
     return models
 
 

@@ -221,9 +221,9 @@ def _schedule(command: _Command) -> None:
 
 def _precision(command: _Command) -> None:
     name = command.get("mixed_precision")
-    command.settings["train.precision"] = {"no": "fp32", "fp16": "bf16"}.get(name, name)
+    command.settings["train.precision"] = {"no": "fp32"}.get(name, name)
     if name == "fp16":
-        command.notes.append("fp16 becomes bf16, which needs no loss scaling")
+        command.notes.append("fp16 scales the loss; on a GPU that has it, train.precision=bf16 needs no scaling")
 
 
 def _prior(command: _Command) -> None:

@@ -235,7 +235,8 @@ def test_a_base_that_cannot_be_loaded_ends_the_run_and_shows(tmp_path):
 @pytest.mark.timeout(600)
 def test_a_service_takes_who_comes_forgets_who_asks_and_ends_at_a_second_ctrl_c(tmp_path):
     """Days of `--watch` in small: a newcomer, a person who is forgotten beside the driver, a stop, a start, a hurry."""
-    words, out, inbox = write_small(tmp_path, "rex:dog tom:dog eve:dog hang-b:dog"), tmp_path / "out", tmp_path / "inbox"
+    words = write_small(tmp_path, "rex:dog tom:dog eve:dog hang-b:dog")
+    out, inbox = tmp_path / "out", tmp_path / "inbox"
     inbox.mkdir()
     words = [str(inbox), *words[1:], "--workers", "1", "--watch"]
 
