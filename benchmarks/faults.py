@@ -35,6 +35,7 @@ from tests.faults.campaigns import (  # noqa: E402
     damage_checkpoints,
     damage_priors,
     damage_shards,
+    damage_sources,
     disturb,
     make_manifest,
 )
@@ -43,7 +44,7 @@ from tests.faults.kit import forked  # noqa: E402
 from tests.kit.main_job import small_config  # noqa: E402
 
 ACTIONS = (("kill", False), ("cut", False), ("ENOSPC", True), ("EIO", False), ("SIGTERM", False))
-PARTS = ("shards", "checkpoints", "import_priors", "priors", "train", "packed")
+PARTS = ("shards", "checkpoints", "import_priors", "import_kohya", "index_tar", "priors", "train", "packed")
 WHOLE_RUNS = ("train", "packed")
 OTHERS = ("forget", "damage", "preflight", "identifiers", "proofs")
 MEANING = {
@@ -90,6 +91,7 @@ def damages(folder: Path, small: bool) -> list[Tally]:
     for tally in (
         damage_checkpoints(folder / "checkpoints", 500 // part, 100 // part),
         damage_shards(folder / "sound", 300 // part),
+        damage_sources(folder / "sources", 100 // part),
         damage_priors(folder / "priors" / "store", 100 // part),
     ):
         found.append(tally)

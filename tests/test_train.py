@@ -324,3 +324,26 @@ def test_ready_made_shards_are_read_from_an_address_that_was_allowed(finished, j
         ours, theirs = (place / "subjects" / record["subject"] / LORA for place in (tmp_path / "out", finished[0]))
         assert record["run"] == of_photos[record["subject"]]["run"]
         assert file_digest(ours) == file_digest(theirs)
+
+
+def test_photos_of_several_shapes_train_as_if_alone(tmp_path):
+    """The class images are encoded once a shape, in the store too, whoever needs them first."""
+    from tests.kit.main_job import photo
+
+    sizes = {"rex": [(40, 64), (64, 40), (48, 48)], "tom": [(64, 40), (40, 64)]}
+    for name, shapes in sizes.items():
+        (tmp_path / name).mkdir()
+        for number, size in enumerate(shapes):
+            photo(number, *size).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "photos.csv").write_text("subject,class,images\nrex,dog,rex\ntom,dog,tom\n")
+    words = ("data.buckets=true", "train.batch=2", "train.steps=4", "sample.images=0", "track.every_steps=1")
+    for out, names in (("both", ["rex", "tom"]), ("alone", ["tom"])):
+        _, failed = train_manifest(tmp_path / "photos.csv", small_config(*words), tmp_path / out, names, quiet=True)
+        assert not failed
+    both, alone = (file_digest(tmp_path / out / "subjects/tom" / LORA) for out in ("both", "alone"))
+    assert both == alone
+    kept = [len(list((tmp_path / out / "priors").glob("*/latents/*.json"))) for out in ("both", "alone")]
+    assert kept == [3, 2]
+    square = small_config(*words, "data.buckets=false")
+    train_manifest(tmp_path / "photos.csv", square, tmp_path / "square", ["tom"], quiet=True)
+    assert file_digest(tmp_path / "square/subjects/tom" / LORA) != alone

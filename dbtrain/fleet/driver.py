@@ -37,6 +37,7 @@ from dbtrain.fleet.status import Screen, summarize
 from dbtrain.machine import take_signals
 from dbtrain.priors.store import BLOCK
 from dbtrain.results.checkpoint import newest_step
+from dbtrain.results.uploading import Uploads
 from dbtrain.settings.config import RunConfig
 from dbtrain.subjects.forgotten import read_pending
 
@@ -60,6 +61,7 @@ class Driver:
         self.ledger, self.index, self.config, self.out, self.options = ledger, index, config, out.resolve(), options
         self.token = mark(self.out)
         self.screen, self.gauges = Screen(out, options.quiet), Gauges()
+        self.uploads = Uploads(config.publish.to, (lambda line: None) if options.quiet else self.screen.say)
         self.pack = rows_of_packs(config, options, ledger)
         """Rows of a pack; None until a trainer has measured it."""
         self.books = Books(ledger, limits_of(config, options, self.pack or 1), options.asked, self.screen)
@@ -110,7 +112,8 @@ class Driver:
         if self.stopping:
             left, steps = self.ledger.counts()["waiting"], reached(self.interrupted)
             raise StopRequested(
-                f"stopped on request ({self.stopping}), {left} subjects wait{steps}; the same command goes on"
+                f"stopped on request ({self.stopping}), {left} subjects wait{steps}{self.uploads.left}; the "
+                "same command goes on"
             )
 
     def ask_stop(self, number: int, _: object = None) -> None:
@@ -183,6 +186,7 @@ class Driver:
         self.screen.say("forgetting subjects on request; workers checkpoint, and go on afterwards")
         self.wind_down()
         self.interrupted.clear()
+        self.uploads.leave(read_pending(self.out))
         for crew in list(self.crews.values()):
             self.drop(crew, End("stopped", "subjects are being forgotten"))
         done, priors = end_forgetting(self.out, self.ledger), self.books.view.priors
@@ -243,6 +247,7 @@ class Driver:
             case Finished(number, position, result):
                 self.refused.clear()
                 self.books.finish(self.flights[number], position, result)
+                self.uploads.add([self.out / "subjects" / self.ledger.row(position)["id"]])
             case Failed(number, position, end, seconds):
                 self.books.retire(self.flights[number], position, self.sift(end, [position]), seconds)
                 self.heed(crew, end)

@@ -6,20 +6,23 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from dbtrain.errors import ConfigError, DataError, FleetError
+from dbtrain.errors import ConfigError, DataError, DbtrainError, FleetError
 from dbtrain.fleet.inbox import take_requests
 from dbtrain.fleet.lease import WHERE, Lease, ledger_folder
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.options import Options, anchored_options, check_after
+from dbtrain.results.uploading import refuse_address
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.marks import anchored
 from dbtrain.storage.atomic import LOCK, held, write_file
+from dbtrain.training.telemetry import refuse_trackers
 
 
 def run_batch(
     manifest: Path, config: RunConfig, out: Path, options: Options, opened: Callable[[], object] = lambda: None
-) -> dict[str, int]:
-    """Number of subjects by state after the run. opened: called once the run has passed its checks.
+) -> dict[str, DbtrainError]:
+    """The errors of finished subjects that are not at `publish.to`, by id. opened: called once the run has passed its
+    checks.
 
     Raises StopRequested (75) after a stop request, and FleetError when no worker can work; the same call goes on.
     """
@@ -28,6 +31,8 @@ def run_batch(
     if options.watch and config.data.shards is not None:
         raise ConfigError("--watch: data.shards names shards that are ready, and nothing joins them; take one of both")
     config, options = anchored(config), anchored_options(options)
+    refuse_trackers(config.track)
+    refuse_address(config.publish)
     check_after(config, options)
     out.mkdir(parents=True, exist_ok=True)
     folder = ledger_folder(out, options.ledger)
@@ -44,7 +49,7 @@ def run_batch(
 
 def _run(
     manifest: Path, config: RunConfig, out: Path, options: Options, folder: Path, opened: Callable[[], object]
-) -> dict[str, int]:
+) -> dict[str, DbtrainError]:
     ledger = Ledger(folder, create=True)
     try:
         if folder.resolve() != out.resolve() and not (out / WHERE).exists():
@@ -74,6 +79,7 @@ def _run(
         from dbtrain.fleet.driver import Driver
 
         driver = Driver(ledger, index, config, out, options)
+        driver.uploads.add(out / "subjects" / row["id"] for row in ledger.rows() if row["state"] == "finished")
         if options.watch:
             driver.arrivals = Arrivals(manifest, config, out, driver.screen.say)
         if options.watch or not driver.books.view.empty:
@@ -81,7 +87,7 @@ def _run(
                 driver.drive()
         if "evaluate" in options.after:
             sum_up(ledger, out)
-        return ledger.counts()
+        return driver.uploads.finish(lambda: driver.stopping is not None)
     finally:
         ledger.close()
 

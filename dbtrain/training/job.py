@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from dbtrain import __version__
 from dbtrain.data.masks import used_samples
@@ -22,7 +24,7 @@ from dbtrain.engines.world import together
 from dbtrain.engines.zero import ZeroEngine
 from dbtrain.errors import DbtrainError, EngineError, StopRequested
 from dbtrain.models.load import base_digest
-from dbtrain.models.sampling import draw_samples, make_pipeline, sampling_mode
+from dbtrain.models.sampling import Chain, draw_samples, make_enlarger, make_pipeline, sampling_mode
 from dbtrain.randomness import stream_key
 from dbtrain.results.card import publish_card
 from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
@@ -116,7 +118,9 @@ class Job:
     def run_to_end(self) -> dict[str, Any]:
         """The subject's record, after it was built, resumed, trained and published."""
         config, base = self.config, self.base
-        plan = plan_batches(config.train.batch, config.train.micro_batch, base.world.size)
+        # A forward pass has one shape, so photos of several go through it one at a time.
+        micro = config.train.micro_batch if len(self.bank.kinds) == 1 else 1
+        plan = plan_batches(config.train.batch, micro, base.world.size)
         choice = choose_capture(config.engine, torch.device(base.world.device).type)
         runner = make_runner(choice, base.models.denoiser, base.family.regions)
         with self.watch.clock.stage("build"):
@@ -167,6 +171,7 @@ class Job:
                     values = {**meter.read(), "memory_gib": peak_memory_gib(world.device)}
                     meter.reset()
                     progress.report(done, values)
+                    watch.logged(self.subject.id, done, steps, values)
                     for sink in sinks:
                         sink.log(done, values)
                 self.after_step(engine, done, measured["stop"] > 0)
@@ -205,19 +210,26 @@ class Job:
     def sample(self, name: str) -> Path | None:
         """The sheet of the validation prompts, drawn with the weights as they are; None on other ranks than the first,
         and where there is nothing to draw."""
-        base, settings = self.base, self.config.sample
+        base, prompts = self.base, self.prompts
         drawing = base.world.first or not keeps_whole(self.config.engine)
-        if not (settings.images and settings.prompts and drawing):
+        if not (prompts and drawing):
             return None
-        identifier = self.work.identifiers[self.subject.id]
-        prompts = [
-            fill(prompt, identifier=identifier, class_noun=self.subject.class_noun) for prompt in settings.prompts
-        ]
         resolution, precision = self.config.data.resolution, self.config.train.precision
+        chosen = (prompts, self.config.sample, resolution, precision)
         with sampling_mode(base.models):
-            rows = draw_samples(make_pipeline(base.family, base.models), prompts, settings, resolution, precision)
-        folder = self.results if name == LAST_SHEET else self.folder
-        return publish_sheet(folder, rows, prompts, name) if base.world.first else None
+            rows = draw_samples(sampling_pipeline([self]), *chosen)
+        return self.publish_samples(rows, name) if base.world.first else None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The validation prompts in the subject's words; none where there is nothing to draw."""
+        names = {"identifier": self.work.identifiers[self.subject.id], "class_noun": self.subject.class_noun}
+        settings = self.config.sample
+        return [fill(prompt, **names) for prompt in settings.prompts] if settings.images else []
+
+    def publish_samples(self, rows: Sequence[Sequence[Image.Image]], name: str) -> Path:
+        """The path of the sheet of pictures drawn for `prompts`, a row each."""
+        return publish_sheet(self.results if name == LAST_SHEET else self.folder, rows, self.prompts, name)
 
     def publish(self, state: EngineState, values: dict[str, float], capture: Capture) -> dict[str, Any]:
         """The record, after the artefacts were written and the base was made what it was before the subject."""
@@ -240,7 +252,9 @@ class Job:
         """Write the subject's artefacts, then its card, then the record that says it is finished."""
         self.results.mkdir(exist_ok=True)
         artefacts = publish_weights(self.results, self.base.family, self.base.models, self.config, record, state)
-        publish_card(self.results, record, self.config, render(self.config))
+        # Where results are sent is nobody's business who gets one.
+        publish = self.config.publish.model_copy(update={"to": None})
+        publish_card(self.results, record, self.config, render(self.config.model_copy(update={"publish": publish})))
         write_record(self.results, record, [*artefacts, *([sheet] if sheet else [])])
         take_place(self.folder)
 
@@ -316,3 +330,15 @@ def role_sums(loss: StepLoss, batch: Batch, count: int) -> torch.Tensor:
     errors = loss.per_sample_B.detach().double() / count
     prior_B = batch.role_B == int(Role.PRIOR)
     return torch.stack([loss.loss.detach().double(), errors[~prior_B].sum(), errors[prior_B].sum()]).cpu()
+
+
+def sampling_pipeline(jobs: Sequence[Job]) -> Any:
+    """What draws the validation prompts of some jobs on one base, a job after another. A base that enlarges is given
+    each subject's own photos, reduced and taken in turn."""
+    base, config = jobs[0].base, jobs[0].config
+    if base.family.guide is None:
+        return make_pipeline(base.family, base.models)
+    photos: list[Image.Image] = []
+    for job in jobs:
+        photos += islice(cycle(job.bank.small_photos()), len(job.prompts) * config.sample.images)
+    return Chain(photos, (make_enlarger(base.family, base.models, config),))

@@ -1,14 +1,15 @@
 """The verbs of the fleet: `dbtrain batch run|status|retry|cancel|verify|forget|export`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 
-from dbtrain.errors import ConfigError, DataError, EngineError
+from dbtrain.errors import NAMED, ConfigError, DataError, DbtrainError, EngineError
 from dbtrain.verbs.options import (
     Clip,
     Distance,
@@ -17,15 +18,17 @@ from dbtrain.verbs.options import (
     Manifest,
     Overrides,
     Protocol,
+    PublishTo,
     Quiet,
     Recipe,
     SkipBad,
     Verb,
     group,
     keep_origin,
-    load_config,
+    load_settled,
     print_json,
     stop_at_once,
+    with_address,
 )
 
 Out = Annotated[Path, typer.Argument(help="Output folder of the run.")]
@@ -55,6 +58,7 @@ def run_verb(
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done, and what it will cost.")] = False,
     measured: Annotated[Path | None, typer.Option(help="With --plan: a run whose measured times to use.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Go on for ever, and take what joins MANIFEST.")] = False,
+    publish_to: PublishTo = None,
     skip_bad: SkipBad = False,
     quiet: Quiet = False,
     overrides: Overrides = None,
@@ -64,7 +68,8 @@ def run_verb(
 
     MANIFEST may be a folder of manifests. With --watch, rows that join it later are taken as they come, until a signal.
     """
-    config = load_config(recipe, overrides)
+    overrides = with_address(overrides, publish_to)
+    config = load_settled(recipe, overrides)
     if gang > 1 and config.engine.kind == "packed":
         raise ConfigError("--gang: packed training runs on one GPU; use --gang 1, or engine.kind=zero")
     if gang > 1:
@@ -90,20 +95,25 @@ def run_verb(
                       quiet=quiet, watch=watch)  # fmt: skip
     stop_at_once()
     opened = partial(keep_origin, out, "batch run", manifest, recipe, overrides, skip_bad)
-    run_batch(manifest, config, out, options, opened)
+    not_uploaded = run_batch(manifest, config, out, options, opened)
     summary = summarize_run(out)
     print_json(summary) if as_json else typer.echo(line(summary))
-    raise_failures(summary, after)
+    raise_failures(summary, after, not_uploaded)
 
 
-def raise_failures(summary: dict[str, Any], after: Sequence[str]) -> None:
-    """Raise EngineError if subjects are quarantined, else DataError if drawing or scoring failed for finished ones."""
+def raise_failures(
+    summary: dict[str, Any], after: Sequence[str], not_uploaded: Mapping[str, DbtrainError] = MappingProxyType({})
+) -> None:
+    """Raise EngineError if subjects are quarantined, else DataError if finished ones could not be drawn, scored or
+    uploaded."""
     quarantined = [f"{row['subject']}: {row['cause']}: {row['reason']}" for row in summary["quarantined"]]
     more = summary["subjects"]["quarantined"] - len(quarantined)
     quarantined += [f"and {more} more; see `dbtrain batch export`"] if more > 0 else []
     failed = {name: summary["after"][name]["failed"] for name in after if name in summary["after"]}
     lines = [f"--{name}: failed for {number} subjects; see `dbtrain batch export`, column after"
              for name, number in failed.items() if number]  # fmt: skip
+    lines += [f"{name}: {error}" for name, error in list(not_uploaded.items())[:NAMED]]
+    lines += [f"and {len(not_uploaded) - NAMED} more are not uploaded"] if len(not_uploaded) > NAMED else []
     if quarantined or lines:
         raise (EngineError if quarantined else DataError)("\n".join([*quarantined, *lines]))
 

@@ -19,6 +19,7 @@ from dbtrain.fleet.schedule import WorkUnit
 from dbtrain.subjects.forgotten import PENDING, change_pending
 from tests.kit.fleet_run import run_of_dogs
 from tests.kit.main_job import small_config
+from tests.kit.published import make_result
 
 CREW = SimpleNamespace(name="worker-001", bad_starts=0)
 
@@ -140,6 +141,17 @@ def test_packs_that_need_no_measuring(tmp_path, overrides, gang, pack):
     with run_of_dogs(tmp_path, 1) as ledger:
         driver = Driver(ledger, Index((), ()), small_config(*overrides), tmp_path, Options(quiet=True, gang=gang))
         assert (driver.pack, driver.books.limits.pack) == (pack, pack)
+
+
+def test_a_finished_subject_is_uploaded_while_the_others_wait(tmp_path):
+    make_result(tmp_path / "out" / "subjects" / "s3")
+    with run_of_dogs(tmp_path / "out", 9) as ledger:
+        far = f"publish.to={tmp_path / 'far'}"
+        driver = Driver(ledger, Index((), ()), small_config(far), tmp_path / "out", Options(quiet=True))
+        result = {"run": "r", "files": {}, "gpu_seconds": 1.0, "stages_s": {"train": 1.0}}
+        driver.enter(CREW, Finished(fly(driver, 3), 3, result))
+        assert driver.uploads.finish() == {}
+    assert [path.parent.name for path in (tmp_path / "far").glob("*/record.json")] == ["s3"]
 
 
 def test_a_person_is_forgotten_beside_a_driver_and_the_others_go_on(tmp_path, monkeypatch):

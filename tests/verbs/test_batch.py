@@ -60,6 +60,10 @@ def test_quarantined_subjects_are_an_engine_error_and_failed_scores_a_data_error
         raise_failures(summary(evaluated=3), ("evaluate", "generate"))
     assert not isinstance(failed.value, EngineError)
     raise_failures(summary(evaluated=3), ("generate",))
+    with pytest.raises(DataError, match="^s0: not there$") as failed:
+        raise_failures(summary(), (), {"s0": DataError("not there")})
+    with pytest.raises(DataError, match="and 2 more are not uploaded"):
+        raise_failures(summary(), (), {f"s{number}": DataError("not there") for number in range(10)})
     with pytest.raises(EngineError) as failed:
         raise_failures(summary(quarantined=5, evaluated=3), ("evaluate",))
     assert str(failed.value).splitlines() == [
