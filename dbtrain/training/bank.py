@@ -114,8 +114,7 @@ class Bank:
         """The moments of a role's images in a shape, and of their mirror images if samples are flipped."""
         variants = self._variants(role, shape)
         encoded = [encode_all(codec, vae, [to_pixels(array) for array in variant], device) for variant in variants]
-        self.moments[role, shape] = torch.stack(encoded, 1)
-        return self.moments[role, shape]
+        return self.moments.setdefault((role, shape), torch.stack(encoded, 1))
 
     def batch(self, step: int, instance_slots: Sequence[int], device: str) -> Batch:
         """The micro-batch of these instance draw slots and, where there are priors, as many prior slots."""
@@ -319,11 +318,11 @@ def fill_bank(
         with watch.clock.stage("encode"):
             for shape in bank.kinds:
                 bank.cache(Role.INSTANCE, shape, codec, base.models.vae, base.world.device)
-                if Role.PRIOR in items and shape in priors.moments:
-                    bank.moments[Role.PRIOR, shape] = priors.moments[shape]
-                elif Role.PRIOR in items:
-                    encoded = encode_priors(base, work, watch, config, key, priors.samples, shape)
-                    bank.moments[Role.PRIOR, shape] = encoded
+                if Role.PRIOR in items:
+                    kept = priors.moments.get(shape)
+                    if kept is None:
+                        kept = encode_priors(base, work, watch, config, key, priors.samples, shape)
+                    bank.moments[Role.PRIOR, shape] = kept
                 for role in items if low else ():
                     bank.reduce(role, shape)
     if Role.PRIOR in items:

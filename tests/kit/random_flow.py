@@ -150,7 +150,7 @@ def make_chroma(folder: Path) -> Path:
         transformer=transformer,
         scheduler=dynamic_scheduler(),
         vae=_vae(),
-        text_encoder=_t5(),
+        text_encoder=t5(),
         tokenizer=t5_tokenizer(),
     )
     pipeline.save_pretrained(folder)
