@@ -39,6 +39,7 @@ FAMILIES = Rows(
         "if_stage1": "deepfloyd:IF_STAGE1",
         "if_stage2": "deepfloyd:IF_STAGE2",
         "x4_upscaler": "upscaler:X4_UPSCALER",
+        "chroma": "chroma:CHROMA",
     }
 )
 """A `models.family.Family` for each architecture, by the name used in `model.family`."""

@@ -15,7 +15,6 @@ from dbtrain.errors import ConfigError
 from dbtrain.models.family import KohyaLayer, Models, Tokens
 from dbtrain.objective.noise import Schedule, flow_schedule
 from dbtrain.settings.config import ModelConfig
-from dbtrain.values import Conditioning
 
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 
@@ -129,22 +128,6 @@ def chat_tokens(models: Models, captions: Sequence[str], length: int, thinking: 
 
 def nothing(models: Models, guidance: float) -> None:
     """None: the guidance is a number that the denoiser is told, and leads away from no text."""
-
-
-INSTRUCTION = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
-)
-"""What Qwen-Image's and Krea 2's pipelines put before a caption."""
-INSTRUCTION_TOKENS = 34
-"""Its tokens for Qwen's tokenizers; the denoiser does not see their states."""
-ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
-"""What these pipelines put behind a caption."""
-
-
-def masked_embeds(told: Conditioning) -> dict[str, Any]:
-    """Encoded prompts and their mask as some pipelines take them."""
-    return {"prompt_embeds": told.states_BTD, "prompt_embeds_mask": told.mask_BT}
 
 
 def underscored(component: str, path: str) -> KohyaLayer:

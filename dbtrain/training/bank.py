@@ -22,10 +22,10 @@ from dbtrain.data.index import order
 from dbtrain.data.masks import factors, open_mask
 from dbtrain.engines.world import together
 from dbtrain.errors import ConfigError, DataError, StopRequested
-from dbtrain.models.family import Codec, Family, Models, Tokens, low_side
+from dbtrain.models.family import Codec, Family, Models, Tokens, encode_texts, low_side
 from dbtrain.models.load import base_digest
 from dbtrain.models.sampling import sampling_mode
-from dbtrain.models.texts import Group, encoded
+from dbtrain.models.texts import Group
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key, prior_moments, read_priors
 from dbtrain.randomness import Purpose, stream_key, uniforms
@@ -114,8 +114,7 @@ class Bank:
         """The moments of a role's images in a shape, and of their mirror images if samples are flipped."""
         variants = self._variants(role, shape)
         encoded = [encode_all(codec, vae, [to_pixels(array) for array in variant], device) for variant in variants]
-        self.moments[role, shape] = torch.stack(encoded, 1)
-        return self.moments[role, shape]
+        return self.moments.setdefault((role, shape), torch.stack(encoded, 1))
 
     def batch(self, step: int, instance_slots: Sequence[int], device: str) -> Batch:
         """The micro-batch of these instance draw slots and, where there are priors, as many prior slots."""
@@ -265,7 +264,9 @@ def captions_of(
 ) -> Conditioning | Tokens:
     """The captions as conditioning (encoded once, in fp32), or as tokens to encode anew each step."""
     if config.data.cache_text and not config.train.text_encoder:
-        return encoded(family, models, texts, device)
+        if models.texts is not None:
+            return models.texts.of(tuple(texts), device)
+        return encode_texts(family, models, models.text_encoders, texts, device)
     return tuple(ids.to(device) for ids in family.tokenize(models, texts))
 
 
@@ -318,11 +319,11 @@ def fill_bank(
         with watch.clock.stage("encode"):
             for shape in bank.kinds:
                 bank.cache(Role.INSTANCE, shape, codec, base.models.vae, base.world.device)
-                if Role.PRIOR in items and shape in priors.moments:
-                    bank.moments[Role.PRIOR, shape] = priors.moments[shape]
-                elif Role.PRIOR in items:
-                    encoded = encode_priors(base, work, watch, config, key, priors.samples, shape)
-                    bank.moments[Role.PRIOR, shape] = encoded
+                if Role.PRIOR in items:
+                    kept = priors.moments.get(shape)
+                    if kept is None:
+                        kept = encode_priors(base, work, watch, config, key, priors.samples, shape)
+                    bank.moments[Role.PRIOR, shape] = kept
                 for role in items if low else ():
                     bank.reduce(role, shape)
     if Role.PRIOR in items:

@@ -87,7 +87,7 @@ class Base:
             models.texts.forget(wanted)
             if not models.texts.kept.keys() >= {*wanted}:
                 with set_aside(models.denoiser, device):
-                    models.texts.keep(self.family, models, wanted, device)
+                    models.texts.keep(wanted, device)
         if models.pending is not None:
             parts = models.pending()
             models.denoiser, models.vae, models.pending = parts[self.family.denoiser], parts["vae"], None

@@ -1,6 +1,7 @@
 """Oracles of a family: its stock pipeline's own calls, models that know the answer, each subject of a pack alone."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from dbtrain.families import FAMILIES, flow
 from dbtrain.models.adapters import adapter, attach, detach, layers, matching_layers
+from dbtrain.models.family import encode_texts
 from dbtrain.models.load import load_models
 from dbtrain.models.sampling import Chain, generate, make_enlarger, make_pipeline
 from dbtrain.models.texts import Texts
@@ -236,10 +238,12 @@ def test_recomputed_blocks_give_the_same_gradients(exact):
         models.denoiser.train()
         plain = gradients(family, facts, models, torch.arange(2), 1)
         models.denoiser.zero_grad()
-        models.denoiser.enable_gradient_checkpointing(RECOMPUTED)
+        family.recompute(models.denoiser, RECOMPUTED)
         again = gradients(family, facts, models, torch.arange(2), 1)
     finally:
         models.denoiser.disable_gradient_checkpointing()
+        for module in models.denoiser.modules():
+            vars(module).pop("forward", None)
         models.denoiser.eval()
         detach(models.denoiser)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
@@ -286,7 +290,8 @@ def drawing(family, models, guidance=1.0):
 def test_encoded_prompts_draw_the_picture_of_the_texts(loaded, guidance):
     """Without text encoders, from prompts and what guidance leads away from, each encoded alone."""
     family, _, models = loaded
-    apart = replace(models, text_encoders={}, texts=Texts(lambda: models.text_encoders))
+    texts = Texts(lambda: models.text_encoders, partial(encode_texts, family, models))
+    apart = replace(models, text_encoders={}, texts=texts)
     ours, theirs = (
         np.stack(list(generate(drawing(family, one, guidance), CAPTIONS, [5, 6], 64, 2, guidance))).astype(int)
         for one in (apart, models)

@@ -145,6 +145,11 @@ def _if(pipeline: Any, captions: Sequence[str]) -> Text:
     return pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)[0], None
 
 
+def _chroma(pipeline: Any, captions: Sequence[str]) -> Text:
+    states, _, mask, *_ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
+    return states * mask[..., None], None
+
+
 FACTS = {
     "sd": Facts(_sd),
     "sdxl": Facts(_sdxl),
@@ -169,6 +174,7 @@ FACTS = {
         tolerance=1e-12,
         least=2,
     ),
+    "chroma": Facts(_chroma, _flux_native, _flux_ours, sample="hidden_states", side=8),
     "krea2": Facts(_masked, _flux_native, _flux_ours, sample="hidden_states", side=8, film=True),
     "if_stage1": Facts(_if, side=4, stock=False, targets=IF_TARGETS),
     "if_stage2": Facts(_if, side=4, stock=False, targets=IF_TARGETS),
