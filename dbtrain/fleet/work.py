@@ -31,7 +31,7 @@ from dbtrain.results.sheets import publish_sheet
 from dbtrain.subjects.prompts import fill
 from dbtrain.train import train_subjects
 from dbtrain.training.identity import subject_config
-from dbtrain.training.session import Base, Watch, Work, prior_folder
+from dbtrain.training.session import Base, Watch, Work, drawn_texts, prior_folder
 from dbtrain.values import Subject
 
 Send = Callable[[Any], None]
@@ -69,6 +69,7 @@ def beating(beat: Callable[[str], None], stage: str) -> Iterator[None]:
 def measure_pack(base: Base, watch: Watch, measure: Measure) -> int:
     """How many subjects a pack holds on this machine, under `engine.packed.size: auto`."""
     config = subject_config(base.settings, Subject("measured", "", (), rank=measure.rank))
+    base.ready([("",)])
     with beating(watch.beat, "measure"):
         return measured_size(base, watch, [config], measure.most)
 
@@ -103,6 +104,7 @@ def draw_priors(base: Base, watch: Watch, task: Task, order: Order, send: Send) 
     if world.size == 1:
         world = World(unit.part, unit.parts, world.device)
     key = prior_key(config, base.models, unit.class_noun)
+    base.ready(drawn_texts(base, [key.prompt], config.prior.guidance))
 
     def stop() -> bool:
         watch.beat("prior")  # also while another run draws the same images
@@ -118,6 +120,7 @@ def draw_priors(base: Base, watch: Watch, task: Task, order: Order, send: Send) 
 def draw_and_score(base: Base, watch: Watch, task: Task, order: Order, send: Send) -> None:
     """Generate and evaluate for finished subjects. An error of one subject is sent, and the others go on. Of a gang
     the first member works alone."""
+    base.ready()
     work = [*zip(order.subjects, order.unit.positions, order.after)] if base.world.first else []
     scored = [Path(task.out) / "subjects" / subject.id for subject, _, names in work if "evaluate" in names]
     if len(scored) > 1:

@@ -6,7 +6,7 @@ PEFT/diffusers and kohya; in memory a layer is known by its path in the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -50,6 +50,11 @@ class StackedLora(nn.Module):
     def out_features(self) -> int:
         """Channels out."""
         return self.base.weight.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, whose dtype some of diffusers' layers ask for."""
+        return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, of the base layer's shape."""
@@ -95,6 +100,17 @@ def attach(model: nn.Module, patterns: Iterable[str], subjects: int, rank: int, 
     for path in paths:
         model.set_submodule(path, StackedLora(model.get_submodule(path), subjects, rank, alpha / rank))
     return [layer for _, layer in layers(model)]
+
+
+def refuse_unstackable(model: nn.Module, unstackable: Mapping[str, str]) -> None:
+    """Raise ConfigError where an adapter is on a layer that mixes the samples of subjects. unstackable: patterns of
+    such layers, and why."""
+    for path, _ in layers(model):
+        for pattern, why in unstackable.items():
+            if fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}"):
+                raise ConfigError(
+                    f"lora.targets: a pack cannot adapt {path}, since {why}; drop it, or set engine.kind=zero"
+                )
 
 
 def detach(model: nn.Module) -> None:
@@ -258,7 +274,17 @@ def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) 
 
 @contextmanager
 def adapter(family: Family, models: Models, *weights: LoraWeights) -> Iterator[None]:
-    """The base with an adapter on it, or with several as the rows of one stack; afterwards the base as it was.
+    """The base with an adapter on it, or with several as the rows of one stack; afterwards the base as it was."""
+    try:
+        put_on(family, models, *weights)
+        yield
+    finally:
+        for module in models.components(family.denoiser).values():
+            detach(module)
+
+
+def put_on(family: Family, models: Models, *weights: LoraWeights) -> None:
+    """Put an adapter on the base, or several as the rows of one stack, to stay.
 
     Adapters of a stack may differ in rank and in layers: what one of them lacks is 0.
     """
@@ -270,10 +296,5 @@ def adapter(family: Family, models: Models, *weights: LoraWeights) -> Iterator[N
     for name in dict.fromkeys(name for one in weights for name in one.matrices):
         paths = dict.fromkeys(path for one in weights for path in one.matrices.get(name, ()))
         attach(components[name], paths, len(weights), rank, float(rank))
-    try:
-        for row, one in enumerate(weights):
-            write_rows(components, row, one)
-        yield
-    finally:
-        for module in components.values():
-            detach(module)
+    for row, one in enumerate(weights):
+        write_rows(components, row, one)

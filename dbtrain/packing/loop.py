@@ -18,7 +18,7 @@ import torch
 from dbtrain.data.prefetch import ahead
 from dbtrain.engines.engine import EngineState
 from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested, first_line, reached
-from dbtrain.models.sampling import draw_samples, make_pipeline, sampling_mode
+from dbtrain.models.sampling import draw_samples, sampling_mode
 from dbtrain.packing.pack import Observed, Start, captions_room, make_pack
 from dbtrain.packing.seating import Seat, Seating
 from dbtrain.packing.size import measured_size
@@ -29,7 +29,7 @@ from dbtrain.results.record import LAST_SHEET, looks_finished
 from dbtrain.storage.trouble import bare
 from dbtrain.training.bank import captions_of, complete_priors, stored_priors
 from dbtrain.training.identity import subject_config
-from dbtrain.training.job import REMEDY, Finished, Job, open_job
+from dbtrain.training.job import REMEDY, Finished, Job, open_job, sampling_pipeline
 from dbtrain.training.session import Base, ClassPriors, Watch, Work
 from dbtrain.training.telemetry import Progress
 from dbtrain.training.trainables import fresh_adapter
@@ -234,7 +234,7 @@ class PackedRun:
         chosen = (settings.sample, settings.data.resolution, settings.train.precision)
         with sampling_mode(base.models):
             rows = draw_samples(
-                make_pipeline(base.family, base.models),
+                sampling_pipeline([seat.job for seat in seats]),
                 [prompt for _, prompt in asked],
                 *chosen,
                 batch=min(AT_ONCE, self.size * each * settings.sample.images),

@@ -13,7 +13,7 @@ import torch
 
 from dbtrain.errors import ConfigError, DataError
 from dbtrain.families import FAMILIES
-from dbtrain.models.adapters import adapter
+from dbtrain.models.adapters import adapter, put_on
 from dbtrain.models.family import Family, Models
 from dbtrain.models.load import load_models
 from dbtrain.models.sampling import draw_samples, make_pipeline, sampling_mode
@@ -49,6 +49,25 @@ def finished_pipeline(
         else:
             own = config.model.model_copy(update={"path": str(folder / MODEL_FOLDER)})
             yield make_pipeline(family, load_models(family, own).to(models.denoiser.device))
+
+
+def own_pipeline(folder: Path, weight: float = 1.0) -> Any:
+    """A finished subject's pipeline with models of its own, on this machine's device; weight as in `finished_pipeline`.
+
+    Raises DataError for a folder that holds no finished subject.
+    """
+    finished_record(folder)
+    config = finished_config(folder, ())
+    family, whole = FAMILIES[config.model.family], not has_adapter(folder)
+    if whole and weight != 1:
+        raise ConfigError(f"weight: {folder} is a whole model and has no adapter to weigh; leave it out")
+    own = config.model.model_copy(update={"path": str(folder / MODEL_FOLDER)}) if whole else config.model
+    models = load_models(family, own).to(own_device())
+    if not whole:
+        put_on(family, models, read_lora(folder)[0].folded(weight))
+    for module in (models.denoiser, *models.text_encoders.values()):
+        module.eval()
+    return make_pipeline(family, models)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dbtrain.engines.world import together
 from dbtrain.engines.zero import ZeroEngine
 from dbtrain.errors import DbtrainError, EngineError, StopRequested
 from dbtrain.models.load import base_digest
-from dbtrain.models.sampling import draw_samples, make_pipeline, sampling_mode
+from dbtrain.models.sampling import Chain, draw_samples, make_enlarger, make_pipeline, sampling_mode
 from dbtrain.randomness import stream_key
 from dbtrain.results.card import publish_card
 from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
@@ -117,7 +118,9 @@ class Job:
     def run_to_end(self) -> dict[str, Any]:
         """The subject's record, after it was built, resumed, trained and published."""
         config, base = self.config, self.base
-        plan = plan_batches(config.train.batch, config.train.micro_batch, base.world.size)
+        # A forward pass has one shape, so photos of several go through it one at a time.
+        micro = config.train.micro_batch if len(self.bank.kinds) == 1 else 1
+        plan = plan_batches(config.train.batch, micro, base.world.size)
         choice = choose_capture(config.engine, torch.device(base.world.device).type)
         runner = make_runner(choice, base.models.denoiser, base.family.regions)
         with self.watch.clock.stage("build"):
@@ -168,6 +171,7 @@ class Job:
                     values = {**meter.read(), "memory_gib": peak_memory_gib(world.device)}
                     meter.reset()
                     progress.report(done, values)
+                    watch.logged(self.subject.id, done, steps, values)
                     for sink in sinks:
                         sink.log(done, values)
                 self.after_step(engine, done, measured["stop"] > 0)
@@ -213,7 +217,7 @@ class Job:
         resolution, precision = self.config.data.resolution, self.config.train.precision
         chosen = (prompts, self.config.sample, resolution, precision)
         with sampling_mode(base.models):
-            rows = draw_samples(make_pipeline(base.family, base.models), *chosen)
+            rows = draw_samples(sampling_pipeline([self]), *chosen)
         return self.publish_samples(rows, name) if base.world.first else None
 
     @property
@@ -248,7 +252,9 @@ class Job:
         """Write the subject's artefacts, then its card, then the record that says it is finished."""
         self.results.mkdir(exist_ok=True)
         artefacts = publish_weights(self.results, self.base.family, self.base.models, self.config, record, state)
-        publish_card(self.results, record, self.config, render(self.config))
+        # Where results are sent is nobody's business who gets one.
+        publish = self.config.publish.model_copy(update={"to": None})
+        publish_card(self.results, record, self.config, render(self.config.model_copy(update={"publish": publish})))
         write_record(self.results, record, [*artefacts, *([sheet] if sheet else [])])
         take_place(self.folder)
 
@@ -324,3 +330,15 @@ def role_sums(loss: StepLoss, batch: Batch, count: int) -> torch.Tensor:
     errors = loss.per_sample_B.detach().double() / count
     prior_B = batch.role_B == int(Role.PRIOR)
     return torch.stack([loss.loss.detach().double(), errors[~prior_B].sum(), errors[prior_B].sum()]).cpu()
+
+
+def sampling_pipeline(jobs: Sequence[Job]) -> Any:
+    """What draws the validation prompts of some jobs on one base, a job after another. A base that enlarges is given
+    each subject's own photos, reduced and taken in turn."""
+    base, config = jobs[0].base, jobs[0].config
+    if base.family.guide is None:
+        return make_pipeline(base.family, base.models)
+    photos: list[Image.Image] = []
+    for job in jobs:
+        photos += islice(cycle(job.bank.small_photos()), len(job.prompts) * config.sample.images)
+    return Chain(photos, (make_enlarger(base.family, base.models, config),))

@@ -33,8 +33,12 @@ def run(*words):
     assert done.exit_code == 0, done.output
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", ["sd3", "flux", "flux2_klein"])
+CASES = [(name, engine) for name in ("sd3", "flux", "flux2_klein") for engine in ENGINES]
+CASES += [("flux2", "packed"), ("zimage", "packed in bf16"), ("qwen_image", "zero in bf16"), ("qwen_image", "packed")]
+CASES += [("krea2", "zero"), ("krea2", "packed in bf16")]
+
+
+@pytest.mark.parametrize(("name", "engine"), CASES)
 def test_photos_become_an_adapter_and_pictures(name, engine, model_folders, tmp_path):
     words = write_job(tmp_path, f"model.family={name}", *SMALL, *ENGINES[engine])
     # The tokenizer of a random model has no rare tokens to choose from.
