@@ -70,7 +70,7 @@ class Study:
     out: Path
     protocol: Protocol
     watch: Watch
-    goal: Goal = Goal()
+    goal: Goal = field(default_factory=Goal)
     halve: bool = False
     dropped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)

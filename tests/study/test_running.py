@@ -90,7 +90,7 @@ def test_again_is_nothing_and_a_lost_row_alone_is_made_anew(done):
 
 
 def test_halving_goes_on_with_all_that_is_not_clearly_worse(done, monkeypatch):
-    folder, study, rows = done
+    _, study, rows = done
     monkeypatch.setattr(running, "FEWEST", 1)
     halved = replace(study, halve=True)
     told = [[(row.variant, row.subject, row.scores) for row in made] for made in (halved.run(), rows)]
