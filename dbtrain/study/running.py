@@ -34,7 +34,7 @@ from dbtrain.subjects.finding import refuse
 from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.registry import REGISTRY
 from dbtrain.train import train_subjects
-from dbtrain.training.session import CLASSES, Base, PriorCache, Watch, Work, join_run, open_work
+from dbtrain.training.session import CLASSES, Base, PriorCache, Watch, Work, open_work
 from dbtrain.training.stopping import signals_as_before
 from dbtrain.values import Subject
 
@@ -87,7 +87,7 @@ class Study:
         subjects, findings = scan_manifest(self.manifest, variants[0].config.data.shards is None)
         refuse(findings)
         refuse_own_values(subjects, variants)
-        self.subjects[:] = subjects
+        self.subjects, self.dropped, self.failed = subjects, {}, {}
         rows: dict[tuple[str, str], Row] = {}
         with signals_as_before(), ExitStack() as fence:
             if not fence.enter_context(held(self.out / LOCK)):
@@ -138,7 +138,11 @@ class Study:
     def base_for(self, config: RunConfig, before: Base | None) -> Base:
         """The base that a group trains on: the one that is loaded, if it was loaded in the same way."""
         if before is None or _loading(before.settings) != _loading(config):
-            return join_run(config, self.watch)
+            with self.watch.clock.stage("load"):
+                # With its text encoders, which a run of trainings alone would put away: pictures are drawn as well.
+                base = Base.load(config, start_world())
+            self.watch.stop.listen()
+            return base
         # Encoded class images depend on more settings than their key names, so groups do not share them.
         return replace(before, settings=config, class_priors=PriorCache(CLASSES))
 
