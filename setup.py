@@ -43,13 +43,15 @@ REQUIRES = [
 ]
 EXTRAS = {
     # setuptools builds the wheel that tests/test_packaging.py looks into; triton brings its CPU interpreter; playwright
-    # drives the browser of tests/web, which `make browser` installs; moto with flask is an S3 server for s3fs.
+    # drives the browser of tests/web, which `make browser` installs; moto with flask is an S3 server for s3fs; without
+    # pillow-heif no test would see a HEIC.
     "test": [
         "flask>=3",
         "flask-cors>=5",
         "hypothesis>=6.100",
         "moto>=5.1",
         "peft>=0.18",
+        "pillow-heif>=0.21",
         "playwright>=1.50",
         "psutil>=5.9",
         "pytest>=8.2",
@@ -57,10 +59,13 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "s3fs>=2024.6",
         "setuptools>=77",
+        "torchao>=0.15",
         "triton>=3.6",
     ],
     # Reads HEIC, the format of phones' photos.
     "photos": ["pillow-heif>=0.21"],
+    # A LoRA's frozen base in 8 or 4 bits: model.quantize.
+    "quantize": ["bitsandbytes>=0.45", "torchao>=0.15"],
     # fsspec's libraries for `--publish-to` and shards in Amazon's, Google's and Azure's stores.
     "stores": ["adlfs>=2024.7", "gcsfs>=2024.6", "s3fs>=2024.6"],
     "gpu": ["xformers>=0.0.35"],

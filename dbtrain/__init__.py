@@ -1,7 +1,7 @@
 """dbtrain: distributed DreamBooth training. One personalized text-to-image model per subject of a manifest.
 
     result = dbtrain.train_subject("photos/rex", "dog", out="runs/rex", config="sd15_lora")
-    result.pipeline()(result.caption).images[0].save("rex.png")
+    result.pipeline()(prompt=result.caption).images[0].save("rex.png")
 
 The names below are those of `dbtrain.api`, which is loaded when one of them is first used. docs/api.md.
 """

@@ -196,5 +196,5 @@ def test_the_example_of_the_readme_runs(job, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "rex").symlink_to(job[0] / "rex")
     code = code.replace('config="sd15_lora"', f"config={job[1]!r}, settings={job[2]!r}")
-    exec(code.replace("(rex.caption)", "(rex.caption, num_inference_steps=1, height=32, width=32)"), {})
+    exec(code.replace("(prompt=rex.caption)", "(prompt=rex.caption, num_inference_steps=1, height=32, width=32)"), {})
     assert (tmp_path / "rex.png").stat().st_size > 0

@@ -69,14 +69,14 @@ CORE = """
 """
 WHEEL = "dbtrain/*.py dbtrain/*/*.py kernels/dbtrain_kernels/*.py launchers/dbtrain_launchers/*.py"
 BUDGETS = {
-    "core": (3_300, CORE),
-    "verbs": (2_700, "dbtrain/verbs/*.py"),
+    "core": (3_560, CORE),
+    "verbs": (2_900, "dbtrain/verbs/*.py"),
     "report": (1_750, "dbtrain/report/*.py"),
-    "fleet": (3_760, "dbtrain/fleet/*.py"),
+    "fleet": (3_800, "dbtrain/fleet/*.py"),
     "evaluate": (1_600, "dbtrain/evaluate/*.py"),
-    "subjects and data": (3_960, "dbtrain/subjects/*.py dbtrain/data/*.py"),
+    "subjects and data": (4_060, "dbtrain/subjects/*.py dbtrain/data/*.py"),
     "kernels": (1_400, "kernels/dbtrain_kernels/*.py"),
-    "wheel": (31_500, WHEEL),
+    "wheel": (32_000, WHEEL),
 }
 """Most lines of each room, and its files. Raise a budget only in a commit that says why."""
 MAX_FAMILY_LINES = 150

@@ -52,6 +52,19 @@ def covering(size: tuple[int, int], shape: Shape) -> tuple[int, int]:
     return columns, max(rows, round(height * columns / width))
 
 
+def offset(spare: int, share: float) -> int:
+    """Pixels before the crop, for a share in [0, 1] of the spare room."""
+    return min(int(share * (spare + 1)), spare)
+
+
+def size_ids(size: tuple[int, int], shape: Shape, crop: tuple[float, float]) -> list[float]:
+    """What SDXL is told of a photo of (width, height): original height and width, crop top and left in the resized
+    photo, target height and width, in pixels. crop: see `images.fit`."""
+    across, down = covering(size, shape)
+    offsets = [offset(down - shape[0], crop[0]), offset(across - shape[1], crop[1])]
+    return [float(value) for value in (*size[::-1], *offsets, *shape)]
+
+
 def lost(size: tuple[int, int], shape: Shape) -> float:
     """Share of a photo of (width, height) that the crop to a shape leaves out."""
     return 1 - math.exp(-_apart(shape, size[::-1]))

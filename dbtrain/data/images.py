@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from dbtrain.data.buckets import Shape, covering
+from dbtrain.data.buckets import Shape, covering, offset
 from dbtrain.data.color import to_srgb
 from dbtrain.data.formats import START, missing, picture_kind, readable
 from dbtrain.errors import DataError, shown
@@ -282,8 +282,3 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     # Lanczos rings at edges, and a mask that rings has weight where the subject is not.
     how = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
     return image if image.size == size else image.resize(size, how)
-
-
-def offset(spare: int, share: float) -> int:
-    """Pixels before the crop, for a share in [0, 1] of the spare room."""
-    return min(int(share * (spare + 1)), spare)

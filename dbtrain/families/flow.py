@@ -15,7 +15,6 @@ from dbtrain.errors import ConfigError
 from dbtrain.models.family import KohyaLayer, Models, Tokens
 from dbtrain.objective.noise import Schedule, flow_schedule
 from dbtrain.settings.config import ModelConfig
-from dbtrain.values import Conditioning
 
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 
@@ -25,10 +24,9 @@ def schedule(scheduler: Any, config: ModelConfig) -> tuple[Schedule, Any]:
 
     A shift of noise levels is no part of the table: it belongs to the distribution of t, and to sampling.
     """
-    if type(scheduler).__name__ not in SCHEDULERS:
-        raise ConfigError(
-            f"model.path: its scheduler is a {type(scheduler).__name__}, want one of {', '.join(SCHEDULERS)}"
-        )
+    name, told = type(scheduler).__name__, scheduler.config
+    if name not in SCHEDULERS and told.get("prediction_type") != "flow_prediction":
+        raise ConfigError(f"model.path: its scheduler is a {name}, want one of {', '.join(SCHEDULERS)}")
     if config.parameterization not in ("auto", "flow"):
         raise ConfigError(f"model.parameterization: got {config.parameterization}, and a flow model has only `flow`")
     if config.zero_terminal_snr is True:
@@ -44,7 +42,7 @@ def shift_of(scheduler: Any, tokens: int) -> float:
     """
     told = scheduler.config
     if not told.get("use_dynamic_shifting", False):
-        return float(told.get("shift", 1.0))
+        return float(told.get("shift") or told.get("flow_shift", 1.0))
     first, last = told["base_image_seq_len"], told["max_image_seq_len"]
     slope = (told["max_shift"] - told["base_shift"]) / (last - first)
     return math.exp(told["base_shift"] + slope * (tokens - first))
@@ -129,22 +127,6 @@ def chat_tokens(models: Models, captions: Sequence[str], length: int, thinking: 
 
 def nothing(models: Models, guidance: float) -> None:
     """None: the guidance is a number that the denoiser is told, and leads away from no text."""
-
-
-INSTRUCTION = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
-)
-"""What Qwen-Image's and Krea 2's pipelines put before a caption."""
-INSTRUCTION_TOKENS = 34
-"""Its tokens for Qwen's tokenizers; the denoiser does not see their states."""
-ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
-"""What these pipelines put behind a caption."""
-
-
-def masked_embeds(told: Conditioning) -> dict[str, Any]:
-    """Encoded prompts and their mask as some pipelines take them."""
-    return {"prompt_embeds": told.states_BTD, "prompt_embeds_mask": told.mask_BT}
 
 
 def underscored(component: str, path: str) -> KohyaLayer:

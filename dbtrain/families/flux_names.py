@@ -62,12 +62,14 @@ NAME = re.compile(
 )
 """A tensor of an adapter: kind of block, its number, the layer, what the tensor is."""
 WIDTHS = {"qkv": (3, 1), "mlp_0": (4, 1), "mlp_2": (1, 4), "linear1": (7, 1), "linear2": (1, 5)}
-"""Outputs and inputs of FLUX.1's layers, as multiples, by the ends of their names; FLUX.2 has others."""
+"""Outputs and inputs of FLUX.1's layers, as multiples, by the ends of their names; FLUX.2's MLPs have others."""
+FLUX2 = ("linear_in", "linear_out", "to_qkv_mlp_proj", "attn.to_out")
+"""Ends of the paths that FLUX.2 has in place of FLUX.1's for layers of the same name."""
 
 
 def with_diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's file with the layers of FLUX.1 under diffusers' names, each with its own matrices; all other tensors
-    as they are. Raises DataError for layers that are not FLUX.1's."""
+    """An adapter's file with the layers of FLUX under diffusers' names, each with its own matrices; all other tensors
+    as they are. Shapes tell FLUX.1 and FLUX.2 apart. Raises DataError for layers of neither."""
     kept, found = {}, {}
     for name, tensor in state.items():
         match = NAME.fullmatch(name)
@@ -86,13 +88,15 @@ def with_diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _parts(kind: str, number: str, layer: str, tensors: dict) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the layers of diffusers that are one layer here."""
     blocks, rows = next((name, rows) for name, (own, rows) in BLOCKS.items() if own == f"{kind}_blocks")
-    paths = {row.place: path for path, row in rows.items() if row.name == layer}
     down, up = tensors.get("down"), tensors.get("up")
-    sizes = next((row.sizes for row in rows.values() if row.name == layer), ())
-    if not paths or (down is not None and up is not None and not _fits(layer, down, up)):
+    second = down is not None and up is not None and not _fits(layer, down, up)
+    own = {path: row for path, row in rows.items() if row.name == layer}
+    own = {path: row for path, row in own.items() if path.endswith(FLUX2) == second}
+    if not own or (second and down.dim() != 2):
         raise DataError(
-            f"{named(tensors['name'])}: is no layer of FLUX.1; other transformers are read in diffusers' names"
+            f"{named(tensors['name'])}: is no layer of FLUX; other transformers are read in diffusers' names"
         )
+    paths, sizes = {row.place: path for path, row in own.items()}, next(iter(own.values())).sizes
     if down is None or up is None:  # the reader says what is missing
         yield from ((f"{blocks}.{number}.{paths[0]}.{end}", tensors[key])
                     for key, end in (("down", "lora_A.weight"), ("up", "lora_B.weight")) if key in tensors)  # fmt: skip

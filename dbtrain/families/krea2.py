@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dbtrain.errors import ConfigError
 from dbtrain.families import flow
+from dbtrain.families.qwen_image import ANSWER, INSTRUCTION, INSTRUCTION_TOKENS
 from dbtrain.models.architectures import Architecture
 from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
@@ -25,9 +26,9 @@ def tokenize(models: Models, captions: Sequence[str]) -> Tokens:
     if tuple(told) != LAYERS:
         raise ConfigError(f"model.path: taps the layers {list(told)} of its text encoder, want {list(LAYERS)}")
     (tokenizer,) = models.tokenizers.values()
-    texts = [flow.INSTRUCTION + caption for caption in captions]
-    begun = flow.padded(tokenizer, texts, flow.INSTRUCTION_TOKENS + LENGTH - ANSWER_TOKENS)
-    ended = tokenizer([flow.ANSWER] * len(texts), return_tensors="pt")
+    texts = [INSTRUCTION + caption for caption in captions]
+    begun = flow.padded(tokenizer, texts, INSTRUCTION_TOKENS + LENGTH - ANSWER_TOKENS)
+    ended = tokenizer([ANSWER] * len(texts), return_tensors="pt")
     return tuple(torch.cat([begun[name], ended[name]], 1) for name in ("input_ids", "attention_mask"))
 
 
@@ -39,8 +40,8 @@ def encode_tokens(text_encoders: dict[str, nn.Module], tokens: Tokens) -> Condit
     output = text_encoders["text_encoder"](
         input_ids=ids, attention_mask=mask.bool(), position_ids=places, output_hidden_states=True
     )
-    states = torch.stack([output.hidden_states[layer] for layer in LAYERS], 2)[:, flow.INSTRUCTION_TOKENS :]
-    return Conditioning(states.flatten(2), mask_BT=mask[:, flow.INSTRUCTION_TOKENS :].bool())
+    states = torch.stack([output.hidden_states[layer] for layer in LAYERS], 2)[:, INSTRUCTION_TOKENS:]
+    return Conditioning(states.flatten(2), mask_BT=mask[:, INSTRUCTION_TOKENS:].bool())
 
 
 def denoise(

@@ -14,12 +14,22 @@ from dbtrain.values import Batch, Conditioning
 LENGTH = 512
 """Most tokens of a caption, as in the pipeline."""
 
+INSTRUCTION = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+)
+"""What Qwen-Image's and Krea 2's pipelines put before a caption."""
+INSTRUCTION_TOKENS = 34
+"""Its tokens for Qwen's tokenizers; the denoiser does not see their states."""
+ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+"""What these pipelines put behind a caption."""
+
 
 def tokenize(models: Models, captions: Sequence[str]) -> Tokens:
     """Ids and mask of each caption within the pipeline's instruction."""
     (tokenizer,) = models.tokenizers.values()
-    texts = [f"{flow.INSTRUCTION}{caption}{flow.ANSWER}" for caption in captions]
-    found = flow.padded(tokenizer, texts, flow.INSTRUCTION_TOKENS + LENGTH, padding_side="right")
+    texts = [f"{INSTRUCTION}{caption}{ANSWER}" for caption in captions]
+    found = flow.padded(tokenizer, texts, INSTRUCTION_TOKENS + LENGTH, padding_side="right")
     return found.input_ids, found.attention_mask
 
 
@@ -27,7 +37,7 @@ def encode_tokens(text_encoders: dict[str, nn.Module], tokens: Tokens) -> Condit
     """The last states behind the instruction [B, T, D], zero where the caption is padded, and their mask."""
     ids, mask = tokens
     output = text_encoders["text_encoder"](input_ids=ids, attention_mask=mask, output_hidden_states=True)
-    states, mask_BT = output.hidden_states[-1][:, flow.INSTRUCTION_TOKENS :], mask[:, flow.INSTRUCTION_TOKENS :].bool()
+    states, mask_BT = output.hidden_states[-1][:, INSTRUCTION_TOKENS:], mask[:, INSTRUCTION_TOKENS:].bool()
     return Conditioning(states.masked_fill(~mask_BT[..., None], 0), mask_BT=mask_BT)
 
 
@@ -56,6 +66,11 @@ def call(models: Models, guidance: float) -> dict[str, Any]:
 def avoided(models: Models, guidance: float) -> str | None:
     """A blank, without which the pipeline would leave guidance out."""
     return " " if guidance > 1 else None
+
+
+def embeds(told: Conditioning) -> dict[str, Any]:
+    """Encoded prompts and their mask as the pipeline takes them."""
+    return {"prompt_embeds": told.states_BTD, "prompt_embeds_mask": told.mask_BT}
 
 
 IMAGE = Architecture(
@@ -96,7 +111,7 @@ QWEN_IMAGE = Family(
     regions=("QwenImageTransformerBlock",),
     shift=flow.shift_of,
     call=call,
-    embeds=flow.masked_embeds,
+    embeds=embeds,
     avoided=avoided,
     attend=keep_attention,
     trains_text=False,

@@ -27,6 +27,7 @@ from dbtrain.fleet.inbox import INBOX
 from dbtrain.fleet.lease import Lease, find_ledger, has_ledger, is_driven
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.results.record import drop_record
+from dbtrain.results.upload import delete_uploads
 from dbtrain.storage.atomic import LOCK, held, sweep, sync_folder, write_file
 from dbtrain.subjects.forgotten import Tombstones, bury, change_pending, read_pending, read_tombstones
 from dbtrain.subjects.registry import REGISTRY, forget_identifiers
@@ -230,6 +231,7 @@ def _remove_folder(folder: Path, done: Forgotten) -> None:
                 raise SubjectTaken(f"{folder}: a process still works on this subject; stop it, then run this again")
             time.sleep(0.05)
         files = sum(path.is_file() for path in folder.rglob("*"))
+        done.note(len(delete_uploads(folder)), "uploaded copies of a subject")
         drop_record(folder)
         shutil.rmtree(folder)
     done.note(files, f"files in {folder.parent.name}/{folder.name}")
@@ -293,7 +295,7 @@ def _elsewhere(out: Path, ledger: Ledger | None) -> list[str]:
         (settings.get("identifier", {}).get("registry"), "a registry of identifiers that runs share"),
     ) if place]  # fmt: skip
     said += [f"{name}: what was sent there" for name in ("wandb", "trackio") if settings.get("track", {}).get(name)]
-    return [*said, "exported adapters, images drawn elsewhere, uploads, and backups or snapshots of the run's disk"]
+    return [*said, "exported adapters, images drawn elsewhere, what was pushed to a hub, and backups or snapshots of the run's disk"]
 
 
 def _matcher(words: Collection[str]) -> Any:

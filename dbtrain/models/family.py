@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from dbtrain.errors import ConfigError
 from dbtrain.models.architectures import Architecture
 from dbtrain.models.attention import Attention, engage_attention
+from dbtrain.models.texts import Texts
 from dbtrain.objective.noise import Schedule
 from dbtrain.settings.config import ModelConfig, RunConfig
 from dbtrain.values import Batch, Conditioning
-
-if TYPE_CHECKING:
-    from dbtrain.models.texts import Texts
 
 Tokens = tuple[Tensor, ...]
 """Token ids [B, T], one tensor a text encoder, and then the masks that a family needs."""
@@ -156,6 +154,11 @@ def by_guidance(models: Models, guidance: float) -> dict[str, Any]:
     return {"guidance_scale": guidance}
 
 
+def recompute(denoiser: nn.Module, checkpoint: Callable[..., Any]) -> None:
+    """Let a denoiser compute its blocks again in backward, in the places that diffusers chose."""
+    denoiser.enable_gradient_checkpointing(checkpoint)
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture.
@@ -174,6 +177,8 @@ class Family:
     embeds(conditioning) -> arguments of the pipeline's call in place of prompts; those of what guidance leads away from
     have `negative_` before their names. avoided(models, guidance) -> the text that guidance leads away from where no
     negative prompt is given; None where the pipeline needs none.
+    recompute(denoiser, checkpoint): lets the denoiser's blocks be computed again in backward, by a function such as
+    `torch.utils.checkpoint.checkpoint`.
     attend(denoiser, choice, device, precision) -> what now computes its attention, as `engage_attention`.
 
     kohya(component, path) -> a layer in kohya's files; None for a family whose adapters no reader takes by such names.
@@ -204,6 +209,7 @@ class Family:
     call: Callable[[Models, float], dict[str, Any]] = by_guidance
     embeds: Callable[[Conditioning], dict[str, Any]] = prompt_embeds
     avoided: Callable[[Models, float], str | None] = from_nothing
+    recompute: Callable[[nn.Module, Callable[..., Any]], None] = recompute
     attend: Callable[[nn.Module, str, str, str], Attention] = engage_attention
     trains_text: bool = True
     negative: bool = True
@@ -294,6 +300,14 @@ def noise_shift(family: Family, models: Models, config: RunConfig) -> float:
             "or set objective.shift=1"
         )
     return shift
+
+
+def encode_texts(
+    family: Family, models: Models, text_encoders: dict[str, nn.Module], texts: Sequence[str], device: str
+) -> Conditioning:
+    """The conditioning of texts that are encoded together, on a device."""
+    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
+    return family.encode_tokens(text_encoders, tokens)
 
 
 def encode_images(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ def _diffusers_path(path: str) -> str:
 
 
 def _unknown(layer: str) -> DataError:
-    known = "a U-Net, a CLIP text encoder or FLUX.1; other transformers are read in diffusers' names"
+    known = "a U-Net, a CLIP text encoder or FLUX; other transformers are read in diffusers' names"
     return DataError(f"{named(layer)}: is the name of no layer of {known}")
 
 
@@ -225,7 +225,8 @@ def told_families(weights: LoraWeights) -> set[str]:
     if "transformer" in weights.matrices:
         single = [path for path in weights.matrices["transformer"] if path.startswith("single_")]
         klein = any(path.endswith(("attn.to_qkv_mlp_proj", "attn.to_out")) for path in single)
-        return {"flux2_klein"} if klein else {"flux"} if single else {"sd3", "flux", "flux2_klein"}
+        second, others = {"flux2", "flux2_klein"}, {"sd3", "flux", "qwen_image"}
+        return second if klein else {"flux"} if single else second | others
     if "text_encoder_2" in weights.matrices:
         return {"sdxl"}
     families = {"sd", "sdxl"}

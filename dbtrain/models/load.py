@@ -14,7 +14,7 @@ from dbtrain.engines.unit_scale import drop_unit_divisions
 from dbtrain.errors import ConfigError, DataError, first_line
 from dbtrain.models.architectures import class_of
 from dbtrain.models.base_check import base_problem, marks_of, path_problem
-from dbtrain.models.family import Family, Models, is_local
+from dbtrain.models.family import Family, Models, encode_texts, is_local
 from dbtrain.models.schedules import changed
 from dbtrain.models.texts import Texts
 from dbtrain.objective.noise import discrete_schedule
@@ -69,7 +69,8 @@ def load_models(family: Family, config: ModelConfig, apart: bool = False) -> Mod
     if guide is not None:
         models.guide_scheduler, models.levels = guide, discrete_schedule(guide.alphas_cumprod, "epsilon")
     if apart:
-        models.texts, models.pending = Texts(partial(load, family.text_encoders)), partial(load, first)
+        models.texts = Texts(partial(load, family.text_encoders), partial(encode_texts, family, models))
+        models.pending = partial(load, first)
     return models
 
 

@@ -45,8 +45,8 @@ def _words(
     if models.texts is None:
         return _as_text(prompts, avoided if family.negative else None) | call
     device = str(next(models.denoiser.parameters()).device)
-    given = family.embeds(models.texts.each(family, models, prompts, device))
+    given = family.embeds(models.texts.each(prompts, device))
     if avoided is not None:
-        away = family.embeds(models.texts.each(family, models, [avoided] * len(prompts), device))
+        away = family.embeds(models.texts.each([avoided] * len(prompts), device))
         given |= {f"negative_{name}": value for name, value in away.items()}
     return given | call

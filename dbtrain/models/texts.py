@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dbtrain.models.family import Family, Models
 from dbtrain.values import Conditioning
 
 Group = tuple[str, ...]
@@ -21,22 +20,22 @@ again only in the group that it was encoded in."""
 class Texts:
     """What groups of texts were encoded as, on the CPU, and how more are encoded.
 
-    load() -> the text encoders by name, frozen, on the CPU.
+    load() -> the text encoders by name, frozen, on the CPU. encode(text encoders, group, device) -> its conditioning.
     """
 
     load: Callable[[], dict[str, nn.Module]]
+    encode: Callable[[dict[str, nn.Module], Group, str], Conditioning]
     kept: dict[Group, Conditioning] = field(default_factory=dict)
 
     @torch.no_grad()
-    def keep(self, family: Family, models: Models, groups: Iterable[Group], device: str) -> None:
+    def keep(self, groups: Iterable[Group], device: str) -> None:
         """Encode the groups that are not known yet, all with one loading of the encoders."""
         missing = [group for group in dict.fromkeys(groups) if group not in self.kept]
         if not missing:
             return
         encoders = {name: module.to(device) for name, module in self.load().items()}
         for group in missing:
-            tokens = tuple(ids.to(device) for ids in family.tokenize(models, group))
-            self.kept[group] = family.encode_tokens(encoders, tokens).to("cpu")
+            self.kept[group] = self.encode(encoders, group, device).to("cpu")
         del encoders
         if device.startswith("cuda"):
             torch.cuda.empty_cache()  # else the allocator would keep the encoders' memory from other programs
@@ -45,14 +44,14 @@ class Texts:
         """Drop what was encoded, but for these groups."""
         self.kept = {group: self.kept[group] for group in but if group in self.kept}
 
-    def of(self, family: Family, models: Models, group: Group, device: str) -> Conditioning:
+    def of(self, group: Group, device: str) -> Conditioning:
         """A group's conditioning on a device."""
-        self.keep(family, models, [group], device)
+        self.keep([group], device)
         return self.kept[group].to(device)
 
-    def each(self, family: Family, models: Models, texts: Sequence[str], device: str) -> Conditioning:
+    def each(self, texts: Sequence[str], device: str) -> Conditioning:
         """The conditioning of texts that were each encoded alone, one row for each, equal texts too."""
-        self.keep(family, models, [(text,) for text in texts], device)
+        self.keep([(text,) for text in texts], device)
         return joined([self.kept[text,] for text in texts]).to(device)
 
 
@@ -75,11 +74,3 @@ def set_aside(module: nn.Module, device: str) -> Iterator[None]:
         yield
     finally:
         module.to(device)
-
-
-def encoded(family: Family, models: Models, texts: Sequence[str], device: str) -> Conditioning:
-    """The conditioning of texts that are encoded together, by the encoders that are loaded or by `models.texts`."""
-    if models.texts is not None:
-        return models.texts.of(family, models, tuple(texts), device)
-    tokens: tuple[Tensor, ...] = tuple(ids.to(device) for ids in family.tokenize(models, texts))
-    return family.encode_tokens(models.text_encoders, tokens)

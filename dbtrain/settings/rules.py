@@ -68,6 +68,16 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             "is empty; a LoRA needs at least one layer pattern",
         ),
         (
+            "lora.up_ratio",
+            config.lora.up_ratio != 1 and train.method != "lora",
+            "is set, but train.method is not lora",
+        ),
+        (
+            "model.quantize",
+            config.model.quantize != "none" and config.engine.kind != "packed",
+            "needs engine.kind=packed (a pack of one is one subject): DeepSpeed cannot move a base in few bits",
+        ),
+        (
             "super.level_highest",
             config.super.level_highest is not None and config.super.level_highest < config.super.level,
             f"is {config.super.level_highest}, below super.level = {config.super.level}",

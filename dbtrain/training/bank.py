@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dbtrain.data.buckets import Shape, covering, shape_of
-from dbtrain.data.images import fit, flip, offset, open_photo, picture_size, square, to_pixels
+from dbtrain.data.buckets import Shape, shape_of, size_ids
+from dbtrain.data.images import fit, flip, open_photo, picture_size, square, to_pixels
 from dbtrain.data.index import order
 from dbtrain.data.masks import factors, open_mask
 from dbtrain.engines.world import together
 from dbtrain.errors import ConfigError, DataError, StopRequested
-from dbtrain.models.family import Codec, Family, Models, Tokens, low_side
+from dbtrain.models.family import Codec, Family, Models, Tokens, encode_texts, low_side
 from dbtrain.models.load import base_digest
 from dbtrain.models.sampling import sampling_mode
-from dbtrain.models.texts import Group, encoded
+from dbtrain.models.texts import Group
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key, prior_moments, read_priors
 from dbtrain.randomness import Purpose, stream_key, uniforms
@@ -74,7 +74,8 @@ class Bank:
         self.items, self.data, self.seed, self.subject, self.batch_size = items, data, seed, subject, batch
         self.key = stream_key(seed, subject)
         self.texts = distinct((item.caption for role in items for item in items[role]), data)
-        self.shapes = [_shape(item.sample, data, multiple) for item in items.get(Role.INSTANCE, ())]
+        photos = [item.sample.image for item in items.get(Role.INSTANCE, ())]
+        self.shapes = [shape_of(picture_size(photo) if data.buckets else (1, 1), data, multiple) for photo in photos]
         self.moments: dict[tuple[Role, Shape], Tensor] = {}
         self.low, self.lows = low, dict[tuple[Role, Shape], Tensor]()
         self.sizes = {
@@ -113,8 +114,7 @@ class Bank:
         """The moments of a role's images in a shape, and of their mirror images if samples are flipped."""
         variants = self._variants(role, shape)
         encoded = [encode_all(codec, vae, [to_pixels(array) for array in variant], device) for variant in variants]
-        self.moments[role, shape] = torch.stack(encoded, 1)
-        return self.moments[role, shape]
+        return self.moments.setdefault((role, shape), torch.stack(encoded, 1))
 
     def batch(self, step: int, instance_slots: Sequence[int], device: str) -> Batch:
         """The micro-batch of these instance draw slots and, where there are priors, as many prior slots."""
@@ -246,17 +246,9 @@ def _factors_of(part: Batch, like: Tensor) -> Tensor:
     return like.new_ones(len(part.slot_B), *like.shape[1:]) if part.mask_B1HW is None else part.mask_B1HW
 
 
-def _shape(sample: Sample, data: DataConfig, multiple: int) -> Shape:
-    """The shape in which a photo is trained. Its header is read only where that depends on it."""
-    return shape_of(picture_size(sample.image) if data.buckets else (1, 1), data, multiple)
-
-
 def _size_ids(sample: Sample, shape: Shape, crop: Crop = (0.5, 0.5)) -> list[float]:
-    """Original height and width, crop top and left in the resized image, target height and width, in pixels."""
-    height, width = sample.meta.get("height", shape[0]), sample.meta.get("width", shape[1])
-    across, down = covering((width, height), shape)
-    offsets = [offset(down - shape[0], crop[0]), offset(across - shape[1], crop[1])]
-    return [float(value) for value in (height, width, *offsets, *shape)]
+    """The six sizes of an image in a shape; where the original size is not known, it is that of the shape."""
+    return size_ids((sample.meta.get("width", shape[1]), sample.meta.get("height", shape[0])), shape, crop)
 
 
 @torch.no_grad()
@@ -272,7 +264,9 @@ def captions_of(
 ) -> Conditioning | Tokens:
     """The captions as conditioning (encoded once, in fp32), or as tokens to encode anew each step."""
     if config.data.cache_text and not config.train.text_encoder:
-        return encoded(family, models, texts, device)
+        if models.texts is not None:
+            return models.texts.of(tuple(texts), device)
+        return encode_texts(family, models, models.text_encoders, texts, device)
     return tuple(ids.to(device) for ids in family.tokenize(models, texts))
 
 
@@ -324,11 +318,11 @@ def fill_bank(
         with watch.clock.stage("encode"):
             for shape in bank.kinds:
                 bank.cache(Role.INSTANCE, shape, codec, base.models.vae, base.world.device)
-                if Role.PRIOR in items and shape in priors.moments:
-                    bank.moments[Role.PRIOR, shape] = priors.moments[shape]
-                elif Role.PRIOR in items:
-                    encoded = encode_priors(base, work, watch, config, key, priors.samples, shape)
-                    bank.moments[Role.PRIOR, shape] = encoded
+                if Role.PRIOR in items:
+                    kept = priors.moments.get(shape)
+                    if kept is None:
+                        kept = encode_priors(base, work, watch, config, key, priors.samples, shape)
+                    bank.moments[Role.PRIOR, shape] = kept
                 for role in items if low else ():
                     bank.reduce(role, shape)
     if Role.PRIOR in items:

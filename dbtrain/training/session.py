@@ -21,6 +21,7 @@ from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
 from dbtrain.models.family import Family, Models, refuse_impossible
 from dbtrain.models.load import load_models
+from dbtrain.models.quantize import quantize
 from dbtrain.models.texts import Group, set_aside
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key
@@ -87,7 +88,7 @@ class Base:
             models.texts.forget(wanted)
             if not models.texts.kept.keys() >= {*wanted}:
                 with set_aside(models.denoiser, device):
-                    models.texts.keep(self.family, models, wanted, device)
+                    models.texts.keep(wanted, device)
         if models.pending is not None:
             parts = models.pending()
             models.denoiser, models.vae, models.pending = parts[self.family.denoiser], parts["vae"], None
@@ -118,6 +119,8 @@ def _load_models(settings: RunConfig, world: World, apart: bool) -> Models:
     choose_capture(settings.engine, torch.device(world.device).type)  # refuses before anything is loaded
     refuse_impossible(family, settings)
     models = load_models(family, settings.model, apart)
+    if settings.model.quantize != "none":
+        models.digests = {**models.digests, "quantize": settings.model.quantize}  # it draws other class images
     if models.pending is None:
         _place(models, settings, world)
     return models
@@ -136,6 +139,7 @@ def _place(models: Models, settings: RunConfig, world: World) -> None:
     models.attention = family.attend(models.denoiser, attention, device.type, precision)
     if settings.train.method == "lora" and precision == "bf16":
         models.denoiser.to(torch.bfloat16)
+    quantize(models.denoiser, family, settings.model.quantize)
 
 
 @dataclass(frozen=True)

@@ -169,9 +169,8 @@ def layer(name, inp, out, **more):
 
 
 REFUSED = {
-    "FLUX.2's single block": (layer("diffusion_model.single_blocks.0.linear1", 8, 72), "no layer of FLUX.1"),
-    "FLUX.2's MLP": (layer("diffusion_model.double_blocks.0.img_mlp.0", 8, 48), "no layer of FLUX.1"),
-    "a layer that FLUX.1 has not": (layer("lora_unet_double_blocks_0_img_qkv_new", 8, 24), "no layer of FLUX.1"),
+    "a layer of another width": (layer("diffusion_model.double_blocks.0.img_attn.qkv", 8, 32), "no layer of FLUX;"),
+    "a layer that FLUX.1 has not": (layer("lora_unet_double_blocks_0_img_qkv_new", 8, 24), "no layer of FLUX;"),
     "Stable Diffusion 3 in ComfyUI's names": (
         layer("diffusion_model.joint_blocks.0.x_block.attn.qkv", 8, 24), "in diffusers' names"),
     "Stable Diffusion 3 in kohya's names": (
@@ -179,7 +178,7 @@ REFUSED = {
     "T5": (layer("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 8, 8), "in diffusers' names"),
     "half a pair": ({"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(24, 2)}, "has no `down`"),
     "a convolution": (layer("lora_unet_single_blocks_0_linear2", 8, 8,
-                            **{"lora_down.weight": torch.ones(2, 8, 1, 1)}), "no layer of FLUX.1"),
+                            **{"lora_down.weight": torch.ones(2, 8, 1, 1)}), "no layer of FLUX;"),
 }  # fmt: skip
 
 
@@ -196,12 +195,35 @@ def test_other_transformers_are_refused_in_a_line(case):
     "path, families",
     [
         ("single_transformer_blocks.0.proj_mlp", {"flux"}),
-        ("single_transformer_blocks.0.attn.to_qkv_mlp_proj", {"flux2_klein"}),
-        ("single_transformer_blocks.0.attn.to_out", {"flux2_klein"}),
-        ("transformer_blocks.0.attn.add_q_proj", {"sd3", "flux", "flux2_klein"}),
+        ("single_transformer_blocks.0.attn.to_qkv_mlp_proj", {"flux2", "flux2_klein"}),
+        ("single_transformer_blocks.0.attn.to_out", {"flux2", "flux2_klein"}),
+        ("transformer_blocks.0.attn.add_q_proj", {"sd3", "flux", "flux2", "flux2_klein", "qwen_image"}),
     ],
 )
 def test_diffusers_and_pefts_names_are_read_for_every_transformer(start, path, families):
     state = {f"{start}{path}.lora_A.weight": torch.ones(2, 8), f"{start}{path}.lora_B.weight": torch.ones(8, 2)}
     back = read_state(with_diffusers_names(state), {})
     assert set(back.matrices["transformer"]) == {path} and told_families(back) == families
+
+
+SECOND = {
+    "transformer_blocks.1.attn.to_q": (8, 8),
+    "transformer_blocks.1.ff.linear_in": (8, 48),
+    "transformer_blocks.1.ff_context.linear_out": (24, 8),
+    "single_transformer_blocks.2.attn.to_qkv_mlp_proj": (8, 72),
+    "single_transformer_blocks.2.attn.to_out": (32, 8),
+}
+"""Layers of FLUX.2, whose MLPs are three times as wide, and gated."""
+
+
+@pytest.mark.parametrize("names", ["kohya", "ComfyUI"])
+def test_the_second_flux_is_told_by_its_shapes(names):
+    stream = torch.Generator().manual_seed(0)
+    pairs = {path: (torch.randn(2, i, generator=stream), torch.randn(o, 2, generator=stream))
+             for path, (i, o) in SECOND.items()}  # fmt: skip
+    weights = LoraWeights({"transformer": pairs}, 2.0, 2)
+    state = to_kohya(weights, kohya)
+    back = read_state(with_diffusers_names(comfy(state) if names == "ComfyUI" else state), {})
+    assert set(back.matrices["transformer"]) == set(SECOND) and told_families(back) == {"flux2", "flux2_klein"}
+    for path in SECOND:
+        torch.testing.assert_close(update(back, path), update(weights, path))

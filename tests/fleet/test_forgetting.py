@@ -1,5 +1,6 @@
 """Forgetting a person: nothing of it is left, nothing else changes, and a kill at any moment only delays it."""
 
+import json
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from dbtrain.fleet.forgetting import end_forgetting, forget, told
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.status import read_rows
 from dbtrain.report.building import rebuild
+from dbtrain.results.upload import NOTE
 from dbtrain.storage.atomic import LOCK, held
 from dbtrain.subjects.forgotten import PENDING, TOMBSTONES, change_pending, read_tombstones
 from tests.kit.forgettable import PEOPLE, PERSON, fresh, make_forgettable, needles, neighbours, traces
@@ -45,6 +47,19 @@ def test_nothing_of_a_person_is_left_and_the_others_keep_every_bit(run, made):
     rebuild(run, processes=1)
     assert traces(run, made[1]) == []
     assert forget(run, [PERSON]).removed == [], "a second time there is nothing to do"
+
+
+def test_uploaded_copies_are_deleted_too_and_one_that_is_not_keeps_the_forgetting_open(run, made, tmp_path):
+    folder, far = run / "subjects" / PERSON, tmp_path / "far"
+    for name in (PERSON, "rex-one"):
+        shutil.copytree(run / "subjects" / name, far / name)
+    (folder / NOTE).write_text(json.dumps({f"{far}/{PERSON}": ["0"], "ftp://host/x": ["0"]}))
+    with pytest.raises(DataError, match="ftp://host/x: a copy was not deleted"):
+        forget(run, [PERSON])
+    assert [path.name for path in far.iterdir()] == ["rex-one"] and folder.exists()
+    (folder / NOTE).unlink()
+    forget(run, [])
+    assert traces(run, made[1]) == [] and [path.name for path in far.iterdir()] == ["rex-one"]
 
 
 def test_all_of_a_run_may_be_forgotten_and_others_join_afterwards(run, made):

@@ -130,6 +130,33 @@ def make_flux(folder: Path) -> Path:
     return folder
 
 
+def make_chroma(folder: Path) -> Path:
+    """A diffusers folder of a random Chroma layout."""
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = ChromaTransformer2DModel(
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=40,
+        axes_dims_rope=(4, 6, 6),
+        approximator_num_channels=16,
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+    )
+    pipeline = ChromaPipeline(
+        transformer=transformer,
+        scheduler=dynamic_scheduler(),
+        vae=_vae(),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 THINKING = (
     "{% for one in messages %}<|im_start|>{{ one.role }}\n{{ one.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"

@@ -7,7 +7,8 @@ import torch
 from dbtrain.engines.world import World
 from dbtrain.families import FAMILIES
 from dbtrain.models.load import load_models
-from dbtrain.models.texts import encoded, joined
+from dbtrain.models.texts import joined
+from dbtrain.training.bank import captions_of
 from dbtrain.training.session import Base
 from dbtrain.values import Conditioning
 from tests.kit.main_job import small_config
@@ -41,7 +42,7 @@ def test_the_denoiser_comes_when_the_encoders_are_gone(model_folders):
     assert sum(param.numel() for param in base.models.denoiser.parameters()) > 400_000
     assert base.models.attention is not None and base.models.pending is None
     base.ready(GROUPS)
-    encoded(base.family, base.models, GROUPS[0], "cpu")
+    captions_of(base.family, base.models, base.settings, GROUPS[0], "cpu")
     assert len(seen) == 2, "texts that are known were encoded again"
     base.ready([("another",)])
     assert len(seen) == 4 and [*texts.kept] == [("another",)]
@@ -54,10 +55,9 @@ def test_texts_are_encoded_as_by_encoders_that_are_kept(model_folders):
     base = late_base(model_folders)
     base.ready(GROUPS)
     whole = load_models(FAMILIES["flux"], base.settings.model)
-    with torch.no_grad():
-        for group in GROUPS:
-            apart, held = (encoded(base.family, models, group, "cpu") for models in (base.models, whole))
-            assert torch.equal(apart.states_BTD, held.states_BTD) and torch.equal(apart.pooled_BD, held.pooled_BD)
+    for group in GROUPS:
+        apart, held = (captions_of(base.family, one, base.settings, group, "cpu") for one in (base.models, whole))
+        assert torch.equal(apart.states_BTD, held.states_BTD) and torch.equal(apart.pooled_BD, held.pooled_BD)
 
 
 def test_encoders_stay_where_they_train_or_encode_at_every_step(model_folders):

@@ -32,8 +32,8 @@ TABLE = b'{"file_name": "1.jpg", "text": "a {subject} asleep"}'
 
 
 class Case(NamedTuple):
-    """A row's name, files with what they hold (empty is a photo), the manifest's text, and what must come of it: names of
-    the photos that are used, None where the subject is refused; and what is said."""
+    """A row's name, files with what they hold (empty is a photo), the manifest's text, and what must come of it: the
+    names of the photos that are used, None where the subject is refused; and what is said."""
 
     row: str
     files: dict[str, bytes]
