@@ -202,6 +202,10 @@ def _table(command: Command) -> None:
         elif flag in command.flags and flag not in USED:
             command.drop(flag, DROPPED.get(flag, "unknown to dbtrain"))
     for argument in command.get("network_args").split():
+        name, _, ratio = argument.partition("=")
+        if name == "loraplus_lr_ratio":
+            command.settings["lora.up_ratio"] = plain(ratio)
+            continue
         command.drop("network_args", f"{argument}: adapters have no such option; see lora.targets and lora.rank")
     if command.get("caption_extension") not in ("", ".txt", ".caption"):
         command.drop("caption_extension", "captions are read from .txt and .caption beside a photo")
