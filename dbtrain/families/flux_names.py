@@ -94,7 +94,7 @@ def _parts(kind: str, number: str, layer: str, tensors: Mapping[str, Any]) -> It
     second = down is not None and up is not None and not _fits(layer, down, up)
     own = {path: row for path, row in rows.items() if row.name == layer}
     own = {path: row for path, row in own.items() if path.endswith(FLUX2) == second}
-    if not own or (second and down.dim() != 2):
+    if not own or (second and down is not None and down.dim() != 2):
         raise DataError(
             f"{named(tensors['name'])}: is no layer of FLUX; other transformers are read in diffusers' names"
         )
@@ -116,6 +116,6 @@ def _parts(kind: str, number: str, layer: str, tensors: Mapping[str, Any]) -> It
 
 def _fits(layer: str, down: Tensor, up: Tensor) -> bool:
     """Whether matrices have the shape of a layer of FLUX.1."""
-    outputs, inputs = next((widths for end, widths in WIDTHS.items() if layer.endswith(end)), (None, None))
+    outputs, inputs = next((widths for end, widths in WIDTHS.items() if layer.endswith(end)), (0, 0))
     flat = down.dim() == up.dim() == 2
-    return flat and (outputs is None or len(up) * inputs == down.shape[1] * outputs)
+    return flat and (not outputs or len(up) * inputs == down.shape[1] * outputs)
