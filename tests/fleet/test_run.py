@@ -12,6 +12,7 @@ import pytest
 
 from dbtrain.fleet.processes import born
 from dbtrain.fleet.status import read_rows
+from dbtrain.results.record import finished_record
 from tests.kit.fleet_run import (
     ask,
     batch,
@@ -274,3 +275,16 @@ def test_a_service_takes_who_comes_forgets_who_asks_and_ends_at_a_second_ctrl_c(
     assert time.monotonic() - begun < 20 and survivors(pids, 10) == []
     finish(start([word for word in words if word != "--watch"], out), out)
     assert sorted(states(out).values()) == ["finished", "finished", "finished", "forgotten"]
+
+
+@pytest.mark.slow
+def test_finished_subjects_are_published_though_the_driver_is_killed(tmp_path):
+    words, out, far = write_small(tmp_path, "a:dog b:cat c:dog"), tmp_path / "out", tmp_path / "far"
+    driver = start(words, out, "--publish-to", far)
+    wait_for(lambda: list(far.glob("*/*")), driver, out)
+    driver.kill()
+    driver.wait()
+    finish(start(words, out, "--publish-to", far), out)
+    for name in "abc":
+        assert finished_record(far / name) == finished_record(out / "subjects" / name)
+    assert "uploaded to" in said(out)
