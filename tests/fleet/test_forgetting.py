@@ -12,7 +12,7 @@ from dbtrain.fleet.forgetting import end_forgetting, forget, told
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.status import read_rows
 from dbtrain.report.building import rebuild
-from dbtrain.results.upload import NOTE
+from dbtrain.results import upload
 from dbtrain.storage.atomic import LOCK, held
 from dbtrain.subjects.forgotten import PENDING, TOMBSTONES, change_pending, read_tombstones
 from tests.kit.forgettable import PEOPLE, PERSON, fresh, make_forgettable, needles, neighbours, traces
@@ -47,19 +47,6 @@ def test_nothing_of_a_person_is_left_and_the_others_keep_every_bit(run, made):
     rebuild(run, processes=1)
     assert traces(run, made[1]) == []
     assert forget(run, [PERSON]).removed == [], "a second time there is nothing to do"
-
-
-def test_uploaded_copies_are_deleted_too_and_one_that_is_not_keeps_the_forgetting_open(run, made, tmp_path):
-    folder, far = run / "subjects" / PERSON, tmp_path / "far"
-    for name in (PERSON, "rex-one"):
-        shutil.copytree(run / "subjects" / name, far / name)
-    (folder / NOTE).write_text(json.dumps({f"{far}/{PERSON}": ["0"], "ftp://host/x": ["0"]}))
-    with pytest.raises(DataError, match="ftp://host/x: a copy was not deleted"):
-        forget(run, [PERSON])
-    assert [path.name for path in far.iterdir()] == ["rex-one"] and folder.exists()
-    (folder / NOTE).unlink()
-    forget(run, [])
-    assert traces(run, made[1]) == [] and [path.name for path in far.iterdir()] == ["rex-one"]
 
 
 def test_all_of_a_run_may_be_forgotten_and_others_join_afterwards(run, made):
@@ -98,6 +85,27 @@ def test_a_run_of_train_is_forgotten_without_a_ledger(run, made):
     (run / "ledger.sqlite").unlink()
     forget(run, [PERSON])
     assert traces(run, made[1]) == [] and neighbours(run) == made[2] and (run / TOMBSTONES).exists()
+
+
+def test_uploaded_copies_are_deleted_and_a_store_that_refuses_is_told(run, tmp_path, monkeypatch):
+    place = run / "subjects" / PERSON
+    copies = [tmp_path / "store" / PERSON, tmp_path / "far" / PERSON]
+    for copy in copies:
+        shutil.copytree(place, copy)
+    (tmp_path / "store" / "rex-one").mkdir()
+    (place / "published.json").write_text(json.dumps({str(copy): ["0" * 64] for copy in copies}))
+    real = upload.copy_at
+
+    def refusing(address):
+        if "far" in address:
+            raise PermissionError(13, "no right to delete")
+        return real(address)
+
+    monkeypatch.setattr(upload, "copy_at", refusing)
+    done = forget(run, [PERSON])
+    assert not copies[0].exists() and (tmp_path / "store" / "rex-one").is_dir() and copies[1].exists()
+    assert any(str(copies[1]) in line and "not deleted there" in line for line in done.elsewhere), done.elsewhere
+    assert not any(str(copies[0]) in line for line in done.elsewhere) and not place.exists()
 
 
 def test_a_link_in_place_of_a_subject_is_unlinked_and_its_target_is_told(run, tmp_path):
