@@ -205,11 +205,15 @@ def main() -> None:
     options = parser.parse_args()
     judge = load_judge(device="cpu")
     measured = {name: measure(options, name, judge) for name in options.arms}
+    words = ["--subjects", str(options.subjects), "--steps", str(options.steps)]
+    only = options.arms if options.arms != list(ARMS) else []
     about = {
         "machine": f"{platform.machine()} with {os.cpu_count()} CPUs, cpu",
         "torch": torch.__version__,
         "commit": commit(),
-        "command": shlex.join(["python", "benchmarks/masks_and_captions.py", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "benchmarks/masks_and_captions.py", *words, *(["--arms", *only] if only else [])]
+        ),
         "recipe": f"tiny_packed, {options.steps} steps, seed 0",
         "subjects": options.subjects,
     }
