@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbtrain.data.buckets import Shape
 from dbtrain.data.index import Index
@@ -135,7 +135,16 @@ def _place(models: Models, settings: RunConfig, world: World) -> None:
     attention, precision = settings.model.attention, settings.train.precision
     models.attention = family.attend(models.denoiser, attention, device.type, precision)
     if settings.train.method == "lora" and precision == "bf16":
-        models.denoiser.to(torch.bfloat16)
+        to_bf16(models.denoiser)
+
+
+def to_bf16(denoiser: nn.Module) -> None:
+    """Cast a denoiser's weights, but for those that diffusers keeps in fp32, such as the norms of Krea 2."""
+    kept = {*(getattr(denoiser, "_keep_in_fp32_modules", None) or ())}
+    before = {name: param.data for name, param in denoiser.named_parameters() if kept & {*name.split(".")}}
+    denoiser.to(torch.bfloat16)
+    for name, value in before.items():
+        denoiser.get_parameter(name).data = value
 
 
 @dataclass(frozen=True)
