@@ -15,12 +15,14 @@ from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
 from dbtrain.engines.deterministic import choose_algorithms
 from dbtrain.engines.engine import keeps_whole, plan_batches
+from dbtrain.engines.loss_scale import DTYPES, resolved_precision
 from dbtrain.engines.world import World, from_first, start_world, together
 from dbtrain.families import FAMILIES
 from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
 from dbtrain.models.family import Family, Models, refuse_impossible
 from dbtrain.models.load import load_models
+from dbtrain.models.quantize import quantize
 from dbtrain.models.texts import Group, set_aside
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key
@@ -75,6 +77,7 @@ class Base:
         """The base model of some settings, on this rank's device. late: denoiser and autoencoder come with `ready`, and
         text encoders are loaded only while they encode, unless they train or captions are encoded at every step."""
         classes = CLASSES if settings.engine.kind == "packed" else 1
+        settings = resolved_precision(settings, torch.device(world.device).type)
         family = FAMILIES[settings.model.family]
         apart = late and settings.data.cache_text and not settings.train.text_encoder
         return cls(world, family, _load_models(settings, world, apart), settings, PriorCache(classes))
@@ -118,6 +121,8 @@ def _load_models(settings: RunConfig, world: World, apart: bool) -> Models:
     choose_capture(settings.engine, torch.device(world.device).type)  # refuses before anything is loaded
     refuse_impossible(family, settings)
     models = load_models(family, settings.model, apart)
+    if settings.model.quantize != "none":
+        models.digests = {**models.digests, "quantize": settings.model.quantize}  # it draws other class images
     if models.pending is None:
         _place(models, settings, world)
     return models
@@ -134,15 +139,16 @@ def _place(models: Models, settings: RunConfig, world: World) -> None:
         models.denoiser.to(memory_format=torch.channels_last)
     attention, precision = settings.model.attention, settings.train.precision
     models.attention = family.attend(models.denoiser, attention, device.type, precision)
-    if settings.train.method == "lora" and precision == "bf16":
-        to_bf16(models.denoiser)
+    if settings.train.method == "lora" and precision != "fp32":
+        cast(models.denoiser, DTYPES[precision])
+    quantize(models.denoiser, family, settings.model.quantize)
 
 
-def to_bf16(denoiser: nn.Module) -> None:
+def cast(denoiser: nn.Module, dtype: torch.dtype) -> None:
     """Cast a denoiser's weights, but for those that diffusers keeps in fp32, such as the norms of Krea 2."""
     kept = {*(getattr(denoiser, "_keep_in_fp32_modules", None) or ())}
     before = {name: param.data for name, param in denoiser.named_parameters() if kept & {*name.split(".")}}
-    denoiser.to(torch.bfloat16)
+    denoiser.to(dtype)
     for name, value in before.items():
         denoiser.get_parameter(name).data = value
 
