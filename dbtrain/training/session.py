@@ -79,7 +79,7 @@ class Base:
         classes = CLASSES if settings.engine.kind == "packed" else 1
         settings = resolved_precision(settings, torch.device(world.device).type)
         family = FAMILIES[settings.model.family]
-        apart = late and settings.data.cache_text and not settings.train.text_encoder
+        apart = late and family.frees_text and settings.data.cache_text and not settings.train.text_encoder
         return cls(world, family, _load_models(settings, world, apart), settings, PriorCache(classes))
 
     def ready(self, groups: Iterable[Group] = ()) -> None:
