@@ -68,7 +68,7 @@ def folder_problem(family: Family, place: Path, variant: str | None = None) -> s
         what = f"has no {missing[0]}" if missing else f"has a {more[0]} besides"
         return f"{named(place)} is a {kind}, no base of model.family={family.name} ({what}); {ITS_FAMILY}"
     channels = channel_problem(place, family)
-    if channels:
+    if channels and (kind == family.pipeline or "another kind" not in channels):
         return f"{named(place)} {channels}"
     if kind != family.pipeline:
         return f"{named(place)} is a {kind}, no base of model.family={family.name}; {ITS_FAMILY}"

@@ -274,8 +274,7 @@ def texts_of_run(base: Base, work: Work) -> list[Group]:
     prompts of class images and samples."""
     settings = base.settings
     groups: list[Group] = [("",)] if settings.engine.kind == "packed" else []
-    todo = [subject for subject in work.subjects if not looks_finished(work.folder(subject))]
-    for subject in todo:
+    for subject in (one for one in work.subjects if not looks_finished(work.folder(one))):
         config, identifier = subject_config(settings, subject), work.identifiers[subject.id]
         names = {"identifier": identifier, "class_noun": subject.class_noun}
         classes = [prior_key(config, base.models, subject.class_noun).prompt] if config.prior.weight > 0 else []

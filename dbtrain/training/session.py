@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbtrain.data.buckets import Shape
 from dbtrain.data.index import Index
@@ -79,7 +79,7 @@ class Base:
         classes = CLASSES if settings.engine.kind == "packed" else 1
         settings = resolved_precision(settings, torch.device(world.device).type)
         family = FAMILIES[settings.model.family]
-        apart = late and settings.data.cache_text and not settings.train.text_encoder
+        apart = late and family.frees_text and settings.data.cache_text and not settings.train.text_encoder
         return cls(world, family, _load_models(settings, world, apart), settings, PriorCache(classes))
 
     def ready(self, groups: Iterable[Group] = ()) -> None:
@@ -140,8 +140,17 @@ def _place(models: Models, settings: RunConfig, world: World) -> None:
     attention, precision = settings.model.attention, settings.train.precision
     models.attention = family.attend(models.denoiser, attention, device.type, precision)
     if settings.train.method == "lora" and precision != "fp32":
-        models.denoiser.to(DTYPES[precision])
+        cast(models.denoiser, DTYPES[precision])
     quantize(models.denoiser, family, settings.model.quantize)
+
+
+def cast(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a denoiser's weights, but for those that diffusers keeps in fp32, such as the norms of Krea 2."""
+    kept = {*(getattr(denoiser, "_keep_in_fp32_modules", None) or ())}
+    before = {name: param.data for name, param in denoiser.named_parameters() if kept & {*name.split(".")}}
+    denoiser.to(dtype)
+    for name, value in before.items():
+        denoiser.get_parameter(name).data = value
 
 
 @dataclass(frozen=True)
