@@ -162,7 +162,7 @@ def test_a_person_is_forgotten_beside_a_driver_and_the_others_go_on(tmp_path, mo
         monkeypatch.setattr(driver, "grow", lambda: grown.append(len(driver.crews)))
         stopped = []
         crew = SimpleNamespace(name=CREW.name, pending={}, overdue=lambda: False, ask_stop=lambda: stopped.append(1),
-                               kill=lambda stopped: None, row=lambda: {}, state="busy")  # fmt: skip
+                               kill=lambda stopped: None, row=dict, state="busy")  # fmt: skip
         fly(driver, 3)
         fly(driver, 4)
         for flight in driver.flights.values():

@@ -22,8 +22,8 @@ from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.registry import REGISTRY
 from dbtrain.subjects.sharding import shard_subjects
 from tests.faults.campaigns import checkpoint
-from tests.kit.main_job import photo
 from tests.kit.made_up_run import make_subject, picture
+from tests.kit.main_job import photo
 
 PERSON, CAPTION = "annabell", "a portrait of {identifier} annabell smithson"
 PEOPLE = (PERSON, "rex-one", "tom-two")
