@@ -160,8 +160,9 @@ class TrainConfig(Section):
     """AdamW's decoupled weight decay."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which is published in their place; null keeps none."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the computation. Master weights and optimizer moments are always fp32."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Number format of the computation. Master weights and optimizer moments are always fp32. `fp16` scales the loss,
+    for GPUs without bf16; `auto` is bf16 on a GPU that has it, fp16 on another one, and fp32 on a CPU."""
     gradient_checkpointing: Annotated[bool, Mark.NO_RESULT] = False
     """Recompute activations in the backward pass: less memory, 1.4 to 1.8 times the time of a step."""
 

@@ -15,6 +15,7 @@ from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
 from dbtrain.engines.deterministic import choose_algorithms
 from dbtrain.engines.engine import keeps_whole, plan_batches
+from dbtrain.engines.loss_scale import DTYPES, resolved_precision
 from dbtrain.engines.world import World, from_first, start_world, together
 from dbtrain.families import FAMILIES
 from dbtrain.machine import take_signals
@@ -76,6 +77,7 @@ class Base:
         """The base model of some settings, on this rank's device. late: denoiser and autoencoder come with `ready`, and
         text encoders are loaded only while they encode, unless they train or captions are encoded at every step."""
         classes = CLASSES if settings.engine.kind == "packed" else 1
+        settings = resolved_precision(settings, torch.device(world.device).type)
         family = FAMILIES[settings.model.family]
         apart = late and settings.data.cache_text and not settings.train.text_encoder
         return cls(world, family, _load_models(settings, world, apart), settings, PriorCache(classes))
@@ -137,8 +139,8 @@ def _place(models: Models, settings: RunConfig, world: World) -> None:
         models.denoiser.to(memory_format=torch.channels_last)
     attention, precision = settings.model.attention, settings.train.precision
     models.attention = family.attend(models.denoiser, attention, device.type, precision)
-    if settings.train.method == "lora" and precision == "bf16":
-        models.denoiser.to(torch.bfloat16)
+    if settings.train.method == "lora" and precision != "fp32":
+        models.denoiser.to(DTYPES[precision])
     quantize(models.denoiser, family, settings.model.quantize)
 
 

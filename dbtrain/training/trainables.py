@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dbtrain.engines.engine import EngineState, ParamGroup
+from dbtrain.engines.loss_scale import DTYPES
 from dbtrain.errors import DataError
 from dbtrain.models.adapters import attach, fresh_row, from_state, layers, refuse_unstackable, renamed, reset_row
 from dbtrain.models.family import Family, Models, recompute
@@ -20,8 +21,6 @@ from dbtrain.results.older_programs import suit_older_programs
 from dbtrain.results.publish import MODEL_FOLDER, adapter_file, publish_lora, read_lora
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import file_digest, whole_folder
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def trained_components(family: Family, models: Models, config: RunConfig) -> dict[str, nn.Module]:

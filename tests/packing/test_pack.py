@@ -283,9 +283,8 @@ def mean_over_the_pack(patch):
 
 
 def one_global_clip(patch):
-    def clips(self):
-        (arena,) = self.arenas
-        norm_N = torch.linalg.vector_norm(arena.grad, dim=1)
+    def clips(self, grads):
+        norm_N = torch.linalg.vector_norm(grads[0], dim=1)
         share = (self.clip_N / (norm_N.norm() + 1e-6)).clamp(max=1.0)
         return [share * (norm_N + 1e-6)], None
 
