@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dbtrain.bench.cards import CARDS, Card
 from dbtrain.bench.operators import Operators
 from dbtrain.engines import packed
 from dbtrain.engines.engine import ParamGroup
@@ -41,24 +42,6 @@ from dbtrain_kernels import of_operators
 
 GIB = 2**30
 
-
-@dataclass(frozen=True)
-class Card:
-    """Published peaks of a card: dense matrix products in TFLOP/s (bf16 with sums in fp32; fp32 where there is no
-    bf16), memory in TB/s and GiB."""
-
-    tflops: float
-    tbytes: float
-    gib: float
-    dtype: torch.dtype = torch.bfloat16
-
-
-CARDS = {
-    "H200": Card(989, 4.8, 131), "H100": Card(989, 3.35, 74.5), "A100": Card(312, 2.04, 74.5),
-    "L40S": Card(362, 0.864, 44.7), "4090": Card(165, 1.008, 22.4), "T4": Card(8.1, 0.32, 14.9, torch.float32),
-    "MI300X": Card(1307, 5.3, 179),
-}  # fmt: skip
-"""From the makers' data sheets: SXM forms, without sparsity; vendors' GB are given as GiB."""
 
 LAUNCH_US = 1.6
 """Least time of a kernel in a recorded step."""
@@ -243,8 +226,9 @@ def meta_step(
     keys, priors = torch.empty(subjects, 2, dtype=torch.long, device="meta"), torch.empty(subjects, device="meta")
     captions = captions_of(shape, 2 * subjects, torch.float32)
     module = TrainingStep(family, models, config, keys, captions, priors)
-    tables = (table.to("meta") for table in (schedule.alpha_S, schedule.sigma_S, schedule.time_S))
-    module.schedule = Schedule(*tables, schedule.parameterization)
+    alpha_S, sigma_S, time_S = (table.to("meta") for table in (schedule.alpha_S, schedule.sigma_S, schedule.time_S))
+    module.schedule = Schedule(alpha_S, sigma_S, time_S, schedule.parameterization)
+    assert module.first_S is not None, "levels are drawn by a table"
     module.weight_S, module.first_S = module.weight_S.to("meta"), module.first_S.to("meta")
     batch = batch_of(shape, subjects)
 
@@ -317,7 +301,7 @@ def modelled(counts: Counts, card: Card) -> dict[str, Any]:
     published bandwidth, and the model's, by parts with what bounds each."""
     wide = 2 if card.dtype == torch.float32 else 1
     kernels, moved, _ = map(sum, zip(*(part.sums for part in counts.parts.values())))
-    parts = {}
+    parts: dict[str, dict[str, Any]] = {}
     for name, part in counts.parts.items():
         times = part.times_ms(name, card)
         parts[name] = {"ms": sum(times.values()), "bound": max(times, key=lambda bound: times[bound])}

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dbtrain.bench import roofline, to_nobody
+from dbtrain.bench.cards import CARDS
 from dbtrain.bench.flops import count_flops
-from dbtrain.bench.roofline import CARDS, Part, count, flash, meta_step, modelled, shape_of, table, targets_of
+from dbtrain.bench.roofline import Part, count, flash, meta_step, modelled, shape_of, table, targets_of
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
 
