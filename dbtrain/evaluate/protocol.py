@@ -36,6 +36,7 @@ from dbtrain.models.sampling import generate, image_seed
 from dbtrain.results.finished import finished_config, finished_pipeline
 from dbtrain.results.record import finished_record
 from dbtrain.settings.config import RunConfig
+from dbtrain.settings.stages import upscalers
 from dbtrain.storage.atomic import write_file
 from dbtrain.subjects.prompts import LIVE_CLASSES, fill, is_live, prompt_set, slug, without_identifier
 
@@ -160,6 +161,7 @@ def shots(
     tuning.
     """
     noun, identifier = record["class"], record["identifier"]
+    bases = [record["base_digest"], *(stage["base_digest"] for stage in record.get("stages", ()))]
     weights = {name: digest for name, digest in record["files"].items() if name.endswith(".safetensors")}
     of_class = fill(config.data.class_caption, class_noun=noun)
     texts = [
@@ -180,7 +182,7 @@ def shots(
         for number, (prompt, plain) in enumerate(prompts):
             for image in range(count):
                 seed = _seed(protocol, config, name, plain, image)
-                file = place / _file(row, plain, image, [record["base_digest"], model, prompt, seed, _sampling(config)])
+                file = place / _file(row, plain, image, [*bases, model, prompt, seed, _sampling(config)])
                 by_row[row].append(Shot(row, prompt, plain, number, image, seed, file))
     return by_row["tuned"] + by_row["class"], by_row["base"] + by_row["base_class"]
 
@@ -197,7 +199,8 @@ def _seed(protocol: Protocol, config: RunConfig, name: str, plain: str, image: i
 
 
 def _sampling(config: RunConfig) -> list[object]:
-    return [config.sample.steps, config.sample.guidance, config.data.resolution, config.train.precision]
+    first: list[object] = [config.sample.steps, config.sample.guidance, config.data.resolution, config.train.precision]
+    return first + [[*_sampling(stage), stage.super.level] for stage in upscalers(config)]
 
 
 def _file(row: str, plain: str, image: int, deciding: object) -> str:

@@ -82,7 +82,7 @@ def _evaluated(
     for path in (path for group in by_base.values() for path in group):
         try:
             config = finished_config(path, protocol.overrides)
-            models = warm.load(config.model)
+            models = warm.load(config)
             yield path, evaluate_finished(path, models, FAMILIES[config.model.family], protocol, judge)
         except DbtrainError as error:
             yield path, error

@@ -6,7 +6,6 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,8 @@ def measure_pack(base: Base, watch: Watch, measure: Measure) -> int:
     """How many subjects a pack holds on this machine, under `engine.packed.size: auto`."""
     config = subject_config(base.settings, Subject("measured", "", (), rank=measure.rank))
     with beating(watch.beat, "measure"):
-        return measured_size(base, watch, [config], measure.most)
+        sizes = [measured_size(stage, watch, [stage.settings], measure.most) for stage in base.upscalers]
+        return min([measured_size(base, watch, [config], measure.most), *sizes])
 
 
 def train(base: Base, watch: Watch, task: Task, order: Order, send: Send) -> None:
@@ -87,12 +87,10 @@ def train(base: Base, watch: Watch, task: Task, order: Order, send: Send) -> Non
         else:
             send(Published(order.number, positions[subject.id], subject.id, seconds))
 
-    settings = base.settings
-    if settings.engine.kind == "packed":
-        packed = settings.engine.packed.model_copy(update={"size": order.unit.pack})
-        settings = settings.model_copy(update={"engine": settings.engine.model_copy(update={"packed": packed})})
-    work = Work.under(Path(task.out), settings, order.subjects, identifiers, Index(order.rows, ()))
-    train_subjects(replace(base, settings=settings), work, watch, finished)
+    if base.settings.engine.kind == "packed":
+        base = base.with_pack(order.unit.pack)
+    work = Work.under(Path(task.out), base.settings, order.subjects, identifiers, Index(order.rows, ()))
+    train_subjects(base, work, watch, finished)
 
 
 def draw_priors(base: Base, watch: Watch, task: Task, order: Order, send: Send) -> None:

@@ -6,6 +6,7 @@ allowed, what to do. YAML is read as version 1.2 (`1e-4` is a number, `on` is te
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,8 +18,9 @@ from pydantic import ValidationError
 
 from dbtrain.errors import ConfigError
 from dbtrain.settings import yaml12
-from dbtrain.settings.config import RunConfig
+from dbtrain.settings.config import RunConfig, StageConfig
 from dbtrain.settings.rules import cross_field_findings
+from dbtrain.settings.stages import stage_names, upscalers
 
 MAX_BYTES = 65_536
 """Largest settings file; the largest recipe is 2 KB, and PyYAML needs a second for this much."""
@@ -152,7 +154,9 @@ def _value(node: yaml.Node, key: str, draft: _Draft, name: str) -> Any:
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, key, draft, name)
     if isinstance(node, yaml.SequenceNode):
-        return tuple(_value(item, key, draft, name) for item in node.value)
+        places = [f"{key}[{number}]" if isinstance(item, yaml.MappingNode) else key
+                  for number, item in enumerate(node.value)]  # fmt: skip
+        return tuple(_value(item, place, draft, name) for item, place in zip(node.value, places))
     kind = node.tag.removeprefix(yaml12.CORE)
     try:
         return _whole(yaml12.SCALARS[kind](node.value), key)
@@ -166,7 +170,7 @@ def _value(node: yaml.Node, key: str, draft: _Draft, name: str) -> Any:
 
 def _whole(value: Any, key: str) -> Any:
     """The value; an integer where it is a whole number such as 1e3 and the setting takes integers alone."""
-    part = known_keys().get(key, {})
+    part = known_keys().get(re.sub(r"^stages\[\d+\]\.", "", key), {})
     kinds = {option.get("type") for option in part.get("anyOf", [part])}
     whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
     return int(value) if whole and "integer" in kinds and "number" not in kinds else value
@@ -245,6 +249,7 @@ def _validate(draft: _Draft) -> RunConfig:
     """The config of a draft. Errors are added to the draft's findings. Defaults replace wrong values, so that the rules
     about several fields can be checked too."""
     wrong: set[str] = set()
+    _put_stages(draft)
     try:
         config = RunConfig.model_validate(draft.tree, strict=True)
     except ValidationError as error:
@@ -257,7 +262,39 @@ def _validate(draft: _Draft) -> RunConfig:
     for key, message in cross_field_findings(config):
         if not any(_mentions(key, message, bad) for bad in wrong):
             draft.findings.append(_finding(draft, key, message))
+    for name, stage in zip(stage_names(config), upscalers(config)):
+        found = cross_field_findings(stage)
+        draft.findings += [_finding(draft, "stages", f"{name}: {key}: {message}") for key, message in found]
     return config
+
+
+def _put_stages(draft: _Draft) -> None:
+    """Put checked settings in the place of each stage, which is a recipe's name with overrides, or settings."""
+    given = draft.tree.get("stages")
+    if not isinstance(given, tuple):
+        return
+    stages: list[StageConfig] = []
+    for number, item in enumerate(given):
+        place = f"stages[{number}]"
+        try:
+            if isinstance(item, str):
+                recipe, *overrides = shlex.split(item) or [""]
+                config = load(recipe, overrides)
+            elif not isinstance(item, dict):
+                raise ConfigError(f"got {_show(item)}, want a recipe's name, or settings")
+            else:
+                inner = _Draft(f"{place} of {draft.where('stages')}", item)
+                starts = f"{place}."
+                inner.origins = {k.removeprefix(starts): v for k, v in draft.origins.items() if k.startswith(starts)}
+                config = _validate(inner)
+                draft.findings += inner.findings
+            if config.stages:
+                raise ConfigError("has stages of its own; name them here one after another")
+            stages.append(StageConfig(**{name: getattr(config, name) for name in StageConfig.model_fields}))
+        except (ConfigError, ValueError) as error:
+            for line in error.findings if isinstance(error, ConfigError) else [str(error)]:
+                draft.findings.append(_finding(draft, "stages", f"[{number}] {line}"))
+    draft.tree["stages"] = tuple(stages)
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[str, str]:

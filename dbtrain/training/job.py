@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from dbtrain.models.sampling import Chain, draw_samples, make_enlarger, make_pip
 from dbtrain.randomness import stream_key
 from dbtrain.results.card import publish_card
 from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
+from dbtrain.results.finished import chained
 from dbtrain.results.identity import Identity
-from dbtrain.results.record import LAST_SHEET, write_record
+from dbtrain.results.record import LAST_SHEET, finished_record, write_record
 from dbtrain.results.replacing import NEXT, take_place
 from dbtrain.results.sheets import publish_sheet
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.recipes import render
+from dbtrain.settings.stages import stage_names
 from dbtrain.subjects.prompts import fill
 from dbtrain.training.bank import Bank, ClassImages, captions_of, complete_priors, fill_bank
 from dbtrain.training.cadence import due
@@ -46,6 +48,8 @@ from dbtrain.values import Batch, Role, Sample, StepLoss, Subject
 
 Finished = Callable[[Subject, dict[str, Any] | DbtrainError], None]
 """Called with a subject that has ended, and its record or the error that ended it."""
+OF_STAGE = ("family", "base", "base_digest", "method", "steps", "loss", "run", "level")
+"""What the record of the first stage says of each that enlarges."""
 REMEDY = "Lower train.lr, set train.clip_norm, or train in fp32"
 
 
@@ -214,17 +218,22 @@ class Job:
             fill(prompt, identifier=identifier, class_noun=self.subject.class_noun) for prompt in settings.prompts
         ]
         resolution, precision = self.config.data.resolution, self.config.train.precision
-        with sampling_mode(base.models):
-            rows = draw_samples(self.pipeline(), prompts, settings, resolution, precision)
+        with sampling_mode(base.models), self.pipeline() as pipeline:
+            rows = draw_samples(pipeline, prompts, settings, resolution, precision)
         folder = self.results if name == LAST_SHEET else self.folder
         return publish_sheet(folder, rows, prompts, name) if base.world.first else None
 
-    def pipeline(self) -> Any:
-        """What draws the subject's samples. A base that enlarges is given the subject's photos, reduced."""
-        base, bank = self.base, self.bank
+    @contextmanager
+    def pipeline(self) -> Iterator[Any]:
+        """What draws the subject's samples, with the subject's stages that enlarge after it. A base that enlarges is
+        given the subject's photos, reduced."""
+        base = self.base
         if base.family.guide is None:
-            return make_pipeline(base.family, base.models)
-        return Chain(bank.small_photos(), (make_enlarger(base.family, base.models, self.config),))
+            first: Any = make_pipeline(base.family, base.models)
+        else:
+            first = Chain(self.bank.small_photos(), (make_enlarger(base.family, base.models, self.config),))
+        with chained(first, self.folder, base.models, base.settings) as pipeline:
+            yield pipeline
 
     def publish(self, state: EngineState, values: dict[str, float], capture: Capture) -> dict[str, Any]:
         """The record, after the artefacts were written and the base was made what it was before the subject."""
@@ -247,8 +256,12 @@ class Job:
         """Write the subject's artefacts, then its card, then the record that says it is finished."""
         self.results.mkdir(exist_ok=True)
         artefacts = publish_weights(self.results, self.base.family, self.base.models, self.config, record, state)
+        stages = {name: finished_record(self.folder / name) for name in stage_names(self.config)}
+        if stages:
+            record["stages"] = [{"folder": name, **{key: of[key] for key in OF_STAGE}} for name, of in stages.items()]
         publish_card(self.results, record, self.config, render(self.config))
-        write_record(self.results, record, [*artefacts, *([sheet] if sheet else [])])
+        beside = {f"{name}/{file}": digest for name, of in stages.items() for file, digest in of["files"].items()}
+        write_record(self.results, record, [*artefacts, *([sheet] if sheet else [])], self.folder, beside)
         take_place(self.folder)
 
     def record(self, values: dict[str, float], capture: Capture) -> dict[str, Any]:
@@ -280,6 +293,7 @@ class Job:
             "capture": capture._asdict(),
             "attention": base.models.attention.row() if base.models.attention else None,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **({"level": config.super.level} if base.family.guide else {}),
         }
 
 

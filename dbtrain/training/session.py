@@ -15,6 +15,7 @@ from dbtrain.engines.capture import choose_capture, release
 from dbtrain.engines.deterministic import choose_algorithms
 from dbtrain.engines.engine import keeps_whole, plan_batches
 from dbtrain.engines.world import World, from_first, start_world, together
+from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
 from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
@@ -23,6 +24,7 @@ from dbtrain.models.load import load_models
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key
 from dbtrain.settings.config import RunConfig
+from dbtrain.settings.stages import upscalers
 from dbtrain.subjects.finding import Finding
 from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
 from dbtrain.subjects.sharding import shard_subjects
@@ -66,17 +68,31 @@ class Base:
     models: Models
     settings: RunConfig
     class_priors: PriorCache
+    upscalers: tuple[Base, ...] = ()
+    """The bases of the stages that enlarge."""
 
     @classmethod
     def load(cls, settings: RunConfig, world: World) -> Base:
-        """The base model of some settings, on this rank's device."""
+        """The base model of some settings, and those of its further stages, on this rank's device."""
         classes = CLASSES if settings.engine.kind == "packed" else 1
         family = FAMILIES[settings.model.family]
-        return cls(world, family, _load_models(settings, world), settings, PriorCache(classes))
+        refuse_impossible(family, settings)
+        refuse_stages(settings)
+        stages = tuple(cls.load(stage, world) for stage in upscalers(settings))
+        models = _load_models(settings, world)
+        models.upscalers = tuple(stage.models for stage in stages)
+        return cls(world, family, models, settings, PriorCache(classes), stages)
 
     def reload(self) -> None:
-        """Reload the models, replacing the trained ones."""
-        vars(self.models).update(vars(_load_models(self.settings, self.world)))
+        """Reload the models, replacing the trained ones; those of further stages stay."""
+        fresh = _load_models(self.settings, self.world)
+        fresh.upscalers = self.models.upscalers
+        vars(self.models).update(vars(fresh))
+
+    def with_pack(self, size: int) -> Base:
+        """The same bases, for packs of another size."""
+        settings = self.settings.replaced("engine.packed.size", size)
+        return replace(self, settings=settings, upscalers=tuple(stage.with_pack(size) for stage in self.upscalers))
 
     def restore(self) -> None:
         """Make the models what they were before a subject trained on them."""
@@ -86,6 +102,17 @@ class Base:
         for module in self.models.components(self.family.denoiser).values():
             detach(module)
             release(module)
+
+
+def refuse_stages(settings: RunConfig) -> None:
+    """Raise ConfigError for a stage that cannot follow another, or cannot be what its settings say."""
+    for stage in upscalers(settings):
+        refuse_impossible(FAMILIES[stage.model.family], stage)
+        if FAMILIES[stage.model.family].guide is None:
+            raise ConfigError(
+                f"stages: {stage.model.family} draws from text alone and enlarges nothing; give one of "
+                + ", ".join(name for name in FAMILIES if FAMILIES[name].guide)
+            )
 
 
 def _load_models(settings: RunConfig, world: World) -> Models:
@@ -112,7 +139,8 @@ class Work:
     """The subjects to train, what is known of them, and where their files are.
 
     index: the samples of these subjects, and perhaps of others. shards: a folder, or the address of a store.
-    priors: the folder of the class images, the run's own or one that runs share.
+    priors: the folder of the class images, the run's own or one that runs share. stage: the folder of a further stage
+    under a subject's; empty for the first.
     """
 
     subjects: Sequence[Subject]
@@ -121,6 +149,7 @@ class Work:
     out: Path
     shards: Path | str
     priors: Path
+    stage: str = ""
 
     @classmethod
     def under(
@@ -136,7 +165,7 @@ class Work:
 
     def folder(self, subject: Subject) -> Path:
         """The folder of a subject's results."""
-        return self.out / "subjects" / subject.id
+        return self.out / "subjects" / subject.id / self.stage
 
 
 def prior_folder(settings: RunConfig, out: Path) -> Path:
@@ -219,7 +248,7 @@ def open_work(
 
 def make_class_priors(classes: Iterable[str], settings: RunConfig, store: Path) -> dict[str, int]:
     """Number of images drawn for each class noun, so that the store holds `prior.images` of it."""
-    base = Base.load(settings, start_world())
+    base = Base.load(settings.replaced("stages", ()), start_world())
     prior, drawn = settings.prior, {}
     for noun in sorted(set(classes)):
         key = prior_key(settings, base.models, noun)
