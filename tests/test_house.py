@@ -65,14 +65,14 @@ CORE = """
 """
 WHEEL = "dbtrain/*.py dbtrain/*/*.py kernels/dbtrain_kernels/*.py launchers/dbtrain_launchers/*.py"
 BUDGETS = {
-    "core": (3_200, CORE),
+    "core": (3_400, CORE),
     "verbs": (2_000, "dbtrain/verbs/*.py"),
     "report": (1_600, "dbtrain/report/*.py"),
     "fleet": (3_450, "dbtrain/fleet/*.py"),
     "evaluate": (1_500, "dbtrain/evaluate/*.py"),
     "subjects and data": (3_900, "dbtrain/subjects/*.py dbtrain/data/*.py"),
     "kernels": (1_400, "kernels/dbtrain_kernels/*.py"),
-    "wheel": (25_800, WHEEL),
+    "wheel": (26_300, WHEEL),
 }
 """Most lines of each room, and its files. Raise a budget only in a commit that says why."""
 MAX_FAMILY_LINES = 150

@@ -244,8 +244,7 @@ def _guide_rules(family: Family, config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             prior.weight > 0 and prior.sampler != "imported",
-            f"prior.weight: {family.name} enlarges and draws no class images; set it to 0, as the paper does, or "
-            "set prior.sampler=imported",
+            f"prior.weight: {family.name} enlarges and draws no class images; set it to 0, or prior.sampler=imported",
         ),
     ]
 

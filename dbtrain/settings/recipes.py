@@ -6,10 +6,9 @@ allowed, what to do. YAML is read as version 1.2 (`1e-4` is a number, `on` is te
 
 import difflib
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from pydantic import ValidationError
 
 from dbtrain.errors import ConfigError
 from dbtrain.settings import yaml12
-from dbtrain.settings.config import RunConfig, StageConfig
+from dbtrain.settings.config import RunConfig
 from dbtrain.settings.rules import cross_field_findings
-from dbtrain.settings.stages import stage_names, upscalers
+from dbtrain.settings.stages import read_stages, stage_names, upscalers
 
 MAX_BYTES = 65_536
 """Largest settings file; the largest recipe is 2 KB, and PyYAML needs a second for this much."""
@@ -271,30 +270,19 @@ def _validate(draft: _Draft) -> RunConfig:
 def _put_stages(draft: _Draft) -> None:
     """Put checked settings in the place of each stage, which is a recipe's name with overrides, or settings."""
     given = draft.tree.get("stages")
-    if not isinstance(given, tuple):
-        return
-    stages: list[StageConfig] = []
-    for number, item in enumerate(given):
-        place = f"stages[{number}]"
-        try:
-            if isinstance(item, str):
-                recipe, *overrides = shlex.split(item) or [""]
-                config = load(recipe, overrides)
-            elif not isinstance(item, dict):
-                raise ConfigError(f"got {_show(item)}, want a recipe's name, or settings")
-            else:
-                inner = _Draft(f"{place} of {draft.where('stages')}", item)
-                starts = f"{place}."
-                inner.origins = {k.removeprefix(starts): v for k, v in draft.origins.items() if k.startswith(starts)}
-                config = _validate(inner)
-                draft.findings += inner.findings
-            if config.stages:
-                raise ConfigError("has stages of its own; name them here one after another")
-            stages.append(StageConfig(**{name: getattr(config, name) for name in StageConfig.model_fields}))
-        except (ConfigError, ValueError) as error:
-            for line in error.findings if isinstance(error, ConfigError) else [str(error)]:
-                draft.findings.append(_finding(draft, "stages", f"[{number}] {line}"))
-    draft.tree["stages"] = tuple(stages)
+    if isinstance(given, tuple):
+        draft.tree["stages"], problems = read_stages(given, load, partial(_inner, draft))
+        draft.findings += [_finding(draft, "stages", problem) for problem in problems]
+
+
+def _inner(draft: _Draft, place: str, tree: dict[str, Any]) -> RunConfig:
+    """The config of a stage that is given as settings; `place` is its name in the draft."""
+    inner = _Draft(f"{place} of {draft.where('stages')}", tree)
+    inner.origins = {key.removeprefix(f"{place}."): where for key, where in draft.origins.items()
+                     if key.startswith(f"{place}.")}  # fmt: skip
+    config = _validate(inner)
+    draft.findings += inner.findings
+    return config
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[str, str]:

@@ -4,7 +4,12 @@
 subject's.
 """
 
-from dbtrain.settings.config import RunConfig
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dbtrain.errors import ConfigError, shown
+from dbtrain.settings.config import RunConfig, StageConfig
 
 OF_ALL = ("seed", "identifier", "engine", "checkpoint", "publish", "track")
 """Groups of settings that all stages share."""
@@ -29,6 +34,34 @@ def upscalers(config: RunConfig) -> list[RunConfig]:
 def stage_names(config: RunConfig) -> list[str]:
     """Folders of the stages that enlarge, under a subject's: `upscaler`, `upscaler-2` and so on."""
     return ["upscaler" if number == 0 else f"upscaler-{number + 1}" for number in range(len(config.stages))]
+
+
+def read_stages(
+    given: Sequence[Any],
+    load: Callable[[str, Sequence[str]], RunConfig],
+    check: Callable[[str, dict[str, Any]], RunConfig],
+) -> tuple[tuple[StageConfig, ...], list[str]]:
+    """(the settings of stages as a file or a command line gives them, what is wrong with them).
+
+    load(recipe, overrides) and check(place, tree) make settings of a stage in words, and of one in settings.
+    """
+    stages, problems = [], []
+    for number, item in enumerate(given):
+        try:
+            if isinstance(item, str):
+                recipe, *overrides = shlex.split(item) or [""]
+                config = load(recipe, overrides)
+            elif isinstance(item, dict):
+                config = check(f"stages[{number}]", item)
+            else:
+                raise ConfigError(f"got {shown(item)}, want a recipe's name, or settings")
+            if config.stages:
+                raise ConfigError("has stages of its own; name them here one after another")
+            stages.append(StageConfig(**{name: getattr(config, name) for name in StageConfig.model_fields}))
+        except (ConfigError, ValueError) as error:
+            lines = error.findings if isinstance(error, ConfigError) else [str(error)]
+            problems += [f"[{number}] {line}" for line in lines]
+    return tuple(stages), problems
 
 
 def largest_side(config: RunConfig) -> int:

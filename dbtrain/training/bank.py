@@ -134,7 +134,8 @@ class Bank:
         if self.data.caption_dropout and role == Role.INSTANCE:
             dropped_B = uniforms(self.key, Purpose.CAPTION, step, slot_B) < self.data.caption_dropout
             caption_B = torch.where(dropped_B, self.texts.index(""), caption_B)
-        return Batch(images, caption_B, torch.full_like(slot_B, int(role)), slot_B, sizes, mask_B1HW=masks, low_BCHW=lows)
+        role_B = torch.full_like(slot_B, int(role))
+        return Batch(images, caption_B, role_B, slot_B, sizes, mask_B1HW=masks, low_BCHW=lows)
 
     @property
     def masked(self) -> bool:

@@ -40,6 +40,8 @@ def test_the_settings_without_a_result_are_these():
     at_default = {"model": ("dtype",), "objective": ("shift",), "data": ("mask_floor", "srgb", "caption_dropout")}
     other = ["model.dtype=bf16", "objective.shift=3", "data.mask_floor=0", "data.srgb=false"]
     told = loads("", "x", [*other, "data.caption_dropout=0.1"])
+    later = {"super": True, "stages": True}
+    sections |= later
     assert without_result(told) == {**sections, **{name: dict.fromkeys(own, True) for name, own in keys.items()}}
     both = {name: (*keys.get(name, ()), *at_default.get(name, ())) for name in {**keys, **at_default}}
     plain = {**sections, **{name: dict.fromkeys(own, True) for name, own in both.items()}}
