@@ -151,6 +151,18 @@ def paper_shape(result: Result) -> Figures:
     ]
 
 
+def masks_and_captions(result: Result) -> Figures:
+    """Every score of the arms' differences, and of the arms themselves."""
+    names = {"scene": "scene drawn as asked", "leak": "a scene of the photos instead",
+             "identity": "identity in scenes", "plain": "identity, plain prompt"}  # fmt: skip
+    rows = sorted(result["rows"], key=lambda row: "minus" not in row["row"])
+    return [
+        (f"{row['row']}: {what}", "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[key]))
+        for row in rows
+        for key, what in names.items()
+    ]
+
+
 def times(ratio: float) -> str:
     """How many times less ours takes than theirs, or more."""
     return f"{ratio:.2f} times less" if ratio >= 1 else f"{1 / ratio:.2f} times more"
@@ -197,6 +209,17 @@ def tiny_quality(result: Result) -> Figures:
     ]
 
 
+
+
+def packed_drawing(result: Result) -> Figures:
+    figures = []
+    for row in result["rows"]:
+        alone, joint = (1000 * row[f"{way} (s)"] for way in ("one by one", "together"))
+        what = f"{row['subjects']} subjects of {row['pictures a subject']} pictures: one by one / together"
+        figures.append((what, f"{alone:.0f} / {joint:.0f} ms of a processor a picture, {row['ratio']:.2f} times"))
+    return figures
+
+
 INTRODUCTION = """\
 # Results
 
@@ -215,6 +238,11 @@ SIXTY_STEPS = f"{PAPER_SHAPE} 4 --name paper-shape-60-steps --seeds 0 1 2 --over
 MEASUREMENTS = {
     "pack": Measurement("A pack's step beside solo training", pack),
     "pack-line": Measurement("What a run of packs costs, by subjects and classes", pack),
+    "packed-drawing": Measurement(
+        "Pictures of many subjects, drawn one by one and together",
+        packed_drawing,
+        "python benchmarks/packed_drawing.py --steps 4",
+    ),
     "pack-peers-one-class-short": Measurement(PEERS_TITLE.format("one class, 60 steps"), pack_peers),
     "pack-peers-one-class": Measurement(PEERS_TITLE.format("one class, 250 steps"), pack_peers),
     "pack-peers-short": Measurement(PEERS_TITLE.format("two classes, 60 steps"), pack_peers),
@@ -233,6 +261,7 @@ MEASUREMENTS = {
     "tiny-quality": Measurement("The embedded base", tiny_quality, "python benchmarks/tiny_quality.py"),
     "paper-shape": Measurement("The shape of the paper's tables on the embedded base", paper_shape, f"{PAPER_SHAPE} 8"),
     "paper-shape-60-steps": Measurement("The same with 60 steps and three seeds", paper_shape, SIXTY_STEPS),
+    "masks-and-captions": Measurement("Masks, and captions of each photo, on the embedded base", masks_and_captions),
 }
 """How each result is shown, by the part of its file's name before the device, in the page's order."""
 

@@ -5,12 +5,14 @@ x_t = (1 - sigma) x0 + sigma eps and the target eps - x0 (arXiv 2403.03206, eq. 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dbtrain.errors import ConfigError
+from dbtrain.models.family import KohyaLayer, Models, Tokens
 from dbtrain.objective.noise import Schedule, flow_schedule
 from dbtrain.settings.config import ModelConfig
 
@@ -62,6 +64,23 @@ def kl_moments(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:
     return fold(posterior.mean, posterior.logvar, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
 
 
+def kl_means(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:
+    """The same without a draw: a log-variance of minus infinity draws exactly the mean, as diffusers' script has it."""
+    mean, logvar = kl_moments(vae, pixels_BCHW).chunk(2, 1)
+    return torch.cat([mean, torch.full_like(logvar, -math.inf)], 1)
+
+
+def channel_moments(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:
+    """Moments of an autoencoder of films (one frame here), in the denoiser's scale by a mean and a deviation for each
+    channel."""
+    posterior = vae.encode(pixels_BCHW[:, :, None].to(next(vae.parameters()).dtype)).latent_dist
+    mean, logvar = posterior.mean.squeeze(2), posterior.logvar.squeeze(2)
+    m, s = (
+        torch.tensor(values).view(-1, 1, 1).to(mean) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return fold(mean, logvar, 1 / s, m)
+
+
 def unscaled(vae: nn.Module) -> tuple[float, float]:
     """(scale, shift) of moments that are in the denoiser's scale already."""
     return 1.0, 0.0
@@ -89,6 +108,28 @@ def grid_ids(height: int, width: int, like: Tensor) -> Tensor:
     return ids.view(-1, 3)
 
 
-def padded(tokenizer: Any, captions: list[str], length: int) -> Any:
+def padded(tokenizer: Any, captions: list[str], length: int, **options: Any) -> Any:
     """A tokenizer's ids and mask of captions, padded and cut to a length."""
-    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt", **options)
+
+
+def chat_tokens(models: Models, captions: Sequence[str], length: int, thinking: bool) -> Tokens:
+    """Ids and mask of each caption as the user's turn of a chat."""
+    (tokenizer,) = models.tokenizers.values()
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        for caption in captions
+    ]
+    found = padded(tokenizer, texts, length)
+    return found.input_ids, found.attention_mask
+
+
+def nothing(models: Models, guidance: float) -> None:
+    """None: the guidance is a number that the denoiser is told, and leads away from no text."""
+
+
+def underscored(component: str, path: str) -> KohyaLayer:
+    """kohya's name of a layer: diffusers' path with underscores, behind `lora_unet`."""
+    return KohyaLayer(f"lora_unet_{path}".replace(".", "_"))

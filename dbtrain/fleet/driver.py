@@ -23,6 +23,7 @@ from dbtrain.fleet.books import Books, Flight
 from dbtrain.fleet.causes import End
 from dbtrain.fleet.cluster import has_gpus, room
 from dbtrain.fleet.crew import Crew, Lost, Shape
+from dbtrain.fleet.forgetting import end_forgetting, told
 from dbtrain.fleet.gauges import Gauges
 from dbtrain.fleet.inbox import take_requests
 from dbtrain.fleet.lease import find_ledger
@@ -35,7 +36,9 @@ from dbtrain.fleet.status import Screen, summarize
 from dbtrain.machine import take_signals
 from dbtrain.priors.store import BLOCK
 from dbtrain.results.checkpoint import newest_step
+from dbtrain.results.uploading import Uploads
 from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.forgotten import read_pending
 
 TICK_S = 1.0
 GROW_S = 5.0
@@ -57,6 +60,7 @@ class Driver:
         self.ledger, self.index, self.config, self.out, self.options = ledger, index, config, out.resolve(), options
         self.token = mark(self.out)
         self.screen, self.gauges = Screen(out, options.quiet), Gauges()
+        self.uploads = Uploads(config.publish.to, (lambda line: None) if options.quiet else self.screen.say)
         self.pack = rows_of_packs(config, options, ledger)
         """Rows of a pack; None until a trainer has measured it."""
         self.books = Books(ledger, limits_of(config, options, self.pack or 1), options.asked, self.screen)
@@ -100,7 +104,8 @@ class Driver:
         if self.stopping:
             left, steps = self.ledger.counts()["waiting"], reached(self.interrupted)
             raise StopRequested(
-                f"stopped on request ({self.stopping}), {left} subjects wait{steps}; the same command goes on"
+                f"stopped on request ({self.stopping}), {left} subjects wait{steps}{self.uploads.left}; the "
+                "same command goes on"
             )
 
     def ask_stop(self, number: int, _: object = None) -> None:
@@ -154,6 +159,8 @@ class Driver:
         for crew in [crew for crew in self.crews.values() if crew.overdue()]:
             self.lose(crew, f"did not answer for {self.options.hang_s:g} s")
         self.books.obey(take_requests(self.ledger, find_ledger(self.out)))
+        if read_pending(self.out):
+            self.forget()
         with self.ledger.commit():
             self.ledger.beat("running")
             for crew in self.crews.values():
@@ -161,6 +168,22 @@ class Driver:
             summary = summarize(self.ledger)
         self.screen.show(summary)
         self.gauges.show(summary)
+
+    def forget(self) -> None:
+        """Forget the subjects that are asked for. Trainers checkpoint and end before, because their orders name places
+        in shards that are written anew; then new workers go on from the ledger."""
+        self.screen.say("forgetting subjects on request; workers checkpoint, and go on afterwards")
+        self.wind_down()
+        self.interrupted.clear()
+        for crew in list(self.crews.values()):
+            self.drop(crew, End("stopped", "subjects are being forgotten"))
+        done, priors = end_forgetting(self.out, self.ledger), self.books.view.priors
+        self.screen.say("\n".join(told(self.out, done)))
+        if self.config.data.shards is None:
+            self.index = Index.load(self.out / "shards")
+        self.books = Books(self.ledger, self.books.limits, self.options.asked, self.screen)
+        self.books.view.priors = priors
+        self.grow()
 
     def assign(self) -> None:
         """Give every idle crew a unit, if there is one, after the ledger holds it; none before packs have a size."""
@@ -212,6 +235,7 @@ class Driver:
             case Finished(number, position, result):
                 self.refused.clear()
                 self.books.finish(self.flights[number], position, result)
+                self.uploads.add([self.out / "subjects" / self.ledger.row(position)["id"]])
             case Failed(number, position, end, seconds):
                 self.books.retire(self.flights[number], position, self.sift(end, [position]), seconds)
             case FollowedUp(number, position, name, outcome):

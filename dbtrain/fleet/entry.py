@@ -25,6 +25,7 @@ from dbtrain.settings.config import RunConfig
 from dbtrain.settings.marks import deciding
 from dbtrain.storage.atomic import file_digest
 from dbtrain.subjects.finding import refuse
+from dbtrain.subjects.forgotten import not_forgotten
 from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
 from dbtrain.subjects.sharding import shard_subjects
@@ -53,10 +54,11 @@ def enter_run(
     config_digest, manifest_digest = settings_digest(config), file_digest(manifest)
     run, folder = ledger.run(), out / "shards"
     how = Relation.SAME if run is None else settings_relation(run, config, config_digest, out)
-    subjects, findings = scan_manifest(manifest, config.data.shards is None)
+    scanned = scan_manifest(manifest, config.data.shards is None)
+    subjects, findings = not_forgotten(*scanned, out)
     if run is not None and how is Relation.SAME and run["manifest_digest"] == manifest_digest:
         # Photos that are in the shards may have been removed since.
-        same = bool(findings) or run["photos_digest"] in (None, photos_digest(subjects))
+        same = bool(scanned[1]) or run["photos_digest"] in (None, photos_digest(subjects))
         if same and (folder / INDEX_NAME).exists():
             return Index.load(folder)
     if not skip_bad:

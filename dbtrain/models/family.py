@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dbtrain.errors import ConfigError
 from dbtrain.models.architectures import Architecture
 from dbtrain.models.attention import Attention, engage_attention
+from dbtrain.models.texts import Texts
 from dbtrain.objective.noise import Schedule
 from dbtrain.settings.config import ModelConfig, RunConfig
 from dbtrain.values import Batch, Conditioning
@@ -46,6 +47,10 @@ class Models:
     """What computes the denoiser's attention; None until that is chosen."""
     told: dict[str, Any] = field(default_factory=dict)
     """What the base's `model_index.json` says to its pipeline, of the names in `Family.told`."""
+    texts: Texts | None = None
+    """What encodes texts where the text encoders are not kept; `text_encoders` is then empty."""
+    pending: Callable[[], dict[str, nn.Module]] | None = None
+    """What loads the denoiser and the autoencoder, where these are still to come; they are empty modules then."""
     guide_scheduler: Any = None
     """The diffusers scheduler in `Family.guide`; None where the denoiser takes no guide."""
     levels: Schedule | None = None
@@ -56,6 +61,12 @@ class Models:
     def components(self, denoiser: str) -> dict[str, nn.Module]:
         """The trainable components by their names on disk; denoiser: the name of that component."""
         return {denoiser: self.denoiser, **self.text_encoders}
+
+    @property
+    def identifying(self) -> Any:
+        """The tokenizer in which identifiers are rare: the last one, whose encoder makes most of the token states. The
+        encoders before it are CLIP's, which feed SD3 and FLUX.1 little more than a pooled text."""
+        return next(reversed(self.tokenizers.values()))
 
     def to(self, device: torch.device) -> Models:
         """The same models, moved."""
@@ -131,9 +142,25 @@ def unshifted(scheduler: Any, tokens: int) -> float:
     return 1.0
 
 
+def from_nothing(models: Models, guidance: float) -> str | None:
+    """The empty text, where there is a guidance (above 1) to lead away from it."""
+    return "" if guidance > 1 else None
+
+
+def prompt_embeds(told: Conditioning) -> dict[str, Any]:
+    """Encoded prompts as most pipelines take them."""
+    pooled = {} if told.pooled_BD is None else {"pooled_prompt_embeds": told.pooled_BD}
+    return {"prompt_embeds": told.states_BTD, **pooled}
+
+
 def by_guidance(models: Models, guidance: float) -> dict[str, Any]:
     """The arguments of a pipeline that takes classifier-free guidance and nothing else of its own."""
     return {"guidance_scale": guidance}
+
+
+def recompute(denoiser: nn.Module, checkpoint: Callable[..., Any]) -> None:
+    """Let a denoiser compute its blocks again in backward, in the places that diffusers chose."""
+    denoiser.enable_gradient_checkpointing(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -151,12 +178,18 @@ class Family:
     model's own.
     shift(scheduler, image tokens) -> the factor by which noise levels are moved in training.
     call(models, guidance) -> arguments of the pipeline's call beside prompts, sizes and steps.
+    embeds(conditioning) -> arguments of the pipeline's call in place of prompts; those of what guidance leads away from
+    have `negative_` before their names. avoided(models, guidance) -> the text that guidance leads away from where no
+    negative prompt is given; None where the pipeline needs none.
+    recompute(denoiser, checkpoint): lets the denoiser's blocks be computed again in backward, by a function such as
+    `torch.utils.checkpoint.checkpoint`.
     attend(denoiser, choice, device, precision) -> what now computes its attention, as `engage_attention`.
 
     kohya(component, path) -> a layer in kohya's files; None for a family whose adapters no reader takes by such names.
     regions: class names of the blocks that repeat in the denoiser, which are compiled one by one. shapes: published
     sizes, to count and to time without weights. trains_text: whether diffusers loads adapters of all its text encoders.
-    negative: whether the pipeline takes a negative prompt. guide: of a denoiser that enlarges; None of all others.
+    negative: whether the pipeline takes a negative prompt. unstackable: layers that no pack can adapt, as in
+    `lora.targets`, and why. guide: of a denoiser that enlarges; None of all others.
     base_version: kohya's name of the base (`ss_base_model_version`), by which A1111 and Forge choose what to offer.
     """
 
@@ -178,9 +211,13 @@ class Family:
     told: tuple[str, ...] = ()
     shift: Callable[[Any, int], float] = unshifted
     call: Callable[[Models, float], dict[str, Any]] = by_guidance
+    embeds: Callable[[Conditioning], dict[str, Any]] = prompt_embeds
+    avoided: Callable[[Models, float], str | None] = from_nothing
+    recompute: Callable[[nn.Module, Callable[..., Any]], None] = recompute
     attend: Callable[[nn.Module, str, str, str], Attention] = engage_attention
     trains_text: bool = True
     negative: bool = True
+    unstackable: Mapping[str, str] = field(default_factory=dict)
     guide: Guide | None = None
     base_version: str = "unknown"
 
@@ -266,6 +303,14 @@ def noise_shift(family: Family, models: Models, config: RunConfig) -> float:
             "or set objective.shift=1"
         )
     return shift
+
+
+def encode_texts(
+    family: Family, models: Models, text_encoders: dict[str, nn.Module], texts: Sequence[str], device: str
+) -> Conditioning:
+    """The conditioning of texts that are encoded together, on a device."""
+    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
+    return family.encode_tokens(text_encoders, tokens)
 
 
 def encode_images(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ for the device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from dbtrain.data.index import Index
-from dbtrain.engines.capture import WARM_STEPS, choose_capture, make_runner
+from dbtrain.engines.capture import choose_capture, make_runner, steps_to_warm
 from dbtrain.engines.engine import lr_scale
 from dbtrain.engines.packed import PackedEngine, RowSettings
 from dbtrain.models.adapters import layers
@@ -114,7 +114,7 @@ class Pack:
         self.key_N2[row] = torch.tensor(stream_key(config.seed, start.subject))
         self.prior_N[row] = config.prior.weight
         assert len(tensors_of(start.captions)[0]) <= self.room, "its captions would run into the next row's"
-        for table, own in zip(tensors_of(self.captions), tensors_of(start.captions)):
+        for table, own in zip(tensors_of(self.captions), tensors_of(start.captions), strict=True):
             table[row * self.room : row * self.room + len(own)] = own
         self.sums_NV[row], self.average_N[row] = 0, start.checkpoint.average
 
@@ -151,7 +151,7 @@ class Pack:
     @property
     def warm_steps(self) -> int:
         """Steps to make before a step can be timed: those that compile or record, and choose kernels."""
-        return {"graph": WARM_STEPS + 1, "compile": 2}.get(self.runner.choice.mode, 1)
+        return steps_to_warm(self.runner.choice.mode)
 
     def step(self, batch: Batch) -> None:
         """`advance`, run as `engine.capture` says."""
@@ -220,11 +220,14 @@ def _observed(row: list[float]) -> Observed:
 def tensors_of(captions: Conditioning | Tokens) -> list[Tensor]:
     """The tensors of captions, in a fixed order."""
     if isinstance(captions, Conditioning):
-        return [captions.states_BTD, *([] if captions.pooled_BD is None else [captions.pooled_BD])]
+        return [value for one in fields(captions) if (value := getattr(captions, one.name)) is not None]
     return list(captions)
 
 
 def _blank(captions: Conditioning | Tokens, rows: int) -> Conditioning | Tokens:
-    """Room for so many captions like these."""
-    blank = [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in tensors_of(captions)]
-    return Conditioning(*blank) if isinstance(captions, Conditioning) else tuple(blank)
+    """Room for so many captions like these. Masks begin as True: attention over nothing but padding is NaN."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        return tensor.new_full((rows, *tensor.shape[1:]), tensor.dtype == torch.bool)
+
+    return captions.map(empty) if isinstance(captions, Conditioning) else tuple(map(empty, captions))

@@ -26,7 +26,7 @@ COLUMNS = ("id", "class", "state", "attempts", "seconds", "device_s", "rate", "l
 """Columns of the table, in order. A column without any value is left out."""
 DATA = (*COLUMNS, "reason", "photo", "sample")
 """The values of a row that the page's script gets, in this order."""
-OVER = ("finished", "quarantined", "cancelled", "skipped")
+OVER = ("finished", "quarantined", "cancelled", "skipped", "forgotten")
 """States that do not change any more."""
 
 

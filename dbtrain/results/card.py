@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ TESTED_FAMILIES = ("sd", "sdxl")
 """Families whose results it loads."""
 FIXED = "variance_type='fixed_small'"
 CARD = "README.md"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG_FILE = "config.yaml"
 
 
@@ -28,9 +30,11 @@ def publish_card(folder: Path, record: dict[str, Any], config: RunConfig, recipe
     """Write README.md, a model card with usage, recipe and provenance, and config.yaml. Hubs index its front matter."""
     write_file(folder / CONFIG_FILE, recipe_yaml.encode())
     lora = config.train.method == "lora"
+    # Hubs refuse a card whose base is no model of theirs.
+    base = {"base_model": record["base"]} if HUB_ID.fullmatch(record["base"]) else {}
     front = yaml.safe_dump(
         {
-            "base_model": record["base"],
+            **base,
             "library_name": "diffusers",
             "instance_prompt": record["caption"],
             "tags": ["text-to-image", "dreambooth", "dbtrain", *(["lora"] if lora else [])],

@@ -15,7 +15,7 @@ from PIL import Image
 from dbtrain.data.images import open_photo, square
 from dbtrain.errors import ConfigError, DataError
 from dbtrain.families import FAMILIES
-from dbtrain.models.adapters import adapter
+from dbtrain.models.adapters import adapter, put_on
 from dbtrain.models.family import Family, Models, low_side
 from dbtrain.models.load import load_models
 from dbtrain.models.sampling import Chain, draw_samples, make_enlarger, make_pipeline, sampling_mode
@@ -60,7 +60,7 @@ def finished_pipeline(
             )
         if family.guide is not None:
             first = Chain(first, (make_enlarger(family, own, config),))
-        with chained(first, folder, models, config) as pipeline:
+        with chained(first, [folder], models, config) as pipeline:
             yield pipeline
 
 
@@ -72,7 +72,7 @@ def finished_models(
     with sampling_mode(models):
         if folder is None:
             yield models
-        elif (folder / LORA_FILE).exists():
+        elif has_adapter(folder):
             with adapter(family, models, read_lora(folder)[0].folded(weight)):
                 yield models
         elif weight != 1:
@@ -83,10 +83,13 @@ def finished_models(
 
 
 @contextmanager
-def chained(first: Any, folder: Path | None, models: Models, config: RunConfig) -> Iterator[Any]:
+def chained(
+    first: Any, folders: Sequence[Path | None], models: Models, config: RunConfig, rows: Sequence[int] | None = None
+) -> Iterator[Any]:
     """A pipeline, followed by a subject's stages that enlarge, if its settings have any; None takes their plain bases.
 
-    models: those of the first stage, which hold the others'.
+    models: those of the first stage, which hold the others'. rows: those of several subjects in the stack of adapters
+    on the first stage; the adapters of each further stage are then put on it as a stack, too.
     """
     if not config.stages:
         yield first
@@ -94,9 +97,15 @@ def chained(first: Any, folder: Path | None, models: Models, config: RunConfig) 
     with ExitStack() as ends:
         then = []
         for name, settings, base in zip(stage_names(config), upscalers(config), models.upscalers):
-            family, place = FAMILIES[settings.model.family], folder / name if folder else None
-            own = ends.enter_context(finished_models(place, family, base, settings))
-            then.append(make_enlarger(family, own, settings))
+            family, places = FAMILIES[settings.model.family], [folder and folder / name for folder in folders]
+            if rows is None:
+                own, place_of = ends.enter_context(finished_models(places[0], family, base, settings)), None
+            else:
+                ends.enter_context(sampling_mode(base))
+                given = [read_lora(place)[0].folded() for place in places if place]
+                ends.enter_context(adapter(family, base, *given))
+                own, place_of = base, {row: place for place, row in enumerate(rows)}
+            then.append(make_enlarger(family, own, settings)._replace(row_of=place_of))
         yield Chain(first, tuple(then))
 
 
@@ -107,6 +116,38 @@ def load_all(config: RunConfig) -> Models:
         load_models(FAMILIES[stage.model.family], stage.model) for stage in upscalers(config)
     )
     return models.to(own_device())
+
+
+def own_pipeline(folder: Path, weight: float = 1.0) -> Any:
+    """A finished subject's pipeline with models of its own, on this machine's device; weight as in `finished_pipeline`.
+
+    Raises DataError for a folder that holds no finished subject.
+    """
+    finished_record(folder)
+    config = finished_config(folder, ())
+    family, whole = FAMILIES[config.model.family], not has_adapter(folder)
+    if whole and weight != 1:
+        raise ConfigError(f"weight: {folder} is a whole model and has no adapter to weigh; leave it out")
+    own = config.model.model_copy(update={"path": str(folder / MODEL_FOLDER)}) if whole else config.model
+    models = load_models(family, own).to(own_device())
+    if not whole:
+        put_on(family, models, read_lora(folder)[0].folded(weight))
+    for module in (models.denoiser, *models.text_encoders.values()):
+        module.eval()
+    return make_pipeline(family, models)
+
+
+@contextmanager
+def stacked_pipeline(folders: Sequence[Path], family: Family, models: Models) -> Iterator[Any]:
+    """The base's pipeline with the adapters of several finished subjects as the rows of one stack, in order; see
+    `models.sampling.generate`. Each folder must hold an adapter."""
+    with sampling_mode(models), adapter(family, models, *(read_lora(folder)[0].folded() for folder in folders)):
+        yield make_pipeline(family, models)
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether a finished subject is an adapter, and not a whole model."""
+    return (folder / LORA_FILE).exists()
 
 
 def own_device() -> torch.device:

@@ -36,10 +36,11 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model. Its files are only read."""
 
-    family: Annotated[str, OneOf(FAMILIES)] = "sd"
+    family: Annotated[str, OneOf(("auto", *FAMILIES))] = "sd"
     """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL, `sd3` is
-    Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2 klein, `if_stage1` and
-    `if_stage2` are DeepFloyd IF, `x4_upscaler` is Stable Diffusion's; the last two enlarge pictures."""
+    Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2 klein, `if_stage1` and `if_stage2` are
+    DeepFloyd IF, `x4_upscaler` is Stable Diffusion's; the last two enlarge pictures. `auto` is what the base's own
+    files say."""
     path: Annotated[str, Field(min_length=1), Mark.NO_RESULT, Mark.PATH_OR_NAME] = "embedded"
     """Diffusers folder, hub id, single-file .safetensors, or `embedded` for the small base that ships with dbtrain."""
     revision: Annotated[str | None, Mark.NO_RESULT] = None
@@ -55,6 +56,9 @@ class ModelConfig(Section):
     """Rescale the noise schedule to zero SNR at the last timestep (arXiv 2305.08891); `auto` follows the scheduler."""
     dtype: Annotated[Literal["fp32", "bf16"], Mark.LATER] = "fp32"
     """Number format in which denoiser and text encoders are loaded, for adapters alone; the VAE is always fp32."""
+    distilled: Annotated[bool, Mark.NO_RESULT] = False
+    """Train on a base that was distilled to a few sampling steps (Turbo, Lightning, schnell), which is refused else:
+    its adapters drift off the subject. Such a base is for sampling."""
     attention: Annotated[Literal["auto", "sdpa", "xformers", "flash", "cudnn", "math"], Mark.NO_RESULT] = "auto"
     """Attention implementation: `sdpa` is the one that PyTorch picks, `flash` only its FlashAttention, `cudnn` only
     cuDNN's, `auto` the fastest for each shape by a short measurement on a GPU, `sdpa` on a CPU. A choice that cannot
@@ -68,6 +72,9 @@ class DataConfig(Section):
     """Side of the square training image, in pixels."""
     crop: Literal["center", "random"] = "center"
     """Square crop after the short side is resized. `random` draws a position at every step; latents are not cached."""
+    buckets: Annotated[bool, Mark.LATER] = False
+    """Train each photo in the shape nearest to its own, of about `resolution`^2 pixels and 1:2 to 2:1, instead of a
+    square; its class image gets the same shape. Photos of unlike shapes go through the model one at a time."""
     mask: Annotated[bool | Literal["auto"], Mark.NO_RESULT] = "auto"
     """Weigh the loss of photos by masks of the subject: the column `mask`, a `*-mask.png` beside the photo, or the
     photo's own transparency. `auto` does where a photo has one, true wants one for each photo, false uses none."""
@@ -257,12 +264,13 @@ class EngineConfig(Section):
     at once in one process."""
     zero: ZeroConfig = ZeroConfig()
     packed: PackedConfig = PackedConfig()
-    capture: Literal["auto", "graph", "compile", "off"] = "auto"
+    capture: Literal["auto", "graph", "compile", "compiled_graph", "off"] = "auto"
     """How a step is run: `graph` records it once as a CUDA graph (packed engine), `compile` compiles the denoiser's
-    repeated blocks, `off` does neither, `auto` is `graph` where a graph can be recorded and `off` elsewhere."""
+    repeated blocks, `compiled_graph` compiles the blocks and then records the step, `off` does neither, `auto` is
+    `graph` where a graph can be recorded and `off` elsewhere."""
     channels_last: bool = False
     """Keep the denoiser's convolutions in the channels-last layout, which tensor cores read without reordering. For
-    `capture: compile`: each GroupNorm of a step that is not compiled copies its input to the other layout and back."""
+    compiled steps: each GroupNorm of a step that is not compiled copies its input to the other layout and back."""
     deterministic: bool = False
     """Use only algorithms that give the same bits in each run on one kind of GPU; slower. `model.attention: auto` is
     then PyTorch's own pick, because a choice by time may differ between runs."""
@@ -309,6 +317,9 @@ class PublishConfig(Section):
     """Number format of a fully fine-tuned model's weights; adapters are always fp32."""
     kohya: bool = False
     """Write the adapter in the format of kohya-ss and ComfyUI too."""
+    to: Annotated[str | None, Mark.PATH] = None
+    """Folder or address (s3://, gs://, abfs://, file://) to which each finished subject is uploaded; null uploads
+    nothing."""
 
 
 class TrackConfig(Section):

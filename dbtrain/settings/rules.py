@@ -34,8 +34,8 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
         ),
         (
             "engine.capture",
-            config.engine.capture == "graph" and config.engine.kind == "zero",
-            "graph cannot record DeepSpeed's step; use engine.kind=packed (a pack of one is one subject), or compile",
+            config.engine.capture in ("graph", "compiled_graph") and config.engine.kind == "zero",
+            f"{config.engine.capture} cannot record DeepSpeed's step; use engine.kind=packed, or compile",
         ),
         (
             "engine.capture",
@@ -97,6 +97,11 @@ def _packed_rules(config: RunConfig) -> list[tuple[str, bool, str]]:
             "engine.zero",
             engine.zero != ZeroConfig(),
             "is set, but engine.kind=packed trains without DeepSpeed; use engine.kind=zero to shard or offload",
+        ),
+        (
+            "data.buckets",
+            config.data.buckets,
+            "is on, but all subjects of a pack go through the model in one shape; use engine.kind=zero, or squares",
         ),
         ("engine.deepspeed", engine.deepspeed is not None, "is set, but engine.kind=packed trains without DeepSpeed"),
         (

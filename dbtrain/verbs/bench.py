@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from dbtrain.errors import ConfigError
-from dbtrain.verbs.options import Json, Overrides, Recipe, Verb, group, load_config, print_json
+from dbtrain.verbs.options import Json, Overrides, Recipe, Verb, group, load_settled, print_json
 
 
 def pack_verb(
@@ -24,7 +24,7 @@ def pack_verb(
     """Time the subject-packed trainer at several pack sizes against warm solo training, interleaved."""
     from dbtrain.bench import pack, to_stderr
 
-    config = load_config(recipe, overrides)
+    config = load_settled(recipe, overrides)
     counts = numbers(subjects, "--subjects") if subjects else []
     plan = pack.Plan(numbers(sizes, "--sizes"), steps, turns, processes, counts, random_weights)
     result = pack.measure(config, plan, to_stderr)
@@ -43,7 +43,9 @@ def ops_verb(as_json: Json = False) -> None:
 
 def step_verb(
     recipe: Recipe = "tiny",
-    capture: Annotated[str, typer.Option(help="Ways to run a step, with commas: off, compile, graph.")] = "off",
+    capture: Annotated[
+        str, typer.Option(help="Ways to run a step, with commas: off, compile, graph, compiled_graph.")
+    ] = "off",
     attention: Annotated[str, typer.Option(help="Attentions: auto, sdpa, flash, math, xformers.")] = "sdpa",
     sizes: Annotated[str, typer.Option(help="Pack sizes, with commas.")] = "1",
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of one turn.")] = 5,
@@ -56,7 +58,7 @@ def step_verb(
     from dbtrain.bench import step, to_stderr
     from dbtrain.settings.config import EngineConfig, ModelConfig
 
-    config = load_config(recipe, overrides)
+    config = load_settled(recipe, overrides)
     ways = (
         choices(capture, "--capture", EngineConfig.model_fields["capture"].annotation),
         choices(attention, "--attention", ModelConfig.model_fields["attention"].annotation),
@@ -90,6 +92,6 @@ dbtrain bench pack --config sd15_lora --random-weights --sizes 1,8,32"""),
         "ops": Verb(ops_verb, "dbtrain bench ops --json"),
         "step": Verb(step_verb, """\
 dbtrain bench step --capture off,graph --attention sdpa,flash,xformers --sizes 1,8
-dbtrain bench step --config sd15_lora --random-weights --capture off,compile,graph"""),
+dbtrain bench step --config sd15_lora --random-weights --capture off,compile,graph,compiled_graph"""),
     })
 }  # fmt: skip

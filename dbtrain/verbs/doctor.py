@@ -254,6 +254,7 @@ def check_model(model: str) -> Check:
     """Whether a base model can be used: `embedded`, a folder, a .safetensors file, or a hub id (not contacted)."""
     from dbtrain.families import FAMILIES
     from dbtrain.models.base_check import base_problem, path_problem
+    from dbtrain.models.recognition import distilled, nearest
 
     if model == EMBEDDED:
         return check_model(str(BASE))
@@ -268,8 +269,8 @@ def check_model(model: str) -> Check:
     except DataError as error:
         return fail("model", str(error), "fetch the base again")
     fits = [name for name, problem in problems.items() if problem is None]
-    if fits:
-        return ok("model", f"{place}, model.family={' or '.join(fits)}")
-    # The family that comes nearest to the base says most about what is wrong with it.
-    detail = min(filter(None, problems.values()), key=lambda problem: "model.family=" in problem)
-    return fail("model", detail, "give a base of one of the families")
+    if not fits:
+        return fail("model", nearest(problems), "give a base of one of the families")
+    if why := distilled(str(place)):
+        return warn("model", f"{place}, model.family={fits[0]}, {why}", "sample with it, and train on its base")
+    return ok("model", f"{place}, model.family={' or '.join(fits)}")

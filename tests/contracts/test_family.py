@@ -10,14 +10,16 @@ from dbtrain.models.load import base_digest, digests_of, load_models
 from dbtrain.models.sampling import make_pipeline
 from dbtrain.settings.config import ModelConfig
 from dbtrain.values import Conditioning
-from tests.kit.family_facts import FACTS, batch_of, shown
+from tests.kit.family_facts import FACTS, batch_of, real_states, shown
 from tests.kit.latents import sample_latents
 
 CAPTIONS = ["a photo of a dog", "a much longer caption " + "very " * 100]
 
 
-LENGTHS = {"sd3": 256, "flux": 512, "flux2_klein": 512, "if_stage1": 77, "if_stage2": 77}
-"""Tokens of encoders that are no CLIP, by family."""
+LENGTHS = {
+    "sd3": 256, "qwen_image": 546, "krea2": 554, "if_stage1": 77, "if_stage2": 77,
+}  # fmt: skip
+"""Tokens of encoders that are no CLIP, by family; the tests' tokenizer reads Krea 2's last 5 as 13."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -61,20 +63,21 @@ def test_tokens_fill_the_encoders_length(loaded):
     for name, ids in zip(models.tokenizers, tokens):
         tokenizer = models.tokenizers[name]
         clip = type(models.text_encoders[name]).__name__.startswith("CLIP")
-        assert ids.shape == (2, tokenizer.model_max_length if clip else LENGTHS[family.name])
-        assert (ids[0] == tokenizer.eos_token_id).any()
+        assert ids.shape == (2, tokenizer.model_max_length if clip else LENGTHS.get(family.name, 512))
+        assert torch.isin(ids[0], torch.tensor([tokenizer.eos_token_id, tokenizer.pad_token_id])).any()
         assert not clip or ids[1, -1] == tokenizer.eos_token_id  # cut, but ended
 
 
 def test_conditioning_is_what_the_stock_pipeline_feeds(loaded):
-    """diffusers' own encode_prompt is the oracle, caption by caption, to the bit."""
+    """diffusers' own encode_prompt is the oracle, caption by caption, to the bit where both pad alike."""
     family, models, _ = loaded
     pipeline = make_pipeline(family, models)
     for row, caption in enumerate(CAPTIONS):
         with torch.no_grad():
             states, pooled = FACTS[family.name].text(pipeline, [caption])
         ours = conditioning(family, models, [caption])
-        assert torch.equal(ours.states_BTD, states), row
+        far = (real_states(ours, states.shape[1]) - states).abs().max()
+        assert far <= (0 if ours.mask_BT is None else 1e-6), row  # padded to another length: rounding differs
         assert (ours.pooled_BD is None) == (pooled is None)
         assert pooled is None or torch.equal(ours.pooled_BD, pooled)
 
@@ -91,8 +94,8 @@ def test_conditioning_does_not_depend_on_its_batch(loaded):
 
 def test_moments_are_the_vaes_and_latents_its_samples(loaded):
     family, models, _ = loaded
-    if FACTS[family.name].mean:
-        pytest.skip("its latents are cells of the autoencoder's: `test_oracles.py` draws them")
+    if FACTS[family.name].mean or FACTS[family.name].film:
+        pytest.skip("its latents have other statistics than a scale: `test_oracles.py` draws them")
     if models.vae is None:
         pytest.skip("it has no autoencoder: `test_super.py` looks at its pixels")
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from dbtrain.data.images import square, to_pixels
 from dbtrain.families import FAMILIES
 from dbtrain.models.family import exactly
 from dbtrain.models.load import load_models
 from dbtrain.models.sampling import Chain, generate, make_enlarger, make_pipeline
 from dbtrain.settings.config import DataConfig, ModelConfig, RunConfig, SampleConfig, SuperConfig
 from dbtrain.training import step as steps
-from dbtrain.training.bank import Bank, Item, small
+from dbtrain.training.bank import Bank, Item
 from dbtrain.values import Batch, Role
 from dbtrain_kernels.reference import TARGETS
 from tests.kit.made_photos import make_samples
@@ -252,13 +253,13 @@ def test_small_and_large_pictures_are_of_one_crop(crop, flip):
     data = DataConfig(resolution=64, crop=crop, flip=flip)
     bank = Bank(items, data, 0, "rex", 4, 1, low=LOW)
     if crop == "center":
-        bank.cache(Role.INSTANCE, FAMILIES["if_stage2"].codec, None, "cpu")
-        bank.reduce(Role.INSTANCE)
+        bank.cache(Role.INSTANCE, bank.kinds[0], FAMILIES["if_stage2"].codec, None, "cpu")
+        bank.reduce(Role.INSTANCE, bank.kinds[0])
     for step in range(4):
         batch = bank.draw(step, range(4))
         for large, low in zip(batch.images_BCHW[:, :3], batch.low_BCHW):
             array = ((large + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-            assert torch.equal(small(np.ascontiguousarray(array), LOW), low)
+            assert torch.equal(to_pixels(square(Image.fromarray(np.ascontiguousarray(array)), LOW)), low)
     assert len({batch.low_BCHW.sum().item() for batch in (bank.draw(step, [0]) for step in range(3))}) > 1
 
 

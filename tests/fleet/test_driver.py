@@ -14,8 +14,10 @@ from dbtrain.fleet.driver import Driver
 from dbtrain.fleet.messages import Died, Failed, Finished, Measure, Ready, Task
 from dbtrain.fleet.options import Options
 from dbtrain.fleet.schedule import WorkUnit
+from dbtrain.subjects.forgotten import PENDING, change_pending
 from tests.kit.fleet_run import run_of_dogs
 from tests.kit.main_job import small_config
+from tests.kit.published import make_result
 
 CREW = SimpleNamespace(name="worker-001", bad_starts=0)
 
@@ -137,3 +139,41 @@ def test_packs_that_need_no_measuring(tmp_path, overrides, gang, pack):
     with run_of_dogs(tmp_path, 1) as ledger:
         driver = Driver(ledger, Index((), ()), small_config(*overrides), tmp_path, Options(quiet=True, gang=gang))
         assert (driver.pack, driver.books.limits.pack) == (pack, pack)
+
+
+def test_a_finished_subject_is_uploaded_while_the_others_wait(tmp_path):
+    make_result(tmp_path / "out" / "subjects" / "s3")
+    with run_of_dogs(tmp_path / "out", 9) as ledger:
+        far = f"publish.to={tmp_path / 'far'}"
+        driver = Driver(ledger, Index((), ()), small_config(far), tmp_path / "out", Options(quiet=True))
+        result = {"run": "r", "files": {}, "gpu_seconds": 1.0, "stages_s": {"train": 1.0}}
+        driver.enter(CREW, Finished(fly(driver, 3), 3, result))
+        assert driver.uploads.finish() == {}
+    assert [path.parent.name for path in (tmp_path / "far").glob("*/record.json")] == ["s3"]
+
+
+def test_a_person_is_forgotten_beside_a_driver_and_the_others_go_on(tmp_path, monkeypatch):
+    """The workers checkpoint and go first; a subject at work loses nothing but its attempt."""
+    with run_of_dogs(tmp_path, 9) as ledger:
+        (tmp_path / "shards").mkdir()
+        Index((), ()).save(tmp_path / "shards")
+        driver = Driver(ledger, Index((), ()), small_config(), tmp_path, Options(quiet=True, grace_s=0.1))
+        grown = []
+        monkeypatch.setattr(driver, "grow", lambda: grown.append(len(driver.crews)))
+        stopped = []
+        crew = SimpleNamespace(name=CREW.name, pending={}, overdue=lambda: False, ask_stop=lambda: stopped.append(1),
+                               kill=lambda stopped: None, row=lambda: {}, state="busy")  # fmt: skip
+        fly(driver, 3)
+        fly(driver, 4)
+        for flight in driver.flights.values():
+            flight.crew = crew
+        driver.crews[crew.name] = crew
+        monkeypatch.setattr(ledger, "note_worker", lambda row: None)
+        driver.tick()
+        assert not stopped, "nobody is to be forgotten"
+        change_pending(tmp_path, {"s3": ["s3"]})
+        driver.tick()
+        assert stopped and grown == [0] and not driver.flights and not (tmp_path / PENDING).exists()
+        assert (ledger.row(3)["state"], ledger.row(4)["state"]) == ("forgotten", "waiting")
+        assert ledger.row(4)["failures"] == 0 and 3 not in driver.books.view.waiting["dog"]
+        assert list(driver.books.view.waiting["dog"]) == [0, 1, 2, 4, 5, 6, 7, 8] and driver.interrupted == {}

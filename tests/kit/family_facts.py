@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from dbtrain.models.family import Family
-from dbtrain.values import Batch, Role
+from dbtrain.values import Batch, Conditioning, Role
 
 IF_TARGETS = tuple(f"attentions.*.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"))
 Text = tuple[Tensor, Tensor | None]
+"""Token states and pooled text. Where a caption's real tokens alone count, the states are of the longest caption."""
 
 
 def as_it_is(x_BCHW: Tensor) -> Tensor:
@@ -28,11 +29,15 @@ class Facts:
 
     native(latents [B, C, h, w]) -> latents as the pipeline and its denoiser have them.
     ours(native, h, w) is its inverse. given(latents): as the pipeline takes them at the start. mean: whether training
-    has the mean of the autoencoder's posterior in place of a sample.
+    has the mean of the autoencoder's posterior in place of a sample. film: whether the autoencoder takes films.
     sample: the name of the denoiser's argument that has them. side: pixels of a cell of the random model's latents.
+    heard(arguments by place, by name) -> the latents and the time in a call of the denoiser, where it is not called by
+    names. sign: -1 where it says x0 - eps. listed: whether it takes and gives a list, of films of one frame.
     stock: whether the pipeline takes latents and calls back, so that its own steps can be watched; those of cascades
     take none, and `test_super.py` compares with them. targets: of adapters that its pipeline loads.
     idle: denoiser layers whose outputs nothing of a prediction depends on, so that an adapter there has no gradient.
+    tolerance: of conditioning and prediction, where the pipeline pads captions to another length than we do.
+    least: fewest steps that the scheduler can sample with; a stretch to a last noise level divides by zero at 1.
     """
 
     text: Callable[[Any, Sequence[str]], Text]
@@ -43,8 +48,28 @@ class Facts:
     idle: frozenset[str] = frozenset()
     given: Callable[[Tensor], Tensor] | None = None
     mean: bool = False
+    film: bool = False
+    sign: int = 1
+    listed: bool = False
+    tolerance: float = 0.0
+    least: int = 1
     stock: bool = True
-    targets: tuple[str, ...] = ("attn*", "ff*", "proj_mlp")
+    targets: tuple[str, ...] = ("att*", "ff*", "feed_forward*", "img_mlp*", "proj_mlp")
+
+    def heard(self, places: Sequence[Any], words: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The latents, as the pipeline has them, and the time in a call of the denoiser."""
+        x, time = places[:2] if places and self.listed else (words[self.sample], words["timestep"])
+        return (torch.stack(x).squeeze(2) if self.listed else x), time
+
+    def says(self, prediction_BCHW: Tensor) -> tuple[Any]:
+        """What the denoiser returns where this is the velocity eps - x0."""
+        native = self.native(self.sign * prediction_BCHW)
+        return (list(native.unsqueeze(2)) if self.listed else native,)
+
+    def said(self, output: Any, height: int, width: int) -> Tensor:
+        """The velocity eps - x0 in what the denoiser returned."""
+        native = torch.stack(output).squeeze(2) if self.listed else output
+        return self.sign * self.ours(native, height, width)
 
     def start(self, x_BCHW: Tensor) -> Tensor:
         """Latents as the pipeline's call takes them."""
@@ -105,8 +130,24 @@ def _klein_ours(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
     return Flux2KleinPipeline._unpack_latents_with_ids(tokens_BLD, ids, height, width)
 
 
+def _zimage(pipeline: Any, captions: Sequence[str]) -> Text:
+    found = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)[0]
+    return torch.nn.utils.rnn.pad_sequence(found, batch_first=True), None
+
+
+def _masked(pipeline: Any, captions: Sequence[str]) -> Text:
+    states, mask = pipeline.encode_prompt(list(captions), max_sequence_length=512)
+    mask = torch.ones(states.shape[:2]) if mask is None else mask
+    return (states.flatten(2) * mask[..., None]).to(states), None
+
+
 def _if(pipeline: Any, captions: Sequence[str]) -> Text:
     return pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)[0], None
+
+
+def _chroma(pipeline: Any, captions: Sequence[str]) -> Text:
+    states, _, mask, *_ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False)
+    return states * mask[..., None], None
 
 
 FACTS = {
@@ -117,11 +158,35 @@ FACTS = {
     "flux2_klein": Facts(
         _klein, _klein_native, _klein_ours, sample="hidden_states", side=16, given=as_it_is, mean=True
     ),
+    "flux2": Facts(_klein, _klein_native, _klein_ours, sample="hidden_states", side=16, given=as_it_is, mean=True),
+    "zimage": Facts(_zimage, side=8, mean=True, sign=-1, listed=True),
+    "qwen_image": Facts(
+        _masked,
+        _flux_native,
+        _flux_ours,
+        sample="hidden_states",
+        side=8,
+        film=True,
+        idle=frozenset(
+            f"transformer_blocks.1.{path}"
+            for path in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+        ),
+        tolerance=1e-12,
+        least=2,
+    ),
+    "chroma": Facts(_chroma, _flux_native, _flux_ours, sample="hidden_states", side=8),
+    "krea2": Facts(_masked, _flux_native, _flux_ours, sample="hidden_states", side=8, film=True),
     "if_stage1": Facts(_if, side=4, stock=False, targets=IF_TARGETS),
     "if_stage2": Facts(_if, side=4, stock=False, targets=IF_TARGETS),
     "x4_upscaler": Facts(_sd, side=4, stock=False),
 }
 """The facts of each family, by its name."""
+
+
+def real_states(conditioning: Conditioning, tokens: int) -> Tensor:
+    """The states of this many first tokens, zero where they are padding that the denoiser does not see."""
+    states, mask = conditioning.states_BTD[:, :tokens], conditioning.mask_BT
+    return states if mask is None else states * mask[:, :tokens, None]
 
 
 def shown(family: Family, batch: Batch, x_t_BCHW: Tensor, rows: Tensor | None = None) -> Batch:

@@ -73,12 +73,18 @@ def test_the_cards_code_runs(tmp_path, monkeypatch, model_folders):
     assert Image.open(tmp_path / "sample.png").size == (32, 32)
 
 
+@pytest.mark.parametrize("base", ["/models/sd15", "embedded", "../sd15", "a/b/c", "/models/sd15.safetensors"])
+def test_a_base_that_no_hub_has_is_not_named_in_the_front_matter(tmp_path, base):
+    front, body, _ = card_of(tmp_path, {**PUBLISHED, "base": base})
+    assert "base_model" not in front and f"| base | `{base}` |" in body
+
+
 @pytest.mark.parametrize("field", HOSTILE)
 def test_hostile_names_stay_text(tmp_path, field):
     front, body, _ = card_of(tmp_path, {**PUBLISHED, field: HOSTILE[field]})
-    assert set(front) == {"base_model", "library_name", "instance_prompt", "tags"} and "evil" not in front["tags"]
-    key = {"base": "base_model", "caption": "instance_prompt"}.get(field)
-    assert key is None or front[key] == HOSTILE[field]
+    named = set() if field == "base" else {"base_model"}
+    assert set(front) == {*named, "library_name", "instance_prompt", "tags"} and "evil" not in front["tags"]
+    assert field != "caption" or front["instance_prompt"] == HOSTILE[field]
     code, outside = False, []
     for line in body.splitlines():
         if line.startswith("```"):

@@ -30,7 +30,7 @@ def test_the_digest_of_earlier_runs_holds(recipe):
 def test_the_settings_without_a_result_are_these():
     sections = dict.fromkeys(("engine", "checkpoint", "sample", "publish", "track"), True)
     keys = {
-        "model": ("path", "revision", "variant", "single_file_layout", "attention"),
+        "model": ("path", "revision", "variant", "single_file_layout", "distilled", "attention"),
         "data": ("mask", "max_pixels", "cache_latents", "cache_text", "shards", "schemes"),
         "train": ("micro_batch", "gradient_checkpointing"),
         "prior": ("store", "batch"),
@@ -75,7 +75,11 @@ def test_addresses_hub_ids_and_absent_values_stay(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "key, table",
-    [("model.family", FAMILIES), ("objective.weighting", WEIGHTINGS), ("objective.timesteps", DISTRIBUTIONS)],
+    [
+        ("model.family", ("auto", *FAMILIES)),
+        ("objective.weighting", WEIGHTINGS),
+        ("objective.timesteps", DISTRIBUTIONS),
+    ],
 )
 def test_names_of_tables_are_the_choices(key, table):
     assert known_keys()[key]["enum"] == list(table)
