@@ -32,6 +32,7 @@ from dbtrain.bench import Say, origin, to_nobody
 from dbtrain.bench.flops import count_flops
 from dbtrain.engines.capture import release
 from dbtrain.engines.engine import plan_batches
+from dbtrain.engines.loss_scale import DTYPES, resolved_precision
 from dbtrain.engines.world import World, start_world
 from dbtrain.engines.zero import ZeroEngine
 from dbtrain.errors import ConfigError
@@ -47,7 +48,7 @@ from dbtrain.storage.atomic import write_file
 from dbtrain.tiny import DEMO
 from dbtrain.training import session
 from dbtrain.training.step import TrainingStep
-from dbtrain.training.trainables import DTYPES, make_trainable
+from dbtrain.training.trainables import make_trainable
 from dbtrain.values import Batch, Conditioning
 
 
@@ -77,6 +78,7 @@ class Base:
 def load(config: RunConfig, random_weights: bool) -> Base:
     """The recipe's base, or random weights in the published shape of its family (SD 1.5's or XL's)."""
     world, side = start_world(), config.data.resolution // 8
+    config = resolved_precision(config, torch.device(world.device).type)
     draw = torch.Generator().manual_seed(0)
     if not random_weights:
         models, family = session.Base.load(config, world).models, FAMILIES[config.model.family]
@@ -193,6 +195,7 @@ def measure(config: RunConfig, plan: Plan, say: Say = to_nobody) -> dict[str, An
     """Medians of every contestant, their ratios to solo, and what was asked for beside them. say: gets each turn."""
     base = load(config, plan.random_weights)
     device, rows = base.world.device, {}
+    config = resolved_precision(config, torch.device(device).type)
     entries = contestants(config, plan, device)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in entries}
     peaks: dict[str, int] = {}
@@ -259,7 +262,7 @@ def timed(step: Callable[[], None], steps: int, device: str) -> tuple[float, flo
 
 def ceiling_flop_per_s(device: str, precision: str) -> float:
     """FLOP/s of a large matrix product in the compute precision; the best of a few."""
-    side, dtype = (8192 if device != "cpu" else 1024), torch.bfloat16 if precision == "bf16" else torch.float32
+    side, dtype = (8192 if device != "cpu" else 1024), DTYPES[precision]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
     return 2 * side**3 / min(timed(lambda: torch.mm(a, b), 1, device)[1] for _ in range(5))
@@ -282,6 +285,7 @@ def side_by_side(config: RunConfig, plan: Plan) -> dict[str, float]:
 def _one_process(config: RunConfig, plan: Plan) -> tuple[float, float, int]:
     torch.set_num_threads(1)
     base = load(config, plan.random_weights)
+    config = resolved_precision(config, torch.device(base.world.device).type)
     with alone(base, config) as solo:
         turns = [timed(solo.step, plan.steps, base.world.device) for _ in range(plan.turns)]
     wall, cost = (statistics.median(values) for values in zip(*turns))

@@ -19,6 +19,7 @@ import ray
 
 from dbtrain.data.index import Index
 from dbtrain.errors import FleetError, StopRequested, reached
+from dbtrain.fleet.arrivals import LOOK_S, Arrivals
 from dbtrain.fleet.books import Books, Flight
 from dbtrain.fleet.causes import End
 from dbtrain.fleet.cluster import has_gpus, room
@@ -49,7 +50,7 @@ BAD_STARTS = 3
 """Trainers of one crew that may fail to load the base, one after another."""
 REFUSED = 5
 """Subjects in a row, with none finished in between, whose files are refused: then it is the disk and not theirs."""
-NO_START = ("killed", "stopped", "disk")
+NO_START = ("killed", "stopped", "disk", "unmounted")
 """Ends of a trainer that say nothing of the next start, or end the run anyway."""
 
 
@@ -76,14 +77,16 @@ class Driver:
         """The disk error that ends the run; None while writes succeed."""
         self.refused: set[int] = set()
         self.unplaced = 0
+        self.arrivals: Arrivals | None = None
+        """Where subjects join from while the run goes on; None where the run ends with its last subject."""
 
     def drive(self) -> None:
         """Work until nothing waits, or a stop is asked for."""
         take_signals((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), self.ask_stop)
-        slow = fast = 0.0
+        slow = fast = looked = 0.0
         ended = "failed"
         try:
-            while self.flights or not (self.books.view.empty or self.stopping or self.disk):
+            while self.arrivals or self.flights or not (self.books.view.empty or self.stopping or self.disk):
                 now = time.monotonic()
                 if now - slow > GROW_S:
                     slow = now
@@ -94,6 +97,11 @@ class Driver:
                 if self.stopping or self.disk:
                     self.wind_down()
                     break
+                if self.arrivals and now - looked > LOOK_S:
+                    looked = now
+                    self.index, joined = self.arrivals.take(self.ledger, self.index)
+                    for noun, position in joined:
+                        self.books.view.add(noun, position)
                 self.assign()
                 self.listen(0.2)
             ended = "stopped" if self.stopping or self.disk else "done"
@@ -132,7 +140,10 @@ class Driver:
                 self.drop(crew, End("lost", "GPUs have joined, which take its place"))
         members = room(self.shape.gpus, self.shape.cpus)
         self.warn_of_room(members)
-        wanted = self.options.workers or max(1, members // self.shape.size)
+        room_for = max(1, members // self.shape.size)
+        left_out = sum(crew.state == "left out" for crew in self.crews.values())
+        asked = self.options.workers
+        wanted = min(asked + left_out, max(room_for, asked)) if asked else room_for
         while len(self.crews) < wanted:
             name = f"worker-{next(self.names):03d}"
             measure = None
@@ -175,6 +186,7 @@ class Driver:
         self.screen.say("forgetting subjects on request; workers checkpoint, and go on afterwards")
         self.wind_down()
         self.interrupted.clear()
+        self.uploads.leave(read_pending(self.out))
         for crew in list(self.crews.values()):
             self.drop(crew, End("stopped", "subjects are being forgotten"))
         done, priors = end_forgetting(self.out, self.ledger), self.books.view.priors
@@ -190,7 +202,7 @@ class Driver:
         idle = [crew for crew in self.crews.values() if crew.state == "idle"]
         if not idle or self.pack is None:
             return
-        alive = sum(crew.state != "placing" for crew in self.crews.values())
+        alive = sum(crew.state not in ("placing", "left out") for crew in self.crews.values())
         orders, waiting = [], [Idle(crew.name, crew.last_class) for crew in idle]
         units = schedule(self.books.view, waiting, alive, self.books.limits)
         with self.ledger.commit():
@@ -238,6 +250,7 @@ class Driver:
                 self.uploads.add([self.out / "subjects" / self.ledger.row(position)["id"]])
             case Failed(number, position, end, seconds):
                 self.books.retire(self.flights[number], position, self.sift(end, [position]), seconds)
+                self.heed(crew, end)
             case FollowedUp(number, position, name, outcome):
                 if self.books.note_after(position, name, outcome):
                     self.flights[number].open.pop(position)
@@ -264,10 +277,27 @@ class Driver:
         """Enter the death of a crew's trainer; the crew has begun to start another."""
         at_work = [position for flight in self.flights.values() if flight.crew is crew for position in flight.open]
         end = self.sift(end, at_work[:1])
-        if not self.abandon(crew, end) and end.cause not in NO_START:
+        started = self.abandon(crew, end)
+        self.heed(crew, end)
+        if not started and end.cause not in NO_START:
             crew.bad_starts += 1
-            if crew.bad_starts >= BAD_STARTS:
+            if crew.bad_starts >= BAD_STARTS and not self.leave_out(crew, end):
                 raise FleetError(f"{crew.name}: its trainer cannot start: {end.reason}; see {self.out / 'logs'}")
+
+    def heed(self, crew: Crew, end: End) -> None:
+        """Leave out a crew on whose machine the run's folder is not there; the last one's want of it ends the run."""
+        if end.cause == "unmounted":
+            self.abandon(crew, end)
+            if not self.leave_out(crew, end):
+                self.disk = end.reason
+
+    def leave_out(self, crew: Crew, end: End) -> bool:
+        """Whether the run goes on without a crew whose machine or GPU cannot work, as there are others that may."""
+        if all(other.state == "left out" for other in self.crews.values() if other is not crew):
+            return False
+        crew.leave_out()
+        self.screen.say(f"{crew.name}: is left out, and the others go on: {end.reason}; see {self.out / 'logs'}")
+        return True
 
     def sift(self, end: End, positions: list[int]) -> End:
         """The end, with `disk` as its cause where a refused file is no subject's own, or the latest of too many; `disk`
@@ -330,4 +360,6 @@ def limits_of(config: RunConfig, options: Options, pack: int) -> Limits:
     """What the schedule may use, for packs of so many rows. A gang draws all of a class's priors together."""
     blocks = math.ceil(config.prior.images / BLOCK) if config.prior.weight > 0 else 0
     parts = min(blocks, 1) if options.gang > 1 else blocks
-    return Limits(pack, options.unit * pack, tries=options.tries, losses=options.losses, prior_parts=parts)
+    unit = 1 if options.watch else options.unit  # so that nobody who joins waits for a long unit to end
+    return Limits(pack, unit * pack, tries=options.tries, losses=options.losses, newest=options.watch,
+                  prior_parts=parts)  # fmt: skip

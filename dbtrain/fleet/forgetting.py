@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from typing import Any
 from dbtrain.data.index import INDEX_NAME, Index
 from dbtrain.data.shards import grow_shards, tidy
 from dbtrain.data.stream import SKIPPED, read_samples
-from dbtrain.errors import DataError, FleetError, SubjectTaken, named
+from dbtrain.errors import DataError, FleetError, SubjectTaken, first_line, named
 from dbtrain.evaluate import RESULT
 from dbtrain.evaluate.summary import write_summary
 from dbtrain.fleet.inbox import INBOX
 from dbtrain.fleet.lease import Lease, find_ledger, has_ledger, is_driven
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.results.record import drop_record
+from dbtrain.results.upload import delete_uploads, uploads_of
 from dbtrain.storage.atomic import LOCK, held, sweep, sync_folder, write_file
 from dbtrain.subjects.forgotten import Tombstones, bury, change_pending, read_pending, read_tombstones
 from dbtrain.subjects.registry import REGISTRY, forget_identifiers
@@ -117,10 +118,8 @@ def _words(out: Path, index: Index, name: str) -> list[str]:
     """What leads to a subject in a text: its id, its captions, and the names of its photos."""
     entries = [entry for entry in index.entries if entry.subject == name]
     words = {name, *(entry.caption for entry in entries)}
-    try:
+    with suppress(DataError):  # a damaged photo is removed all the same, and nothing can be read of it
         words |= {str(sample.meta.get("source", "")) for sample in read_samples(out / "shards", entries)}
-    except DataError:
-        pass  # A damaged photo is removed all the same, and nothing can be read of it.
     return sorted(words - {""})
 
 
@@ -229,11 +228,24 @@ def _remove_folder(folder: Path, done: Forgotten) -> None:
             if time.monotonic() > until:
                 raise SubjectTaken(f"{folder}: a process still works on this subject; stop it, then run this again")
             time.sleep(0.05)
+        _withdraw_uploads(folder, done)
         files = sum(path.is_file() for path in folder.rglob("*"))
         drop_record(folder)
         shutil.rmtree(folder)
     done.note(files, f"files in {folder.parent.name}/{folder.name}")
     sync_folder(folder.parent)
+
+
+def _withdraw_uploads(folder: Path, done: Forgotten) -> None:
+    """Delete the copies that were uploaded from a subject's folder. One that its store does not give up is told."""
+    try:
+        done.note(len(delete_uploads(folder)), "uploaded copies")
+    except Exception as error:  # of a store's own library, too
+        with suppress(DataError):
+            why = f"not deleted there ({first_line(error)})"
+            done.elsewhere[:0] = [f"{address}: {why}" for address in uploads_of(folder)]
+        if not any("not deleted there" in line for line in done.elsewhere):
+            done.elsewhere.insert(0, first_line(error))
 
 
 def _scrub_texts(out: Path, pending: Mapping[str, Sequence[str]], done: Forgotten) -> None:
@@ -293,7 +305,8 @@ def _elsewhere(out: Path, ledger: Ledger | None) -> list[str]:
         (settings.get("identifier", {}).get("registry"), "a registry of identifiers that runs share"),
     ) if place]  # fmt: skip
     said += [f"{name}: what was sent there" for name in ("wandb", "trackio") if settings.get("track", {}).get(name)]
-    return [*said, "exported adapters, images drawn elsewhere, uploads, and backups or snapshots of the run's disk"]
+    beyond = "exported adapters, images drawn elsewhere, repositories of a hub, and backups or snapshots of disks"
+    return [*said, beyond]
 
 
 def _matcher(words: Collection[str]) -> Any:

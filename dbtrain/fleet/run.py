@@ -26,8 +26,10 @@ def run_batch(
 
     Raises StopRequested (75) after a stop request, and FleetError when no worker can work; the same call goes on.
     """
-    if not manifest.is_file():
-        raise DataError(f"{manifest}: there is no such manifest; give a CSV, JSONL, YAML or Parquet file")
+    if not manifest.exists():
+        raise DataError(f"{manifest}: there is no such manifest; give a CSV, JSONL, YAML or Parquet file, or a folder")
+    if options.watch and config.data.shards is not None:
+        raise ConfigError("--watch: data.shards names shards that are ready, and nothing joins them; take one of both")
     config, options = anchored(config), anchored_options(options)
     refuse_trackers(config.track)
     refuse_address(config.publish)
@@ -58,14 +60,17 @@ def _run(
             ledger.take_over()
         # Apply requests that the previous driver did not read.
         take_requests(ledger, folder)
+        from dbtrain.fleet.arrivals import Arrivals, wait_for_first
         from dbtrain.fleet.entry import enter_run, tell
         from dbtrain.fleet.forgetting import end_forgetting, told
 
         if (done := end_forgetting(out, ledger)).removed:
             tell("\n".join(told(out, done)))
 
-        index = enter_run(ledger, manifest, config, out, (lambda line: None) if options.quiet else tell,
-                          options.skip_bad)  # fmt: skip
+        say: Callable[[str], None] = (lambda line: None) if options.quiet else tell
+        if options.watch:
+            wait_for_first(manifest, config, say)
+        index = enter_run(ledger, manifest, config, out, say, options.skip_bad or options.watch)
         opened()
         if options.address is None:
             # Ray reads this when it is imported: a node of its own then listens on the loopback interface only.
@@ -75,7 +80,9 @@ def _run(
 
         driver = Driver(ledger, index, config, out, options)
         driver.uploads.add(out / "subjects" / row["id"] for row in ledger.rows() if row["state"] == "finished")
-        if not driver.books.view.empty:
+        if options.watch:
+            driver.arrivals = Arrivals(manifest, config, out, driver.screen.say)
+        if options.watch or not driver.books.view.empty:
             with connected(options.address, options.local_cpus):
                 driver.drive()
         if "evaluate" in options.after:

@@ -141,7 +141,8 @@ def _called(
     """The images of one call, each with its own generator and, by rows, its own adapter."""
     generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in drawn]
     by_row = nullcontext() if rows is None else chosen_rows(modules(pipeline), [rows[i] for i in drawn])
-    with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=precision == "bf16"), by_row:
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.autocast(pipeline.device.type, half, enabled=precision in ("bf16", "fp16")), by_row:
         return pipeline(generator=generators, output_type="pil", **told).images
 
 

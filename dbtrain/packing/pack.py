@@ -15,6 +15,7 @@ from torch import Tensor
 from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, make_runner, steps_to_warm
 from dbtrain.engines.engine import lr_scale
+from dbtrain.engines.loss_scale import DTYPES
 from dbtrain.engines.packed import PackedEngine, RowSettings
 from dbtrain.models.adapters import layers
 from dbtrain.models.family import Family, Models, Tokens, low_side
@@ -24,7 +25,7 @@ from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.training.bank import Bank, captions_of, join_batches
 from dbtrain.training.session import Base
 from dbtrain.training.step import TrainingStep
-from dbtrain.training.trainables import DTYPES, lora_alpha, make_stack, peak_lr, trained_components
+from dbtrain.training.trainables import lora_alpha, make_stack, peak_rates, trained_components
 from dbtrain.values import Batch, Conditioning
 
 CAPTIONS = 2
@@ -89,6 +90,7 @@ class Pack:
         self.prior_N = torch.zeros(size, device=device)
         self.captions = _blank(example, size * self.room)
         self.module = TrainingStep(family, models, config, self.key_N2, self.captions, self.prior_N)
+        self.module.scale_N = None if self.engine.scales is None else self.engine.scales.scale_N
         self.subject_B = torch.arange(size, device=device).repeat_interleave(self.roles * config.train.batch)
         self.sums_NV = torch.zeros(size, len(MEASURED) + 1, dtype=torch.float64, device=device)
         self.average_N = torch.zeros(size, dtype=torch.float64, device=device)
@@ -101,10 +103,11 @@ class Pack:
         config = start.config
         rates = [
             [
-                peak_lr(self.family, config, component) * lr_scale(step, config.train, config.train.steps)
+                rate * lr_scale(step, config.train, config.train.steps)
                 for step in range(config.train.steps)
             ]
             for component in trained_components(self.family, self.models, config)
+            for rate in peak_rates(self.family, config, component)
         ]
         settings = RowSettings(rates, config.train.clip_norm, config.train.weight_decay)
         self.engine.load(row, start.checkpoint.state, start.checkpoint.step, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from queue import Queue
 
@@ -40,6 +40,7 @@ class Uploads:
         self.folders: dict[str, Path] = {}
         self.open: set[str] = set()
         self.failed: dict[str, DbtrainError] = {}
+        self.gone: set[str] = set()
         self.failures, self.ending = 0, False
         self.changed = threading.Condition()
         for _ in range(THREADS if url else 0):
@@ -53,6 +54,16 @@ class Uploads:
                 self.open.add(folder.name)
                 self.failed.pop(folder.name, None)
             self.queue.put(folder)
+
+    def leave(self, names: Collection[str]) -> None:
+        """Upload these subjects no more, and wait until none of their uploads is under way."""
+        with self.changed:
+            self.gone |= {*names}
+            for name in names:
+                self.folders.pop(name, None)
+                self.failed.pop(name, None)
+            while self.open & self.gone:
+                self.changed.wait(0.2)
 
     def finish(self, stopped: Callable[[], bool] = lambda: False) -> dict[str, DbtrainError]:
         """The errors of the subjects that are not at the address, after all uploads have ended. What failed is tried
@@ -81,10 +92,10 @@ class Uploads:
     def _work(self) -> None:
         while True:
             folder = self.queue.get()
-            error = self._upload(folder)
+            error = None if folder.name in self.gone else self._upload(folder)
             with self.changed:
                 self.open.discard(folder.name)
-                if error is not None:
+                if error is not None and folder.name not in self.gone:
                     self.failed[folder.name] = error
                 self.changed.notify_all()
 

@@ -19,7 +19,7 @@ from dbtrain.errors import ConfigError
 from dbtrain.settings import yaml12
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.rules import cross_field_findings
-from dbtrain.settings.stages import read_stages, stage_names, upscalers
+from dbtrain.settings.stages import read_stages
 
 MAX_BYTES = 65_536
 """Largest settings file; the largest recipe is 2 KB, and PyYAML needs a second for this much."""
@@ -55,6 +55,14 @@ def recipes_dir() -> Path:
 def recipe_names() -> list[str]:
     """Names of the shipped recipes, sorted."""
     return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+
+
+@cache
+def shipped_for(family: str) -> RunConfig | None:
+    """The first shipped recipe that trains LoRAs of a family; None where none does."""
+    names = (name for name in recipe_names() if name.startswith(family[:3]))
+    found = (config for config in map(load, names) if config.model.family == family)
+    return next((config for config in found if config.train.method == "lora"), None)
 
 
 def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -153,9 +161,8 @@ def _value(node: yaml.Node, key: str, draft: _Draft, name: str) -> Any:
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, key, draft, name)
     if isinstance(node, yaml.SequenceNode):
-        places = [f"{key}[{number}]" if isinstance(item, yaml.MappingNode) else key
-                  for number, item in enumerate(node.value)]  # fmt: skip
-        return tuple(_value(item, place, draft, name) for item, place in zip(node.value, places))
+        keys = (f"{key}[{n}]" if isinstance(item, yaml.MappingNode) else key for n, item in enumerate(node.value))
+        return tuple(_value(item, place, draft, name) for item, place in zip(node.value, keys))
     kind = node.tag.removeprefix(yaml12.CORE)
     try:
         return _whole(yaml12.SCALARS[kind](node.value), key)
@@ -261,9 +268,6 @@ def _validate(draft: _Draft) -> RunConfig:
     for key, message in cross_field_findings(config):
         if not any(_mentions(key, message, bad) for bad in wrong):
             draft.findings.append(_finding(draft, key, message))
-    for name, stage in zip(stage_names(config), upscalers(config)):
-        found = cross_field_findings(stage)
-        draft.findings += [_finding(draft, "stages", f"{name}: {key}: {message}") for key, message in found]
     return config
 
 

@@ -81,7 +81,8 @@ def change_pending(out: Path, more: Mapping[str, Sequence[str]], done: Collectio
 def refuse_pending(out: Path) -> None:
     """Raise DataError where the forgetting of a subject has begun and has not ended."""
     if pending := read_pending(out):
-        raise DataError(f"{out}: {len(pending)} subjects are being forgotten; run `dbtrain forget --out {out}` to its end")
+        what = f"{out}: {len(pending)} subjects are being forgotten"
+        raise DataError(f"{what}; run `dbtrain forget --out {out}` to its end")
 
 
 def not_forgotten(

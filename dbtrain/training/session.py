@@ -15,6 +15,7 @@ from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
 from dbtrain.engines.deterministic import choose_algorithms
 from dbtrain.engines.engine import keeps_whole, plan_batches
+from dbtrain.engines.loss_scale import DTYPES, resolved_precision
 from dbtrain.engines.world import World, from_first, start_world, together
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
@@ -22,6 +23,7 @@ from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
 from dbtrain.models.family import Family, Models, refuse_impossible
 from dbtrain.models.load import load_models
+from dbtrain.models.quantize import quantize
 from dbtrain.models.texts import Group, set_aside
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key
@@ -80,6 +82,7 @@ class Base:
         autoencoder come with `ready`, and text encoders are loaded only while they encode, unless they train or
         captions are encoded at every step."""
         classes = CLASSES if settings.engine.kind == "packed" else 1
+        settings = resolved_precision(settings, torch.device(world.device).type)
         family = FAMILIES[settings.model.family]
         refuse_impossible(family, settings)
         refuse_stages(settings)
@@ -146,6 +149,8 @@ def _load_models(settings: RunConfig, world: World, apart: bool) -> Models:
     choose_capture(settings.engine, torch.device(world.device).type)  # refuses before anything is loaded
     refuse_impossible(family, settings)
     models = load_models(family, settings.model, apart)
+    if settings.model.quantize != "none":
+        models.digests = {**models.digests, "quantize": settings.model.quantize}  # it draws other class images
     if models.pending is None:
         _place(models, settings, world)
     return models
@@ -162,8 +167,9 @@ def _place(models: Models, settings: RunConfig, world: World) -> None:
         models.denoiser.to(memory_format=torch.channels_last)
     attention, precision = settings.model.attention, settings.train.precision
     models.attention = family.attend(models.denoiser, attention, device.type, precision)
-    if settings.train.method == "lora" and precision == "bf16":
-        models.denoiser.to(torch.bfloat16)
+    if settings.train.method == "lora" and precision != "fp32":
+        models.denoiser.to(DTYPES[precision])
+    quantize(models.denoiser, family, settings.model.quantize)
 
 
 @dataclass(frozen=True)

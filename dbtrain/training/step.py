@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dbtrain.engines.loss_scale import DTYPES
 from dbtrain.models.family import Family, Models, Tokens, exactly, noise_shift
 from dbtrain.objective.timesteps import first_words, level_words
 from dbtrain.objective.weighting import weight_table
@@ -61,6 +62,8 @@ class TrainingStep(nn.Module):
         device = self.weight_S.device
         self.key_N2 = key if isinstance(key, Tensor) else torch.tensor([key], device=device)
         self.first_S = first_words(config.objective, len(self.weight_S), device, noise_shift(family, models, config))
+        self.scale_N: Tensor | None = None
+        """Loss scales of a pack's rows in fp16; None elsewhere."""
         self.levels = models.levels
         if self.levels is not None:
             lowest, highest = config.super.level, config.super.level_highest
@@ -79,31 +82,35 @@ class TrainingStep(nn.Module):
         alpha_B, sigma_B = (table_S[drawn.index_B] for table_S in (self.schedule.alpha_S, self.schedule.sigma_S))
         weight_B = self.weights(batch, drawn.index_B).to(drawn.clean.dtype)
         parameterization = self.schedule.parameterization
-        levels = (alpha_B, sigma_B, weight_B, parameterization)
+        # A row's loss scale is in the sum that backward begins with, and in nothing that is measured.
+        scaled_B = weight_B if self.scale_N is None else weight_B * self.scale_N[batch.subject_B]
+        levels = (alpha_B, sigma_B, scaled_B, parameterization)
         result = loss(prediction, drawn.clean, drawn.noise, *levels, batch.mask_B1HW)
         return StepLoss(result.total, result.per_sample_B, weight_B)
 
     def prediction(self, batch: Batch, noisy: Tensor, time_B: Tensor) -> Tensor:
         """What the denoiser says of noisy latents, in the compute precision."""
-        if self.in_bf16:
-            told = self.conditioning(batch).to(torch.bfloat16)
-            return self.family.denoise(self.denoiser, noisy.bfloat16(), time_B, told, batch)
+        if (half := self.half) is not None:
+            told = self.conditioning(batch).to(half)
+            return self.family.denoise(self.denoiser, noisy.to(half), time_B, told, batch)
         with self.autocast(noisy.device.type):
             return self.family.denoise(self.denoiser, noisy, time_B, self.conditioning(batch), batch)
 
     @property
-    def in_bf16(self) -> bool:
-        """Whether every weight is bf16, as in a pack, whose adapters are copies of fp32 masters. Autocast would cast
-        around every norm and every adapter, in every call; here nothing needs a cast."""
-        return {param.dtype for param in self.parameters()} == {torch.bfloat16}
+    def half(self) -> torch.dtype | None:
+        """bf16 or fp16 where every weight is, as in a pack, whose adapters are copies of fp32 masters; else None.
+        Autocast would cast around every norm and every adapter, in every call; here nothing needs a cast."""
+        dtypes = {param.dtype for param in self.parameters()}
+        return next((half for half in (torch.bfloat16, torch.float16) if dtypes == {half}), None)
 
     def autocast(self, device_type: str) -> torch.autocast:
         """The compute precision of weights that are not all in it.
 
         Autocast's cache is off: a weight is used once per pass, and ZeRO-3 frees it after its layer.
         """
-        enabled = self.config.train.precision == "bf16"
-        return torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        dtype = DTYPES[self.config.train.precision]
+        half = dtype if dtype != torch.float32 else torch.bfloat16
+        return torch.autocast(device_type, half, enabled=dtype != torch.float32, cache_enabled=False)
 
     def noised(self, batch: Batch, step: int | Tensor) -> Noised:
         """Clean latents (drawn anew each step from moments), noise, x_t and t, all named by (key, step, slot)."""

@@ -57,13 +57,17 @@ def run_verb(
     unit: Annotated[int, typer.Option(min=1, help="Most packs that are given to a worker at once.")] = 64,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done, and what it will cost.")] = False,
     measured: Annotated[Path | None, typer.Option(help="With --plan: a run whose measured times to use.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on for ever, and take what joins MANIFEST.")] = False,
     publish_to: PublishTo = None,
     skip_bad: SkipBad = False,
     quiet: Quiet = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Train every subject of a manifest: plan, shards, priors, training, publishing. The same command again goes on."""
+    """Train every subject of a manifest: plan, shards, priors, training, publishing. The same command again goes on.
+
+    MANIFEST may be a folder of manifests. With --watch, rows that join it later are taken as they come, until a signal.
+    """
     overrides = with_address(overrides, publish_to)
     config = load_settled(recipe, overrides)
     if gang > 1 and config.engine.kind == "packed":
@@ -88,7 +92,7 @@ def run_verb(
     judging = {"protocol": protocol, "identity": identity, "clip": clip, "distance": distance} if evaluate else {}
     options = Options(workers, gang, cpus=cpus, hang_s=hang, grace_s=grace, tries=tries, losses=losses, unit=unit,
                       address=address, after=after, evaluation=judging, ledger=ledger, skip_bad=skip_bad,
-                      quiet=quiet)  # fmt: skip
+                      quiet=quiet, watch=watch)  # fmt: skip
     stop_at_once()
     opened = partial(keep_origin, out, "batch run", manifest, recipe, overrides, skip_bad)
     not_uploaded = run_batch(manifest, config, out, options, opened)
@@ -171,9 +175,9 @@ def forget_verb(
     ids: Annotated[list[str] | None, typer.Argument(help="Subjects; none ends what was interrupted.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Remove a person from a run: photos, captions, adapter, images, checkpoints, logs, pages, row. It cannot be undone.
+    """Remove a person from a run: photos, captions, adapter, images, checkpoints, logs, pages, row.
 
-    The other subjects keep every bit. The command may be killed at any moment; run again, it ends its work.
+    It cannot be undone. The other subjects keep every bit. Killed at any moment, it is run again and ends its work.
     """
     from dbtrain.fleet.forgetting import forget, told
 

@@ -38,7 +38,7 @@ def test_struck_work_done_again_is_the_undisturbed_work(works, tmp_path, part, s
 
 @pytest.mark.parametrize("action, first, forever", [("kill", 2, False), ("cut", 5, False), ("ENOSPC", 8, True)])
 def test_a_person_is_forgotten_whatever_strikes_meanwhile(tmp_path, action, first, forever):
-    clean(forget_under_faults(tmp_path, action, 13, first, forever), 8)
+    clean(forget_under_faults(tmp_path, action, 23, first, forever), 5)
 
 
 @pytest.mark.slow

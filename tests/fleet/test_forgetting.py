@@ -1,5 +1,6 @@
 """Forgetting a person: nothing of it is left, nothing else changes, and a kill at any moment only delays it."""
 
+import json
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from dbtrain.fleet.forgetting import end_forgetting, forget, told
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.status import read_rows
 from dbtrain.report.building import rebuild
+from dbtrain.results import upload
 from dbtrain.storage.atomic import LOCK, held
 from dbtrain.subjects.forgotten import PENDING, TOMBSTONES, change_pending, read_tombstones
 from tests.kit.forgettable import PEOPLE, PERSON, fresh, make_forgettable, needles, neighbours, traces
@@ -83,6 +85,27 @@ def test_a_run_of_train_is_forgotten_without_a_ledger(run, made):
     (run / "ledger.sqlite").unlink()
     forget(run, [PERSON])
     assert traces(run, made[1]) == [] and neighbours(run) == made[2] and (run / TOMBSTONES).exists()
+
+
+def test_uploaded_copies_are_deleted_and_a_store_that_refuses_is_told(run, tmp_path, monkeypatch):
+    place = run / "subjects" / PERSON
+    copies = [tmp_path / "store" / PERSON, tmp_path / "far" / PERSON]
+    for copy in copies:
+        shutil.copytree(place, copy)
+    (tmp_path / "store" / "rex-one").mkdir()
+    (place / "published.json").write_text(json.dumps({str(copy): ["0" * 64] for copy in copies}))
+    real = upload.copy_at
+
+    def refusing(address):
+        if "far" in address:
+            raise PermissionError(13, "no right to delete")
+        return real(address)
+
+    monkeypatch.setattr(upload, "copy_at", refusing)
+    done = forget(run, [PERSON])
+    assert not copies[0].exists() and (tmp_path / "store" / "rex-one").is_dir() and copies[1].exists()
+    assert any(str(copies[1]) in line and "not deleted there" in line for line in done.elsewhere), done.elsewhere
+    assert not any(str(copies[0]) in line for line in done.elsewhere) and not place.exists()
 
 
 def test_a_link_in_place_of_a_subject_is_unlinked_and_its_target_is_told(run, tmp_path):

@@ -6,6 +6,7 @@ import random
 import shutil
 import tarfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -22,8 +23,8 @@ from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.registry import REGISTRY
 from dbtrain.subjects.sharding import shard_subjects
 from tests.faults.campaigns import checkpoint
-from tests.kit.main_job import photo
 from tests.kit.made_up_run import make_subject, picture
+from tests.kit.main_job import photo
 
 PERSON, CAPTION = "annabell", "a portrait of {identifier} annabell smithson"
 PEOPLE = (PERSON, "rex-one", "tom-two")
@@ -126,20 +127,14 @@ def needles(run: Path, input_: Path) -> set[bytes]:
 def unpacked(content: bytes) -> list[bytes]:
     """What a file holds in another form: members of an archive, pixels of a picture, an unzipped text."""
     found = []
-    try:
+    with suppress(OSError):
         found.append(Image.open(io.BytesIO(content)).convert("RGB").tobytes())
-    except OSError:
-        pass
-    try:
+    with suppress(tarfile.TarError):
         with tarfile.open(fileobj=io.BytesIO(content)) as opened:
             members = [opened.extractfile(member).read() for member in opened if member.isfile()]
         found += members + [plain for member in members for plain in unpacked(member)]
-    except tarfile.TarError:
-        pass
-    try:
+    with suppress(zlib.error):
         found.append(zlib.decompress(content, 47))
-    except zlib.error:
-        pass
     return found
 
 

@@ -159,3 +159,23 @@ def test_without_an_address_nothing_is_done(folders):
     uploads = Uploads(None, print)
     uploads.add(folders)
     assert uploads.finish() == {} and uploads.left == ""
+
+
+def test_subjects_that_are_left_out_are_waited_for_and_not_sent_again(folders, monkeypatch, tmp_path):
+    begun, goes_on, sent = threading.Event(), threading.Event(), []
+
+    def slow(folder, url):
+        begun.set()
+        goes_on.wait(10)
+        sent.append(folder.name)
+        return True
+
+    monkeypatch.setattr(uploading, "upload", slow)
+    uploads = Uploads(str(tmp_path / "store"), lambda line: None)
+    uploads.add(folders[:1])
+    assert begun.wait(10)
+    threading.Timer(0.3, goes_on.set).start()
+    uploads.leave({"rex"})
+    assert sent == ["rex"], "it was under way, and its end was waited for"
+    uploads.add(folders)
+    assert uploads.finish() == {} and sorted(sent) == ["rex", "tom", "zoe"], "rex is not sent again"
