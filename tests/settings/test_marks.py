@@ -40,8 +40,9 @@ def test_the_settings_without_a_result_are_these():
     at_default = {"model": ("dtype",), "objective": ("shift",), "data": ("mask_floor", "srgb", "caption_dropout")}
     other = ["model.dtype=bf16", "objective.shift=3", "data.mask_floor=0", "data.srgb=false"]
     told = loads("", "x", [*other, "data.caption_dropout=0.1"])
-    later = {"super": True, "stages": True}
-    sections |= later
+    sections |= {"super": True, "stages": True}
+    for name, key in (("data", "buckets"), ("model", "quantize"), ("lora", "up_ratio")):  # at their defaults here
+        keys[name] = (*keys[name], key)
     assert without_result(told) == {**sections, **{name: dict.fromkeys(own, True) for name, own in keys.items()}}
     both = {name: (*keys.get(name, ()), *at_default.get(name, ())) for name in {**keys, **at_default}}
     plain = {**sections, **{name: dict.fromkeys(own, True) for name, own in both.items()}}
