@@ -16,7 +16,7 @@ from tests.kit.main_job import write_job
 
 ATTENTION = "lora.targets=[attentions.*.to_q,attentions.*.add_k_proj]"
 COMMON = ["train.steps=2", "train.batch=1", "lora.rank=2", "sample.steps=2", "sample.guidance=1"]
-LARGE = [*COMMON, "data.resolution=64", "prior.weight=0"]
+LARGE = [*COMMON, "data.resolution=64", "prior.weight=0", "train.lr=0.05"]  # adapters that can be told apart
 PIXELS = ["model.family=if_stage1", "data.resolution=16", ATTENTION, "prior.sampler=ddpm"]
 LATENTS = ["data.resolution=32", "prior.sampler=euler_ancestral", "engine.kind=packed", "engine.packed.size=2"]
 CASES = {
@@ -53,18 +53,19 @@ def stamps(folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize("case", CASES)
 def test_both_stages_are_trained_once_and_chained(case, model_folders, tmp_path, monkeypatch):
     name, settings, second, more, side = CASES[case]
-    words = write_job(tmp_path, *COMMON, "prior.images=2", *settings, subjects="rex:dog")
-    (tmp_path / "photos.csv").write_text("subject,class,images,identifier,lr\nrex,dog,rex,zq,0.01\n")
+    words = write_job(tmp_path, *COMMON, "prior.images=2", *settings, subjects="tom:cat rex:dog")
+    rows = ["subject,class,images,identifier,lr", *(["tom,cat,tom,xv,0.01"] if side == 128 else []), "rex,dog,rex,zq,0.01"]
+    (tmp_path / "photos.csv").write_text("\n".join(rows) + "\n")
     stage = [tmp_path / "small.yaml", f"model.family={second}", f"model.path={model_folders[second]}", *LARGE, *more]
     stages = "stages=" + json.dumps([" ".join(map(str, stage))])
     place = f"model.path={model_folders[name]}"
     command = ["train", *words, place, stages, "--subjects", "all", "--out", tmp_path / "out"]
     said = run(*command)
-    assert said.index(f"upscaler: {second}, for 1 subjects") < said.index("zq dog")
+    assert said.index(f"upscaler: {second}, for {len(rows) - 1} subjects") < said.index("zq dog")
     folder = tmp_path / "out" / "subjects" / "rex"
     record, second_record = (json.loads((at / "record.json").read_text()) for at in (folder, folder / "upscaler"))
     files = {"pytorch_lora_weights.safetensors", "upscaler/pytorch_lora_weights.safetensors", "samples.png"}
-    assert files < set(record["files"]) and record["lr"] == 0.01 and second_record["lr"] == 1e-3
+    assert files < set(record["files"]) and record["lr"] == 0.01 and second_record["lr"] == 0.05
     assert record["identifier"] == second_record["identifier"] and record["data_digest"] == second_record["data_digest"]
     assert record["stages"][0]["run"] == second_record["run"] and record["stages"][0]["level"] == 0
     for at in (folder, folder / "upscaler"):
@@ -91,6 +92,10 @@ def test_both_stages_are_trained_once_and_chained(case, model_folders, tmp_path,
     other = [word for word in command if word is not stages] + [stages.replace("lora.rank=2", "lora.rank=3")]
     assert "other settings" in run(*other, code=3)
 
+    run("generate", folder, "--name", "again")
+    pictures = [folder / "samples" / sheet / "prompt-00-image-00.png" for sheet in ("samples", "again")]
+    drawn, again = (np.asarray(Image.open(path), dtype=int) for path in pictures)
+    assert np.abs(drawn - again).max() <= 1, "training drew through the subject's own adapters, in a pack too"
     run("generate", folder, "--prompt", "{subject} in the snow", "--name", "snow")
     assert Image.open(folder / "snow.png").size[0] > side
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
