@@ -92,7 +92,11 @@ def channel_problem(place: Path, family: Family) -> str | None:
         return None
     made = read_json(vae).get("latent_channels", 4) if "vae" in family.components else 3
     got, want = read_json(unet).get("in_channels"), made + (3 if family.guide else 0)
-    return None if got in (None, want) else _channels(got, want)
+    if got in (None, want):
+        return None
+    if want == 4:
+        return _channels(got, want)
+    return f"is no base of model.family={family.name}: its U-Net takes {got} channels, want {want}; {ITS_FAMILY}"
 
 
 INPUTS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures"}

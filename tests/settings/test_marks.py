@@ -42,6 +42,7 @@ def test_the_settings_without_a_result_are_these():
     other = ["model.dtype=bf16", "objective.shift=3", "data.mask_floor=0", "data.srgb=false"]
     other += ["model.quantize=int8", "engine.kind=packed", "lora.up_ratio=2", "super.level=5"]
     told = loads("", "x", [*other, "data.caption_dropout=0.1"]).replaced("data.buckets", True)
+    sections |= {"stages": True}
     assert without_result(told) == {**sections, **{name: dict.fromkeys(own, True) for name, own in keys.items()}}
     both = {name: (*keys.get(name, ()), *at_default.get(name, ())) for name in {**keys, **at_default}}
     plain = {**sections, "super": True, **{name: dict.fromkeys(own, True) for name, own in both.items()}}
