@@ -59,10 +59,13 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "s3fs>=2024.6",
         "setuptools>=77",
+        "torchao>=0.15",
         "triton>=3.6",
     ],
     # Reads HEIC, the format of phones' photos.
     "photos": ["pillow-heif>=0.21"],
+    # A LoRA's frozen base in 8 or 4 bits: model.quantize.
+    "quantize": ["bitsandbytes>=0.45", "torchao>=0.15"],
     # fsspec's libraries for `--publish-to` and shards in Amazon's, Google's and Azure's stores.
     "stores": ["adlfs>=2024.7", "gcsfs>=2024.6", "s3fs>=2024.6"],
     "gpu": ["xformers>=0.0.35"],

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 from measures import closed_share, mean_interval
-from paper_shape import Picture, draw, prompt, scores_of
-from paper_shape_tables import GROUPS
+from paper_shape import draw, pictures, scores_of
+from paper_shape_tables import BASE, GROUPS
 
 from dbtrain.bench import commit
 from dbtrain.evaluate.intervals import shown
@@ -51,9 +51,10 @@ PILOTS = {
     "guitar-red": ("guitar", "fluent-emoji", "guitar"),
 }
 """Subject id -> (class noun, art set, emoji name): held-out art that no demo subject is drawn from."""
-ASKED = ("jungle", "snow", "cobblestone", "city", "mountain", "water", "space", "sunset")
-"""Places that no subject's photos show."""
-BASE = "base model"
+BEFORE = {"base model": "base model", "with prior": "250 steps, before"}
+"""Variants that are taken over from `--before`, and what they are called here."""
+SHORT = (10, 30)
+"""Steps of the two trainings by which the cost of a recipe is measured."""
 SCORES = {
     "identity": "identity",
     "placed identity": "identity, placed",
@@ -77,13 +78,6 @@ def pilot_manifest(folder: Path) -> Path:
         lines.append(f"{subject},{noun},{subject}")
     (folder / "subjects.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "subjects.csv"
-
-
-def pictures(named: str, noun: str, images: int) -> list[Picture]:
-    """The plain prompt `images` times, each asked place once, and the class prompt `images` times."""
-    plain = [Picture("plain", "plain", i, prompt(named)) for i in range(images)]
-    placed = [Picture("placed", place, 0, prompt(named, place)) for place in ASKED]
-    return plain + placed + [Picture("class", "plain", i, prompt(article(noun))) for i in range(images)]
 
 
 def train(options, name: str, words: list[str], manifest: Path, seed: int) -> tuple[dict, float]:
@@ -110,16 +104,18 @@ def measure(options, recipes: dict[str, list[str]], manifest: Path) -> list[dict
     base = load_models(FAMILIES["sd"], config.model).to(torch.device("cpu"))
     judge, rows = load_judge(), []
     warm_priors(options, manifest)
+    if options.before:
+        rows = taken_over(options)
     for seed in options.seeds:
-        for name, words in {BASE: [], **recipes}.items():
+        for name, words in ({**recipes} if options.before else {BASE: [], **recipes}).items():
             records, spent = train(options, name, words, manifest, seed) if words else ({}, 0.0)
             begin, scored = time.process_time(), []
             for subject in subjects:
                 record = records.get(subject.id)
                 noun = subject.class_noun
                 named = f"{record['identifier']} {noun}" if record else article(noun)
-                wanted = pictures(named, noun, options.images)
-                seeds = [image_seed("recipe-quality", seed, subject.id, p.place, p.number) for p in wanted]
+                wanted = pictures(named, subject, options.images, drift=record is not None)
+                seeds = [image_seed("paper-shape", seed, subject.id, p.place, p.number) for p in wanted]
                 folder = options.out / f"seed-{seed}" / name / "subjects" / subject.id if record else None
                 opened = partial(finished_pipeline, folder, FAMILIES["sd"], base, config)
                 cache = options.out / "pictures" / f"seed-{seed}" / name / subject.id
@@ -137,6 +133,28 @@ def measure(options, recipes: dict[str, list[str]], manifest: Path) -> list[dict
     return rows
 
 
+def taken_over(options) -> list[dict]:
+    """Rows of an earlier result of paper_shape.py, whose pictures have the same prompts and noise.
+
+    The cost of the recipe of that time is measured now, by two short trainings: what a step costs, times its steps.
+    """
+    short, long = (train(options, f"cost-{steps}", [*shlex.split(options.before_recipe), f"train.steps={steps}"],
+                         DEMO, options.seeds[0])[1] for steps in SHORT)  # fmt: skip
+    spent = short + (long - short) / (SHORT[1] - SHORT[0]) * (load(*recipe_of(options)).train.steps - SHORT[0])
+    return [
+        {"recipe": BEFORE[row["variant"]], "seed": row["seed"], "subject": row["subject"], "scores": row["scores"],
+         "cpu_s": spent if row["variant"] != BASE else 0.0}
+        for row in json.loads(options.before.read_text("utf-8"))["rows"]
+        if row["variant"] in BEFORE and row["seed"] in options.seeds
+    ]  # fmt: skip
+
+
+def recipe_of(options) -> tuple[str, list[str]]:
+    """The recipe and the overrides of `--before-recipe`."""
+    name, *words = shlex.split(options.before_recipe)
+    return name, words
+
+
 def warm_priors(options, manifest: Path) -> None:
     """Draw the class images that all recipes share, by a training of one step."""
     words = ["train.steps=1", "engine.packed.size=1", "sample.images=0", "track.tensorboard=false"]
@@ -148,7 +166,7 @@ def by_subject(rows: list[dict], recipe: str, score: str) -> list[float]:
     """One value a subject, the mean over seeds."""
     values: dict[str, list[float]] = {}
     for row in rows:
-        if row["recipe"] == recipe:
+        if row["recipe"] == recipe and score in row["scores"]:
             values.setdefault(row["subject"], []).append(row["scores"][score])
     return [statistics.fmean(values[subject]) for subject in sorted(values)]
 
@@ -156,14 +174,16 @@ def by_subject(rows: list[dict], recipe: str, score: str) -> list[float]:
 def table(rows: list[dict]) -> list[str]:
     """Cost and scores of each recipe, with intervals over subjects."""
     names = list(dict.fromkeys(row["recipe"] for row in rows))
-    first = next(name for name in names if name != BASE)
     cost = {n: statistics.fmean({(r["seed"]): r["cpu_s"] for r in rows if r["recipe"] == n}.values()) for n in names}
+    names.sort(key=lambda name: (name != BASE, -cost[name]))
+    first = names[1]
     lines = ["| recipe | CPU-s | share | gap closed | " + " | ".join(SCORES.values()) + " |"]
     lines.append("|---" * (len(SCORES) + 4) + "|")
     base, real = by_subject(rows, BASE, "identity"), by_subject(rows, BASE, "real_identity")
     for name in names:
         closed = shown(closed_share(base, by_subject(rows, name, "identity"), real).row()) if name != BASE else ""
-        cells = [shown(mean_interval(by_subject(rows, name, score)).row()) for score in SCORES]
+        cells = [shown(mean_interval(by_subject(rows, name, score)).row()) if name != BASE or score != "pres" else ""
+                 for score in SCORES]  # fmt: skip
         share = f"{cost[name] / cost[first]:.3f}" if name != BASE else ""
         lines.append(f"| {name} | {cost[name]:.0f} | {share} | {closed} | " + " | ".join(cells) + " |")
     return lines
@@ -174,8 +194,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--group", choices=("pilots", "demo"), default="pilots")
     parser.add_argument("--recipe", action="append", required=True, metavar="NAME: RECIPE A.B=C ...")
+    parser.add_argument("--before", type=Path, help="result of paper_shape.py to compare with; of the group demo")
+    parser.add_argument("--before-recipe", default="tiny_packed", metavar="'RECIPE A.B=C ...'", help="what it trained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="training seeds")
-    parser.add_argument("--images", type=int, default=6, help="pictures of the plain and of the class prompt")
+    parser.add_argument("--images", type=int, default=8, help="pictures of the plain and of the class prompt")
     parser.add_argument("--out", type=Path, default=Path("runs/recipe-quality"), help="working folder, kept")
     parser.add_argument("--name", help="what the result files are called; nothing is written without a name")
     options = parser.parse_args()
@@ -190,6 +212,7 @@ def main() -> None:
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "commit": commit(),
             "group": options.group,
+            "before": f"{options.before} by {options.before_recipe}" if options.before else "",
             "recipes": {name: shlex.join(words) for name, words in recipes.items()},
             "seeds": options.seeds,
             "images": options.images,

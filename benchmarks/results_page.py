@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
+FAMILIES = ROOT / "docs" / "families.md"
 BEGIN, END = "<!-- figures: made by benchmarks/results_page.py -->", "<!-- end of figures -->"
 
 Result = dict[str, Any]
@@ -200,6 +201,14 @@ def step_counts(result: Result) -> Figures:
     ]  # fmt: skip
 
 
+def family_costs(result: Result) -> Figures:
+    return [
+        (f"{row['model']}, {row['pixels']} px: kernels a step; TFLOP forward; GiB of a LoRA step, plain and recomputed",
+         f"{row['kernels']:,}; {row['forward_tflop']:.1f}; {row['memory_gib']:.0f}, {row['memory_recomputed_gib']:.0f}")
+        for row in result["rows"] if "error" not in row
+    ]  # fmt: skip
+
+
 def tiny_quality(result: Result) -> Figures:
     drawn, vae = result["generated"], result["vae"]
     return [
@@ -254,6 +263,7 @@ MEASUREMENTS = {
         "python benchmarks/peers.py --script lora=PATH --script full=PATH",
     ),
     "step-counts": Measurement("What a LoRA step launches on a GPU, counted without one", step_counts),
+    "family-costs": Measurement("What each family costs, counted without a GPU", family_costs),
     "faults": Measurement("Kills, power cuts, full disks and damage", faults),
     "fleet": Measurement("The fleet under kills, and at size", fleet),
     "multinode": Measurement("A fleet over two hosts, one of them lost", multinode, "python benchmarks/multinode.py"),
@@ -328,19 +338,40 @@ def five_figures() -> str:
     return "\n".join(["| what | measured |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in rows.items())])
 
 
-def readme(text: str) -> str:
-    """README.md with its figures made anew."""
+def sizes() -> str:
+    """The table in docs/families.md: what a LoRA step of each architecture needs, and the cards that have it."""
+    heads = ("model", "image, px", "parameters", "TFLOP forward", "LoRA step, GiB", "recomputed, GiB", "fits",
+             "fits, recomputed")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for row in read_results()["family-costs"][-1][1]["rows"]:
+        if "error" not in row:
+            more = [card for card in row["fits_recomputed"] if card not in row["fits"]]
+            cells = (row["model"], row["pixels"], f"{row['params'] / 1e9:.2f}B", f"{row['forward_tflop']:.1f}",
+                     f"{row['memory_gib']:.0f}", f"{row['memory_recomputed_gib']:.0f}",
+                     ", ".join(row["fits"]) or "none", ", ".join(more) or "no more")  # fmt: skip
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def with_table(text: str, table: str) -> str:
+    """A page with the table between its marks made anew."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{five_figures()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def readme(text: str) -> str:
+    """README.md with its figures made anew."""
+    return with_table(text, five_figures())
 
 
 def main() -> int:
-    """Write both files, or say which one is not up to date."""
+    """Write the files, or say which ones are not up to date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file would change")
     check = parser.parse_args().check
     wanted = {PAGE: page(), README: readme(README.read_text("utf-8"))}
+    wanted[FAMILIES] = with_table(FAMILIES.read_text("utf-8"), sizes())
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
     for path in stale:
         print(f"{path.relative_to(ROOT)} {'is not up to date' if check else 'written'}")

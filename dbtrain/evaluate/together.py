@@ -18,7 +18,7 @@ STACKED = 16
 def draw_together(folders: Sequence[Path], models: Models, family: Family, protocol: Protocol) -> None:
     """Draw what `evaluate_finished` would draw for each of these subjects, so that it finds its pictures there.
 
-    Every batch holds `protocol.batch` pictures, of several subjects. A single subject, a whole model, and a subject
+    A batch holds up to `protocol.batch` pictures, of several subjects. A single subject, a whole model, and a subject
     whose files are damaged are left to `evaluate_finished`.
     """
     work = {folder: plan for folder in folders if has_adapter(folder) and (plan := _planned(folder, models, protocol))}
@@ -41,7 +41,8 @@ def _draw(work: dict[Path, Planned], models: Models, family: Family, batch: int)
     with stacked_pipeline(folders, family, models) as pipeline:
         for start in range(0, len(missing), batch):
             chunk = missing[start : start + batch]
-            draw_chunk(pipeline, [shot for _, shot in chunk], config, batch, [row for row, _ in chunk])
+            # Nothing is drawn in vain to fill the last batch up: only a pack promises pictures equal in every bit.
+            draw_chunk(pipeline, [shot for _, shot in chunk], config, len(chunk), [row for row, _ in chunk])
 
 
 def _planned(folder: Path, models: Models, protocol: Protocol) -> Planned | None:

@@ -40,6 +40,8 @@ FAMILIES = Rows(
         "if_stage2": "deepfloyd:IF_STAGE2",
         "x4_upscaler": "upscaler:X4_UPSCALER",
         "chroma": "chroma:CHROMA",
+        "lumina2": "lumina2:LUMINA2",
+        "sana": "sana:SANA",
     }
 )
 """A `models.family.Family` for each architecture, by the name used in `model.family`."""

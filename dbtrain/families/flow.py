@@ -24,10 +24,9 @@ def schedule(scheduler: Any, config: ModelConfig) -> tuple[Schedule, Any]:
 
     A shift of noise levels is no part of the table: it belongs to the distribution of t, and to sampling.
     """
-    if type(scheduler).__name__ not in SCHEDULERS:
-        raise ConfigError(
-            f"model.path: its scheduler is a {type(scheduler).__name__}, want one of {', '.join(SCHEDULERS)}"
-        )
+    name, told = type(scheduler).__name__, scheduler.config
+    if name not in SCHEDULERS and told.get("prediction_type") != "flow_prediction":
+        raise ConfigError(f"model.path: its scheduler is a {name}, want one of {', '.join(SCHEDULERS)}")
     if config.parameterization not in ("auto", "flow"):
         raise ConfigError(f"model.parameterization: got {config.parameterization}, and a flow model has only `flow`")
     if config.zero_terminal_snr is True:
@@ -43,7 +42,7 @@ def shift_of(scheduler: Any, tokens: int) -> float:
     """
     told = scheduler.config
     if not told.get("use_dynamic_shifting", False):
-        return float(told.get("shift", 1.0))
+        return float(told.get("shift") or told.get("flow_shift", 1.0))
     first, last = told["base_image_seq_len"], told["max_image_seq_len"]
     slope = (told["max_shift"] - told["base_shift"]) / (last - first)
     return math.exp(told["base_shift"] + slope * (tokens - first))

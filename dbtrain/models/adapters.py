@@ -33,9 +33,8 @@ class StackedLora(nn.Module):
 
     def __init__(self, base: nn.Linear | nn.Conv2d, subjects: int, rank: int, scale: float):
         super().__init__()
-        out_features, in_features = base.weight.shape[:2]
         self.base = base
-        device = base.weight.device
+        (in_features, out_features), device = widths(base), base.weight.device
         self.down_NRD = nn.Parameter(torch.zeros(subjects, rank, in_features, device=device))
         self.up_NDR = nn.Parameter(torch.zeros(subjects, out_features, rank, device=device))
         self.register_buffer("scale_N", torch.full((subjects,), scale, device=device), persistent=False)
@@ -44,12 +43,12 @@ class StackedLora(nn.Module):
     @property
     def in_features(self) -> int:
         """Input channels; diffusers' attention reads this attribute."""
-        return self.base.weight.shape[1]
+        return widths(self.base)[0]
 
     @property
     def out_features(self) -> int:
         """Channels out."""
-        return self.base.weight.shape[0]
+        return widths(self.base)[1]
 
     @property
     def weight(self) -> Tensor:
@@ -70,6 +69,14 @@ class StackedLora(nn.Module):
         if isinstance(self.base, nn.Conv2d):
             return lora(x.movedim(1, -1), base.movedim(1, -1), down_NRD, up_NDR, scale_N).movedim(-1, 1)
         return lora(x, base, down_NRD, up_NDR, scale_N)
+
+
+def widths(layer: nn.Module) -> tuple[int, int]:
+    """(in, out) features of a linear layer or channels of a convolution. A quantized weight may have another shape."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    assert isinstance(layer, nn.Conv2d)
+    return layer.in_channels, layer.out_channels
 
 
 def matching_layers(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -261,12 +268,14 @@ def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) 
     for component, matrices in weights.matrices.items():
         for path, (down, up) in matrices.items():
             try:
-                weight = components[component].get_submodule(path).weight
+                layer = components[component].get_submodule(path)
             except (KeyError, AttributeError) as error:
                 raise DataError(f"adapter: {component}.{path} is no layer of this base; use its own base") from error
-            rank = len(down)
-            want = ((rank, weight[0].numel()), (weight.shape[0], rank))
-            if not isinstance(weight, torch.Tensor) or weight.dim() < 2 or (down.shape, up.shape) != want:
+            if not _adaptable(layer):
+                raise DataError(f"adapter: {component}.{path} is no linear layer of this base; use its own base")
+            rank, (wide, out) = len(down), widths(layer)
+            want = ((rank, wide), (out, rank))
+            if (down.shape, up.shape) != want:
                 got = f"{tuple(down.shape)} and {tuple(up.shape)}"
                 wanted = f"{want[0]} and {want[1]}"
                 raise DataError(f"adapter: {component}.{path}: got {got}, want {wanted}; use its own base")

@@ -26,6 +26,23 @@ FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 """Stability's name of a U-Net's first convolution."""
 
 
+PAIRS = "it edits pictures, and so learns from pairs of them, which a manifest does not hold"
+REFUSED = {
+    "HiDreamImagePipeline": "its experts see tokens in the order of their routing, so that a pack would mix subjects, "
+    "and it needs four text encoders",
+    "QwenImage21Pipeline": "the length of a caption moves the image's positions, and no padding keeps the result",
+    "Ideogram4Pipeline": "a second transformer of the same size makes its guidance, and its pipeline takes no encoded "
+    "prompts",
+    "SanaSprintPipeline": "it is distilled to a few steps; train on Sana",
+    "LuminaPipeline": "an older model of another architecture; train on Lumina-Image 2.0",
+    **dict.fromkeys(
+        ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "FluxKontextPipeline"),
+        PAIRS,
+    ),
+}
+"""Pipelines whose bases are not trained, and why."""
+
+
 def base_problem(family: Family, source: str, variant: str | None = None) -> str | None:
     """Why a base that lies here cannot be one of this family; for a hub id, None."""
     place = Path(source)
@@ -42,6 +59,8 @@ def folder_problem(family: Family, place: Path, variant: str | None = None) -> s
     """What keeps a diffusers folder from being used as a family's base."""
     index = read_json(place / "model_index.json")
     kind = index.get("_class_name", "model of an unknown kind")
+    if kind in REFUSED:
+        return f"{named(place)} is a {kind}, which dbtrain does not train: {REFUSED[kind]}; give another base"
     held = {name for name, entry in index.items() if isinstance(entry, list) and list(map(type, entry)) == [str, str]}
     wanted = {family.denoiser, *family.text_encoders, *(["vae"] if "vae" in family.components else [])}
     missing, more = sorted(wanted - held), sorted(filter(DECIDING.match, held - wanted))

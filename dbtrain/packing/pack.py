@@ -25,7 +25,7 @@ from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.training.bank import Bank, captions_of, join_batches
 from dbtrain.training.session import Base
 from dbtrain.training.step import TrainingStep
-from dbtrain.training.trainables import lora_alpha, make_stack, peak_lr, trained_components
+from dbtrain.training.trainables import lora_alpha, make_stack, peak_rates, trained_components
 from dbtrain.values import Batch, Conditioning
 
 CAPTIONS = 2
@@ -103,10 +103,11 @@ class Pack:
         config = start.config
         rates = [
             [
-                peak_lr(self.family, config, component) * lr_scale(step, config.train, config.train.steps)
+                rate * lr_scale(step, config.train, config.train.steps)
                 for step in range(config.train.steps)
             ]
             for component in trained_components(self.family, self.models, config)
+            for rate in peak_rates(self.family, config, component)
         ]
         settings = RowSettings(rates, config.train.clip_norm, config.train.weight_decay)
         self.engine.load(row, start.checkpoint.state, start.checkpoint.step, settings)

@@ -15,7 +15,7 @@ from dbtrain.evaluate import RESULT
 from dbtrain.evaluate.scores import SCORES, title
 from dbtrain.report.charts import LARGE, Chart, lines
 from dbtrain.report.pages import environment
-from dbtrain.report.photo_sheet import thumbnail
+from dbtrain.report.photo_sheet import SIDE, thumbnail
 from dbtrain.storage.atomic import write_file
 from dbtrain.study.findings import SHOWN, Line, cell
 from dbtrain.study.running import folder_of, read_json
@@ -90,6 +90,6 @@ def sheet(told: Told, subject: str, best: Sequence[Line]) -> dict[str, Any]:
 def _picture(path: Path) -> str:
     """A data address of a picture or photo in small; empty where it cannot be read."""
     try:
-        return thumbnail(open_photo(read_photo(path)), None)
+        return thumbnail(open_photo(read_photo(path)), None, (SIDE, SIDE))
     except DataError:
         return ""

@@ -56,6 +56,10 @@ class ModelConfig(Section):
     """Rescale the noise schedule to zero SNR at the last timestep (arXiv 2305.08891); `auto` follows the scheduler."""
     dtype: Annotated[Literal["fp32", "bf16"], Mark.LATER] = "fp32"
     """Number format in which denoiser and text encoders are loaded, for adapters alone; the VAE is always fp32."""
+    quantize: Annotated[Literal["none", "int8", "fp8", "nf4"], Mark.LATER] = "none"
+    """Format in which the frozen denoiser's large layers are kept while adapters train, after loading in
+    `model.dtype`: 8 or 4 bits a weight, each used as a number of the computation's format. `int8` and `fp8` are
+    torchao's, `nf4` is bitsandbytes'; both come with the extra `quantize`."""
     distilled: Annotated[bool, Mark.NO_RESULT] = False
     """Train on a base that was distilled to a few sampling steps (Turbo, Lightning, schnell), which is refused else:
     its adapters drift off the subject. Such a base is for sampling."""
@@ -174,6 +178,8 @@ class LoraConfig(Section):
     """Shell-style patterns for the ends of names of denoiser layers. Linear layers and 1x1 convolutions can match."""
     text_targets: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
     """The same for text encoders, when they are trained."""
+    up_ratio: Annotated[float, Field(ge=1, le=1000), Mark.LATER] = 1.0
+    """Learning rate of the up matrices B over that of A (LoRA+, arXiv 2402.12354, proposes 16); 1 is plain LoRA."""
     init: Annotated[str | None, Mark.NO_RESULT, Mark.PATH] = None
     """Adapter to start from: a finished subject's folder (OUT/subjects/ID) or an adapter's file; null starts afresh."""
 

@@ -56,6 +56,14 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
 
 
+@cache
+def shipped_for(family: str) -> RunConfig | None:
+    """The first shipped recipe that trains LoRAs of a family; None where none does."""
+    names = (name for name in recipe_names() if name.startswith(family[:3]))
+    found = (config for config in map(load, names) if config.model.family == family)
+    return next((config for config in found if config.train.method == "lora"), None)
+
+
 def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """The settings of a recipe with overrides. recipe: a file, or the name of a shipped recipe; None is the defaults.
 

@@ -16,6 +16,8 @@ from dbtrain.evaluate.scores import SCORES, title
 from dbtrain.study.variants import Variant, value_of
 
 COST = "cost_s"
+SAME_COST = 1.02
+"""Costs that differ by less count as equal: they are measured."""
 SHOWN = ("dino", "clip_t_plain", "pres", "div")
 """Scores that decide: identity, agreement with the prompt, drift of the class, variety."""
 
@@ -158,6 +160,23 @@ def effects(
             ]
             if pairs and subjects:
                 found.append(_effect(key, first, second, pairs, subjects, known))
+    return found
+
+
+def worse(rows: Sequence[Row], variants: Sequence[Variant], goal: Goal) -> dict[str, str]:
+    """The variants that are clearly worse than another one, with the reason: the other costs no more, keeps the goal's
+    PRES if there is one, and has more identity by a whole interval of differences within subjects."""
+    subjects, known = common_subjects(rows, variants), {(row.variant, row.subject): row for row in rows}
+    lines, found = table(rows, variants), {}
+    for line, other in product(lines, lines):
+        if other.cost > line.cost * SAME_COST or (goal.pres is not None and other["pres"] > goal.pres):
+            continue
+        own, others = ([known[one.variant.name, s].value("dino") for s in subjects] for one in (line, other))
+        gain = averaged([b - a for a, b in zip(own, others)], [1] * len(own), "macro")
+        if gain.low > 0:
+            more = f"{gain.value:.3f} [{gain.low:.3f}, {gain.high:.3f}]"
+            better = f"{other.variant.title} costs no more and has a DINO higher by {more}"
+            found[line.variant.name] = f"{better}, on {len(own)} subjects"
     return found
 
 

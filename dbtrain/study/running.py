@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,21 @@ from dbtrain.priors.store import IMPORTED, prior_key
 from dbtrain.results.record import RECORD, finished_record
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import LOCK, held, write_file
-from dbtrain.study.findings import Row
+from dbtrain.study.findings import Goal, Row, worse
 from dbtrain.study.variants import Design, Group, Variant, own_values
 from dbtrain.subjects.finding import refuse
 from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.registry import REGISTRY
 from dbtrain.train import train_subjects
-from dbtrain.training.session import CLASSES, Base, PriorCache, Watch, Work, join_run, open_work
+from dbtrain.training.session import CLASSES, Base, PriorCache, Watch, Work, open_work
 from dbtrain.training.stopping import signals_as_before
 from dbtrain.values import Subject
 
 OWN_STAGES = ("data", "encode", "build", "train", "save")
 """Stages of a record that a subject costs by itself. Loading, class images and samples are told apart or left out."""
 PRIORS = "prior-seconds.json"
+FEWEST = 4
+"""Subjects before a variant may be dropped: an interval over fewer is little more than their extremes."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,21 @@ class Rows(Work):
 
 @dataclass
 class Study:
-    """One study: its design, its pilot subjects, where it works, and how it scores. subjects: those of the manifest,
-    once it was read. failed: what failed and why, by variant and subject."""
+    """One study: its design, its pilot subjects, where it works, how it scores, and what is good enough.
+
+    halve: train on a few subjects first, and go on without the variants that are clearly worse; these are then in
+    `dropped`, with the reason. subjects: those of the manifest, once it was read. failed: what failed and why, by
+    variant and subject.
+    """
 
     design: Design
     manifest: Path
     out: Path
     protocol: Protocol
     watch: Watch
+    goal: Goal = field(default_factory=Goal)
+    halve: bool = False
+    dropped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     subjects: list[Subject] = field(default_factory=list)
 
@@ -77,25 +87,45 @@ class Study:
         subjects, findings = scan_manifest(self.manifest, variants[0].config.data.shards is None)
         refuse(findings)
         refuse_own_values(subjects, variants)
-        self.subjects[:] = subjects
+        self.subjects, self.dropped, self.failed = subjects, {}, {}
         rows: dict[tuple[str, str], Row] = {}
         with signals_as_before(), ExitStack() as fence:
             if not fence.enter_context(held(self.out / LOCK)):
                 raise DataError(f"{self.out}: another study is working there; wait for it, or use another --out")
-            base, judge = None, None
-            for group in self.design.groups(variants):
-                config = self.shared_settings(group.config)
-                base = self.base_for(config, base)
-                work = self.open(base, group, subjects)
-                self.draw_priors(base, work, subjects)
-                train_subjects(base, work, self.watch, self.ended(work))
-                judge = judge or load_judge(
-                    self.protocol.identity, self.protocol.clip, base.world.device, self.protocol.distance
-                )
-                for row in self.score(base, work, judge):
-                    rows[row.variant, row.subject] = row
-        order = [(variant.name, subject.id) for variant in variants for subject in subjects]
-        return [rows[key] for key in order if key in rows]
+            base = None
+            for count in rounds(len(subjects)) if self.halve else [len(subjects)]:
+                left = [variant for variant in variants if variant.name not in self.dropped]
+                for group in self.design.groups(left):
+                    base = self.base_for(self.shared_settings(group.config), base)
+                    for row in self.train_group(base, group, subjects[:count]):
+                        rows[row.variant, row.subject] = row
+                if self.halve:
+                    self.drop(self.evened(rows, variants), left)
+        return self.evened(rows, variants)
+
+    def evened(self, rows: Mapping[tuple[str, str], Row], variants: Sequence[Variant]) -> list[Row]:
+        """The rows in the order of variants and subjects, with the costs of each group shared out by steps."""
+        found: dict[tuple[str, str], Row] = {}
+        for group in self.design.groups(variants):
+            names = {variant.name for variant in group.variants}
+            found |= {(row.variant, row.subject): row
+                      for row in even_costs([row for row in rows.values() if row.variant in names])}  # fmt: skip
+        order = [(variant.name, subject.id) for variant in variants for subject in self.subjects]
+        return [found[key] for key in order if key in found]
+
+    def train_group(self, base: Base, group: Group, subjects: Sequence[Subject]) -> list[Row]:
+        """The rows of a group on some of the pilots, trained and scored."""
+        work = self.open(base, group, subjects)
+        self.draw_priors(base, work, subjects)
+        train_subjects(base, work, self.watch, self.ended(work))
+        how = self.protocol
+        return self.score(base, work, warm_judge(how.identity, how.clip, base.world.device, how.distance))
+
+    def drop(self, rows: Sequence[Row], variants: Sequence[Variant]) -> None:
+        """Drop the variants that are clearly worse than another, and say so."""
+        for name, reason in worse(rows, variants, self.goal).items():
+            self.dropped[name] = reason
+            self.watch.say(f"{name}: dropped: {reason}")
 
     def shared_settings(self, config: RunConfig) -> RunConfig:
         """A group's settings with the places that all groups share."""
@@ -108,7 +138,11 @@ class Study:
     def base_for(self, config: RunConfig, before: Base | None) -> Base:
         """The base that a group trains on: the one that is loaded, if it was loaded in the same way."""
         if before is None or _loading(before.settings) != _loading(config):
-            return join_run(config, self.watch)
+            with self.watch.clock.stage("load"):
+                # With its text encoders, which a run of trainings alone would put away: pictures are drawn as well.
+                base = Base.load(config, start_world())
+            self.watch.stop.listen()
+            return base
         # Encoded class images depend on more settings than their key names, so groups do not share them.
         return replace(before, settings=config, class_priors=PriorCache(CLASSES))
 
@@ -116,7 +150,7 @@ class Study:
         """The rows of a group. The photos are sharded once for each resolution. Long trainings come first, so that a
         pack's rows end together."""
         folder = self.out / f"{base.settings.data.resolution}px"
-        work = open_work(base, self.watch, subjects, (), folder, [subject.id for subject in subjects])
+        work = open_work(base, self.watch, self.subjects, (), folder, [subject.id for subject in subjects])
         places = {
             replace(subject, **own_values(variant)): folder_of(self.out, variant.name, subject.id)
             for variant in group.variants
@@ -168,7 +202,19 @@ class Study:
                 rows.append(read_row(folder, subject.class_noun))
             except DbtrainError as error:
                 self.failed[_name(folder)] = str(error)
-        return even_costs(rows)
+        return rows
+
+
+warm_judge = cache(load_judge)
+"""The encoders, loaded once."""
+
+
+def rounds(subjects: int) -> list[int]:
+    """Numbers of subjects that are reached one after another: FEWEST, twice as many each time, and all of them."""
+    counts = [FEWEST]
+    while counts[-1] * 2 < subjects:
+        counts.append(counts[-1] * 2)
+    return [*(count for count in counts if count < subjects), subjects]
 
 
 def folder_of(out: Path, variant: str, subject: str) -> Path:

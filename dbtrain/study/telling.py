@@ -23,7 +23,8 @@ RECIPE_FILE = "recipe.yaml"
 @dataclass(frozen=True)
 class Told:
     """What a study came to. chosen: the recipe that is cheapest and good enough, if any. costs: what runs would cost, a
-    sentence each. failed: reasons by variant and subject. photos: of each subject."""
+    sentence each. failed: reasons by variant and subject. photos: of each subject. dropped: variants that were not
+    trained to the end, with the reason; they are not in `table`."""
 
     out: Path
     design: Design
@@ -35,6 +36,7 @@ class Told:
     costs: Sequence[str]
     failed: Mapping[str, str]
     photos: Mapping[str, Sequence[Path]]
+    dropped: Mapping[str, str]
 
     @property
     def best(self) -> list[Line]:
@@ -42,20 +44,22 @@ class Told:
         return front(self.table, self.goal)
 
 
-def tell(study: Study, goal: Goal, subjects: int, classes: int) -> Told:
+def tell(study: Study, subjects: int, classes: int) -> Told:
     """What a study comes to, after its work is done. subjects, classes: of the runs whose cost is told."""
-    rows, variants = study.run(), study.design.variants()
+    rows = study.run()
+    variants = [variant for variant in study.design.variants() if variant.name not in study.dropped]
     lines = table(rows, variants)
     if not lines:
         reasons = "".join(f"\n{name}: {reason}" for name, reason in study.failed.items())
         raise DataError(f"{study.out}: no subject was finished by every variant, so none can be compared{reasons}")
-    chosen = cheapest(lines, goal)
+    chosen = cheapest(lines, study.goal)
     costs = []
     if chosen is not None:
         costs = [whole_cost(chosen, prior_seconds(study.out, chosen.variant.config), subjects, classes)]
     found = effects(rows, variants, study.design.vary)
     photos = {subject.id: subject.images for subject in study.subjects}
-    return Told(study.out, study.design, goal, rows, lines, found, chosen, costs, study.failed, photos)
+    told = (study.goal, rows, lines, found, chosen, costs, study.failed, photos, study.dropped)
+    return Told(study.out, study.design, *told)
 
 
 def write_found(told: Told) -> None:
@@ -93,5 +97,6 @@ def as_found(told: Told) -> dict[str, Any]:
             {"variant": row.variant, "subject": row.subject, "cost_s": row.cost_s, "steps": row.steps, **row.scores}
             for row in told.rows
         ],
+        "dropped": dict(told.dropped),
         "failed": dict(told.failed),
     }

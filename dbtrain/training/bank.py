@@ -273,7 +273,8 @@ def captions_of(
 def texts_of_run(base: Base, work: Work) -> list[Group]:
     """The groups of texts that training the subjects of a work asks for: captions as their banks have them, and the
     prompts of class images and samples."""
-    settings, groups = base.settings, [("",)] if base.settings.engine.kind == "packed" else []
+    settings = base.settings
+    groups: list[Group] = [("",)] if settings.engine.kind == "packed" else []
     todo = [subject for subject in work.subjects if not looks_finished(work.folder(subject))]
     for subject in todo:
         config, identifier = subject_config(settings, subject), work.identifiers[subject.id]

@@ -22,6 +22,7 @@ from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
 from dbtrain.models.family import Family, Models, refuse_impossible
 from dbtrain.models.load import load_models
+from dbtrain.models.quantize import quantize
 from dbtrain.models.texts import Group, set_aside
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key
@@ -120,6 +121,8 @@ def _load_models(settings: RunConfig, world: World, apart: bool) -> Models:
     choose_capture(settings.engine, torch.device(world.device).type)  # refuses before anything is loaded
     refuse_impossible(family, settings)
     models = load_models(family, settings.model, apart)
+    if settings.model.quantize != "none":
+        models.digests = {**models.digests, "quantize": settings.model.quantize}  # it draws other class images
     if models.pending is None:
         _place(models, settings, world)
     return models
@@ -138,6 +141,7 @@ def _place(models: Models, settings: RunConfig, world: World) -> None:
     models.attention = family.attend(models.denoiser, attention, device.type, precision)
     if settings.train.method == "lora" and precision != "fp32":
         models.denoiser.to(DTYPES[precision])
+    quantize(models.denoiser, family, settings.model.quantize)
 
 
 @dataclass(frozen=True)

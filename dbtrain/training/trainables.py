@@ -109,14 +109,20 @@ def make_stack(family: Family, models: Models, config: RunConfig, subjects: int)
         if train.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
             (family.recompute if is_denoiser else recompute)(module, RECOMPUTED)
         params = {f"{component}.{name}": param for name, param in module.named_parameters() if param.requires_grad}
-        groups.append(ParamGroup(params, peak_lr(family, config, component)))
+        parts = [params] if config.lora.up_ratio == 1 else [_matrices(params, kind) for kind in ("down_NRD", "up_NDR")]
+        groups += [ParamGroup(part, rate) for part, rate in zip(parts, peak_rates(family, config, component))]
     return groups
 
 
-def peak_lr(family: Family, config: RunConfig, component: str) -> float:
-    """The peak learning rate of a component."""
-    train = config.train
-    return train.lr if component == family.denoiser else train.text_encoder_lr or train.lr
+def _matrices(params: dict[str, nn.Parameter], kind: str) -> dict[str, nn.Parameter]:
+    return {name: param for name, param in params.items() if name.endswith(kind)}
+
+
+def peak_rates(family: Family, config: RunConfig, component: str) -> list[float]:
+    """The peak learning rate of each of a component's groups: one, or with LoRA+ those of A and of B."""
+    train, ratio = config.train, config.lora.up_ratio
+    rate = train.lr if component == family.denoiser else train.text_encoder_lr or train.lr
+    return [rate] if ratio == 1 else [rate, ratio * rate]
 
 
 def fresh_adapter(family: Family, models: Models, config: RunConfig, subject: str) -> dict[str, Tensor]:

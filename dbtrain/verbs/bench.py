@@ -68,6 +68,23 @@ def step_verb(
     print_json(result) if as_json else typer.echo(step.table(result))
 
 
+def model_verb(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[MODEL...]", help="Architectures, or families.")] = None,
+    card: Annotated[str, typer.Option(help="Cards, with commas: H200, H100, A100, L40S, 4090, T4, MI300X.")] = "H200",
+    sizes: Annotated[str, typer.Option(help="Pack sizes, with commas.")] = "1",
+    recompute: Annotated[bool, typer.Option("--recompute", help="With train.gradient_checkpointing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a LoRA step of a published architecture would cost on a card: exact counts, modelled milliseconds.
+
+    Needs neither weights nor a GPU. One photo and one prior a subject, bf16, rank 16, the layers of the shipped recipe.
+    """
+    from dbtrain.bench import roofline, to_nobody
+
+    rows = roofline.measure(names or ["sd15"], numbers(sizes, "--sizes"), card.split(","), recompute, to_nobody)
+    print_json(rows) if as_json else typer.echo(roofline.table(rows))
+
+
 def numbers(text: str, option: str) -> list[int]:
     """The numbers of a list with commas. Raises ConfigError for anything else."""
     words = text.split(",")
@@ -93,5 +110,8 @@ dbtrain bench pack --config sd15_lora --random-weights --sizes 1,8,32"""),
         "step": Verb(step_verb, """\
 dbtrain bench step --capture off,graph --attention sdpa,flash,xformers --sizes 1,8
 dbtrain bench step --config sd15_lora --random-weights --capture off,compile,graph,compiled_graph"""),
+        "model": Verb(model_verb, """\
+dbtrain bench model sd15 --sizes 1,8
+dbtrain bench model flux1 sdxl --card H200,4090 --recompute"""),
     })
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import reduce
 from typing import Any, NamedTuple
 
 from dbtrain.errors import ConfigError
@@ -177,14 +177,6 @@ def suit_family(command: Command, row: Any) -> None:
         command.drop("xformers", f"{row.name} has PyTorch's attention alone")
     if row.denoiser != "unet" and settings.get("train.precision") == "bf16" and settings["train.method"] == "lora":
         settings["model.dtype"] = "bf16"
-    for key, value in pictures_of(row.name).items():
-        settings.setdefault(key, value)
-
-
-@cache
-def pictures_of(family: str) -> dict[str, Any]:
-    """How a family's shipped recipe draws class images and samples; empty where none is shipped."""
-    keys = ("prior.sampler", "prior.steps", "prior.guidance", "sample.steps", "sample.guidance")
-    shipped = (recipes.load(name) for name in recipes.recipe_names() if name.startswith(family))
-    own = next((recipe for recipe in shipped if recipe.model.family == family), None)
-    return {key: reduce(getattr, key.split("."), own) for key in keys} if own else {}
+    own = recipes.shipped_for(row.name)
+    for key in ("prior.sampler", "prior.steps", "prior.guidance", "sample.steps", "sample.guidance") if own else ():
+        settings.setdefault(key, reduce(getattr, key.split("."), own))

@@ -82,7 +82,7 @@ DROPPED = by_flag({
     "fp8_base fp8_base_unet": "see model.quantize",
     "full_bf16 full_fp16": "masters are fp32",
     "mem_eff_attn": "use model.attention",
-    "huggingface_repo_id huggingface_token": "dbtrain uploads nothing",
+    "huggingface_repo_id huggingface_token": "dbtrain push has --to and takes HF_TOKEN",
     "wandb_api_key wandb_run_name training_comment": "run `wandb login`; runs are named by their folder",
     "torch_compile": "use engine.capture=compile",
     "lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_type": "see train.schedule",
@@ -202,6 +202,10 @@ def _table(command: Command) -> None:
         elif flag in command.flags and flag not in USED:
             command.drop(flag, DROPPED.get(flag, "unknown to dbtrain"))
     for argument in command.get("network_args").split():
+        name, _, ratio = argument.partition("=")
+        if name == "loraplus_lr_ratio":
+            command.settings["lora.up_ratio"] = plain(ratio)
+            continue
         command.drop("network_args", f"{argument}: adapters have no such option; see lora.targets and lora.rank")
     if command.get("caption_extension") not in ("", ".txt", ".caption"):
         command.drop("caption_extension", "captions are read from .txt and .caption beside a photo")

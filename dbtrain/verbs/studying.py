@@ -31,6 +31,7 @@ def study_verb(
     vary: Annotated[list[str], typer.Option(metavar="KEY=V1,V2", help="Values of a setting; repeat for more keys.")],
     grid: Annotated[bool, typer.Option("--grid", help="Every combination; else one key at a time.")] = False,
     random: Annotated[int | None, typer.Option(min=1, help="So many combinations, drawn at random.")] = None,
+    halve: Annotated[bool, typer.Option("--halve", help="Drop on the way what is clearly worse.")] = False,
     good: Annotated[float | None, typer.Option(help="Identity (DINO) that a recipe must reach.")] = None,
     pres: Annotated[float | None, typer.Option(help="PRES that it must not exceed.")] = None,
     subjects: Annotated[int, typer.Option(min=1, help="Subjects of the runs to come, for their cost.")] = 1000,
@@ -65,8 +66,8 @@ def study_verb(
         raise ConfigError("--grid, --random: give one of them")
     scored_by = Protocol(protocol, images, class_images, identity, clip, distance=distance)
     design = Design(recipe, tuple(overrides or ()), tuple(map(read_vary, vary)), grid, random)
-    study = Study(design, manifest, out, scored_by, Watch(quiet))
-    told = tell(study, Goal(good, pres), subjects, classes)
+    study = Study(design, manifest, out, scored_by, Watch(quiet), Goal(good, pres), halve)
+    told = tell(study, subjects, classes)
     write_found(told)
     write_page(out / "study.html", told)
     if as_json:

@@ -1,6 +1,6 @@
 """Backgrounds of the picture world: flat illustrations with few edges.
 
-A painter draws a 128 x 128 scene with a `Brush`. The scene is then halved, which makes its edges smooth.
+A painter draws a scene of 128 x 128 pixels or more with a `Brush`. The scene is then halved, which makes its edges smooth.
 Scenes have no fine texture on purpose. An 8x VAE and a small UNet, trained on two cores, learn big shapes; they would
 spend on texture what they need for a sharp subject.
 """
@@ -8,13 +8,15 @@ spend on texture what they need for a sharp subject.
 from PIL import Image, ImageDraw
 
 SIDE = 128
+"""Pixels of the smallest canvas."""
 
 
 class Brush:
     """A canvas. Coordinates are in 0..1, colours are RGB in 0..255; `rng` moves both a little, so scenes differ."""
 
-    def __init__(self, rng):
-        self.image = Image.new("RGB", (SIDE, SIDE))
+    def __init__(self, rng, side: int = SIDE):
+        self.side = side
+        self.image = Image.new("RGB", (side, side))
         self.pen = ImageDraw.Draw(self.image)
         self.shift = int(rng.integers(-8, 9))
         self.rng = rng
@@ -29,15 +31,16 @@ class Brush:
 
     def box(self, x0, y0, x1, y1, colour) -> None:
         """Draw a filled rectangle."""
-        self.pen.rectangle([x0 * SIDE, y0 * SIDE, x1 * SIDE, y1 * SIDE], fill=self.tone(colour))
+        self.pen.rectangle([x0 * self.side, y0 * self.side, x1 * self.side, y1 * self.side], fill=self.tone(colour))
 
     def disc(self, x, y, rx, ry, colour) -> None:
         """Draw a filled ellipse around (x, y)."""
-        self.pen.ellipse([(x - rx) * SIDE, (y - ry) * SIDE, (x + rx) * SIDE, (y + ry) * SIDE], fill=self.tone(colour))
+        corners = [(x - rx) * self.side, (y - ry) * self.side, (x + rx) * self.side, (y + ry) * self.side]
+        self.pen.ellipse(corners, fill=self.tone(colour))
 
     def shape(self, points, colour) -> None:
         """Draw a filled polygon."""
-        self.pen.polygon([(x * SIDE, y * SIDE) for x, y in points], fill=self.tone(colour))
+        self.pen.polygon([(x * self.side, y * self.side) for x, y in points], fill=self.tone(colour))
 
 
 def _plain(b: Brush) -> None:
@@ -78,8 +81,8 @@ def _cobblestone(b: Brush) -> None:
         for column in range(-1, 5):
             x = (column + 0.5 * (row % 2)) * 0.27 + offset
             b.pen.rounded_rectangle(
-                [x * SIDE, (row * 0.21 - 0.02) * SIDE, (x + 0.24) * SIDE, (row * 0.21 + 0.165) * SIDE],
-                radius=9,
+                [x * b.side, (row * 0.21 - 0.02) * b.side, (x + 0.24) * b.side, (row * 0.21 + 0.165) * b.side],
+                radius=9 * b.side / SIDE,
                 fill=b.tone((158, 154, 150) if (row + column) % 3 else (136, 132, 130)),
             )
 
@@ -223,6 +226,6 @@ SCENES = {
 
 def paint(scene: str, rng, side: int = 64) -> Image.Image:
     """A `side` x `side` RGB background of `scene`; `rng` decides what differs between two of them."""
-    brush = Brush(rng)
+    brush = Brush(rng, max(SIDE, 2 * side))
     SCENES[scene][0](brush)
-    return brush.image.reduce(SIDE // side) if side <= SIDE // 2 else brush.image.resize((side, side), Image.BICUBIC)
+    return brush.image.reduce(brush.side // side)

@@ -18,6 +18,8 @@ from dbtrain.tiny import ASSETS
 
 CELL = 72
 COLUMNS = 16
+LARGE = Path(__file__).parent / "atlas"
+"""Folder of the atlases at twice the size, which the 128-pixel world is drawn from; they are in no wheel."""
 
 VENDORS = {
     "noto": ("Apache-2.0", "Noto Emoji, Google Inc"),
@@ -95,25 +97,26 @@ def _wanted(vendors: tuple) -> list:
     ]
 
 
-def _render(body: str, width: int, height: int) -> Image.Image:
-    """One SVG body as a CELL x CELL RGBA picture: cut to what is not transparent, and centred."""
+def _render(body: str, width: int, height: int, side: int) -> Image.Image:
+    """One SVG body as a `side` x `side` RGBA picture: cut to what is not transparent, and centred."""
     import resvg_py
 
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     svg = f'<svg {names} viewBox="0 0 {width} {height}">{body}</svg>'
-    raw = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256))
+    raw = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=max(256, 3 * side), height=max(256, 3 * side)))
     image = Image.open(io.BytesIO(raw)).convert("RGBA")
     image = image.crop(image.getchannel("A").point(lambda a: 255 if a > 24 else 0).getbbox())
-    image.thumbnail((CELL, CELL), Image.LANCZOS)
-    cell = Image.new("RGBA", (CELL, CELL), (0, 0, 0, 0))
-    cell.paste(image, ((CELL - image.width) // 2, (CELL - image.height) // 2))
+    image.thumbnail((side, side), Image.LANCZOS)
+    cell = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+    cell.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return cell
 
 
-def build(packages: Path, vendors: tuple, target: Path) -> int:
+def build(packages: Path, vendors: tuple, target: Path, side: int = CELL) -> int:
     """Write the atlas of `vendors` to `target`.png and `target`.json, and return the number of its sprites.
 
     packages: the folder of the unpacked `@iconify-json/*` packages. A vendor's missing emoji are left out.
+    side: pixels of a sprite's cell.
     Colour values are rounded to steps of 4: the eye sees no difference, and the sheets are a quarter smaller.
     """
     sets = {vendor: json.loads((packages / vendor / "icons.json").read_text(encoding="utf-8")) for vendor in vendors}
@@ -124,11 +127,11 @@ def build(packages: Path, vendors: tuple, target: Path) -> int:
             continue
         width = icon.get("width", sets[vendor].get("width", 16))
         height = icon.get("height", sets[vendor].get("height", 16))
-        cells.append(_render(icon["body"], width, height))
+        cells.append(_render(icon["body"], width, height, side))
         rows.append(Sprite(noun, vendor, name, VENDORS[vendor][0]))
-    sheet = Image.new("RGBA", (COLUMNS * CELL, -(-len(cells) // COLUMNS) * CELL), (0, 0, 0, 0))
+    sheet = Image.new("RGBA", (COLUMNS * side, -(-len(cells) // COLUMNS) * side), (0, 0, 0, 0))
     for index, cell in enumerate(cells):
-        sheet.paste(cell, (index % COLUMNS * CELL, index // COLUMNS * CELL))
+        sheet.paste(cell, (index % COLUMNS * side, index // COLUMNS * side))
     target.parent.mkdir(parents=True, exist_ok=True)
     steps = np.minimum(255, (np.asarray(sheet, np.int16) + 2) // 4 * 4).astype(np.uint8)
     Image.fromarray(steps).save(target.with_suffix(".png"), optimize=True)
@@ -138,15 +141,18 @@ def build(packages: Path, vendors: tuple, target: Path) -> int:
 
 
 @lru_cache(maxsize=4)
-def load(split: str = "train") -> tuple:
-    """(sprites, pictures) of one atlas: a list of `Sprite`, and their RGBA pictures without transparent margins."""
-    path = ASSETS / "atlas" / split
+def load(split: str = "train", scale: int = 1) -> tuple:
+    """(sprites, pictures) of one atlas: a list of `Sprite`, and their RGBA pictures without transparent margins.
+
+    scale: 1, or 2 for the same drawings at twice the size.
+    """
+    path, side = (ASSETS / "atlas" if scale == 1 else LARGE) / split, CELL * scale
     rows = [Sprite(**row) for row in json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))]
     sheet = Image.open(path.with_suffix(".png")).convert("RGBA")
     pictures = []
     for index in range(len(rows)):
-        x, y = index % COLUMNS * CELL, index // COLUMNS * CELL
-        cell = sheet.crop((x, y, x + CELL, y + CELL))
+        x, y = index % COLUMNS * side, index // COLUMNS * side
+        cell = sheet.crop((x, y, x + side, y + side))
         pictures.append(cell.crop(cell.getchannel("A").getbbox()))
     return rows, pictures
 

@@ -120,17 +120,17 @@ def tint(image: Image.Image, colour: str) -> Image.Image:
 
 
 @lru_cache(maxsize=4096)
-def _figure(index: int, split: str, colour: str | None) -> Image.Image:
-    """The picture of a sprite in one colour; None is its natural colour."""
-    picture = sprites.load(split)[1][index]
+def _figure(index: int, split: str, colour: str | None, scale: int) -> Image.Image:
+    """The picture of a sprite in one colour, at `scale` times the atlas's size; None is its natural colour."""
+    picture = sprites.load(split, scale)[1][index]
     return tint(picture, colour) if colour else picture
 
 
-def _dressed(figure: Image.Image, facts: Facts, worn: int, split: str) -> Image.Image:
+def _dressed(figure: Image.Image, facts: Facts, worn: int, split: str, scale: int) -> Image.Image:
     """The figure with sprite `worn` on its head (sunglasses: on its eyes), on a canvas with room for both."""
     centre, width = sprites.head(facts.sprite, split)
-    item = sprites.load(split)[1][worn]
-    item_width = max(26, round(figure.width * min(width * 1.15, 0.8)))
+    item = sprites.load(split, scale)[1][worn]
+    item_width = max(26 * scale, round(figure.width * min(width * 1.15, 0.8)))
     item = item.resize((item_width, max(1, round(item.height * item_width / item.width))), Image.BICUBIC)
     left = round(centre * figure.width - item_width / 2)
     if facts.accessory == "sunglasses":
@@ -169,7 +169,9 @@ def _stylize(image: Image.Image, style: str) -> Image.Image:
         small = image.resize((16, 16), Image.BOX).quantize(12, Image.Quantize.MEDIANCUT).convert("RGB")
         return small.resize(image.size, Image.NEAREST)
     if style == "watercolour":
-        soft = image.filter(ImageFilter.MedianFilter(5)).filter(ImageFilter.GaussianBlur(0.7))
+        scale = image.width / SIDE
+        window = 2 * round(2 * scale) + 1
+        soft = image.filter(ImageFilter.MedianFilter(window)).filter(ImageFilter.GaussianBlur(0.7 * scale))
         return Image.blend(soft, Image.new("RGB", image.size, (252, 248, 238)), 0.42)
     grey = image.convert("L")
     edges = np.asarray(grey.filter(ImageFilter.FIND_EDGES), np.float32)
@@ -179,20 +181,23 @@ def _stylize(image: Image.Image, style: str) -> Image.Image:
 
 
 def render(facts: Facts, rng, split: str = "train", side: int = SIDE) -> Image.Image:
-    """A `side` x `side` RGB picture of the facts, with art of atlas `split`; `rng` decides the rest."""
-    canvas = paint(facts.place, rng, side)
-    figure = _figure(facts.sprite, split, facts.colour)
+    """A `side` x `side` RGB picture of the facts, with art of atlas `split`; `rng` decides the rest, alike at any side."""
+    canvas, scale = paint(facts.place, rng, side), 1 if side <= SIDE else 2
+    figure = _figure(facts.sprite, split, facts.colour, scale)
     if facts.accessory:
         worn = _pick(rng, sprites.of_noun(facts.accessory, split))
-        figure = _dressed(figure, facts, worn, split)
+        figure = _dressed(figure, facts, worn, split, scale)
     _place(canvas, figure, facts, rng)
     return _stylize(canvas, facts.style) if facts.style else canvas
 
 
-def scene(seed: int, split: str = "train") -> tuple:
-    """(RGB picture 64 x 64, caption, facts as a dict) of one seed; all training data are made by this function."""
+def scene(seed: int, split: str = "train", side: int = SIDE) -> tuple:
+    """(RGB picture `side` x `side`, caption, facts as a dict) of one seed; all training data are made by this function.
+
+    The layout of a seed is the same at 64 and at 128 pixels.
+    """
     rng = stream(seed)
     facts = draw_facts(rng, split)
     caption = caption_of(facts, rng)
     sprite = sprites.load(split)[0][facts.sprite]
-    return render(facts, rng, split), caption, {**asdict(facts), "vendor": sprite.vendor, "name": sprite.name}
+    return render(facts, rng, split, side), caption, {**asdict(facts), "vendor": sprite.vendor, "name": sprite.name}

@@ -21,3 +21,11 @@ def test_every_sprite_names_a_licence():
     for split in ("train", "heldout"):
         for row in sprites.load(split)[0]:
             assert row.licence == sprites.VENDORS[row.vendor][0]
+
+
+def test_the_large_atlases_hold_the_same_drawings_at_twice_the_size():
+    for split in ("train", "heldout"):
+        rows, small = sprites.load(split)
+        assert sprites.load(split, 2)[0] == rows
+        for one, two in zip(small, sprites.load(split, 2)[1], strict=True):
+            assert abs(two.width - 2 * one.width) <= 4 and abs(two.height - 2 * one.height) <= 4

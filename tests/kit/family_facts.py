@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class Facts:
 
     def heard(self, places: Sequence[Any], words: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The latents, as the pipeline has them, and the time in a call of the denoiser."""
-        x, time = places[:2] if places and self.listed else (words[self.sample], words["timestep"])
+        x = places[0] if places else words[self.sample]
+        time = places[1] if len(places) > 1 else words["timestep"]
         return (torch.stack(x).squeeze(2) if self.listed else x), time
 
     def says(self, prediction_BCHW: Tensor) -> tuple[Any]:
@@ -150,6 +152,16 @@ def _chroma(pipeline: Any, captions: Sequence[str]) -> Text:
     return states * mask[..., None], None
 
 
+def _gemma(pipeline: Any, captions: Sequence[str]) -> Text:
+    told = {}
+    if type(pipeline).__name__ == "SanaPipeline":
+        told["complex_human_instruction"] = (
+            signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+        )
+    states, mask, *_ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False, **told)
+    return states * mask[..., None], None
+
+
 FACTS = {
     "sd": Facts(_sd),
     "sdxl": Facts(_sdxl),
@@ -175,6 +187,8 @@ FACTS = {
         least=2,
     ),
     "chroma": Facts(_chroma, _flux_native, _flux_ours, sample="hidden_states", side=8),
+    "lumina2": Facts(_gemma, sample="hidden_states", side=8, sign=-1),
+    "sana": Facts(_gemma, side=16, mean=True),
     "krea2": Facts(_masked, _flux_native, _flux_ours, sample="hidden_states", side=8, film=True),
     "if_stage1": Facts(_if, side=4, stock=False, targets=IF_TARGETS),
     "if_stage2": Facts(_if, side=4, stock=False, targets=IF_TARGETS),

@@ -87,8 +87,13 @@ def make_if_stage2(folder: Path) -> Path:
 
 def make_x4_upscaler(folder: Path) -> Path:
     """A diffusers folder of the x4 upscaler's layout: an autoencoder of factor 4, v-prediction, 1000 noise levels."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionUpscalePipeline
-    from diffusers import UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        DDPMScheduler,
+        StableDiffusionUpscalePipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)

@@ -119,3 +119,78 @@ def make_krea2(folder: Path) -> Path:
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def _gemma() -> Any:
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(Gemma2Config(**_qwen_config(num_hidden_layers=2, query_pre_attn_scalar=8))).eval()
+
+
+def make_lumina2(folder: Path) -> Path:
+    """A diffusers folder of a random Lumina-Image 2.0 layout."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+
+    torch.manual_seed(0)
+    transformer = Lumina2Transformer2DModel(
+        hidden_size=64,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=16,
+    )
+    pipeline = Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=_vae(),
+        text_encoder=_gemma(),
+        tokenizer=chat_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_sana(folder: Path) -> Path:
+    """A diffusers folder of a random Sana layout; its cells have 16 pixels a side in place of 32."""
+    from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(
+        in_channels=32,
+        out_channels=32,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=16,
+        sample_size=16,
+    )
+    kinds, widths, layers = ("ResBlock",) * 5, (32,) * 5, (1,) * 5
+    vae = AutoencoderDC(
+        latent_channels=32,
+        attention_head_dim=8,
+        encoder_block_types=kinds,
+        decoder_block_types=kinds,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=layers,
+        decoder_layers_per_block=layers,
+        encoder_qkv_multiscales=((),) * 5,
+        decoder_qkv_multiscales=((),) * 5,
+        scaling_factor=0.41407,
+    )
+    pipeline = SanaPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=_gemma(),
+        tokenizer=chat_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder

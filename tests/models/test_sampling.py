@@ -131,12 +131,15 @@ def test_rows_of_a_stack_draw_what_each_adapter_draws_alone(models, adapters):
 
 def test_other_pictures_of_a_stack_change_no_bit_of_a_picture(models, adapters):
     settings = SampleConfig(images=2, steps=2, guidance=3.0)
+    sizes = set()
+    hook = models.denoiser.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0])))
     with adapter(FAMILY, models, *adapters):
         pipeline = make_pipeline(FAMILY, models)
         one, both = (
             draw_samples(pipeline, prompts, settings, 32, batch=4, rows=rows)
             for prompts, rows in ((["a dog"], [1]), (["a cat", "a dog", "a vase"], [0, 1, 2]))
         )
-    # Alone, the batch of four holds two pictures and what fills it up.
+    hook.remove()
+    assert sizes == {8}  # a batch of four, twice for guidance: alone, two pictures of it are drawn in vain
     assert [np.array_equal(*pair) for pair in zip(arrays(one[0]), arrays(both[1]))] == [True, True]
     assert len(one) == 1 and len(one[0]) == 2 and np.abs(arrays(both[0])[0] - arrays(both[1])[0]).max() > 20

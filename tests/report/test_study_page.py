@@ -30,7 +30,7 @@ def told(tmp_path):
     goal, failed = Goal(0.65), {"recipe/b": "<script>window.pwned = 1</script>"}
     found, photos = effects(rows(), VARIANTS, VARY), {"a": (tmp_path / "gone.png",)}
     best, costs = cheapest(lines, goal), ["1000 subjects"]
-    return Told(tmp_path, DESIGN, goal, rows(), lines, found, best, costs, failed, photos)
+    return Told(tmp_path, DESIGN, goal, rows(), lines, found, best, costs, failed, photos, {"lr-9": "too <b>dear</b>"})
 
 
 def test_the_page_says_what_was_found(told, tmp_path):
@@ -40,7 +40,7 @@ def test_the_page_says_what_was_found(told, tmp_path):
     assert [words for words in said if words not in page] == []
     assert page.count("(chosen)") == 1 and page.count('class="best"') == 2
     assert all(effect.text.split(";")[0] in page for effect in told.effects)
-    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "<script" not in page and "&lt;script&gt;" in page and "too &lt;b&gt;dear" in page
     # Two variants of the front, three subjects, three pictures each; the photo of one subject cannot be read.
     assert page.count("data:image/jpeg") == 18 and page.count("cannot be read") == 1
 

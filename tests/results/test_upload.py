@@ -181,6 +181,16 @@ def test_a_copy_that_was_only_begun_is_deleted_too(result, store):
     assert delete_uploads(result) == [f"s3://{BUCKET}/all/rex"] and store.objects() == {}
 
 
+def test_a_copy_that_cannot_be_deleted_is_named_and_deleted_by_the_next_call(result, store):
+    upload(result, f"s3://{BUCKET}/all")
+    store.behave = lambda number, environ: 503
+    with pytest.raises(DataError, match=f"s3://{BUCKET}/all/rex: a copy was not deleted"):
+        delete_uploads(result)
+    assert list(uploads_of(result)) == [f"s3://{BUCKET}/all/rex"]
+    store.behave = lambda number, environ: None
+    assert delete_uploads(result) and store.objects() == {}
+
+
 def struck(result, far):
     """What is at fault after the upload was killed at each of its file operations in turn, and done again."""
     work, root = partial(upload, result, str(far)), result.parents[1]

@@ -1,8 +1,11 @@
 """What a study says: means over common subjects, the front, the cheapest that is good enough, and effects."""
 
+import random
+
 import pytest
 
-from dbtrain.study.findings import Goal, cheapest, effects, front, table, text_table, whole_cost
+from dbtrain.study.findings import Goal, Row, cheapest, effects, front, table, text_table, whole_cost, worse
+from dbtrain.study.running import rounds
 from tests.kit.made_up_study import VARIANTS, VARY, rows
 
 
@@ -56,3 +59,34 @@ def test_texts():
     line = table(rows(), VARIANTS)[0]
     assert whole_cost(line, 3.0, 100, 2) == "100 subjects of 2 classes: 106 device-seconds, 6 of them for class images"
     assert "not counted" in whole_cost(line, None, 100, 2)
+
+
+def test_a_variant_is_dropped_only_for_one_that_costs_no_more_and_is_better_on_all_the_interval():
+    found = worse(rows(), VARIANTS, Goal())
+    assert found.keys() == {"lr-1e-3-steps-60", "lr-1e-3-steps-120"}
+    assert found["lr-1e-3-steps-60"].endswith("has a DINO higher by 0.100 [0.100, 0.100], on 3 subjects")
+    assert worse(rows(noise=0.5), VARIANTS, Goal()) == {}  # the faster rate is better on the mean, and not on all
+    assert worse(rows(), VARIANTS, Goal(pres=0.15)).keys() == set()  # the faster ones do not keep it
+
+
+def studied(seed):
+    """A made-up study of eight subjects: each variant has its level, each subject its own, each row its own luck."""
+    luck = random.Random(seed)
+    level = {variant.name: 0.5 + 0.05 * i for i, variant in enumerate(VARIANTS)}
+    own = {f"s{i}": luck.gauss(0, 0.15) for i in range(8)}
+    return [Row(v.name, s, "dog", 1.0, {"dino": level[v.name] + own[s] + luck.gauss(0, 0.04), "pres": 0.1})
+            for v in VARIANTS for s in own]  # fmt: skip
+
+
+def test_halving_keeps_what_the_full_grid_calls_best():
+    kept, trained = 0, 0
+    for seed in range(10):
+        made, left, before = studied(seed), VARIANTS, 0
+        best = max(table(made, VARIANTS), key=lambda line: line["dino"]).variant
+        for count in rounds(8):
+            trained, before = trained + len(left) * (count - before), count
+            some = [row for row in made if int(row.subject[1:]) < count]
+            left = [variant for variant in left if variant.name not in worse(some, left, Goal())]
+        kept += best in left
+    assert kept >= 9 and trained < 0.9 * 10 * len(VARIANTS) * 8
+    assert rounds(3) == [3] and rounds(20) == [4, 8, 16, 20]

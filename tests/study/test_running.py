@@ -11,6 +11,7 @@ from dbtrain.errors import DataError
 from dbtrain.evaluate.protocol import Protocol
 from dbtrain.results.publish import LORA_FILE
 from dbtrain.settings.recipes import load
+from dbtrain.study import running
 from dbtrain.study.findings import Row
 from dbtrain.study.running import Study, even_costs, folder_of, prior_seconds
 from dbtrain.study.variants import Design
@@ -86,6 +87,14 @@ def test_again_is_nothing_and_a_lost_row_alone_is_made_anew(done):
     changed = {path for path, stamp in stamps.items() if path.exists() and path.stat().st_mtime_ns != stamp}
     assert changed and all(path.is_relative_to(lost) for path in changed)
     assert all(torch.equal(value, before[key]) for key, value in weights(lost).items())
+
+
+def test_halving_goes_on_with_all_that_is_not_clearly_worse(done, monkeypatch):
+    _, study, rows = done
+    monkeypatch.setattr(running, "FEWEST", 1)
+    halved = replace(study, halve=True)
+    told = [[(row.variant, row.subject, row.scores) for row in made] for made in (halved.run(), rows)]
+    assert told[0] == told[1] and all(reason.endswith("on 2 subjects") for reason in halved.dropped.values())
 
 
 def test_scores_of_another_protocol_are_not_taken(done):

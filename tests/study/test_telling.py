@@ -15,13 +15,15 @@ from tests.kit.made_up_study import DESIGN, VARIANTS, VARY, rows
 def told(tmp_path):
     lines, goal = table(rows(), VARIANTS), Goal(0.65)
     found = effects(rows(), VARIANTS, VARY)
-    return Told(tmp_path, DESIGN, goal, rows(), lines, found, cheapest(lines, goal), ["dear"], {"x": "lost"}, {})
+    failed, dropped = {"x": "lost"}, {"lr-9": "dear"}
+    return Told(tmp_path, DESIGN, goal, rows(), lines, found, cheapest(lines, goal), ["dear"], failed, {}, dropped)
 
 
 def test_the_json_holds_all_that_was_found(told):
     write_found(told)
     found = json.loads((told.out / "study.json").read_text())
-    assert found == as_found(told) and len(found["rows"]) == 12 and found["failed"] == {"x": "lost"}
+    assert found == as_found(told) and len(found["rows"]) == 12
+    assert (found["failed"], found["dropped"]) == ({"x": "lost"}, {"lr-9": "dear"})
     assert [line["name"] for line in found["variants"] if line["front"]] == ["lr-2e-3-steps-60", "lr-2e-3-steps-120"]
     assert [line["name"] for line in found["variants"] if line["chosen"]] == ["lr-2e-3-steps-60"]
     assert found["variants"][0]["dino"]["subjects"] == 3
