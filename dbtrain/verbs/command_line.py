@@ -175,6 +175,9 @@ def suit_family(command: Command, row: Any) -> None:
     if row.denoiser != "unet" and settings.get("model.attention") == "xformers":
         del settings["model.attention"]
         command.drop("xformers", f"{row.name} has PyTorch's attention alone")
+    if row.denoiser != "unet" and settings.get("train.precision") == "fp16":
+        settings["train.precision"] = "bf16"
+        command.notes.append(f"fp16 becomes bf16, the format of {row.name}'s published weights; T5 overflows in fp16")
     if row.denoiser != "unet" and settings.get("train.precision") == "bf16" and settings["train.method"] == "lora":
         settings["model.dtype"] = "bf16"
     own = recipes.shipped_for(row.name)
