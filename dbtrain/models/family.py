@@ -55,6 +55,8 @@ class Models:
     """The diffusers scheduler in `Family.guide`; None where the denoiser takes no guide."""
     levels: Schedule | None = None
     """The noise levels of the guide, as a table."""
+    upscalers: tuple[Models, ...] = ()
+    """The models of the stages that enlarge what these draw, in order."""
 
     def components(self, denoiser: str) -> dict[str, nn.Module]:
         """The trainable components by their names on disk; denoiser: the name of that component."""
@@ -73,6 +75,8 @@ class Models:
                 module.to(device)
         self.schedule = self.schedule.to(device)
         self.levels = self.levels and self.levels.to(device)
+        for models in self.upscalers:
+            models.to(device)
         return self
 
 
@@ -184,6 +188,7 @@ class Family:
     kohya(component, path) -> a layer in kohya's files; None for a family whose adapters no reader takes by such names.
     regions: class names of the blocks that repeat in the denoiser, which are compiled one by one. shapes: published
     sizes, to count and to time without weights. trains_text: whether diffusers loads adapters of all its text encoders.
+    frees_text: whether text encoders go once all texts of a run are encoded.
     negative: whether the pipeline takes a negative prompt. unstackable: layers that no pack can adapt, as in
     `lora.targets`, and why. guide: of a denoiser that enlarges; None of all others.
     base_version: kohya's name of the base (`ss_base_model_version`), by which A1111 and Forge choose what to offer.
@@ -212,6 +217,7 @@ class Family:
     recompute: Callable[[nn.Module, Callable[..., Any]], None] = recompute
     attend: Callable[[nn.Module, str, str, str], Attention] = engage_attention
     trains_text: bool = True
+    frees_text: bool = True
     negative: bool = True
     unstackable: Mapping[str, str] = field(default_factory=dict)
     guide: Guide | None = None
@@ -277,8 +283,7 @@ def _guide_rules(family: Family, config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             prior.weight > 0 and prior.sampler != "imported",
-            f"prior.weight: {family.name} enlarges and draws no class images; set it to 0, as the paper does, or "
-            "set prior.sampler=imported",
+            f"prior.weight: {family.name} enlarges and draws no class images; set it to 0, or prior.sampler=imported",
         ),
     ]
 

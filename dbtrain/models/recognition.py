@@ -5,10 +5,10 @@ from pathlib import Path
 
 from dbtrain.errors import ConfigError, DataError, first_line, named
 from dbtrain.families import FAMILIES
-from dbtrain.models.base_check import base_problem, path_problem, read_json
+from dbtrain.models.base_check import REFUSED, base_problem, path_problem, read_json
 from dbtrain.models.family import is_local
 from dbtrain.models.load import index_path, mind_the_network, refuse_base, source_of
-from dbtrain.settings.config import ModelConfig, RunConfig
+from dbtrain.settings.config import ModelConfig, RunConfig, StageConfig
 from dbtrain.tiny import EMBEDDED
 
 AUTO = "auto"
@@ -22,6 +22,9 @@ def settled(config: RunConfig) -> RunConfig:
 
     Raises ConfigError in one line where they say that it cannot. A hub id is asked only for `auto`.
     """
+    stages = tuple(_settled_stage(stage) for stage in config.stages)
+    if stages:
+        config = config.replaced("stages", stages)
     model = config.model
     if model.family == AUTO:
         config = config.replaced("model.family", family_of(model))
@@ -34,6 +37,12 @@ def settled(config: RunConfig) -> RunConfig:
             "was made of and sample with this one, or set model.distilled=true"
         )
     return config
+
+
+def _settled_stage(stage: StageConfig) -> StageConfig:
+    """A further stage's settings as `settled`."""
+    own = settled(RunConfig(**{name: getattr(stage, name) for name in StageConfig.model_fields}))
+    return StageConfig(**{name: getattr(own, name) for name in StageConfig.model_fields})
 
 
 def family_of(config: ModelConfig) -> str:
@@ -73,6 +82,8 @@ def _of_a_hub_id(source: str, config: ModelConfig) -> dict[str, str | None]:
             f"model.family: auto asks {source} for its model_index.json, and got: {first_line(error)}; set the family"
         ) from error
     kind = read_json(place).get("_class_name")
+    if kind in REFUSED:
+        return dict.fromkeys(FAMILIES, f"{source} is a {kind}, which dbtrain does not train: {REFUSED[kind]}")
     return {
         name: None if kind == family.pipeline else f"{source} is a {kind}, no base of model.family={name}"
         for name, family in FAMILIES.items()
