@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dbtrain.engines.world import from_first, start_world
 from dbtrain.errors import DataError, DbtrainError, EngineError, StopRequested
 from dbtrain.results.uploading import Uploads, refuse_address
 from dbtrain.settings.config import RunConfig
+from dbtrain.settings.stages import stage_names
 from dbtrain.storage.atomic import LOCK, held
 from dbtrain.storage.trouble import bare
 from dbtrain.subjects.finding import Finding, refuse
@@ -110,6 +112,36 @@ def train_subjects(base: Base, work: Work, watch: Watch, finished: Finished) -> 
     A failed subject does not affect the others; a disk that refuses ends them all. Raises StopRequested when the
     process was asked to stop.
     """
+    left = _train_upscalers(base, work, watch, finished)
+    for stage in base.upscalers:  # the first stage's sheets are drawn through all
+        stage.ready(texts_of_run(stage, left))
+    _train_stage(base, left, watch, finished)
+
+
+def _train_upscalers(base: Base, work: Work, watch: Watch, finished: Finished) -> Work:
+    """The work on the first stage that is left, after the stages that enlarge were trained; `finished` is told of those
+    subjects that failed in one. Why they come first: docs/decisions/upscalers-first.md."""
+    for name, stage in zip(stage_names(base.settings), base.upscalers):
+        failed: dict[str, DbtrainError] = {}
+        # The columns say how the first stage is trained.
+        plain = [replace(subject, steps=None, lr=None, rank=None, prior_weight=None) for subject in work.subjects]
+        watch.say(f"{name}: {stage.settings.model.family}, for {len(plain)} subjects")
+        _train_stage(stage, replace(work, subjects=plain, stage=name), watch, partial(_note_failed, failed))
+        for subject in work.subjects:
+            if subject.id in failed:
+                finished(subject, failed[subject.id])
+        work = replace(work, subjects=[subject for subject in work.subjects if subject.id not in failed])
+    return work
+
+
+def _note_failed(
+    failed: dict[str, DbtrainError], subject: Subject, outcome: dict[str, Any] | DbtrainError
+) -> None:
+    if isinstance(outcome, DbtrainError):
+        failed[subject.id] = outcome
+
+
+def _train_stage(base: Base, work: Work, watch: Watch, finished: Finished) -> None:
     with watch.clock.stage("load"):
         base.ready(texts_of_run(base, work))
     if base.settings.engine.kind == "packed":

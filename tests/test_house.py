@@ -69,20 +69,21 @@ CORE = """
 """
 WHEEL = "dbtrain/*.py dbtrain/*/*.py kernels/dbtrain_kernels/*.py launchers/dbtrain_launchers/*.py"
 BUDGETS = {
-    "core": (3_640, CORE),
+    "core": (3_700, CORE),
     "verbs": (2_900, "dbtrain/verbs/*.py"),
     "report": (1_750, "dbtrain/report/*.py"),
     "fleet": (4_000, "dbtrain/fleet/*.py"),
     "evaluate": (1_600, "dbtrain/evaluate/*.py"),
     "subjects and data": (4_110, "dbtrain/subjects/*.py dbtrain/data/*.py"),
     "kernels": (1_400, "kernels/dbtrain_kernels/*.py"),
-    "wheel": (32_000, WHEEL),
+    "wheel": (32_300, WHEEL),
 }
 """Most lines of each room, and its files. Raise a budget only in a commit that says why."""
 MAX_FAMILY_LINES = 150
 
 COVERED = {
     "dbtrain/__main__.py": "tests/test_cli.py",
+    "dbtrain/bench/cards.py": "tests/bench/test_roofline.py",
     "dbtrain/bench/flops.py": "tests/bench/test_operators.py",
     "dbtrain/families/*.py": "tests/contracts/test_family.py",
     "dbtrain/models/adapter_names.py": "tests/models/test_adapters.py",

@@ -35,9 +35,11 @@ from dbtrain.engines.engine import plan_batches
 from dbtrain.engines.loss_scale import DTYPES, resolved_precision
 from dbtrain.engines.world import World, start_world
 from dbtrain.engines.zero import ZeroEngine
+from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
 from dbtrain.models.adapters import detach
-from dbtrain.models.family import Models
+from dbtrain.models.architectures import Architecture
+from dbtrain.models.family import Family, Models, low_side
 from dbtrain.objective.noise import discrete_schedule
 from dbtrain.packing.pack import Pack, tensors_of
 from dbtrain.packing.size import used_bytes
@@ -84,9 +86,9 @@ def load(config: RunConfig, random_weights: bool) -> Base:
             tokens = tuple(ids.to(world.device) for ids in family.tokenize(models, ["a photo of srx dog", "a photo"]))
             captions = family.encode_tokens(models.text_encoders, tokens)
             pixels = torch.zeros(1, 3, config.data.resolution, config.data.resolution, device=world.device)
-            mean = models.vae.encode(pixels).latent_dist.mean
-        return Base(models, captions, (2 * mean.shape[1], *mean.shape[2:]), world)
-    name, shape = next(iter(FAMILIES[config.model.family].shapes.items()))
+            moments = family.codec.encode(models.vae, pixels)
+        return Base(models, captions, tuple(moments.shape[1:]), world)
+    name, shape = published(FAMILIES[config.model.family])
     unet = shape.blank(world.device, DTYPES[config.train.precision])
     if config.engine.channels_last:
         unet.to(memory_format=torch.channels_last)
@@ -97,6 +99,13 @@ def load(config: RunConfig, random_weights: bool) -> Base:
     pooled = shape.pooled and torch.randn(2, shape.pooled, generator=draw).to(world.device)
     models = Models(unet, {}, {}, vae, None, schedule, f"random weights, {name}", {"weights": "random"})
     return Base(models, Conditioning(states, pooled), (2 * shape.channels, side, side), world)
+
+
+def published(family: Family) -> tuple[str, Architecture]:
+    """The name and shape of a family's published model; ConfigError where it alone is not enough to train."""
+    if family.guide is not None or not family.shapes:
+        raise ConfigError(f"model.family: {family.name} is not timed with random weights; give a base in model.path")
+    return next(iter(family.shapes.items()))
 
 
 @contextmanager
@@ -150,7 +159,9 @@ def alone(base: Base, config: RunConfig) -> Iterator[SimpleNamespace]:
     roles, count = 2 if config.prior.weight > 0 else 1, config.train.batch
     role_B, slot_B = torch.arange(roles).repeat_interleave(count), torch.arange(roles * count)
     sizes = torch.full((len(slot_B), 6), float(config.data.resolution))
-    batch = Batch(torch.randn(len(slot_B), *base.shape), 0 * role_B, role_B, slot_B, sizes).to(base.world.device)
+    lows = torch.zeros(len(slot_B), 3, *[low_side(config)] * 2) if family.guide else None
+    images = torch.randn(len(slot_B), *base.shape)
+    batch = Batch(images, 0 * role_B, role_B, slot_B, sizes, low_BCHW=lows).to(base.world.device)
 
     def step() -> None:
         engine.backward(engine(batch, 0).loss)

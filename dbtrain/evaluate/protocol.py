@@ -36,6 +36,7 @@ from dbtrain.models.sampling import generate, image_seed
 from dbtrain.results.finished import finished_config, finished_pipeline
 from dbtrain.results.record import finished_record
 from dbtrain.settings.config import RunConfig
+from dbtrain.settings.stages import upscalers
 from dbtrain.storage.atomic import write_file
 from dbtrain.subjects.prompts import LIVE_CLASSES, fill, is_live, prompt_set, slug, without_identifier
 
@@ -178,6 +179,7 @@ def shots(
     tuning.
     """
     noun, identifier = record["class"], record["identifier"]
+    bases = [record["base_digest"], *(stage["base_digest"] for stage in record.get("stages", ()))]
     weights = {name: digest for name, digest in record["files"].items() if name.endswith(".safetensors")}
     of_class = fill(config.data.class_caption, class_noun=noun)
     texts = [
@@ -199,7 +201,7 @@ def shots(
         for number, (prompt, plain) in enumerate(prompts):
             for image in range(count):
                 seed = _seed(protocol, config, name, plain, image)
-                file = place / _file(row, plain, image, [record["base_digest"], model, prompt, seed, _named(config)])
+                file = place / _file(row, plain, image, [*bases, model, prompt, seed, _named(config)])
                 by_row[row].append(Shot(row, prompt, plain, number, image, seed, file))
     return by_row["tuned"] + by_row["class"], by_row["base"] + by_row["base_class"]
 
@@ -222,7 +224,8 @@ def sampling(config: RunConfig) -> tuple[int, int, float, str]:
 
 def _named(config: RunConfig) -> list[object]:
     side, steps, guidance, precision = sampling(config)
-    return [steps, guidance, side, precision]
+    stages = [[*_named(stage), stage.super.level] for stage in upscalers(config)]
+    return [steps, guidance, side, precision, *stages]
 
 
 def _file(row: str, plain: str, image: int, deciding: object) -> str:
@@ -236,7 +239,7 @@ def reuse_samples(
     """Copy the samples that training drew for the same prompts, seeds and sampling, if their digests are unchanged."""
     trained, digests = finished_config(folder, ()), record.get("samples")
     same_sampling = config.sample.model_copy(update={"images": trained.sample.images}) == trained.sample
-    if protocol.protocol != "quick" or not same_sampling or sampling(config) != sampling(trained):
+    if protocol.protocol != "quick" or not same_sampling or _named(config) != _named(trained):
         return
     for shot in own:
         drawn = folder / "samples" / "samples" / f"prompt-{shot.number:02d}-image-{shot.image:02d}.png"

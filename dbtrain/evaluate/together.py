@@ -18,10 +18,11 @@ STACKED = 16
 def draw_together(folders: Sequence[Path], models: Models, family: Family, protocol: Protocol) -> None:
     """Draw what `evaluate_finished` would draw for each of these subjects, so that it finds its pictures there.
 
-    A batch holds up to `protocol.batch` pictures, of several subjects. A single subject, a whole model, and a subject
-    whose files are damaged are left to `evaluate_finished`.
+    A batch holds up to `protocol.batch` pictures, of several subjects. A single subject, a whole model, one of several
+    stages, and a subject whose files are damaged are left to `evaluate_finished`.
     """
-    work = {folder: plan for folder in folders if has_adapter(folder) and (plan := _planned(folder, models, protocol))}
+    plans = {folder: _planned(folder, models, protocol) for folder in folders if has_adapter(folder)}
+    work = {folder: plan for folder, plan in plans.items() if plan and not plan.config.stages}
     for way in dict.fromkeys(sampling(plan.config) for plan in work.values()):
         alike = [folder for folder, plan in work.items() if sampling(plan.config) == way]
         for start in range(0, len(alike), STACKED):

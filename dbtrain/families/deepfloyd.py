@@ -74,7 +74,10 @@ _SHARED: dict[str, Any] = {
         "text_encoder": ("transformers:T5EncoderModel", "transformers:CLIPTextModel"),
         "tokenizer": ("transformers:T5TokenizerFast", "transformers:T5Tokenizer", "transformers:CLIPTokenizer"),
     },
-    "absent": {"safety_checker": None, "feature_extractor": None, "watermarker": None, "requires_safety_checker": False},
+    "absent": {
+        **dict.fromkeys(("safety_checker", "feature_extractor", "watermarker")),
+        "requires_safety_checker": False,
+    },
     "schedule": schedule,
     "codec": Codec(channels=3, cell=1, encode=pixels, scale=flow.unscaled),
     "tokenize": tokenize,

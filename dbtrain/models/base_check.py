@@ -67,10 +67,10 @@ def folder_problem(family: Family, place: Path, variant: str | None = None) -> s
     if missing or more:
         what = f"has no {missing[0]}" if missing else f"has a {more[0]} besides"
         return f"{named(place)} is a {kind}, no base of model.family={family.name} ({what}); {ITS_FAMILY}"
-    channels = channel_problem(place, family)
-    if channels and (kind == family.pipeline or "another kind" not in channels):
+    channels, other = channel_problem(place, family), kind != family.pipeline
+    if channels and not (other and "another kind" in channels):
         return f"{named(place)} {channels}"
-    if kind != family.pipeline:
+    if other:
         return f"{named(place)} is a {kind}, no base of model.family={family.name}; {ITS_FAMILY}"
     for name in sorted(wanted):
         problem = weights_problem(place / name, variant)
@@ -87,7 +87,11 @@ def channel_problem(place: Path, family: Family) -> str | None:
         return None
     made = read_json(vae).get("latent_channels", 4) if "vae" in family.components else 3
     got, want = read_json(unet).get("in_channels"), made + (3 if family.guide else 0)
-    return None if got in (None, want) else _channels(got, want)
+    if got in (None, want):
+        return None
+    if want == 4:
+        return _channels(got, want)
+    return f"is no base of model.family={family.name}: its U-Net takes {got} channels, want {want}; {ITS_FAMILY}"
 
 
 INPUTS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures"}

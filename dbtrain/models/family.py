@@ -55,6 +55,8 @@ class Models:
     """The diffusers scheduler in `Family.guide`; None where the denoiser takes no guide."""
     levels: Schedule | None = None
     """The noise levels of the guide, as a table."""
+    upscalers: tuple[Models, ...] = ()
+    """The models of the stages that enlarge what these draw, in order."""
 
     def components(self, denoiser: str) -> dict[str, nn.Module]:
         """The trainable components by their names on disk; denoiser: the name of that component."""
@@ -73,6 +75,8 @@ class Models:
                 module.to(device)
         self.schedule = self.schedule.to(device)
         self.levels = self.levels and self.levels.to(device)
+        for models in self.upscalers:
+            models.to(device)
         return self
 
 
@@ -279,7 +283,7 @@ def _guide_rules(family: Family, config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             prior.weight > 0 and prior.sampler != "imported",
-            f"prior.weight: {family.name} enlarges and draws no class images; set it to 0 or prior.sampler to imported",
+            f"prior.weight: {family.name} enlarges and draws no class images; set it to 0, or prior.sampler=imported",
         ),
     ]
 

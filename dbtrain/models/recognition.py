@@ -8,7 +8,7 @@ from dbtrain.families import FAMILIES
 from dbtrain.models.base_check import REFUSED, base_problem, path_problem, read_json
 from dbtrain.models.family import is_local
 from dbtrain.models.load import index_path, mind_the_network, refuse_base, source_of
-from dbtrain.settings.config import ModelConfig, RunConfig
+from dbtrain.settings.config import ModelConfig, RunConfig, StageConfig
 from dbtrain.tiny import EMBEDDED
 
 AUTO = "auto"
@@ -22,6 +22,9 @@ def settled(config: RunConfig) -> RunConfig:
 
     Raises ConfigError in one line where they say that it cannot. A hub id is asked only for `auto`.
     """
+    stages = tuple(_settled_stage(stage) for stage in config.stages)
+    if stages:
+        config = config.replaced("stages", stages)
     model = config.model
     if model.family == AUTO:
         config = config.replaced("model.family", family_of(model))
@@ -34,6 +37,12 @@ def settled(config: RunConfig) -> RunConfig:
             "was made of and sample with this one, or set model.distilled=true"
         )
     return config
+
+
+def _settled_stage(stage: StageConfig) -> StageConfig:
+    """A further stage's settings as `settled`."""
+    own = settled(RunConfig(**{name: getattr(stage, name) for name in StageConfig.model_fields}))
+    return StageConfig(**{name: getattr(own, name) for name in StageConfig.model_fields})
 
 
 def family_of(config: ModelConfig) -> str:

@@ -26,7 +26,8 @@ def make_pipeline(family: Family, models: Models, sampler: str | None = None) ->
 
 class Enlarger(NamedTuple):
     """A pipeline that enlarges pictures, and what it is told. times: sides of a large picture for one of a small one.
-    sized: whether it is told the size. level: noise of the small pictures, which must be that of its training."""
+    sized: whether it is told the size. level: noise of the small pictures, which must be that of its training. row_of:
+    its adapter of each row that `generate` is given; None where they are the same."""
 
     pipeline: Any
     times: int
@@ -34,6 +35,7 @@ class Enlarger(NamedTuple):
     level: int
     sample: SampleConfig
     precision: str
+    row_of: dict[int, int] | None = None
 
 
 class Chain(NamedTuple):
@@ -109,6 +111,8 @@ def enlarged(
 ) -> Iterator[Image.Image]:
     """Each picture, enlarged under its prompt, in order; they have one size. negative and rows as in `generate`."""
     pipeline, sample = enlarger.pipeline, enlarger.sample
+    if rows is not None and enlarger.row_of is not None:
+        rows = [enlarger.row_of[row] for row in rows]
     told = {"noise_level": enlarger.level, "num_inference_steps": sample.steps}
     if enlarger.sized:
         width, height = pictures[0].size

@@ -232,9 +232,10 @@ class PackedRun:
             return {}
         each = len(seats[0].job.prompts)
         chosen = (settings.sample, settings.data.resolution, settings.train.precision)
-        with sampling_mode(base.models):
+        jobs, own = [seat.job for seat in seats], [seat.row for seat in seats]
+        with sampling_mode(base.models), sampling_pipeline(jobs, own) as pipeline:
             rows = draw_samples(
-                sampling_pipeline([seat.job for seat in seats]),
+                pipeline,
                 [prompt for _, prompt in asked],
                 *chosen,
                 batch=min(AT_ONCE, self.size * each * settings.sample.images),

@@ -5,7 +5,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 from dbtrain.families import FAMILIES
 from dbtrain.objective import DISTRIBUTIONS, PARAMETERIZATIONS, WEIGHTINGS
@@ -342,8 +342,8 @@ class TrackConfig(Section):
     """Steps between log lines."""
 
 
-class RunConfig(Section):
-    """Every setting of a run. Fields marked `NO_RESULT` do not decide what is learnt."""
+class StageConfig(Section):
+    """Every setting of one stage. Fields marked `NO_RESULT` do not decide what is learnt."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all randomness of training."""
@@ -360,3 +360,15 @@ class RunConfig(Section):
     sample: Annotated[SampleConfig, Mark.NO_RESULT] = SampleConfig()
     publish: Annotated[PublishConfig, Mark.NO_RESULT] = PublishConfig()
     track: Annotated[TrackConfig, Mark.NO_RESULT] = TrackConfig()
+
+
+Stage = Annotated[StageConfig, WithJsonSchema({"type": ["string", "object"]})]
+
+
+class RunConfig(StageConfig):
+    """Every setting of a run."""
+
+    stages: Annotated[tuple[Stage, ...], Mark.LATER] = ()
+    """Stages that enlarge what this one draws, trained for each subject too: a recipe's name or file, with overrides
+    after it, as `x4_upscaler_lora train.steps=500`; or settings. Photos, captions, identifiers, seed and engine are
+    those of the run."""

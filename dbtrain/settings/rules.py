@@ -1,6 +1,7 @@
 """Rules about several settings together."""
 
 from dbtrain.settings.config import NAMING, RunConfig, ZeroConfig
+from dbtrain.settings.stages import stage_names, upscalers
 
 
 def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
@@ -55,7 +56,9 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
         ("lora.init", config.lora.init is not None and train.method != "lora", "is set, but train.method is not lora"),
     ]
     rules += _packed_rules(config) if config.engine.kind == "packed" else _zero_rules(config)
-    return [(key, message) for key, wrong, message in rules if wrong]
+    stages = zip(stage_names(config), upscalers(config))
+    of_stages = [("stages", f"{name}: {key}: {why}") for name, own in stages for key, why in cross_field_findings(own)]
+    return [(key, message) for key, wrong, message in rules if wrong] + of_stages
 
 
 def _zero_rules(config: RunConfig) -> list[tuple[str, bool, str]]:

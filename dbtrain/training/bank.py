@@ -230,8 +230,7 @@ def distinct(captions: Iterable[str], data: DataConfig) -> list[str]:
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
-    """One batch of the samples of several, in order, without `subject_B`. Parts without masks get factors of 1 beside
-    parts with masks."""
+    """One batch of the samples of several, in order, without `subject_B`. A part without masks has factors of 1."""
     names = [name for name in Batch.__dataclass_fields__ if name not in ("subject_B", "mask_B1HW")]
     held = [name for name in names if getattr(parts[0], name) is not None]
     joined = Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in held})

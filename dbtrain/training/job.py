@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -28,12 +28,14 @@ from dbtrain.models.sampling import Chain, draw_samples, make_enlarger, make_pip
 from dbtrain.randomness import stream_key
 from dbtrain.results.card import publish_card
 from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
+from dbtrain.results.finished import chained
 from dbtrain.results.identity import Identity
-from dbtrain.results.record import LAST_SHEET, write_record
+from dbtrain.results.record import LAST_SHEET, finished_record, write_record
 from dbtrain.results.replacing import NEXT, take_place
 from dbtrain.results.sheets import publish_sheet
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.recipes import render
+from dbtrain.settings.stages import stage_names
 from dbtrain.subjects.prompts import fill
 from dbtrain.training.bank import Bank, ClassImages, captions_of, complete_priors, fill_bank
 from dbtrain.training.cadence import due
@@ -48,6 +50,8 @@ from dbtrain.values import Batch, Role, Sample, StepLoss, Subject
 
 Finished = Callable[[Subject, dict[str, Any] | DbtrainError], None]
 """Called with a subject that has ended, and its record or the error that ended it."""
+OF_STAGE = ("family", "base", "base_digest", "method", "steps", "loss", "run", "level")
+"""What the record of the first stage says of each that enlarges."""
 REMEDY = "Lower train.lr, set train.clip_norm, or train in fp32"
 
 
@@ -216,8 +220,8 @@ class Job:
             return None
         resolution, precision = self.config.data.resolution, self.config.train.precision
         chosen = (prompts, self.config.sample, resolution, precision)
-        with sampling_mode(base.models):
-            rows = draw_samples(sampling_pipeline([self]), *chosen)
+        with sampling_mode(base.models), sampling_pipeline([self]) as pipeline:
+            rows = draw_samples(pipeline, *chosen)
         return self.publish_samples(rows, name) if base.world.first else None
 
     @property
@@ -252,10 +256,14 @@ class Job:
         """Write the subject's artefacts, then its card, then the record that says it is finished."""
         self.results.mkdir(exist_ok=True)
         artefacts = publish_weights(self.results, self.base.family, self.base.models, self.config, record, state)
+        stages = {name: finished_record(self.folder / name) for name in stage_names(self.config)}
+        if stages:
+            record["stages"] = [{"folder": name, **{key: of[key] for key in OF_STAGE}} for name, of in stages.items()]
         # Where results are sent is nobody's business who gets one.
         publish = self.config.publish.model_copy(update={"to": None})
         publish_card(self.results, record, self.config, render(self.config.model_copy(update={"publish": publish})))
-        write_record(self.results, record, [*artefacts, *([sheet] if sheet else [])])
+        beside = {f"{name}/{file}": digest for name, of in stages.items() for file, digest in of["files"].items()}
+        write_record(self.results, record, [*artefacts, *([sheet] if sheet else [])], self.folder, beside)
         take_place(self.folder)
 
     def record(self, values: dict[str, float], capture: Capture) -> dict[str, Any]:
@@ -287,6 +295,7 @@ class Job:
             "capture": capture._asdict(),
             "attention": base.models.attention.row() if base.models.attention else None,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **({"level": config.super.level} if base.family.guide else {}),
         }
 
 
@@ -332,13 +341,19 @@ def role_sums(loss: StepLoss, batch: Batch, count: int) -> torch.Tensor:
     return torch.stack([loss.loss.detach().double(), errors[~prior_B].sum(), errors[prior_B].sum()]).cpu()
 
 
-def sampling_pipeline(jobs: Sequence[Job]) -> Any:
-    """What draws the validation prompts of some jobs on one base, a job after another. A base that enlarges is given
-    each subject's own photos, reduced and taken in turn."""
+@contextmanager
+def sampling_pipeline(jobs: Sequence[Job], rows: Sequence[int] | None = None) -> Iterator[Any]:
+    """What draws the validation prompts of some jobs on one base, a job after another, with each subject's stages that
+    enlarge after it. A base that enlarges is given each subject's own photos, reduced and taken in turn.
+
+    rows: of the jobs in the stack of adapters, where there are several."""
     base, config = jobs[0].base, jobs[0].config
     if base.family.guide is None:
-        return make_pipeline(base.family, base.models)
-    photos: list[Image.Image] = []
-    for job in jobs:
-        photos += islice(cycle(job.bank.small_photos()), len(job.prompts) * config.sample.images)
-    return Chain(photos, (make_enlarger(base.family, base.models, config),))
+        first: Any = make_pipeline(base.family, base.models)
+    else:
+        photos: list[Image.Image] = []
+        for job in jobs:
+            photos += islice(cycle(job.bank.small_photos()), len(job.prompts) * config.sample.images)
+        first = Chain(photos, (make_enlarger(base.family, base.models, config),))
+    with chained(first, [job.folder for job in jobs], base.models, base.settings, rows) as pipeline:
+        yield pipeline

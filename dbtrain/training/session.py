@@ -17,6 +17,7 @@ from dbtrain.engines.deterministic import choose_algorithms
 from dbtrain.engines.engine import keeps_whole, plan_batches
 from dbtrain.engines.loss_scale import DTYPES, resolved_precision
 from dbtrain.engines.world import World, from_first, start_world, together
+from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
 from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
@@ -27,6 +28,7 @@ from dbtrain.models.texts import Group, set_aside
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key
 from dbtrain.settings.config import RunConfig
+from dbtrain.settings.stages import upscalers
 from dbtrain.subjects.finding import Finding
 from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
 from dbtrain.subjects.sharding import shard_subjects
@@ -71,16 +73,29 @@ class Base:
     models: Models
     settings: RunConfig
     class_priors: PriorCache
+    upscalers: tuple[Base, ...] = ()
+    """The bases of the stages that enlarge."""
 
     @classmethod
     def load(cls, settings: RunConfig, world: World, late: bool = False) -> Base:
-        """The base model of some settings, on this rank's device. late: denoiser and autoencoder come with `ready`, and
-        text encoders are loaded only while they encode, unless they train or captions are encoded at every step."""
+        """The base model of some settings, and those of its further stages, on this rank's device. late: denoiser and
+        autoencoder come with `ready`, and text encoders are loaded only while they encode, unless they train or
+        captions are encoded at every step."""
         classes = CLASSES if settings.engine.kind == "packed" else 1
         settings = resolved_precision(settings, torch.device(world.device).type)
         family = FAMILIES[settings.model.family]
+        refuse_impossible(family, settings)
+        refuse_stages(settings)
+        stages = tuple(cls.load(stage, world, late) for stage in upscalers(settings))
         apart = late and family.frees_text and settings.data.cache_text and not settings.train.text_encoder
-        return cls(world, family, _load_models(settings, world, apart), settings, PriorCache(classes))
+        models = _load_models(settings, world, apart)
+        models.upscalers = tuple(stage.models for stage in stages)
+        return cls(world, family, models, settings, PriorCache(classes), stages)
+
+    def with_pack(self, size: int) -> Base:
+        """The same bases, for packs of another size."""
+        settings = self.settings.replaced("engine.packed.size", size)
+        return replace(self, settings=settings, upscalers=tuple(stage.with_pack(size) for stage in self.upscalers))
 
     def ready(self, groups: Iterable[Group] = ()) -> None:
         """Encode groups of texts, and then load denoiser and autoencoder, if these are still to come. No adapters may
@@ -93,13 +108,15 @@ class Base:
                     models.texts.keep(wanted, device)
         if models.pending is not None:
             parts = models.pending()
-            models.denoiser, models.vae, models.pending = parts[self.family.denoiser], parts["vae"], None
+            models.denoiser, models.vae, models.pending = parts[self.family.denoiser], parts.get("vae"), None
             _place(models, self.settings, self.world)
 
     def reload(self) -> None:
-        """Reload the models, replacing the trained ones."""
+        """Reload the models, replacing the trained ones; those of further stages stay."""
         texts = self.models.texts
-        vars(self.models).update(vars(_load_models(self.settings, self.world, texts is not None)))
+        fresh = _load_models(self.settings, self.world, texts is not None)
+        fresh.upscalers = self.models.upscalers
+        vars(self.models).update(vars(fresh))
         if texts is not None:
             self.models.texts = texts
             self.ready()
@@ -112,6 +129,17 @@ class Base:
         for module in self.models.components(self.family.denoiser).values():
             detach(module)
             release(module)
+
+
+def refuse_stages(settings: RunConfig) -> None:
+    """Raise ConfigError for a stage that cannot follow another, or cannot be what its settings say."""
+    for stage in upscalers(settings):
+        refuse_impossible(FAMILIES[stage.model.family], stage)
+        if FAMILIES[stage.model.family].guide is None:
+            raise ConfigError(
+                f"stages: {stage.model.family} draws from text alone and enlarges nothing; give one of "
+                + ", ".join(name for name in FAMILIES if FAMILIES[name].guide)
+            )
 
 
 def _load_models(settings: RunConfig, world: World, apart: bool) -> Models:
@@ -158,7 +186,8 @@ class Work:
     """The subjects to train, what is known of them, and where their files are.
 
     index: the samples of these subjects, and perhaps of others. shards: a folder, or the address of a store.
-    priors: the folder of the class images, the run's own or one that runs share.
+    priors: the folder of the class images, the run's own or one that runs share. stage: the folder of a further stage
+    under a subject's; empty for the first.
     """
 
     subjects: Sequence[Subject]
@@ -167,6 +196,7 @@ class Work:
     out: Path
     shards: Path | str
     priors: Path
+    stage: str = ""
 
     @classmethod
     def under(
@@ -182,7 +212,7 @@ class Work:
 
     def folder(self, subject: Subject) -> Path:
         """The folder of a subject's results."""
-        return self.out / "subjects" / subject.id
+        return self.out / "subjects" / subject.id / self.stage
 
 
 def prior_folder(settings: RunConfig, out: Path) -> Path:
@@ -274,7 +304,7 @@ def drawn_texts(base: Base, prompts: Iterable[str], guidance: float) -> list[Gro
 
 def make_class_priors(classes: Iterable[str], settings: RunConfig, store: Path) -> dict[str, int]:
     """Number of images drawn for each class noun, so that the store holds `prior.images` of it."""
-    base = Base.load(settings, start_world(), late=True)
+    base = Base.load(settings.replaced("stages", ()), start_world(), late=True)
     prior, drawn = settings.prior, {}
     keys = {noun: prior_key(settings, base.models, noun) for noun in sorted(set(classes))}
     base.ready(drawn_texts(base, [key.prompt for key in keys.values()], prior.guidance))

@@ -41,6 +41,7 @@ def preflight_verb(
     """
     from dbtrain.models.load import load_tokenizer
     from dbtrain.results.uploading import refuse_address
+    from dbtrain.settings.stages import largest_side
     from dbtrain.subjects.finding import defects, notes, refuse
     from dbtrain.subjects.manifest import scan_manifest
     from dbtrain.subjects.preflight import sift
@@ -49,6 +50,7 @@ def preflight_verb(
     config = load_settled(recipe, overrides)
     refuse_trackers(config.track)
     refuse_address(config.publish)
+    config = config.replaced("data.resolution", largest_side(config))
     tokenizer = None
     try:
         tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
@@ -135,6 +137,9 @@ def generate_verb(
     weight: Annotated[
         float, typer.Option(min=-4, max=4, help="How much of the adapter is added to the base; 0 is the base alone.")
     ] = 1.0,
+    picture: Annotated[
+        list[Path] | None, typer.Option(help="Picture to enlarge, for a subject of an upscaler alone; repeat for more.")
+    ] = None,
 ) -> None:
     """Draw images of finished subjects; many adapters share one loaded base."""
     from dbtrain.results.finished import generate_finished
@@ -145,7 +150,7 @@ def generate_verb(
         raise ConfigError("FOLDER: is missing; give a finished subject, OUT/subjects/ID")
     if prompt and sets:
         raise ConfigError("--prompt, --set: give one of them")
-    for sheet in generate_finished(folders, prompt, settings, name, sets or (), negative, weight):
+    for sheet in generate_finished(folders, prompt, settings, name, sets or (), negative, weight, picture or ()):
         typer.echo(sheet)
 
 

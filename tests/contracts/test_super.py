@@ -12,8 +12,8 @@ from dbtrain.data.images import square, to_pixels
 from dbtrain.families import FAMILIES
 from dbtrain.models.family import exactly
 from dbtrain.models.load import load_models
-from dbtrain.models.sampling import make_pipeline
-from dbtrain.settings.config import DataConfig, ModelConfig, RunConfig, SuperConfig
+from dbtrain.models.sampling import Chain, generate, make_enlarger, make_pipeline
+from dbtrain.settings.config import DataConfig, ModelConfig, RunConfig, SampleConfig, SuperConfig
 from dbtrain.training import step as steps
 from dbtrain.training.bank import Bank, Item
 from dbtrain.values import Batch, Role
@@ -102,6 +102,20 @@ def test_the_unet_is_shown_what_its_pipeline_shows_it(loaded, seen, level, monke
     assert ours[0].shape[1] == family.codec.channels + 3
     for name, mine, stock in zip(("input", "text", "level"), ours, theirs):
         assert torch.equal(mine, stock), name
+
+
+@torch.no_grad()
+def test_pictures_are_enlarged_at_the_level_that_was_trained(loaded, seen):
+    """The pipelines' own defaults, 250 and 20, would hide what the small picture shows."""
+    family, models = loaded
+    told = settings(7, 20).model_copy(update={"sample": SampleConfig(steps=1, guidance=1.0)})
+    small_ones = [Image.fromarray(np.full((LOW, LOW, 3), shade, np.uint8)) for shade in (0, 200)]
+    pipeline = Chain(small_ones, (make_enlarger(family, models, told),))
+    images = list(generate(pipeline, CAPTIONS, [1, 2], 4 * LOW, 1, 1.0))
+    assert [image.size for image in images] == [(4 * LOW, 4 * LOW)] * 2
+    ((shown, _, level),) = seen
+    assert level.tolist() == [7, 7]
+    assert shown[0, -3:].mean() < -0.8 and shown[1, -3:].mean() > 0.4, "each its own picture, behind x_t"
 
 
 @torch.no_grad()
@@ -205,6 +219,7 @@ def test_a_model_that_knows_the_picture_draws_it(name, model_folders, monkeypatc
 
     monkeypatch.setattr(models.denoiser, "forward", forward)
     pipeline = make_pipeline(family, models)
+    assert models.vae is not None or pipeline.scheduler.config.variance_type == "fixed_small", "no variance is learnt"
     words = {"image": list(noise(2, 3, LOW, LOW, seed=2).clamp(0, 1)), "noise_level": 0} if family.guide else {}
     words |= {} if name == "x4_upscaler" else {"height": side, "width": side}
     pipeline(
@@ -220,7 +235,7 @@ def test_a_model_that_knows_the_picture_draws_it(name, model_folders, monkeypatc
 
 @torch.no_grad()
 def test_tables_are_the_schedulers_own(loaded):
-    family, models = loaded
+    _, models = loaded
     x, eps = noise(1000, 1, 1, 1), noise(1000, 1, 1, 1, seed=1)
     times = torch.arange(1000)
     for table, scheduler in ((models.schedule, models.scheduler), (models.levels, models.guide_scheduler)):
