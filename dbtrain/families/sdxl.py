@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.family import Family, KohyaLayer, Tokens
+from dbtrain.models.family import Family, KohyaLayer, Models, Tokens
 from dbtrain.models.schedules import diffusion
 from dbtrain.models.stability_names import to_stability
 from dbtrain.models.unet import CODEC, REGIONS, SAMPLERS, UNET, text_path
@@ -22,6 +22,10 @@ def denoise(unet: nn.Module, x_t_BCHW: Tensor, time_B: Tensor, conditioning: Con
     """The U-Net's prediction [B, C, h, w], given each sample's original size, crop and target size."""
     added = {"text_embeds": conditioning.pooled_BD, "time_ids": batch.size_B6}
     return unet(x_t_BCHW, time_B, conditioning.states_BTD, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def avoided(models: Models, guidance: float) -> None:
+    """None: the pipeline leads away from zeros where no negative prompt is given, and not from the empty text."""
 
 
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
@@ -79,5 +83,6 @@ SDXL = Family(
     regions=REGIONS,
     shapes={"sdxl": XL},
     base_version="sdxl_base_v1-0",
+    avoided=avoided,
     frees_text=False,  # its pooled text has other last bits where a prompt is encoded alone
 )

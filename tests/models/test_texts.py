@@ -7,7 +7,10 @@ import torch
 from dbtrain.engines.world import World
 from dbtrain.families import FAMILIES
 from dbtrain.models.load import load_models
+from dbtrain.models.pipelines import words
+from dbtrain.models.sampling import make_pipeline
 from dbtrain.models.texts import joined
+from dbtrain.settings.config import ModelConfig
 from dbtrain.training.bank import captions_of
 from dbtrain.training.session import Base
 from dbtrain.values import Conditioning
@@ -71,3 +74,14 @@ def test_rows_are_joined_field_by_field():
     assert both.pooled_BD is None and both.states_BTD[:, 0, 0].tolist() == [0, 1]
     assert both.mask_BT.tolist() == [[True, False], [True, True]]
     assert both.to(torch.bfloat16).mask_BT.dtype == torch.bool
+
+
+def test_what_guidance_leads_away_from_is_what_the_pipeline_would_take(model_folders):
+    """SDXL's zeros, Qwen-Image's blank, without which it has no guidance; the empty text for most."""
+    wanted = {"sd": [""], "sdxl": None, "qwen_image": [" "], "zimage": [""], "flux": None}
+    for name, want in wanted.items():
+        family = FAMILIES[name]
+        models = load_models(family, ModelConfig(family=name, path=str(model_folders[name])))
+        assert words(make_pipeline(family, models), ["a dog"], None, 5.0).get("negative_prompt") == want, name
+        given = words(make_pipeline(family, models), ["a dog"], "blur", 5.0).get("negative_prompt")
+        assert given == (["blur"] if family.negative else None), name
