@@ -16,7 +16,7 @@ from tests.kit.main_job import write_job
 
 ATTENTION = "lora.targets=[attentions.*.to_q,attentions.*.add_k_proj]"
 COMMON = ["train.steps=2", "train.batch=1", "lora.rank=2", "sample.steps=2", "sample.guidance=1"]
-LARGE = [*COMMON, "data.resolution=64", "prior.weight=0", "train.lr=0.05"]  # adapters that can be told apart
+LARGE = [*COMMON, "data.resolution=64", "prior.weight=0", "train.lr=0.05", "lora.alpha=200"]  # tells subjects apart
 PIXELS = ["model.family=if_stage1", "data.resolution=16", ATTENTION, "prior.sampler=ddpm"]
 LATENTS = ["data.resolution=32", "prior.sampler=euler_ancestral", "engine.kind=packed", "engine.packed.size=2"]
 CASES = {
