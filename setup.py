@@ -59,7 +59,6 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "s3fs>=2024.6",
         "setuptools>=77",
-        "torchao>=0.15",
         "triton>=3.6",
     ],
     # Reads HEIC, the format of phones' photos.

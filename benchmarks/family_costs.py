@@ -19,16 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from dbtrain.bench import commit  # noqa: E402
-from dbtrain.bench.roofline import CARDS, GIB, architectures, count, modelled, targets_of  # noqa: E402
+from dbtrain.bench.cards import CARDS  # noqa: E402
+from dbtrain.bench.roofline import GIB, architectures, count, modelled, targets_of  # noqa: E402
 from dbtrain.errors import ConfigError  # noqa: E402
 
 PUBLISHED = {
-    "sd15": ("0.86B", "8 GB, LoRA (diffusers, training/lora.md: 11 GB)"),
-    "sdxl": ("2.6B", "12-16 GB, LoRA (kohya, sdxl_train_network.md)"),
+    "sd15": ("0.86B", "11 GB, LoRA (diffusers, training/lora.md)"),
+    "sdxl": ("2.6B", ""),
     "sd35_medium": ("2.5B", ""), "sd35_large": ("8.1B", ""),
     "flux1": ("12B", "24 GB, base in int8, blocks recomputed (ai-toolkit)"),
     "flux2_klein_4b": ("4B", ""), "flux2_klein_9b": ("9B", ""), "flux2_dev": ("32B", ""),
-    "z_image": ("6B", ""), "qwen_image": ("20B", "42 GB in bf16, 30 GB in fp8 (musubi-tuner, docs/qwen_image.md)"),
+    "zimage": ("6B", ""), "qwen_image": ("20B", "42 GB in bf16, 30 GB in fp8 (musubi-tuner, docs/qwen_image.md)"),
     "krea2": ("12B", ""), "if_i": ("4.3B", "28 GB, LoRA (diffusers, dreambooth/README.md)"),
 }  # fmt: skip
 """Parameters of the denoiser and memory of a LoRA's training as the authors or a trainer's documents say."""

@@ -316,7 +316,7 @@ def page() -> str:
 
 def five_figures() -> str:
     """The table in README.md."""
-    newest = {name: results[-1][1] for name, results in read_results().items()}
+    newest = {name: results[-1][1] for name, results in read_results().items() if results}
     packs = [result["less_than"] for name, result in newest.items() if name.startswith("pack-peers")]
     made, given = (sorted(ratios[f"peer, priors {kind}"] for ratios in packs) for kind in ("made", "given"))
     paper, attacked = newest["paper-shape"]["findings"], newest["fleet"]["kills"]

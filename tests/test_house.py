@@ -83,6 +83,7 @@ MAX_FAMILY_LINES = 150
 
 COVERED = {
     "dbtrain/__main__.py": "tests/test_cli.py",
+    "dbtrain/bench/cards.py": "tests/bench/test_roofline.py",
     "dbtrain/bench/flops.py": "tests/bench/test_operators.py",
     "dbtrain/families/*.py": "tests/contracts/test_family.py",
     "dbtrain/models/adapter_names.py": "tests/models/test_adapters.py",

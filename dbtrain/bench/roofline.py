@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dbtrain.bench.cards import CARDS, Card
 from dbtrain.bench.operators import Operators
 from dbtrain.engines import packed
 from dbtrain.engines.engine import ParamGroup
@@ -41,24 +42,6 @@ from dbtrain_kernels import of_operators
 
 GIB = 2**30
 
-
-@dataclass(frozen=True)
-class Card:
-    """Published peaks of a card: dense matrix products in TFLOP/s (bf16 with sums in fp32; fp32 where there is no
-    bf16), memory in TB/s and GiB."""
-
-    tflops: float
-    tbytes: float
-    gib: float
-    dtype: torch.dtype = torch.bfloat16
-
-
-CARDS = {
-    "H200": Card(989, 4.8, 131), "H100": Card(989, 3.35, 74.5), "A100": Card(312, 2.04, 74.5),
-    "L40S": Card(362, 0.864, 44.7), "4090": Card(165, 1.008, 22.4), "T4": Card(8.1, 0.32, 14.9, torch.float32),
-    "MI300X": Card(1307, 5.3, 179),
-}  # fmt: skip
-"""From the makers' data sheets: SXM forms, without sparsity; vendors' GB are given as GiB."""
 
 LAUNCH_US = 1.6
 """Least time of a kernel in a recorded step."""
@@ -243,8 +226,9 @@ def meta_step(
     keys, priors = torch.empty(subjects, 2, dtype=torch.long, device="meta"), torch.empty(subjects, device="meta")
     captions = captions_of(shape, 2 * subjects, torch.float32)
     module = TrainingStep(family, models, config, keys, captions, priors)
-    tables = (table.to("meta") for table in (schedule.alpha_S, schedule.sigma_S, schedule.time_S))
-    module.schedule = Schedule(*tables, schedule.parameterization)
+    alpha_S, sigma_S, time_S = (table.to("meta") for table in (schedule.alpha_S, schedule.sigma_S, schedule.time_S))
+    module.schedule = Schedule(alpha_S, sigma_S, time_S, schedule.parameterization)
+    assert module.first_S is not None, "levels are drawn by a table"
     module.weight_S, module.first_S = module.weight_S.to("meta"), module.first_S.to("meta")
     batch = batch_of(shape, subjects)
 
@@ -263,17 +247,37 @@ def count(
 ) -> Counts:
     """The exact counts of a step. Raises ConfigError where a step needs real numbers, which the meta device lacks."""
     quiet_libraries()
-    try:
-        step = meta_step(family, shape, subjects, targets, recompute=recompute)
-        with flash(), _Costs() as costs:
-            loss, kept = _with_kept(step.forward)
-            forward = costs.operations // (2 * subjects)
-            step.backward(loss)
-    except (NotImplementedError, RuntimeError) as error:
-        raise ConfigError(f"{name}: cannot be counted without real numbers: {first_line(error)}") from error
+    if family.guide is not None:
+        raise ConfigError(f"{name}: a model that enlarges pictures is not counted")
+    # Captions without a mask count where a family takes them; else a mask of real tokens, whose numbers a family with
+    # ragged captions reads on the host.
+    for mask in (None, "meta", "cpu"):
+        try:
+            step = meta_step(_masked(family, mask), shape, subjects, targets, recompute=recompute)
+            with flash(), _Costs() as costs:
+                loss, kept = _with_kept(step.forward)
+                forward = costs.operations // (2 * subjects)
+                step.backward(loss)
+            break
+        except (NotImplementedError, RuntimeError, AssertionError) as error:
+            why = first_line(error) or "it wants a mask of its captions"
+    else:
+        raise ConfigError(f"{name}: cannot be counted without real numbers: {why}")
     parts = dict(sorted(costs.parts.items()))
     sizes = (step.layers, step.params, step.trained)
     return Counts(name, subjects, *sizes, costs.operations, forward, kept, parts)
+
+
+def _masked(family: Family, device: str | None) -> Family:
+    """The family, given captions with a mask on this device on which each token is real."""
+    if device is None:
+        return family
+
+    def denoise(denoiser: Any, x_t: Tensor, time_B: Tensor, told: Conditioning, batch: Batch) -> Tensor:
+        mask_BT = torch.ones(told.states_BTD.shape[:2], dtype=torch.bool, device=device)
+        return family.denoise(denoiser, x_t, time_B, replace(told, mask_BT=mask_BT), batch)
+
+    return replace(family, denoise=denoise)
 
 
 def _with_kept(forward: Callable[[], Any]) -> tuple[Any, int]:
@@ -297,7 +301,7 @@ def modelled(counts: Counts, card: Card) -> dict[str, Any]:
     published bandwidth, and the model's, by parts with what bounds each."""
     wide = 2 if card.dtype == torch.float32 else 1
     kernels, moved, _ = map(sum, zip(*(part.sums for part in counts.parts.values())))
-    parts = {}
+    parts: dict[str, dict[str, Any]] = {}
     for name, part in counts.parts.items():
         times = part.times_ms(name, card)
         parts[name] = {"ms": sum(times.values()), "bound": max(times, key=lambda bound: times[bound])}
@@ -367,17 +371,21 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 SIZES = {"cross_attention_dim": "width", "joint_attention_dim": "width", "pooled_projection_dim": "pooled",
-         "sample_size": "latent_side"}  # fmt: skip
+         "cap_feat_dim": "width", "sample_size": "latent_side"}  # fmt: skip
 """Entries of a denoiser's configuration that say how large captions are, and the latents of a U-Net."""
 
 
 def shape_of(family: Family, folder: Path) -> Architecture:
     """The architecture of a base in a diffusers folder: the published one that is most alike, with the folder's
-    configuration. Images are of the published size."""
+    configuration. Images are of the published size. Raises ConfigError for a family without published shapes."""
     told = {key: value for key, value in read_json(folder / family.denoiser / "config.json").items() if key[0] != "_"}
     told = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+    if not family.shapes:
+        raise ConfigError(f"{family.name} has no published shape in its row")
     like = max(family.shapes.values(), key=lambda shape: sum(told.get(k) == v for k, v in shape.config.items()))
     sizes = {field: told[key] for key, field in SIZES.items() if isinstance(told.get(key), int)}
+    if "num_text_layers" in told:  # layers side by side
+        sizes["width"] = told["text_hidden_dim"] * told["num_text_layers"]
     if told.get("in_channels") != like.config.get("in_channels") and like.channels == like.config.get("in_channels"):
         sizes["channels"] = told["in_channels"]
     if "projection_class_embeddings_input_dim" in told and like.pooled:

@@ -22,7 +22,6 @@ from dbtrain.data.shards import grow_shards, tidy
 from dbtrain.data.stream import SKIPPED, read_samples
 from dbtrain.errors import DataError, FleetError, SubjectTaken, first_line, named
 from dbtrain.evaluate import RESULT
-from dbtrain.evaluate.summary import write_summary
 from dbtrain.fleet.inbox import INBOX
 from dbtrain.fleet.lease import Lease, find_ledger, has_ledger, is_driven
 from dbtrain.fleet.ledger import Ledger
@@ -265,6 +264,8 @@ def _scrub_summary(out: Path, pending: Mapping[str, Sequence[str]], done: Forgot
     path = out / RESULT
     if not path.exists():
         return
+    from dbtrain.evaluate.summary import write_summary  # loads models' libraries, which a driver does without
+
     table = _read_json(path)
     failed = {name: reason for name, reason in table.get("failed", {}).items() if name not in pending}
     named_now = set(pending) & {*table.get("failed", {}), *(row["subject"] for row in table.get("by_subject", ()))}

@@ -188,6 +188,7 @@ class Family:
     kohya(component, path) -> a layer in kohya's files; None for a family whose adapters no reader takes by such names.
     regions: class names of the blocks that repeat in the denoiser, which are compiled one by one. shapes: published
     sizes, to count and to time without weights. trains_text: whether diffusers loads adapters of all its text encoders.
+    frees_text: whether text encoders go once all texts of a run are encoded.
     negative: whether the pipeline takes a negative prompt. unstackable: layers that no pack can adapt, as in
     `lora.targets`, and why. guide: of a denoiser that enlarges; None of all others.
     base_version: kohya's name of the base (`ss_base_model_version`), by which A1111 and Forge choose what to offer.
@@ -216,6 +217,7 @@ class Family:
     recompute: Callable[[nn.Module, Callable[..., Any]], None] = recompute
     attend: Callable[[nn.Module, str, str, str], Attention] = engage_attention
     trains_text: bool = True
+    frees_text: bool = True
     negative: bool = True
     unstackable: Mapping[str, str] = field(default_factory=dict)
     guide: Guide | None = None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -236,6 +237,8 @@ def _ask_the_hub() -> None:
 
 def quiet_libraries() -> None:
     """Switch off progress bars and advice of diffusers and transformers: they are about their own internals."""
+    for name in ("torchao", "torch.utils._pytree"):  # diffusers imports torchao, which names what it cannot load here
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers
     import transformers
 

@@ -7,7 +7,6 @@ errors in them reach everything.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -56,8 +55,6 @@ def quantizable(denoiser: nn.Module, family: Family) -> list[str]:
 
 
 def _by_torchao(denoiser: nn.Module, paths: set[str], kind: str) -> None:
-    for name in ("torchao", "torch.utils._pytree"):  # they name each binary part that this machine cannot load
-        logging.getLogger(name).setLevel(logging.ERROR)
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()

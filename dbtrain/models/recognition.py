@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dbtrain.errors import ConfigError, DataError, first_line, named
 from dbtrain.families import FAMILIES
-from dbtrain.models.base_check import base_problem, path_problem, read_json
+from dbtrain.models.base_check import REFUSED, base_problem, path_problem, read_json
 from dbtrain.models.family import is_local
 from dbtrain.models.load import index_path, mind_the_network, refuse_base, source_of
 from dbtrain.settings.config import ModelConfig, RunConfig, StageConfig
@@ -82,6 +82,8 @@ def _of_a_hub_id(source: str, config: ModelConfig) -> dict[str, str | None]:
             f"model.family: auto asks {source} for its model_index.json, and got: {first_line(error)}; set the family"
         ) from error
     kind = read_json(place).get("_class_name")
+    if kind in REFUSED:
+        return dict.fromkeys(FAMILIES, f"{source} is a {kind}, which dbtrain does not train: {REFUSED[kind]}")
     return {
         name: None if kind == family.pipeline else f"{source} is a {kind}, no base of model.family={name}"
         for name, family in FAMILIES.items()

@@ -70,9 +70,9 @@ def sheet(told: Told, subject: str, best: Sequence[Line]) -> dict[str, Any]:
     prompts: list[str] = []
     for line in best:
         folder = folder_of(told.out, line.variant.name, subject)
-        images = read_json(folder / RESULT).get("images", [])
-        first = {image["told"]: image for image in reversed(images) if image["row"] in ("tuned", "class")}
-        own = [image for image in images if first.get(image["told"]) is image]
+        images: list[dict[str, str]] = read_json(folder / RESULT).get("images", [])
+        drawn = [image for image in images if image["row"] in ("tuned", "class")]
+        own = [*{image["told"]: image for image in reversed(drawn)}.values()][::-1]
         prompts = [image["told"] for image in own] or prompts
         row = next((row for row in told.rows if (row.variant, row.subject) == (line.variant.name, subject)), None)
         if row is not None:

@@ -229,8 +229,7 @@ def distinct(captions: Iterable[str], data: DataConfig) -> list[str]:
 
 
 def join_batches(parts: Sequence[Batch]) -> Batch:
-    """One batch of the samples of several, in order, without `subject_B`. Parts without masks get factors of 1 beside
-    parts with masks."""
+    """One batch of the samples of several, in order, without `subject_B`. A part without masks has factors of 1."""
     names = [name for name in Batch.__dataclass_fields__ if name not in ("subject_B", "mask_B1HW")]
     held = [name for name in names if getattr(parts[0], name) is not None]
     joined = Batch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in held})
@@ -274,8 +273,7 @@ def texts_of_run(base: Base, work: Work) -> list[Group]:
     prompts of class images and samples."""
     settings = base.settings
     groups: list[Group] = [("",)] if settings.engine.kind == "packed" else []
-    todo = [subject for subject in work.subjects if not looks_finished(work.folder(subject))]
-    for subject in todo:
+    for subject in (one for one in work.subjects if not looks_finished(work.folder(one))):
         config, identifier = subject_config(settings, subject), work.identifiers[subject.id]
         names = {"identifier": identifier, "class_noun": subject.class_noun}
         classes = [prior_key(config, base.models, subject.class_noun).prompt] if config.prior.weight > 0 else []

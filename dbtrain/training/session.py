@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbtrain.data.buckets import Shape
 from dbtrain.data.index import Index
@@ -87,7 +87,7 @@ class Base:
         refuse_impossible(family, settings)
         refuse_stages(settings)
         stages = tuple(cls.load(stage, world, late) for stage in upscalers(settings))
-        apart = late and settings.data.cache_text and not settings.train.text_encoder
+        apart = late and family.frees_text and settings.data.cache_text and not settings.train.text_encoder
         models = _load_models(settings, world, apart)
         models.upscalers = tuple(stage.models for stage in stages)
         return cls(world, family, models, settings, PriorCache(classes), stages)
@@ -168,8 +168,17 @@ def _place(models: Models, settings: RunConfig, world: World) -> None:
     attention, precision = settings.model.attention, settings.train.precision
     models.attention = family.attend(models.denoiser, attention, device.type, precision)
     if settings.train.method == "lora" and precision != "fp32":
-        models.denoiser.to(DTYPES[precision])
+        cast(models.denoiser, DTYPES[precision])
     quantize(models.denoiser, family, settings.model.quantize)
+
+
+def cast(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a denoiser's weights, but for those that diffusers keeps in fp32, such as the norms of Krea 2."""
+    kept = {*(getattr(denoiser, "_keep_in_fp32_modules", None) or ())}
+    before = {name: param.data for name, param in denoiser.named_parameters() if kept & {*name.split(".")}}
+    denoiser.to(dtype)
+    for name, value in before.items():
+        denoiser.get_parameter(name).data = value
 
 
 @dataclass(frozen=True)

@@ -125,9 +125,9 @@ def set_schedule(command: Command) -> None:
 def set_precision(command: Command) -> None:
     """Set the number format of the computation, and of a large frozen base with it."""
     name = command.get("mixed_precision")
-    command.settings["train.precision"] = {"no": "fp32"}.get(name, name)
+    command.settings["train.precision"] = {"no": "fp32", "fp16": "bf16"}.get(name, name)
     if name == "fp16":
-        command.notes.append("fp16 scales the loss; on a GPU that has it, train.precision=bf16 needs no scaling")
+        command.notes.append("fp16 becomes bf16, which needs no loss scaling; a GPU without bf16 takes train.precision=fp16")
 
 
 def set_optimizer(command: Command, flag: str, rates: dict[str, str]) -> None:
@@ -175,6 +175,9 @@ def suit_family(command: Command, row: Any) -> None:
     if row.denoiser != "unet" and settings.get("model.attention") == "xformers":
         del settings["model.attention"]
         command.drop("xformers", f"{row.name} has PyTorch's attention alone")
+    if row.denoiser != "unet" and settings.get("train.precision") == "fp16":
+        settings["train.precision"] = "bf16"
+        command.notes.append(f"fp16 becomes bf16, the format of {row.name}'s published weights; T5 overflows in fp16")
     if row.denoiser != "unet" and settings.get("train.precision") == "bf16" and settings["train.method"] == "lora":
         settings["model.dtype"] = "bf16"
     own = recipes.shipped_for(row.name)

@@ -125,7 +125,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "train_text_encoder": ("train.text_encoder", True), "random_flip": ("data.flip", True),
     "gradient_checkpointing": ("train.gradient_checkpointing", True), "offset_noise": ("objective.noise_offset", 0.1),
     "enable_xformers_memory_efficient_attention": ("model.attention", "xformers"),
-    "cache_latents": ("data.cache_latents", True),
+    "cache_latents": ("data.cache_latents", True), "use_aspect_ratio_buckets": ("data.buckets", True),
 }  # fmt: skip
 """Flags without a value, and the setting they stand for."""
 
@@ -186,7 +186,7 @@ DROPPED = by_flag({
     "upcast_before_saving": "adapters are saved in fp32",
     "skip_save_text_encoder": "a published model is whole",
     "image_interpolation_mode": "photos are resized by Lanczos",
-    "use_aspect_ratio_buckets aspect_ratio_buckets": "photos are brought to one square resolution",
+    "aspect_ratio_buckets": "shapes have about data.resolution^2 pixels, from 1:2 to 2:1",
     "enable_vae_tiling": "latents are cached",
     "enable_npu_flash_attention": "for another kind of device",
     "use_blora lora_unet_blocks": "set lora.targets to the layers of these blocks",

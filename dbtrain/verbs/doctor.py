@@ -262,7 +262,8 @@ def check_base(model: str) -> list[Check]:
 
 def check_cost(name: str, place: Path) -> list[Check]:
     """The weights of a base's parts, and by the arithmetic of `bench model` a LoRA step's memory and time on cards."""
-    from dbtrain.bench.roofline import CARDS, GIB, count, modelled, shape_of, targets_of
+    from dbtrain.bench.cards import CARDS
+    from dbtrain.bench.roofline import GIB, count, modelled, shape_of, targets_of
     from dbtrain.families import FAMILIES
 
     family = FAMILIES[name]

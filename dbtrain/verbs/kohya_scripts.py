@@ -48,6 +48,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "random_crop": ("data.crop", "random"), "xformers": ("model.attention", "xformers"),
     "sdpa": ("model.attention", "sdpa"), "zero_terminal_snr": ("model.zero_terminal_snr", True),
     "v_parameterization": ("model.parameterization", "v_prediction"), "masked_loss": ("data.mask_floor", 0),
+    "enable_bucket": ("data.buckets", True),
     "debiased_estimation_loss": ("objective.weighting", "debiased"), "alpha_mask": ("data.mask_floor", 0),
 }  # fmt: skip
 """Flags without a value, and the setting they stand for."""
@@ -66,8 +67,8 @@ DROPPED = by_flag({
     "shuffle_caption keep_tokens keep_tokens_separator caption_tag_dropout_rate caption_prefix caption_suffix "
     "weighted_captions caption_separator enable_wildcard in_json":
         "captions are used as they are",
-    "enable_bucket min_bucket_reso max_bucket_reso bucket_reso_steps bucket_no_upscale":
-        "photos are brought to one square resolution",
+    "min_bucket_reso max_bucket_reso bucket_reso_steps bucket_no_upscale":
+        "shapes have about data.resolution^2 pixels, from 1:2 to 2:1",
     "color_aug face_crop_aug_range": "no such change of a photo",
     "resume": "running the same dbtrain command again resumes",
     "save_state": "checkpoints are always whole",

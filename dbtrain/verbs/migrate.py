@@ -120,7 +120,7 @@ def _table(command: Command, script: Script) -> None:
     if script.targets:
         layers = [name.strip() for name in command.get("lora_layers").split(",") if name.strip()]
         command.settings["lora.targets"] = tuple(layers or script.targets)
-    if blocks := command.get("lora_blocks"):
+    if (blocks := command.get("lora_blocks")) and script.targets:
         targets = command.settings["lora.targets"]
         command.settings["lora.targets"] = tuple(
             f"transformer_blocks.{block.strip()}.{name}" for block in blocks.split(",") for name in targets

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dbtrain.bench import roofline, to_nobody
+from dbtrain.bench.cards import CARDS
 from dbtrain.bench.flops import count_flops
-from dbtrain.bench.roofline import CARDS, Part, count, flash, meta_step, modelled, shape_of, table, targets_of
+from dbtrain.bench.roofline import Part, count, flash, meta_step, modelled, shape_of, table, targets_of
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
 
@@ -99,7 +100,18 @@ def test_the_table_names_what_bounds(counts):
     assert "attention, backward" not in table([row, row])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+COUNTED = [name for name, family in FAMILIES.items() if family.shapes and family.guide is None]
+
+
+def test_what_is_not_counted_says_so(model_folders):
+    family = FAMILIES["x4_upscaler"]
+    with pytest.raises(ConfigError, match="x4: a model that enlarges pictures is not counted"):
+        count("x4", family, next(iter(family.shapes.values())), 1, TARGETS)
+    with pytest.raises(ConfigError, match="if_stage1 has no published shape"):
+        shape_of(FAMILIES["if_stage1"], model_folders["if_stage1"])
+
+
+@pytest.mark.parametrize("name", COUNTED)
 def test_a_folders_own_architecture_is_counted(name, model_folders):
     family, folder = FAMILIES[name], model_folders[name]
     shape = shape_of(family, folder)

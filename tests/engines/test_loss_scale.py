@@ -94,6 +94,8 @@ def test_losses_of_a_pack_in_fp16_are_within_the_roundings_of_fp32s():
         wanted, got = step(plain, CASES, number), step(half, CASES, number)
         assert got == pytest.approx(wanted, rel=2 * CHAIN * ROUND), number
         assert got != wanted
+        norms = [[seen.values["grad_norm"] for seen in pack.observe()] for pack in (plain, half)]
+        assert norms[1] == pytest.approx(norms[0], rel=0.05), "the scale is taken out before norm and clip"
     assert half.engine.scales.skipped_N.tolist() == [0, 0, 0]
     ours, theirs = (pack.engine.state(1)["master"] for pack in (half, plain))
     moved = max(float((theirs[name] - start(plain, CASES[1], torch.float32).checkpoint.state["master"][name])
@@ -151,3 +153,18 @@ def test_a_row_goes_on_from_its_checkpoint_with_its_scale():
     for row in range(3):
         ours, theirs = second.engine.state(row), whole.engine.state(row)
         assert all(torch.equal(ours[kind][name], theirs[kind][name]) for kind in theirs for name in theirs[kind])
+
+
+def test_adamws_count_moves_with_updates_alone():
+    """The first update of AdamW moves a weight by its rate, m / sqrt(v) being 1; counted as the second it would be 0.74
+    of that."""
+    cases = [Case("ann", lr=1e-3, clip=None, schedule="constant")]
+    pack = half_pack(cases)
+    pack.engine.scales.scale_N[0] = 2.0**30
+    step(pack, cases, 0)
+    assert pack.engine.scales.skipped_N.tolist() == [1]
+    pack.engine.scales.scale_N[0] = START
+    before = pack.engine.state()["master"]
+    step(pack, cases, 1)
+    after = pack.engine.state()["master"]
+    assert max(float((after[name] - before[name]).abs().max()) for name in after) == pytest.approx(1e-3, rel=0.05)

@@ -127,6 +127,15 @@ def test_a_row_left_out_at_the_start_joins_when_its_photos_are_there(service):
     assert service.look() == ["dog"] and service.states()["late"] == "waiting"
 
 
+def test_photos_that_come_after_their_row_are_seen_though_the_manifest_stays(service, monkeypatch):
+    service.look()
+    monkeypatch.setattr(arrivals, "AGAIN_S", 0.0)
+    service.join("late", photos=0)
+    assert service.look(4) == []
+    photo(5).save(service.folder / "late" / "0.png")
+    assert service.look() == ["dog"] and sum("left out" in line for line in service.said) == 1
+
+
 def test_the_forgotten_do_not_join(service):
     bury(service.out, ["tom"])
     service.join("tom")

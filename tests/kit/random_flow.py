@@ -245,13 +245,17 @@ def make_flux2_klein(folder: Path) -> Path:
 def make_flux2(folder: Path) -> Path:
     """A diffusers folder of a random FLUX.2 dev layout, with a tokenizer alone: a processor would need torchvision."""
     from diffusers import Flux2Pipeline
+    from tokenizers.processors import TemplateProcessing
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     parts = _flux2_parts(True)
     text = {"model_type": "mistral", **TEXT, "num_hidden_layers": 31}
     vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+    tokenizer = chat_tokenizer(SPOKEN)
+    begun = ("<|im_start|>", tokenizer.bos_token_id)  # a first token of its own, as Mistral's
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begun[0]} $A", special_tokens=[begun])
     config = Mistral3Config(text_config=text, vision_config=vision)
     encoder = Mistral3ForConditionalGeneration(config).eval()
-    Flux2Pipeline(**parts, text_encoder=encoder, tokenizer=chat_tokenizer(SPOKEN)).save_pretrained(folder)
+    Flux2Pipeline(**parts, text_encoder=encoder, tokenizer=tokenizer).save_pretrained(folder)
     return folder

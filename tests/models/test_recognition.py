@@ -42,7 +42,10 @@ def test_the_embedded_base_and_auto_in_a_recipe():
 def test_a_base_of_no_family_says_what_it_is(copy_of):
     folder = copy_of("sd")
     edit(folder / "model_index.json", _class_name="HiDreamImagePipeline")
-    with pytest.raises(ConfigError, match="is a HiDreamImagePipeline; dbtrain has sd, sdxl"):
+    with pytest.raises(ConfigError, match="HiDreamImagePipeline, which dbtrain does not train: its experts"):
+        family_of(ModelConfig(family="auto", path=str(folder)))
+    edit(folder / "model_index.json", _class_name="NewPipeline")
+    with pytest.raises(ConfigError, match="is a NewPipeline; dbtrain has sd, sdxl"):
         family_of(ModelConfig(family="auto", path=str(folder)))
     edit(folder / "unet" / "config.json", in_channels=9)
     with pytest.raises(ConfigError, match="is an inpainting model"):
@@ -57,6 +60,9 @@ def test_a_hub_id_is_asked_for_its_index(tmp_path, monkeypatch):
     monkeypatch.setattr(recognition, "index_path", lambda source, config: index)
     monkeypatch.setattr(recognition, "mind_the_network", lambda *_: None)
     assert family_of(ModelConfig(family="auto", path="someone/base")) == "flux"
+    index.write_text(json.dumps({"_class_name": "Ideogram4Pipeline"}))
+    with pytest.raises(ConfigError, match="is a Ideogram4Pipeline, which dbtrain does not train: a second"):
+        family_of(ModelConfig(family="auto", path="someone/base"))
     index.write_text(json.dumps({"_class_name": "NewPipeline"}))
     with pytest.raises(ConfigError, match="someone/base is a NewPipeline"):
         family_of(ModelConfig(family="auto", path="someone/base"))

@@ -37,15 +37,15 @@ def test_the_settings_without_a_result_are_these():
         "identifier": ("registry",),
         "lora": ("init",),
     }
-    at_default = {"model": ("dtype",), "objective": ("shift",), "data": ("mask_floor", "srgb", "caption_dropout")}
+    at_default = {"model": ("dtype", "quantize"), "objective": ("shift",), "lora": ("up_ratio",),
+                  "data": ("mask_floor", "srgb", "caption_dropout", "buckets")}  # fmt: skip
     other = ["model.dtype=bf16", "objective.shift=3", "data.mask_floor=0", "data.srgb=false"]
-    told = loads("", "x", [*other, "data.caption_dropout=0.1"])
-    sections |= {"super": True, "stages": True}
-    for name, key in (("data", "buckets"), ("model", "quantize"), ("lora", "up_ratio")):  # at their defaults here
-        keys[name] = (*keys[name], key)
+    other += ["model.quantize=int8", "engine.kind=packed", "lora.up_ratio=2", "super.level=5"]
+    told = loads("", "x", [*other, "data.caption_dropout=0.1"]).replaced("data.buckets", True)
+    sections |= {"stages": True}
     assert without_result(told) == {**sections, **{name: dict.fromkeys(own, True) for name, own in keys.items()}}
     both = {name: (*keys.get(name, ()), *at_default.get(name, ())) for name in {**keys, **at_default}}
-    plain = {**sections, **{name: dict.fromkeys(own, True) for name, own in both.items()}}
+    plain = {**sections, "super": True, **{name: dict.fromkeys(own, True) for name, own in both.items()}}
     assert without_result(RunConfig()) == plain
 
 

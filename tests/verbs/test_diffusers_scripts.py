@@ -96,7 +96,8 @@ def assert_meaning(config, result, script, told, row):
     assert config.data.resolution == int(told["resolution"])
     assert config.seed == int(told.get("seed", 0))
     assert config.train.gradient_checkpointing == ("gradient_checkpointing" in told)
-    assert config.train.precision == ("bf16" if told.get("mixed_precision") in ("bf16", "fp16") else "fp32")
+    asked = told.get("mixed_precision", "fp32")
+    assert config.train.precision == ("bf16" if asked == "fp16" and row.denoiser != "unet" else asked)
     assert config.prior.weight == (float(told["prior_loss_weight"]) if "with_prior_preservation" in told else 0)
     assert config.train.text_encoder == ("train_text_encoder" in told and row.trains_text)
     if "lora" in script:
@@ -122,6 +123,7 @@ def assert_meaning(config, result, script, told, row):
     ("--weighting_scheme sigma_sqrt", "objective.timesteps", "uniform"),
     ("--lora_layers 'attn.to_k, ff.net.2'", "lora.targets", ("attn.to_k", "ff.net.2")),
     ("--mixed_precision bf16", "model.dtype", "bf16"), ("--mixed_precision no", "model.dtype", "fp32"),
+    ("--use_aspect_ratio_buckets", "data.buckets", True),
     ("--cache_latents", "data.cache_latents", True), ("", "prior.sampler", "auto"),
     ("--optimizer prodigy --learning_rate 1.0", "train.lr", 1e-4), ("--learning_rate 3e-4", "train.lr", 3e-4),
     ("--optimizer adamW --learning_rate 3e-4", "train.lr", 3e-4)])  # fmt: skip

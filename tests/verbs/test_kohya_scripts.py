@@ -59,6 +59,7 @@ def test_the_documented_command():
     (SDXL, "--learning_rate 1e-4 --text_encoder_lr1=1e-5 --text_encoder_lr2=1e-5", "train.text_encoder_lr", 1e-5),
     (SD, "--resolution 512,768", "data.resolution", 624), (SD, "--resolution 1024", "data.resolution", 1024),
     (SD, "--network_args loraplus_lr_ratio=16 conv_dim=4", "lora.up_ratio", 16),
+    (SD, "--enable_bucket", "data.buckets", True),
     (SD, "--min_snr_gamma 5", "objective.weighting", "min_snr"), (SD, "--min_snr_gamma 3", "objective.snr_gamma", 3),
     (SD, "--debiased_estimation_loss", "objective.weighting", "debiased"),
     (SD, "--noise_offset 0.05", "objective.noise_offset", 0.05), (SD, "--flip_aug", "data.flip", True),
