@@ -107,8 +107,7 @@ class Bank:
 
     def small_photos(self) -> list[Image.Image]:
         """The subject's photos, reduced to the low resolution: what there is to enlarge where nothing else is."""
-        photos = (open_photo(item.sample.image) for item in self.items[Role.INSTANCE])
-        return [Image.fromarray(square(photo, self.low)) for photo in photos]
+        return [Image.fromarray(square(open_photo(item.sample.image), self.low)) for item in self.items[Role.INSTANCE]]
 
     def cache(self, role: Role, shape: Shape, codec: Codec, vae: nn.Module | None, device: str) -> Tensor:
         """The moments of a role's images in a shape, and of their mirror images if samples are flipped."""

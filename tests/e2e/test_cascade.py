@@ -16,7 +16,7 @@ from tests.kit.main_job import write_job
 
 ATTENTION = "lora.targets=[attentions.*.to_q,attentions.*.add_k_proj]"
 COMMON = ["train.steps=2", "train.batch=1", "lora.rank=2", "sample.steps=2", "sample.guidance=1"]
-LARGE = [*COMMON, "data.resolution=64", "prior.weight=0", "train.lr=0.05"]  # adapters that can be told apart
+LARGE = [*COMMON, "data.resolution=64", "prior.weight=0", "train.lr=0.05", "lora.alpha=200"]  # tells subjects apart
 PIXELS = ["model.family=if_stage1", "data.resolution=16", ATTENTION, "prior.sampler=ddpm"]
 LATENTS = ["data.resolution=32", "prior.sampler=euler_ancestral", "engine.kind=packed", "engine.packed.size=2"]
 CASES = {
@@ -54,7 +54,8 @@ def stamps(folder: Path) -> dict[str, int]:
 def test_both_stages_are_trained_once_and_chained(case, model_folders, tmp_path, monkeypatch):
     name, settings, second, more, side = CASES[case]
     words = write_job(tmp_path, *COMMON, "prior.images=2", *settings, subjects="tom:cat rex:dog")
-    rows = ["subject,class,images,identifier,lr", *(["tom,cat,tom,xv,0.01"] if side == 128 else []), "rex,dog,rex,zq,0.01"]
+    more_rows = ["tom,cat,tom,xv,0.01"] if side == 128 else []
+    rows = ["subject,class,images,identifier,lr", *more_rows, "rex,dog,rex,zq,0.01"]
     (tmp_path / "photos.csv").write_text("\n".join(rows) + "\n")
     stage = [tmp_path / "small.yaml", f"model.family={second}", f"model.path={model_folders[second]}", *LARGE, *more]
     stages = "stages=" + json.dumps([" ".join(map(str, stage))])
