@@ -91,7 +91,7 @@ def train_manifest(
     if publish_to is not None:
         words.append(f"publish.to={publish_to}")
     chosen = anchored(recipes.load(config, words))
-    watch = Watch(quiet, **({"logged": logged} if logged else {}), **({"stop": stop} if stop else {}))
+    watch = Watch(quiet, logged=logged or (lambda *_: None), stop=stop or Stop())
     from dbtrain import train
 
     with _alone():

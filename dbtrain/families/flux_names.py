@@ -3,6 +3,7 @@ there."""
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,8 @@ FLUX2 = ("linear_in", "linear_out", "to_qkv_mlp_proj", "attn.to_out")
 def with_diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's file with the layers of FLUX under diffusers' names, each with its own matrices; all other tensors
     as they are. Shapes tell FLUX.1 and FLUX.2 apart. Raises DataError for layers of neither."""
-    kept, found = {}, {}
+    kept: dict[str, Tensor] = {}
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for name, tensor in state.items():
         match = NAME.fullmatch(name)
         if match is None:
@@ -85,7 +87,7 @@ def with_diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _parts(kind: str, number: str, layer: str, tensors: dict) -> Iterator[tuple[str, Tensor]]:
+def _parts(kind: str, number: str, layer: str, tensors: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the layers of diffusers that are one layer here."""
     blocks, rows = next((name, rows) for name, (own, rows) in BLOCKS.items() if own == f"{kind}_blocks")
     down, up = tensors.get("down"), tensors.get("up")

@@ -67,13 +67,8 @@ def folder_problem(family: Family, place: Path, variant: str | None = None) -> s
     if missing or more:
         what = f"has no {missing[0]}" if missing else f"has a {more[0]} besides"
         return f"{named(place)} is a {kind}, no base of model.family={family.name} ({what}); {ITS_FAMILY}"
-<<<<<<< HEAD
-    channels = channel_problem(place, family)
-    if channels and (kind == family.pipeline or "another kind" not in channels):
-=======
     channels, other = channel_problem(place, family), kind != family.pipeline
     if channels and not (other and "another kind" in channels):
->>>>>>> wt-ready
         return f"{named(place)} {channels}"
     if other:
         return f"{named(place)} is a {kind}, no base of model.family={family.name}; {ITS_FAMILY}"

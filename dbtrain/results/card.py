@@ -16,11 +16,10 @@ from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import write_file
 from dbtrain.tiny import EMBEDDED
 
-TESTED = ("0.33.1", "0.42.1")
-"""Oldest and newest diffusers that `make compat` loads results with."""
-TESTED_FAMILIES = ("sd", "sdxl")
-"""Families whose results it loads."""
 FIXED = "variance_type='fixed_small'"
+OLDEST, NEWEST = "0.33.1", "0.42.1"
+TESTED = {**dict.fromkeys(("sd", "sdxl", "sd3", "flux"), (OLDEST, NEWEST)), "flux2_klein": ("0.37.1", NEWEST)}
+"""Oldest and newest diffusers that `make compat` loads results with, by family."""
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONFIG_FILE = "config.yaml"
@@ -48,8 +47,8 @@ def publish_card(folder: Path, record: dict[str, Any], config: RunConfig, recipe
         for key in ("identifier", "class", "steps", "seed", "base", "base_digest", "data_digest", "run", "dbtrain")
     )
     tested = ""
-    if record.get("family", "sd") in TESTED_FAMILIES:
-        versions = f"diffusers {TESTED[0]} to {TESTED[1]} and the transformers and PEFT of their day"
+    if between := TESTED.get(record.get("family", "sd")):
+        versions = f"diffusers {' to '.join(between)} and the transformers and PEFT of their day"
         tested = f"Such results are tested with {versions}.\n\n"
     write_file(
         folder / CARD,

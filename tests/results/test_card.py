@@ -55,9 +55,15 @@ def test_the_card_shows_samples_where_there_are_some_and_code_that_loads(tmp_pat
 def test_the_card_names_the_versions_that_make_compat_runs(tmp_path):
     source = (Path(__file__).parents[2] / "benchmarks" / "compat.py").read_text()
     versions = re.findall(r'^    "(0\.\d+\.\d+)": "transformers==', source, re.M)
-    assert len(versions) >= 6 and (versions[0], versions[-1]) == TESTED
-    assert f"diffusers {TESTED[0]} to {TESTED[1]}" in card_of(tmp_path, PUBLISHED)[1]
-    assert "tested with" not in card_of(tmp_path, {**PUBLISHED, "family": "flux"})[1]
+    page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
+    assert len(versions) >= 6 and f"| | {' | '.join(versions)} |" in page
+    for family, (oldest, newest) in TESTED.items():
+        cells = re.search(rf"^\| {family}: whole model \| (.*) \|$", page, re.M)[1].split(" | ")
+        able = [version for version, cell in zip(versions, cells) if cell == "0"]
+        assert able == versions[versions.index(oldest) :] and newest == versions[-1]
+        told = f"tested with diffusers {oldest} to {newest}"
+        assert told in card_of(tmp_path, {**PUBLISHED, "family": family})[1]
+    assert "tested with" not in card_of(tmp_path, {**PUBLISHED, "family": "qwen_image"})[1]
 
 
 def test_the_cards_code_runs(tmp_path, monkeypatch, model_folders):
