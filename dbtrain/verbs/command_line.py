@@ -125,9 +125,9 @@ def set_schedule(command: Command) -> None:
 def set_precision(command: Command) -> None:
     """Set the number format of the computation, and of a large frozen base with it."""
     name = command.get("mixed_precision")
-    command.settings["train.precision"] = {"no": "fp32", "fp16": "bf16"}.get(name, name)
+    command.settings["train.precision"] = {"no": "fp32"}.get(name, name)
     if name == "fp16":
-        command.notes.append("fp16 becomes bf16, which needs no loss scaling; a GPU without bf16 takes train.precision=fp16")
+        command.notes.append("fp16 scales the loss; on a GPU that has it, train.precision=bf16 needs no scaling")
 
 
 def set_optimizer(command: Command, flag: str, rates: dict[str, str]) -> None:

@@ -96,7 +96,7 @@ FLAGS = [
     ("--lr_scheduler=cosine_with_restarts", "train.schedule", "cosine"),
     ("--adam_beta1 0.8", "train.beta1", 0.8), ("--adam_epsilon 1e-6", "train.eps", 1e-6),
     ("--adam_weight_decay 0", "train.weight_decay", 0), ("--max_grad_norm 2", "train.clip_norm", 2),
-    ("--mixed_precision fp16", "train.precision", "bf16"), ("--mixed_precision no", "train.precision", "fp32"),
+    ("--mixed_precision fp16", "train.precision", "fp16"), ("--mixed_precision no", "train.precision", "fp32"),
     ("--rank 32", "lora.rank", 32), ("--snr_gamma 4", "objective.weighting", "min_snr"),
     ("--snr_gamma 4", "objective.snr_gamma", 4),
     ("--offset_noise", "objective.noise_offset", 0.1), ("--with_prior_preservation", "prior.weight", 1),
