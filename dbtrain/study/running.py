@@ -157,7 +157,7 @@ class Study:
             for subject in work.subjects
         }
         rows = sorted(places, key=lambda row: -(row.steps or base.settings.train.steps))
-        return Rows(rows, work.identifiers, work.index, work.out, work.shards, work.priors, places)
+        return Rows(rows, work.identifiers, work.index, work.out, work.shards, work.priors, places=places)
 
     def draw_priors(self, base: Base, work: Rows, subjects: Sequence[Subject]) -> None:
         """Complete the class images, and note the seconds that an image takes, by what decides it."""
