@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dbtrain.errors import ConfigError, DataError, DbtrainError, EngineError, StopRequested
+from dbtrain.models.recognition import settled
 from dbtrain.results.record import finished_record, read_record
 from dbtrain.settings import recipes
 from dbtrain.settings.marks import anchored
@@ -90,7 +91,7 @@ def train_manifest(
         words += ["engine.kind=packed", f"engine.packed.size={pack}"]
     if publish_to is not None:
         words.append(f"publish.to={publish_to}")
-    chosen = anchored(recipes.load(config, words))
+    chosen = anchored(settled(recipes.load(config, words)))
     watch = Watch(quiet, logged=logged or (lambda *_: None), stop=stop or Stop())
     from dbtrain import train
 

@@ -11,6 +11,7 @@ from itertools import islice, product
 from typing import Any
 
 from dbtrain.errors import ConfigError
+from dbtrain.models.recognition import settled
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.recipes import load
 from dbtrain.subjects.columns import COLUMNS
@@ -68,7 +69,7 @@ class Design:
         """Every variant, the recipe itself first where it is one of them; equal settings count once."""
         found: dict[str, Variant] = {}
         for changes in self._combinations():
-            config = load(self.recipe, [*self.overrides, *(f"{key}={word}" for key, word in changes)])
+            config = settled(load(self.recipe, [*self.overrides, *(f"{key}={word}" for key, word in changes)]))
             found.setdefault(config.model_dump_json(), Variant(name_of(changes), changes, config))
         return list(found.values())
 
@@ -88,7 +89,7 @@ class Design:
         shared: dict[str, tuple[RunConfig, list[Variant]]] = {}
         for variant in variants:
             words = [f"{key}={word}" for key, word in variant.changes if not self._is_own(key, variant)]
-            config = load(self.recipe, [*self.overrides, *words])
+            config = settled(load(self.recipe, [*self.overrides, *words]))
             shared.setdefault(config.model_dump_json(), (config, []))[1].append(variant)
         return [Group(packed(config), tuple(own)) for config, own in shared.values()]
 
