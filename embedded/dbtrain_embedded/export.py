@@ -1,4 +1,4 @@
-"""From checkpoints to the shipped assets (pipeline folder and two encoders, fp16 safetensors), and back."""
+"""From checkpoints to the shipped assets (two pipeline folders, two encoders, fp16 safetensors), and back."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dbtrain.tiny import BASE, CLIP, IDENTITY
-from dbtrain_embedded import autoencoder, denoiser, encoders
+from dbtrain_embedded import autoencoder, denoiser, encoders, upscaler
 from dbtrain_embedded.loops import device, weights
 
 
@@ -72,8 +72,19 @@ def pipeline(work: Path, tokenizer):
     )
 
 
+def export_upscaler(work: Path, target: Path = upscaler.UPSCALER) -> None:
+    """Write the pipeline folder of stage `upscaler`'s weights to `target`, in fp16."""
+    tokenizer = upscaler.build_tokenizer()
+    models = _load(upscaler.build(len(tokenizer)), work, "upscaler")
+    upscaler.pipeline(models, tokenizer).save_pretrained(target)
+    _load_as_fp32(target / "text_encoder")
+
+
 def export(work: Path) -> None:
-    """Write all trained models under assets/; the model of a stage that has not run is written untrained."""
+    """Write all trained models under assets/; the model of a stage that has not run is written untrained.
+
+    The upscaler is written only if its stage has run.
+    """
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
@@ -83,6 +94,8 @@ def export(work: Path) -> None:
     _load_as_fp32(BASE / "text_encoder")
     pipe.save_config(BASE)
     export_encoders(work, tokenizer)
+    if weights(work, "upscaler") is not None:
+        export_upscaler(work)
 
 
 def restore(work: Path) -> None:

@@ -1,6 +1,6 @@
 """Backgrounds of the picture world: flat illustrations with few edges.
 
-A painter draws a scene of 128 x 128 pixels or more with a `Brush`. The scene is then halved, which makes its edges smooth.
+A painter draws a scene of 128 x 128 pixels or more with a `Brush`. It is then halved, which makes its edges smooth.
 Scenes have no fine texture on purpose. An 8x VAE and a small UNet, trained on two cores, learn big shapes; they would
 spend on texture what they need for a sharp subject.
 """
