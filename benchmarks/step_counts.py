@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,42 +25,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from dbtrain.bench import commit  # noqa: E402
 from dbtrain.bench.operators import Operators  # noqa: E402
+from dbtrain.bench.roofline import ALPHA_BAR, architectures, captions_of, flash, meta_step  # noqa: E402
 from dbtrain.engines import packed  # noqa: E402
-from dbtrain.engines.engine import ParamGroup  # noqa: E402
 from dbtrain.engines.unit_scale import restore_unit_divisions  # noqa: E402
-from dbtrain.families import FAMILIES  # noqa: E402
 from dbtrain.models import adapters  # noqa: E402
-from dbtrain.models.adapters import attach  # noqa: E402
-from dbtrain.models.family import Models  # noqa: E402
-from dbtrain.objective.noise import Schedule, discrete_schedule  # noqa: E402
-from dbtrain.settings.config import RunConfig, TrainConfig  # noqa: E402
 from dbtrain.training import step  # noqa: E402
-from dbtrain.values import Batch, Conditioning  # noqa: E402
 from dbtrain_kernels import reference  # noqa: E402
 
 RANK, STEPS = 16, 1000
-SHAPES = {name: shape for family in FAMILIES.values() for name, shape in family.shapes.items()}
-FAMILY_OF = {name: family for family in FAMILIES.values() for name in family.shapes}
+MODELS = architectures()
 TARGETS = ("attn*.to_q", "attn*.to_k", "attn*.to_v", "attn*.to_out.0")
-ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, STEPS, dtype=torch.float64) ** 2).cumprod(0)
-VAE = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.18215, shift_factor=None))
 
-
-def told(name: str, rows: int, dtype: torch.dtype) -> Conditioning:
-    """Captions of an architecture, as shapes."""
-    architecture = SHAPES[name]
-    states = torch.empty(rows, architecture.tokens, architecture.width, device="meta", dtype=dtype)
-    pooled = architecture.pooled and torch.empty(rows, architecture.pooled, device="meta", dtype=dtype)
-    return Conditioning(states, pooled)
-
-
-def batch_of(name: str, subjects: int) -> Batch:
-    """One photo and one prior of each subject, as cached moments."""
-    count, side = 2 * subjects, SHAPES[name].latent_side
-    whole = torch.empty(count, dtype=torch.long, device="meta")
-    moments = torch.empty(count, 2 * SHAPES[name].channels, side, side, device="meta")
-    sizes = torch.empty(count, 6, device="meta")
-    return Batch(moments, whole, whole, whole, sizes, whole)
 
 
 @contextmanager
@@ -80,46 +54,25 @@ def operations(fused: bool) -> Iterator[None]:
 
 
 def our_step(name: str, subjects: int) -> Callable[[], None]:
-    """One step of a pack of so many subjects: what `packing.pack.Pack.advance` does but for its statistics."""
-    denoiser = SHAPES[name].blank("meta")
-    attach(denoiser, TARGETS, subjects, RANK, RANK)
-    config = RunConfig(train=TrainConfig(precision="bf16"))
-    trained = {key: param for key, param in denoiser.named_parameters() if param.requires_grad}
-    engine = packed.PackedEngine([ParamGroup(trained, 1e-4)], config.train, STEPS, torch.bfloat16)
-    schedule = discrete_schedule(ALPHA_BAR, "epsilon")
-    family = FAMILY_OF[name]
-    models = Models(denoiser, {}, {}, VAE, None, schedule, name)
-    key_N2 = torch.empty(subjects, 2, dtype=torch.long, device="meta")
-    prior_N = torch.empty(subjects, device="meta")
-    module = step.TrainingStep(family, models, config, key_N2, told(name, 2 * subjects, torch.float32), prior_N)
-    module.schedule = Schedule(
-        *(table.to("meta") for table in (schedule.alpha_S, schedule.sigma_S, schedule.time_S)), "epsilon"
-    )
-    module.weight_S, module.first_S = module.weight_S.to("meta"), module.first_S.to("meta")
-    batch = batch_of(name, subjects)
-
-    def run() -> None:
-        loss = module(batch, engine.step_N)
-        loss.loss.backward()
-        engine.update(torch.isfinite((loss.per_sample_B * loss.weight_B).view(subjects, -1).sum(1)))
-
-    return run
+    """One step of a pack of so many subjects."""
+    made = meta_step(*MODELS[name], subjects, TARGETS, RANK)
+    return lambda: made.backward(made.forward())
 
 
 def peft_step(name: str) -> Callable[[], None]:
     """One step as diffusers' train_dreambooth_lora.py writes it, its latents and captions cached too."""
     from peft import LoraConfig
 
-    unet = SHAPES[name].blank("meta")
+    unet = MODELS[name][1].blank("meta")
     restore_unit_divisions(unet)
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
     trained = [param for param in unet.parameters() if param.requires_grad]
     for param in trained:  # what the script's cast_training_params does
         param.data = param.data.float()
     optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
-    alpha_bar_S, side = ALPHA_BAR.float().to("meta"), SHAPES[name].latent_side
+    alpha_bar_S, side = ALPHA_BAR.float().to("meta"), MODELS[name][1].latent_side
     moments = torch.empty(2, 8, side, side, device="meta", dtype=torch.bfloat16)
-    captions = told(name, 2, torch.bfloat16)
+    captions = captions_of(MODELS[name][1], 2, torch.bfloat16)
     added = {"text_embeds": captions.pooled_BD, "time_ids": torch.empty(2, 6, device="meta", dtype=torch.bfloat16)}
 
     def run() -> None:
@@ -144,21 +97,6 @@ def peft_step(name: str) -> Callable[[], None]:
     return run
 
 
-@contextmanager
-def flash() -> Iterator[None]:
-    """Attention as a GPU runs it, one operator; on the meta device PyTorch would take it apart."""
-    kept = F.scaled_dot_product_attention
-
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
-
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = kept
-
-
 def counted(run: Callable[[], None]) -> dict[str, Any]:
     """Counts of a step after a first one, which makes the optimizer's state."""
     with flash():
@@ -170,7 +108,7 @@ def counted(run: Callable[[], None]) -> dict[str, Any]:
 
 def rows_of(name: str) -> Iterator[dict[str, Any]]:
     """A row of counts for each way to make a step, and for the packs."""
-    about = {"model": name, "layers": len(adapters.matching_layers(SHAPES[name].blank("meta"), TARGETS))}
+    about = {"model": name, "layers": len(adapters.matching_layers(MODELS[name][1].blank("meta"), TARGETS))}
     yield {**about, "form": "peft", "subjects": 1, **counted(peft_step(name))}
     for form, subjects in (("plain", 1), ("fused", 1), ("fused", 8)):
         with operations(form == "fused"):
@@ -195,7 +133,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["sd15", "sdxl"])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["sd15", "sdxl"])
     arguments = parser.parse_args()
     from dbtrain.bench.ops import counts, counts_table
 

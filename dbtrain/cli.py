@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from dbtrain.errors import DataError, DbtrainError, EngineError
 from dbtrain.storage.trouble import disk_trouble, memory_trouble
-from dbtrain.verbs import batch, bench, evaluation, importing, launch, reporting, settings, stores, subjects
+from dbtrain.verbs import batch, bench, evaluation, importing, launch, reporting, settings, stores, studying, subjects
 from dbtrain.verbs.options import add_verbs
 
 INTERRUPTED = 130
@@ -76,7 +76,7 @@ def _global(
     """
 
 
-THEMES = (settings, stores, importing, batch, bench, launch, subjects, evaluation, reporting)
+THEMES = (settings, stores, importing, batch, bench, launch, subjects, evaluation, studying, reporting)
 for theme in THEMES:
     for name, group in getattr(theme, "APPS", {}).items():
         app.add_typer(group, name=name)

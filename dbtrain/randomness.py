@@ -26,9 +26,9 @@ class Purpose(IntEnum):
     CROP = 7
     ADAPTER = 8
     STRATUM = 9
-    # Reserved, without a user: a number that was given out is never given another meaning, for results depend on it.
     AUGMENT = 10
     CAPTION = 11
+    LEVEL = 12
 
 
 def stream_key(seed: int, subject: str, *names: object) -> tuple[int, int]:

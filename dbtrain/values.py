@@ -77,8 +77,14 @@ class Tensors:
     """Base of the values made of tensors: all of them are moved and indexed together; absent ones stay None."""
 
     def to(self, *args, **kwargs):
-        """The same value with every tensor moved or cast as `Tensor.to` does."""
-        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+        """The same value with every tensor moved or cast as `Tensor.to` does; a dtype is for floats alone, so that
+        masks and ids stay what they are."""
+
+        def moved(tensor):
+            there = tensor.to(*args, **kwargs)
+            return there if tensor.is_floating_point() else tensor.to(there.device)
+
+        return self.map(moved)
 
     def sent(self, device):
         """The same value on a device; see the function `sent`."""
@@ -109,11 +115,13 @@ def sent(tensor: Tensor, device: object) -> Tensor:
 class Conditioning(Tensors):
     """The encoded caption that a denoiser takes. Only a `Family` makes one.
 
-    states_BTD: token states. pooled_BD: a pooled text embedding (SDXL), or None.
+    states_BTD: token states; layers that are tapped together lie side by side along D. pooled_BD: a pooled text
+    embedding (SDXL), or None. mask_BT: bool, True where a token is real; None where the denoiser sees padding too.
     """
 
     states_BTD: Tensor
     pooled_BD: Tensor | None = None
+    mask_BT: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,9 @@ class Batch(Tensors):
     left, target height and width in pixels (SDXL's micro-conditioning, arXiv 2307.01952, section 2.2). subject_B: each
     sample's row in a pack, subject-major; None where there is one subject. mask_B1HW: factors of the squared error of
     each latent cell; None stands for 1.
+
+    For denoisers that enlarge: low_BCHW is the same crop reduced to the low resolution, in pixels. guide_BCHW is what
+    the training step makes of it, enlarged and noised, and level_B the noise level that the denoiser is told.
     """
 
     images_BCHW: Tensor
@@ -135,6 +146,9 @@ class Batch(Tensors):
     size_B6: Tensor
     subject_B: Tensor | None = None
     mask_B1HW: Tensor | None = None
+    low_BCHW: Tensor | None = None
+    guide_BCHW: Tensor | None = None
+    level_B: Tensor | None = None
 
 
 @dataclass(frozen=True)

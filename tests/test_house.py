@@ -18,11 +18,14 @@ LIBRARIES = {
     "accelerate",
     "deepspeed",
     "diffusers",
+    "flask",
     "fsspec",
     "hypothesis",
     "jinja2",
+    "huggingface_hub",
     "kernels",
     "lpips",
+    "moto",
     "ninja",
     "numpy",
     "peft",
@@ -35,6 +38,7 @@ LIBRARIES = {
     "ray",
     "requests",
     "rich",
+    "s3fs",
     "safetensors",
     "tensorboard",
     "torch",
@@ -53,7 +57,7 @@ LEFTOVERS = ["TO" + "DO", "FIX" + "ME", "XX" + "X:"]
 PLACES = ["/" + "work/", "/" + "home/", "/" + "root/", "/" + "Users/", "/opt/" + "pypi", "/opt/" + "wheels"]
 HOSTS = ["pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", "index-" + "url", "find-" + "links"]
 
-AT_THE_TOP = {"__init__", "__main__", "cli", "train", "values", "randomness", "errors", "machine"}
+AT_THE_TOP = {"__init__", "__main__", "api", "cli", "train", "values", "randomness", "errors", "machine"}
 """Modules directly in `dbtrain/`. A new module belongs in one of its folders."""
 
 CORE = """
@@ -65,20 +69,21 @@ CORE = """
 """
 WHEEL = "dbtrain/*.py dbtrain/*/*.py kernels/dbtrain_kernels/*.py launchers/dbtrain_launchers/*.py"
 BUDGETS = {
-    "core": (3_200, CORE),
-    "verbs": (2_000, "dbtrain/verbs/*.py"),
-    "report": (1_600, "dbtrain/report/*.py"),
-    "fleet": (3_450, "dbtrain/fleet/*.py"),
-    "evaluate": (1_500, "dbtrain/evaluate/*.py"),
-    "subjects and data": (3_900, "dbtrain/subjects/*.py dbtrain/data/*.py"),
+    "core": (3_700, CORE),
+    "verbs": (2_900, "dbtrain/verbs/*.py"),
+    "report": (1_750, "dbtrain/report/*.py"),
+    "fleet": (4_000, "dbtrain/fleet/*.py"),
+    "evaluate": (1_600, "dbtrain/evaluate/*.py"),
+    "subjects and data": (4_110, "dbtrain/subjects/*.py dbtrain/data/*.py"),
     "kernels": (1_400, "kernels/dbtrain_kernels/*.py"),
-    "wheel": (25_800, WHEEL),
+    "wheel": (32_300, WHEEL),
 }
 """Most lines of each room, and its files. Raise a budget only in a commit that says why."""
 MAX_FAMILY_LINES = 150
 
 COVERED = {
     "dbtrain/__main__.py": "tests/test_cli.py",
+    "dbtrain/bench/cards.py": "tests/bench/test_roofline.py",
     "dbtrain/bench/flops.py": "tests/bench/test_operators.py",
     "dbtrain/families/*.py": "tests/contracts/test_family.py",
     "dbtrain/models/adapter_names.py": "tests/models/test_adapters.py",

@@ -20,10 +20,10 @@ SOURCES = {
 # From the top: a folder imports from the rows below its own, and from no other folder of its row.
 ORDER = (
     ("dbtrain_launchers.__main__", "dbtrain.__main__"),  # a rank's entry and the program's call the command line
-    ("dbtrain.cli",),
+    ("dbtrain.cli", "dbtrain.api"),  # the doors: for people, and for programs
     ("dbtrain.verbs",),
     ("dbtrain.report",),
-    ("dbtrain.fleet", "dbtrain.bench", "dbtrain_launchers"),
+    ("dbtrain.fleet", "dbtrain.bench", "dbtrain.study", "dbtrain_launchers"),
     ("dbtrain.train",),
     ("dbtrain.packing",),
     ("dbtrain.training", "dbtrain.evaluate"),

@@ -16,6 +16,7 @@ from dbtrain.results.record import read_record
 from dbtrain.settings.recipes import load
 from dbtrain.storage.atomic import LOCK, file_digest, held
 from dbtrain.subjects import manifest
+from dbtrain.subjects.forgotten import bury, change_pending
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.subjects.rows import read_rows
 from dbtrain.train import train_manifest, train_subjects
@@ -27,6 +28,18 @@ from dbtrain.training.step import TrainingStep
 from tests.kit.main_job import sd_folder, small_config, write_job
 
 LORA = "pytorch_lora_weights.safetensors"
+
+
+def test_a_forgotten_subject_is_trained_no_more_and_a_forgetting_is_ended_first(tmp_path):
+    write_job(tmp_path, subjects="rex:dog tom:cat")
+    out = tmp_path / "out"
+    out.mkdir()
+    bury(out, ["tom"])
+    with pytest.raises(DataError, match="'tom' was forgotten here on request"):
+        train_manifest(tmp_path / "photos.csv", small_config(), out, ["tom"])
+    change_pending(out, {"rex": ["rex"]})
+    with pytest.raises(DataError, match="1 subjects are being forgotten"):
+        train_manifest(tmp_path / "photos.csv", small_config(), out, None)
 
 
 @pytest.fixture(autouse=True)
@@ -311,3 +324,26 @@ def test_ready_made_shards_are_read_from_an_address_that_was_allowed(finished, j
         ours, theirs = (place / "subjects" / record["subject"] / LORA for place in (tmp_path / "out", finished[0]))
         assert record["run"] == of_photos[record["subject"]]["run"]
         assert file_digest(ours) == file_digest(theirs)
+
+
+def test_photos_of_several_shapes_train_as_if_alone(tmp_path):
+    """The class images are encoded once a shape, in the store too, whoever needs them first."""
+    from tests.kit.main_job import photo
+
+    sizes = {"rex": [(40, 64), (64, 40), (48, 48)], "tom": [(64, 40), (40, 64)]}
+    for name, shapes in sizes.items():
+        (tmp_path / name).mkdir()
+        for number, size in enumerate(shapes):
+            photo(number, *size).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "photos.csv").write_text("subject,class,images\nrex,dog,rex\ntom,dog,tom\n")
+    words = ("data.buckets=true", "train.batch=2", "train.steps=4", "sample.images=0", "track.every_steps=1")
+    for out, names in (("both", ["rex", "tom"]), ("alone", ["tom"])):
+        _, failed = train_manifest(tmp_path / "photos.csv", small_config(*words), tmp_path / out, names, quiet=True)
+        assert not failed
+    both, alone = (file_digest(tmp_path / out / "subjects/tom" / LORA) for out in ("both", "alone"))
+    assert both == alone
+    kept = [len(list((tmp_path / out / "priors").glob("*/latents/*.json"))) for out in ("both", "alone")]
+    assert kept == [3, 2]
+    square = small_config(*words, "data.buckets=false")
+    train_manifest(tmp_path / "photos.csv", square, tmp_path / "square", ["tom"], quiet=True)
+    assert file_digest(tmp_path / "square/subjects/tom" / LORA) != alone

@@ -41,10 +41,14 @@ class Operators(TorchDispatchMode):
             kernels = self.kernels[name](*args) if func.namespace == "dbtrain" else 0
             self.fused += kernels
             self.launches += kernels or 1
+            self.saw(func, name, args, kwargs, result, kernels or 1)
             self.casts += name == "_to_copy" and result.dtype != args[0].dtype
         if name in WAITS or _crosses(name, args, kwargs) or _finds_places(name, args):
             self.waits[name] += 1
         return result
+
+    def saw(self, func: Any, name: str, args: Any, kwargs: Any, result: Any, kernels: int) -> None:
+        """Called with each operator that computes or copies, and the kernels that it starts; more counts go here."""
 
     def _is_there(self, values: Any) -> bool:
         """Whether a tensor of the call lies on the device that is looked at."""

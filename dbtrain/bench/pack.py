@@ -32,11 +32,14 @@ from dbtrain.bench import Say, origin, to_nobody
 from dbtrain.bench.flops import count_flops
 from dbtrain.engines.capture import release
 from dbtrain.engines.engine import plan_batches
+from dbtrain.engines.loss_scale import DTYPES, resolved_precision
 from dbtrain.engines.world import World, start_world
 from dbtrain.engines.zero import ZeroEngine
+from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
 from dbtrain.models.adapters import detach
-from dbtrain.models.family import Models
+from dbtrain.models.architectures import Architecture
+from dbtrain.models.family import Family, Models, low_side
 from dbtrain.objective.noise import discrete_schedule
 from dbtrain.packing.pack import Pack, tensors_of
 from dbtrain.packing.size import used_bytes
@@ -45,7 +48,7 @@ from dbtrain.storage.atomic import write_file
 from dbtrain.tiny import DEMO
 from dbtrain.training import session
 from dbtrain.training.step import TrainingStep
-from dbtrain.training.trainables import DTYPES, make_trainable
+from dbtrain.training.trainables import make_trainable
 from dbtrain.values import Batch, Conditioning
 
 
@@ -75,6 +78,7 @@ class Base:
 def load(config: RunConfig, random_weights: bool) -> Base:
     """The recipe's base, or random weights in the published shape of its family (SD 1.5's or XL's)."""
     world, side = start_world(), config.data.resolution // 8
+    config = resolved_precision(config, torch.device(world.device).type)
     draw = torch.Generator().manual_seed(0)
     if not random_weights:
         models, family = session.Base.load(config, world).models, FAMILIES[config.model.family]
@@ -82,9 +86,9 @@ def load(config: RunConfig, random_weights: bool) -> Base:
             tokens = tuple(ids.to(world.device) for ids in family.tokenize(models, ["a photo of srx dog", "a photo"]))
             captions = family.encode_tokens(models.text_encoders, tokens)
             pixels = torch.zeros(1, 3, config.data.resolution, config.data.resolution, device=world.device)
-            mean = models.vae.encode(pixels).latent_dist.mean
-        return Base(models, captions, (2 * mean.shape[1], *mean.shape[2:]), world)
-    name, shape = next(iter(FAMILIES[config.model.family].shapes.items()))
+            moments = family.codec.encode(models.vae, pixels)
+        return Base(models, captions, tuple(moments.shape[1:]), world)
+    name, shape = published(FAMILIES[config.model.family])
     unet = shape.blank(world.device, DTYPES[config.train.precision])
     if config.engine.channels_last:
         unet.to(memory_format=torch.channels_last)
@@ -95,6 +99,13 @@ def load(config: RunConfig, random_weights: bool) -> Base:
     pooled = shape.pooled and torch.randn(2, shape.pooled, generator=draw).to(world.device)
     models = Models(unet, {}, {}, vae, None, schedule, f"random weights, {name}", {"weights": "random"})
     return Base(models, Conditioning(states, pooled), (2 * shape.channels, side, side), world)
+
+
+def published(family: Family) -> tuple[str, Architecture]:
+    """The name and shape of a family's published model; ConfigError where it alone is not enough to train."""
+    if family.guide is not None or not family.shapes:
+        raise ConfigError(f"model.family: {family.name} is not timed with random weights; give a base in model.path")
+    return next(iter(family.shapes.items()))
 
 
 @contextmanager
@@ -148,7 +159,9 @@ def alone(base: Base, config: RunConfig) -> Iterator[SimpleNamespace]:
     roles, count = 2 if config.prior.weight > 0 else 1, config.train.batch
     role_B, slot_B = torch.arange(roles).repeat_interleave(count), torch.arange(roles * count)
     sizes = torch.full((len(slot_B), 6), float(config.data.resolution))
-    batch = Batch(torch.randn(len(slot_B), *base.shape), 0 * role_B, role_B, slot_B, sizes).to(base.world.device)
+    lows = torch.zeros(len(slot_B), 3, *[low_side(config)] * 2) if family.guide else None
+    images = torch.randn(len(slot_B), *base.shape)
+    batch = Batch(images, 0 * role_B, role_B, slot_B, sizes, low_BCHW=lows).to(base.world.device)
 
     def step() -> None:
         engine.backward(engine(batch, 0).loss)
@@ -182,6 +195,7 @@ def measure(config: RunConfig, plan: Plan, say: Say = to_nobody) -> dict[str, An
     """Medians of every contestant, their ratios to solo, and what was asked for beside them. say: gets each turn."""
     base = load(config, plan.random_weights)
     device, rows = base.world.device, {}
+    config = resolved_precision(config, torch.device(device).type)
     entries = contestants(config, plan, device)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in entries}
     peaks: dict[str, int] = {}
@@ -248,7 +262,7 @@ def timed(step: Callable[[], None], steps: int, device: str) -> tuple[float, flo
 
 def ceiling_flop_per_s(device: str, precision: str) -> float:
     """FLOP/s of a large matrix product in the compute precision; the best of a few."""
-    side, dtype = (8192 if device != "cpu" else 1024), torch.bfloat16 if precision == "bf16" else torch.float32
+    side, dtype = (8192 if device != "cpu" else 1024), DTYPES[precision]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
     return 2 * side**3 / min(timed(lambda: torch.mm(a, b), 1, device)[1] for _ in range(5))
@@ -271,6 +285,7 @@ def side_by_side(config: RunConfig, plan: Plan) -> dict[str, float]:
 def _one_process(config: RunConfig, plan: Plan) -> tuple[float, float, int]:
     torch.set_num_threads(1)
     base = load(config, plan.random_weights)
+    config = resolved_precision(config, torch.device(base.world.device).type)
     with alone(base, config) as solo:
         turns = [timed(solo.step, plan.steps, base.world.device) for _ in range(plan.turns)]
     wall, cost = (statistics.median(values) for values in zip(*turns))

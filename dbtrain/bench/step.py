@@ -19,6 +19,7 @@ from dbtrain.bench.flops import count_flops
 from dbtrain.bench.operators import Operators
 from dbtrain.bench.pack import Base, Rig, ceiling_flop_per_s, load, packed, timed
 from dbtrain.engines.capture import as_python, choose_capture
+from dbtrain.engines.loss_scale import resolved_precision
 from dbtrain.errors import ConfigError, EngineError, first_line
 from dbtrain.models.attention import CANDIDATES, engage_attention
 from dbtrain.packing.size import used_bytes
@@ -65,6 +66,7 @@ def measure(config: RunConfig, plan: Plan, say: Say = to_nobody) -> dict[str, An
     each way's pack is put on and taken off again, so that they share its memory. say: gets each turn."""
     base = load(config, plan.random)
     device = base.world.device
+    config = resolved_precision(config, torch.device(device).type)
     ways = [
         Way(size, variant(config, capture, attention))
         for size in plan.sizes

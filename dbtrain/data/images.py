@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from dbtrain.data.buckets import Shape, covering, offset
 from dbtrain.data.color import to_srgb
 from dbtrain.data.formats import START, missing, picture_kind, readable
 from dbtrain.errors import DataError, shown
@@ -142,21 +143,26 @@ def read_photo(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
 
 def shorten(image: Image.Image, resolution: int) -> Image.Image:
     """The image with its short side reduced to `resolution` pixels; unchanged if that is not larger. Aspect is kept."""
-    return image if min(image.size) <= resolution else _resize_short_side(image, resolution)
+    square_of = (resolution, resolution)
+    return image if min(image.size) <= resolution else _resized(image, covering(image.size, square_of))
 
 
 def square(image: Image.Image, resolution: int, crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-    """uint8 [resolution, resolution, 3]: short side resized to `resolution` (Lanczos), then cropped. Grey images, which
-    are masks, are resized linearly and have no third dimension.
+    """`fit` for a square shape. The photo and what `shorten` made of it give the same result."""
+    return fit(image, (resolution, resolution), crop)
 
-    `crop` places the square within the spare room, (from the top, from the left), each in [0, 1]; uniform numbers
-    make every position equally likely. The photo and what `shorten` made of it give the same result.
+
+def fit(image: Image.Image, shape: Shape, crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """uint8 [height, width, 3] of a shape (height, width): resized to just cover it (Lanczos), then cropped. Grey
+    images, which are masks, are resized linearly and have no third dimension.
+
+    `crop` places the shape within the spare room, (from the top, from the left), each in [0, 1]; uniform numbers make
+    every position equally likely.
     """
-    if min(image.size) != resolution:
-        image = _resize_short_side(image, resolution)
-    top = _offset(image.height - resolution, crop[0])
-    left = _offset(image.width - resolution, crop[1])
-    return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+    height, width = shape
+    image = _resized(image, covering(image.size, shape))
+    top, left = offset(image.height - height, crop[0]), offset(image.width - width, crop[1])
+    return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
 def flip(array: np.ndarray) -> np.ndarray:
@@ -221,7 +227,9 @@ def _decode_problem(error: Exception, content: bytes, max_pixels: int) -> str:
     if isinstance(error, Image.UnidentifiedImageError) and kind not in readable():
         what = f"is no JPEG, PNG or WebP photo{f' but {kind}' if kind else ''}, whatever its name says"
         return f"{what} (it begins with {shown(content[:8])}); {missing(kind)}"
-    return f"is damaged or cut short ({shown(str(error))}); copy the photo again or take it out"
+    # Pillow names the object in memory, which says nothing and differs from run to run.
+    why = "not even its header can be read" if isinstance(error, Image.UnidentifiedImageError) else shown(str(error))
+    return f"is damaged or cut short ({why}); copy the photo again or take it out"
 
 
 def _too_many_bytes(name: object, size: int, max_bytes: int) -> str:
@@ -269,14 +277,8 @@ def _grey_from_16_bit(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _resize_short_side(image: Image.Image, resolution: int) -> Image.Image:
-    short = min(image.size)
-    size = tuple(max(resolution, round(side * resolution / short)) for side in image.size)
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image in (width, height); the image itself if it has that size."""
     # Lanczos rings at edges, and a mask that rings has weight where the subject is not.
     how = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
-    return image.resize(size, how)
-
-
-def _offset(spare: int, share: float) -> int:
-    """Pixels before the crop, for a share in [0, 1] of the spare room."""
-    return min(int(share * (spare + 1)), spare)
+    return image if image.size == size else image.resize(size, how)

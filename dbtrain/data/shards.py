@@ -60,7 +60,7 @@ def grow_shards(
     max_bytes: int = MAX_BYTES,
 ) -> Index:
     """The index of a sound folder `out`, to which samples of new subjects were added, and samples of the subjects
-    `replaced` in place of those that they had. made: its index before.
+    `replaced` in place of those that they had; without samples of theirs, they are taken out. made: its index before.
 
     Shards are never changed: new ones come beside them, then the index, which says what counts, then those that it no
     longer names are removed. A subject that shares a shard with a replaced one moves with it. After a kill, `tidy`
@@ -72,7 +72,7 @@ def grow_shards(
             raise DataError(f"{out}: another process is writing there; wait for it, then run again")
         stale = _shards_of(made, replaced)
         moved = [entry for entry in made.entries if entry.shard in stale and entry.subject not in replaced]
-        first = 1 + max(int(NUMBER.findall(shard.name)[0]) for shard in made.shards)
+        first = 1 + max((int(NUMBER.findall(shard.name)[0]) for shard in made.shards), default=-1)
         added, new = _write(chain(read_samples(out, moved), samples), out, first, max_bytes)
         entries = [entry for entry in made.entries if entry.shard not in stale]
         shards = [shard for shard in made.shards if shard.name not in stale]

@@ -1,4 +1,4 @@
-"""The captured step: a training step recorded once as a CUDA graph and replayed, or its repeated blocks compiled.
+"""The captured step: a training step recorded once as a CUDA graph and replayed, its repeated blocks compiled, or both.
 
 A step that launches thousands of small kernels spends its time in Python; a graph launches them all at once. It can be
 recorded only where a step reads and writes the same tensors each time and never waits for the device.
@@ -24,12 +24,15 @@ from dbtrain.values import Batch
 Step = Callable[[Batch], None]
 WARM_STEPS = 3
 """Real training steps that run one by one before the recording: kernels are compiled and libraries choose in them."""
+GRAPHS = ("graph", "compiled_graph")
+"""The choices that record a CUDA graph."""
 SHAPES = 64
 """Most sets of shapes that a kind of block is compiled for. PyTorch's default is 8; SD1.5's residual blocks have 14."""
 
 
 class Capture(NamedTuple):
-    """How a step is run (`graph`, `compile` or `off`), why, and whether eager steps may take over where that fails."""
+    """How a step is run (a choice of `engine.capture` but for `auto`), why, and whether eager steps may take over where
+    that fails."""
 
     mode: str
     reason: str
@@ -39,9 +42,9 @@ class Capture(NamedTuple):
 def choose_capture(settings: EngineConfig, device_type: str) -> Capture:
     """What `engine.capture` comes to on a kind of device; raises ConfigError where it asks for what cannot be there."""
     choice, on_zero = settings.capture, settings.kind == "zero"
-    if choice == "graph" and device_type != "cuda":
+    if choice in GRAPHS and device_type != "cuda":
         raise ConfigError(
-            f"engine.capture: graph needs a CUDA device, and this run is on {device_type}; use engine.capture=auto"
+            f"engine.capture: {choice} needs a CUDA device, and this run is on {device_type}; use engine.capture=auto"
         )
     if choice != "auto":
         return Capture(choice, "asked for")
@@ -54,9 +57,13 @@ def choose_capture(settings: EngineConfig, device_type: str) -> Capture:
 
 def make_runner(choice: Capture, denoiser: nn.Module, regions: Sequence[str]) -> Eager:
     """What runs the steps of a denoiser, as chosen."""
-    if choice.mode == "graph":
-        return Recorded(choice)
-    return Compiled(choice, denoiser, regions) if choice.mode == "compile" else Eager(choice)
+    inner = Compiled(choice, denoiser, regions) if choice.mode.startswith("compile") else Eager(choice)
+    return Recorded(inner) if choice.mode in GRAPHS else inner
+
+
+def steps_to_warm(mode: str) -> int:
+    """Steps after which a runner of a mode does what it will do for good."""
+    return WARM_STEPS + 1 if mode in GRAPHS else {"compile": 2}.get(mode, 1)
 
 
 def compile_regions(denoiser: nn.Module, regions: Sequence[str], backend: str = "inductor") -> int:
@@ -122,15 +129,17 @@ class Compiled(Eager):
 
 
 class Recorded(Eager):
-    """A step as a CUDA graph: WARM_STEPS real steps run as they are, the next is recorded, and from there on replayed.
+    """A step as a CUDA graph: WARM_STEPS real steps run by `inner`, the next is recorded, and from there on replayed.
 
-    Recording executes nothing, so every call is one training step. Batches are copied into buffers that stay; one of
-    other shapes than the first would need another graph and is an error. Where recording fails and eager steps may take
-    over, they do, with a warning, and `choice` says so.
+    With a `Compiled` inner runner the graph holds compiled blocks. Recording executes nothing, so every call is
+    one training step. Batches are copied into buffers that stay; one of other shapes than the first would need another
+    graph and is an error. Where recording fails and eager steps may take over, they do, with a warning, and `choice`
+    says so.
     """
 
-    def __init__(self, choice: Capture):
-        super().__init__(choice)
+    def __init__(self, inner: Eager):
+        super().__init__(inner.choice)
+        self.inner = inner
         self.warm = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.buffers: Batch | None = None
@@ -139,7 +148,7 @@ class Recorded(Eager):
     def __call__(self, step: Step, batch: Batch) -> None:
         """One training step on a batch."""
         buffers = self._fill(batch)
-        if self.graph is None and self.warm >= WARM_STEPS and self.choice.mode == "graph":
+        if self.graph is None and self.warm >= WARM_STEPS and self.choice.mode in GRAPHS:
             self._record(step, buffers)
         if self.graph is not None:
             self.graph.replay()
@@ -169,7 +178,7 @@ class Recorded(Eager):
         self.stream = self.stream or torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            step(buffers)
+            self.inner(step, buffers)
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def _record(self, step: Step, buffers: Batch) -> None:
@@ -190,7 +199,7 @@ class Recorded(Eager):
         try:
             # Other threads fill banks on the device meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                step(buffers)
+                self.inner(step, buffers)
         finally:
             # PyTorch stays on the stream of a recording whose end fails.
             torch.cuda.set_stream(before)

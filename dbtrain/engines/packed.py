@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.engines.engine import EngineState, ParamGroup
+from dbtrain.engines.loss_scale import KIND, LossScales
 from dbtrain.errors import EngineError
 from dbtrain.settings.config import TrainConfig
 from dbtrain_kernels.adamw import adamw
@@ -98,6 +99,8 @@ class PackedEngine:
         self.rates_GNS = torch.zeros(len(groups), rows, steps, dtype=torch.float64, device=device)
         self.clip_N = torch.full((rows,), math.inf, dtype=torch.float64, device=device)
         self.decay_N = torch.zeros_like(self.clip_N)
+        self.scales = LossScales(rows, device) if dtype == torch.float16 else None
+        """Loss scales in fp16, else None."""
 
     @property
     def rates_GN(self) -> Tensor:
@@ -110,30 +113,52 @@ class PackedEngine:
     def update(self, sound_N: Tensor) -> Tensor:
         """Gradient norm [N] of each row before clipping, after one step of each live row that is sound.
 
-        sound_N: whether a row's loss is finite. All gradients are 0 afterwards.
+        sound_N: whether a row's loss is finite. All gradients are 0 afterwards. In fp16 a row whose gradient overflowed
+        makes no step, though it counts one, and its norm is 0.
         """
-        train, (clips, joint_N) = self.train, self._clips()
+        train, grads = self.train, self._grads()
+        clips, joint_N = self._clips(grads)
         active_N = self.live_N & sound_N
         if joint_N is not None:
             active_N &= torch.isfinite(joint_N)
-        for arena, clip_N, rate_N in zip(self.arenas, clips, self.rates_GN):
-            state = arena["master"], arena.grad, arena["exp_avg"], arena["exp_avg_sq"]
-            settings = self.step_N.clone(), rate_N, clip_N, self.decay_N, active_N, train.beta1, train.beta2, train.eps
-            norm_N = adamw(*state, *settings, arena.tensors.get("ema"), train.ema or 0.0, arena.compute)
+        made_N = self.step_N if self.scales is None else self.step_N - self.scales.skipped_N
+        for arena, grad, clip_N, rate_N in zip(self.arenas, grads, clips, self.rates_GN):
+            state = arena["master"], grad, arena["exp_avg"], arena["exp_avg_sq"]
+            settings = made_N.clone(), rate_N, clip_N, self.decay_N, active_N, train.beta1, train.beta2, train.eps
+            copy = arena.compute if self.scales is None else None
+            norm_N = adamw(*state, *settings, arena.tensors.get("ema"), train.ema or 0.0, copy)
             arena.grad.zero_()
         norm_N = norm_N if joint_N is None else joint_N
         good_N = sound_N & torch.isfinite(norm_N)
+        if self.scales is not None:
+            self._follow(active_N & good_N)
+            over_N = self.scales.update(good_N, self.live_N & sound_N)
+            good_N, norm_N = good_N | over_N, torch.where(over_N, 0.0, norm_N)
         self.step_N += self.live_N & good_N
         self.failed_N |= self.live_N & ~good_N
         self.live_N &= good_N & (self.step_N < self.end_N)
         return norm_N
 
-    def _clips(self) -> tuple[list[Tensor], Tensor | None]:
+    def _grads(self) -> list[Tensor]:
+        """The gradient [N, P] of each arena; in fp16 unscaled, in fp32."""
+        if self.scales is None:
+            return [arena.grad for arena in self.arenas]
+        return [arena.grad.float() / self.scales.scale_N[:, None] for arena in self.arenas]
+
+    def _follow(self, moved_N: Tensor) -> None:
+        """Round the masters of rows that moved to their fp16 copies, which the kernel of the update cannot write."""
+        for arena in self.arenas:
+            if arena.compute is not None:
+                rounded = arena["master"].to(arena.compute.dtype)
+                arena.compute.copy_(torch.where(moved_N[:, None], rounded, arena.compute))
+
+    def _clips(self, grads: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         """Clip threshold of each arena, chosen so that all arenas shrink by one factor; and the subject's joint norm
         (None with one arena). Why arenas are clipped together: docs/decisions/packed-equals-solo.md."""
         if len(self.arenas) == 1:
             return [self.clip_N], None
-        norms = [torch.linalg.vector_norm(arena.grad.to(arena["exp_avg"].dtype), dim=1) for arena in self.arenas]
+        norms = [torch.linalg.vector_norm(grad.to(arena["exp_avg"].dtype), dim=1)
+                 for arena, grad in zip(self.arenas, grads)]  # fmt: skip
         joint_N = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         share_N = (self.clip_N / (joint_N.double() + 1e-6)).clamp(max=1.0)
         return [share_N * (norm_N.double() + 1e-6) for norm_N in norms], joint_N
@@ -160,6 +185,8 @@ class PackedEngine:
                     _corner(arena.view(tensor, name)[row], source[name].shape).copy_(source[name][0])
             arena.show(row)
             arena.grad[row] = 0
+        if self.scales is not None:
+            self.scales.load(row, state.get(KIND))
         self.step_N[row], self.end_N[row] = step, settings.steps
         self.clip_N[row] = math.inf if settings.clip_norm is None else settings.clip_norm
         self.decay_N[row] = settings.weight_decay
@@ -169,7 +196,8 @@ class PackedEngine:
 
     def state(self, row: int = 0) -> EngineState:
         """Everything to resume a subject from, at its own rank, copied to the CPU."""
-        return {
+        scaling = {} if self.scales is None else {KIND: self.scales.state(row)}
+        return scaling | {
             kind: {
                 name: _corner(arena.view(arena[kind], name)[row], self.shapes[row][name])[None].detach().cpu().clone()
                 for arena in self.arenas

@@ -1,13 +1,15 @@
 """The DeepSpeed engine: ZeRO 0-3, one process or many. The only door to deepspeed.
 
-Parameters that train are fp32 and are their own masters; bf16 compute comes from autocast, so one meaning of precision
-holds at every stage. The base weights that do not train are stored in the compute precision.
+Parameters that train are fp32 and are their own masters; bf16 and fp16 compute come from autocast, so one meaning of
+precision holds at every stage. The base weights that do not train are stored in the compute precision. In fp16 the loss
+is scaled, and hooks unscale each gradient as it leaves autocast's casts, so that DeepSpeed sees none of it.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Iterator
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from dbtrain.engines.deepspeed_json import deepspeed_config
 from dbtrain.engines.engine import BatchPlan, EngineState, ParamGroup
+from dbtrain.engines.loss_scale import KIND, LossScales
 from dbtrain.engines.world import BACKENDS, World
 from dbtrain.errors import ConfigError, EngineError
 from dbtrain.settings.config import RunConfig
@@ -79,6 +82,11 @@ class ZeroEngine:
             model=module, optimizer=optimizer, config=_accepted_config(config, plan, world.device != "cpu")
         )
         self.adamw = optimizer
+        self.scales = LossScales(1) if train.precision == "fp16" else None
+        if self.scales is not None:
+            for param in self.names.values():
+                param.register_hook(self._unscaled)
+            optimizer.register_step_pre_hook(self._pass_over)
         self._start_moments()
 
     def __call__(self, *inputs):
@@ -87,14 +95,16 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the global loss; DeepSpeed averages over ranks, so undo that."""
-        self.deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
+        scale = 1.0 if self.scales is None else float(self.scales.scale_N)
+        self.deepspeed.backward(loss * (self.world.size * scale), scale_wrt_gas=False)
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
 
     def step(self, scale: float) -> float:
         """Clip and update with `scale` times the peak learning rates; the gradient norm before clipping.
 
-        A norm that is not finite is NaN, infinite or -1; one that a DeepSpeed JSON switched off is 0.
+        A norm that is not finite is NaN, infinite or -1; one that a DeepSpeed JSON switched off is 0, and so is that of
+        a step that was left out because its gradient overflowed in fp16.
         """
         for settings, group in zip(self.deepspeed.optimizer.param_groups, self.groups):
             settings["lr"] = group.lr * scale
@@ -102,8 +112,29 @@ class ZeroEngine:
         norm = nn.utils.get_total_norm([param.grad for param in self.names.values()]) if self._stage == 0 else None
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
+        if self.scales is not None and norm is not None and self._left_out(float(norm)):
+            return 0.0
         self._update_ema()
         return 0.0 if norm is None else float(norm)
+
+    def _unscaled(self, grad: Tensor) -> Tensor:
+        """A parameter's gradient without the loss scale, which is a power of two."""
+        return grad if self.scales is None else grad / float(self.scales.scale_N)
+
+    def _pass_over(self, *_: object) -> None:
+        """Hide gradients that are not finite from AdamW, which passes over a parameter without one. At stage 0 alone:
+        at the others DeepSpeed (0.19) leaves such a step out itself."""
+        grads = [param.grad for param in self.names.values() if param.grad is not None] if self._stage == 0 else []
+        if grads and not torch.isfinite(nn.utils.get_total_norm(grads)):
+            for param in self.names.values():
+                param.grad = None
+
+    def _left_out(self, norm: float) -> bool:
+        """Whether a step in fp16 was left out, as its gradient overflowed; the scale has followed."""
+        assert self.scales is not None
+        finite = 0 <= norm < math.inf
+        left = finite or self._stage == 0 or bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        return bool(self.scales.update(torch.tensor([finite]), torch.tensor([True]))) and left
 
     def state(self, row: int = 0) -> EngineState:
         """Masters, Adam moments and EMA, whole, in fp32 on the CPU of the first rank. The one subject is row 0."""
@@ -114,7 +145,7 @@ class ZeroEngine:
                 value = self._read(param, kind)
                 if self.world.first:
                     gathered[kind][name] = value.detach().float().cpu().reshape(self._shape(param)).clone()
-        return gathered
+        return gathered if self.scales is None else {**gathered, KIND: self.scales.state()}
 
     def load(self, state: EngineState, step: int) -> None:
         """Put back a state taken after `step` steps, from any world size or stage."""
@@ -124,9 +155,13 @@ class ZeroEngine:
                 f"checkpoint and model differ in trained parameters, such as {sorted(missing)[0]}; "
                 "was train.method, lora.targets or lora.rank changed?"
             )
+        scaling = state.get(KIND)
         for name, param in self.names.items():
-            for kind, tensors in state.items():
-                self._write(param, kind, tensors[name].to(self.world.device))
+            for kind in state.keys() - {KIND}:
+                self._write(param, kind, state[kind][name].to(self.world.device))
+        if self.scales is not None:
+            self.scales.load(0, scaling)
+            step -= int(self.scales.skipped_N)
         for partition in self._partitions():
             self.adamw.state[partition]["step"].fill_(step)
         self._publish_masters()

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -36,6 +36,7 @@ from dbtrain.models.sampling import generate, image_seed
 from dbtrain.results.finished import finished_config, finished_pipeline
 from dbtrain.results.record import finished_record
 from dbtrain.settings.config import RunConfig
+from dbtrain.settings.stages import upscalers
 from dbtrain.storage.atomic import write_file
 from dbtrain.subjects.prompts import LIVE_CLASSES, fill, is_live, prompt_set, slug, without_identifier
 
@@ -69,6 +70,8 @@ class Protocol:
     """Folder of the photos; None where training read them."""
     distance: str = AUTO
     """Distance of DIV: a name in `distances.CHOICES`."""
+    base_pictures: Path | None = None
+    """Folder of the base model's pictures, which runs may share; None is RUN/evaluation/base."""
 
 
 @dataclass(frozen=True)
@@ -126,19 +129,9 @@ def evaluate_finished(
     Raises DataError if the folder holds no finished subject, if the subject is damaged, has no photos, or was trained
     from another base than `models`.
     """
-    record, config = finished_record(folder), finished_config(folder, protocol.overrides)
-    if record["base_digest"] != base_digest(models):
-        raise DataError(
-            f"{folder}: was trained from another base ({record['base']}) than the one loaded "
-            f"({models.source}); load that base"
-        )
-    if not config.sample.prompts and protocol.protocol == "quick":
-        raise ConfigError(f"{folder}: sample.prompts is empty, and the quick protocol has no prompts of its own")
+    record, config, wanted, own, of_base = planned(folder, models, protocol)
     photos = read_photos(folder, record["subject"], config, protocol.shards)
     judge = judge or load_judge(protocol.identity, protocol.clip, models.denoiser.device.type, protocol.distance)
-    wanted = PROTOCOLS[protocol.protocol](protocol, config, record["class"])
-    own, of_base = shots(folder, record, config, wanted, protocol)
-    reuse_samples(folder, record, config, protocol, own)
     draw(own, lambda: finished_pipeline(folder, family, models, config), config, protocol.batch)
     draw(of_base, lambda: finished_pipeline(None, family, models, config), config, protocol.batch)
     result = {
@@ -148,6 +141,32 @@ def evaluate_finished(
     }
     write_file(folder / RESULT, json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False).encode())
     return result
+
+
+class Planned(NamedTuple):
+    """What a subject's evaluation works on: its record, its settings, and its and the base model's pictures."""
+
+    record: dict[str, Any]
+    config: RunConfig
+    wanted: WantedPictures
+    own: list[Shot]
+    of_base: list[Shot]
+
+
+def planned(folder: Path, models: Models, protocol: Protocol) -> Planned:
+    """What `evaluate_finished` is to draw, after training's own samples took their places among it."""
+    record, config = finished_record(folder), finished_config(folder, protocol.overrides)
+    if record["base_digest"] != base_digest(models):
+        raise DataError(
+            f"{folder}: was trained from another base ({record['base']}) than the one loaded "
+            f"({models.source}); load that base"
+        )
+    if not config.sample.prompts and protocol.protocol == "quick":
+        raise ConfigError(f"{folder}: sample.prompts is empty, and the quick protocol has no prompts of its own")
+    wanted = PROTOCOLS[protocol.protocol](protocol, config, record["class"])
+    own, of_base = shots(folder, record, config, wanted, protocol)
+    reuse_samples(folder, record, config, protocol, own)
+    return Planned(record, config, wanted, own, of_base)
 
 
 def shots(
@@ -160,13 +179,15 @@ def shots(
     tuning.
     """
     noun, identifier = record["class"], record["identifier"]
+    bases = [record["base_digest"], *(stage["base_digest"] for stage in record.get("stages", ()))]
     weights = {name: digest for name, digest in record["files"].items() if name.endswith(".safetensors")}
     of_class = fill(config.data.class_caption, class_noun=noun)
     texts = [
         (fill(template, identifier=identifier, class_noun=noun), without_identifier(template, noun))
         for template in wanted.templates
     ]
-    own_folder, base_folder = folder / PICTURES, run_folder(folder) / PICTURES / BASE_PICTURES / slug(noun)
+    of_run = protocol.base_pictures or run_folder(folder) / PICTURES / BASE_PICTURES
+    own_folder, base_folder = folder / PICTURES, of_run / slug(noun)
     by_row: dict[str, list[Shot]] = {}
     for row, prompts, place, model in (
         ("tuned", texts, own_folder, weights),
@@ -180,7 +201,7 @@ def shots(
         for number, (prompt, plain) in enumerate(prompts):
             for image in range(count):
                 seed = _seed(protocol, config, name, plain, image)
-                file = place / _file(row, plain, image, [record["base_digest"], model, prompt, seed, _sampling(config)])
+                file = place / _file(row, plain, image, [*bases, model, prompt, seed, _named(config)])
                 by_row[row].append(Shot(row, prompt, plain, number, image, seed, file))
     return by_row["tuned"] + by_row["class"], by_row["base"] + by_row["base_class"]
 
@@ -196,8 +217,15 @@ def _seed(protocol: Protocol, config: RunConfig, name: str, plain: str, image: i
     return image_seed("evaluate", protocol.seed, name, plain, image)
 
 
-def _sampling(config: RunConfig) -> list[object]:
-    return [config.sample.steps, config.sample.guidance, config.data.resolution, config.train.precision]
+def sampling(config: RunConfig) -> tuple[int, int, float, str]:
+    """What decides a picture beside model, prompt and seed: resolution, steps, guidance and precision."""
+    return config.data.resolution, config.sample.steps, config.sample.guidance, config.train.precision
+
+
+def _named(config: RunConfig) -> list[object]:
+    side, steps, guidance, precision = sampling(config)
+    stages = [[*_named(stage), stage.super.level] for stage in upscalers(config)]
+    return [steps, guidance, side, precision, *stages]
 
 
 def _file(row: str, plain: str, image: int, deciding: object) -> str:
@@ -211,7 +239,7 @@ def reuse_samples(
     """Copy the samples that training drew for the same prompts, seeds and sampling, if their digests are unchanged."""
     trained, digests = finished_config(folder, ()), record.get("samples")
     same_sampling = config.sample.model_copy(update={"images": trained.sample.images}) == trained.sample
-    if protocol.protocol != "quick" or not same_sampling or _sampling(config) != _sampling(trained):
+    if protocol.protocol != "quick" or not same_sampling or _named(config) != _named(trained):
         return
     for shot in own:
         drawn = folder / "samples" / "samples" / f"prompt-{shot.number:02d}-image-{shot.image:02d}.png"
@@ -236,19 +264,20 @@ def draw(shots: Sequence[Shot], open_pipeline: Callable, config: RunConfig, batc
         return
     with open_pipeline() as pipeline:
         for chunk in incomplete:
-            _draw_chunk(pipeline, chunk, config)
+            draw_chunk(pipeline, chunk, config, len(chunk))
 
 
-def _draw_chunk(pipeline: Any, chunk: Sequence[Shot], config: RunConfig) -> None:
+def draw_chunk(
+    pipeline: Any, chunk: Sequence[Shot], config: RunConfig, batch: int, rows: Sequence[int] | None = None
+) -> None:
+    """Draw pictures and write those that are missing. rows: the adapter of each; see `generate`."""
     images = generate(
         pipeline,
         [shot.prompt for shot in chunk],
         [shot.seed for shot in chunk],
-        config.data.resolution,
-        config.sample.steps,
-        config.sample.guidance,
-        config.train.precision,
-        batch=len(chunk),
+        *sampling(config),
+        batch=batch,
+        rows=rows,
     )
     for shot, image in zip(chunk, images):
         if not sound(shot.file):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dbtrain.evaluate.intervals import AVERAGES, averaged, shown
 from dbtrain.evaluate.judge import Judge, load_judge
 from dbtrain.evaluate.protocol import SCHEMA, Protocol, evaluate_finished
 from dbtrain.evaluate.scores import SCORES, title
+from dbtrain.evaluate.together import draw_together
 from dbtrain.families import FAMILIES
 from dbtrain.results.finished import WarmBase, finished_config, own_device
 from dbtrain.results.record import RECORD
@@ -76,13 +78,19 @@ def _evaluated(
     by_base: dict[str, list[Path]] = {}
     for path in folders:
         try:
-            by_base.setdefault(finished_config(path, protocol.overrides).model.model_dump_json(), []).append(path)
+            config = finished_config(path, protocol.overrides)
+            bases = [config.model, *(stage.model for stage in config.stages)]
+            by_base.setdefault(" ".join(base.model_dump_json() for base in bases), []).append(path)
         except DbtrainError as error:
             yield path, error
+    for group in by_base.values():
+        config = finished_config(group[0], protocol.overrides)
+        with suppress(DbtrainError):  # of the base: each subject says so below
+            draw_together(group, warm.load(config), FAMILIES[config.model.family], protocol)
     for path in (path for group in by_base.values() for path in group):
         try:
             config = finished_config(path, protocol.overrides)
-            models = warm.load(config.model)
+            models = warm.load(config)
             yield path, evaluate_finished(path, models, FAMILIES[config.model.family], protocol, judge)
         except DbtrainError as error:
             yield path, error

@@ -32,6 +32,16 @@ FAMILIES = Rows(
         "sd3": "sd3:SD3",
         "flux": "flux:FLUX",
         "flux2_klein": "flux2_klein:FLUX2_KLEIN",
+        "flux2": "flux2:FLUX2",
+        "zimage": "zimage:ZIMAGE",
+        "qwen_image": "qwen_image:QWEN_IMAGE",
+        "krea2": "krea2:KREA2",
+        "if_stage1": "deepfloyd:IF_STAGE1",
+        "if_stage2": "deepfloyd:IF_STAGE2",
+        "x4_upscaler": "upscaler:X4_UPSCALER",
+        "chroma": "chroma:CHROMA",
+        "lumina2": "lumina2:LUMINA2",
+        "sana": "sana:SANA",
     }
 )
 """A `models.family.Family` for each architecture, by the name used in `model.family`."""

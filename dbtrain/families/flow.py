@@ -5,12 +5,14 @@ x_t = (1 - sigma) x0 + sigma eps and the target eps - x0 (arXiv 2403.03206, eq. 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dbtrain.errors import ConfigError
+from dbtrain.models.family import KohyaLayer, Models, Tokens
 from dbtrain.objective.noise import Schedule, flow_schedule
 from dbtrain.settings.config import ModelConfig
 
@@ -22,10 +24,9 @@ def schedule(scheduler: Any, config: ModelConfig) -> tuple[Schedule, Any]:
 
     A shift of noise levels is no part of the table: it belongs to the distribution of t, and to sampling.
     """
-    if type(scheduler).__name__ not in SCHEDULERS:
-        raise ConfigError(
-            f"model.path: its scheduler is a {type(scheduler).__name__}, want one of {', '.join(SCHEDULERS)}"
-        )
+    name, told = type(scheduler).__name__, scheduler.config
+    if name not in SCHEDULERS and told.get("prediction_type") != "flow_prediction":
+        raise ConfigError(f"model.path: its scheduler is a {name}, want one of {', '.join(SCHEDULERS)}")
     if config.parameterization not in ("auto", "flow"):
         raise ConfigError(f"model.parameterization: got {config.parameterization}, and a flow model has only `flow`")
     if config.zero_terminal_snr is True:
@@ -41,7 +42,7 @@ def shift_of(scheduler: Any, tokens: int) -> float:
     """
     told = scheduler.config
     if not told.get("use_dynamic_shifting", False):
-        return float(told.get("shift", 1.0))
+        return float(told.get("shift") or told.get("flow_shift", 1.0))
     first, last = told["base_image_seq_len"], told["max_image_seq_len"]
     slope = (told["max_shift"] - told["base_shift"]) / (last - first)
     return math.exp(told["base_shift"] + slope * (tokens - first))
@@ -60,6 +61,23 @@ def kl_moments(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:
     """Moments of a KL autoencoder in the denoiser's scale, by the scalars of the autoencoder's configuration."""
     posterior = vae.encode(pixels_BCHW.to(next(vae.parameters()).dtype)).latent_dist
     return fold(posterior.mean, posterior.logvar, vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+
+
+def kl_means(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:
+    """The same without a draw: a log-variance of minus infinity draws exactly the mean, as diffusers' script has it."""
+    mean, logvar = kl_moments(vae, pixels_BCHW).chunk(2, 1)
+    return torch.cat([mean, torch.full_like(logvar, -math.inf)], 1)
+
+
+def channel_moments(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:
+    """Moments of an autoencoder of films (one frame here), in the denoiser's scale by a mean and a deviation for each
+    channel."""
+    posterior = vae.encode(pixels_BCHW[:, :, None].to(next(vae.parameters()).dtype)).latent_dist
+    mean, logvar = posterior.mean.squeeze(2), posterior.logvar.squeeze(2)
+    m, s = (
+        torch.tensor(values).view(-1, 1, 1).to(mean) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return fold(mean, logvar, 1 / s, m)
 
 
 def unscaled(vae: nn.Module) -> tuple[float, float]:
@@ -89,6 +107,28 @@ def grid_ids(height: int, width: int, like: Tensor) -> Tensor:
     return ids.view(-1, 3)
 
 
-def padded(tokenizer: Any, captions: list[str], length: int) -> Any:
+def padded(tokenizer: Any, captions: list[str], length: int, **options: Any) -> Any:
     """A tokenizer's ids and mask of captions, padded and cut to a length."""
-    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt", **options)
+
+
+def chat_tokens(models: Models, captions: Sequence[str], length: int, thinking: bool) -> Tokens:
+    """Ids and mask of each caption as the user's turn of a chat."""
+    (tokenizer,) = models.tokenizers.values()
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        for caption in captions
+    ]
+    found = padded(tokenizer, texts, length)
+    return found.input_ids, found.attention_mask
+
+
+def nothing(models: Models, guidance: float) -> None:
+    """None: the guidance is a number that the denoiser is told, and leads away from no text."""
+
+
+def underscored(component: str, path: str) -> KohyaLayer:
+    """kohya's name of a layer: diffusers' path with underscores, behind `lora_unet`."""
+    return KohyaLayer(f"lora_unet_{path}".replace(".", "_"))

@@ -105,8 +105,10 @@ FLUX = Family(
     regions=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
     shift=flow.shift_of,
     call=call,
+    avoided=flow.nothing,
     attend=keep_attention,
     trains_text=False,
     negative=False,
+    base_version="flux1",
     shapes={"flux1": DEV},
 )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.families import flow
+from dbtrain.families.flux_names import kohya
 from dbtrain.models.architectures import Architecture
 from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
@@ -14,21 +15,15 @@ from dbtrain.values import Batch, Conditioning
 
 LENGTH = 512
 """Tokens of a caption. The transformer sees the padding too, so training has as many as the pipeline."""
+GUIDANCE = 1.0
+"""The embedded guidance of dev's training step. Sampling has 4; the model then extrapolates what it learnt at 1."""
 LAYERS = (9, 18, 27)
 """Hidden states of Qwen3 that the pipeline joins."""
 
 
 def tokenize(models: Models, captions: Sequence[str]) -> Tokens:
     """Ids and mask of each caption as the user's turn of a chat, without thinking."""
-    (tokenizer,) = models.tokenizers.values()
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        for caption in captions
-    ]
-    found = flow.padded(tokenizer, texts, LENGTH)
-    return found.input_ids, found.attention_mask
+    return flow.chat_tokens(models, captions, LENGTH, thinking=False)
 
 
 def encode_tokens(text_encoders: dict[str, nn.Module], tokens: Tokens) -> Conditioning:
@@ -56,7 +51,7 @@ def denoise(
 ) -> Tensor:
     """The transformer's velocity eps - x0 [B, C, h, w]."""
     count, _, height, width = x_t_BCHW.shape
-    states = conditioning.states_BTD
+    states, guided = conditioning.states_BTD, transformer.config.guidance_embeds
     # Coordinates (time, row, column, place in the text) of each token.
     text_ids = torch.zeros(count, states.shape[1], 4, dtype=torch.long, device=states.device)
     text_ids[..., 3] = torch.arange(states.shape[1], device=states.device)
@@ -64,7 +59,7 @@ def denoise(
     prediction = transformer(
         hidden_states=x_t_BCHW.flatten(2).mT,
         timestep=time_B.to(x_t_BCHW.dtype) / 1000,
-        guidance=None,
+        guidance=torch.full((count,), GUIDANCE, device=states.device) if guided else None,
         encoder_hidden_states=states,
         txt_ids=text_ids,
         img_ids=image_ids,
@@ -74,11 +69,11 @@ def denoise(
 
 
 def call(models: Models, guidance: float) -> dict[str, Any]:
-    """Arguments of the pipeline's call: the guidance scale (1 is none), and as many tokens as in training."""
+    """Arguments of the pipeline's call: the guidance (1 is none; dev's is embedded), training's number of tokens."""
     return {"guidance_scale": guidance, "max_sequence_length": LENGTH}
 
 
-def size(blocks: int, single_blocks: int, heads: int, width: int) -> Architecture:
+def size(blocks: int, single_blocks: int, heads: int, width: int, guidance_embeds: bool = False) -> Architecture:
     """A published size at 1024 px."""
     config = {
         "patch_size": 1,
@@ -90,7 +85,7 @@ def size(blocks: int, single_blocks: int, heads: int, width: int) -> Architectur
         "joint_attention_dim": width,
         "mlp_ratio": 3.0,
         "axes_dims_rope": (32, 32, 32, 32),
-        "guidance_embeds": False,
+        "guidance_embeds": guidance_embeds,
     }
     return Architecture(
         "diffusers:Flux2Transformer2DModel", config, latent_side=64, channels=128, tokens=LENGTH, width=width
@@ -115,7 +110,7 @@ FLUX2_KLEIN = Family(
     encode_tokens=encode_tokens,
     denoise=denoise,
     samplers={},
-    kohya=None,
+    kohya=kohya,
     regions=("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
     shift=flow.shift_of,
     call=call,

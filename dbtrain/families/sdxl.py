@@ -79,4 +79,5 @@ SDXL = Family(
     regions=REGIONS,
     shapes={"sdxl": XL},
     base_version="sdxl_base_v1-0",
+    frees_text=False,  # its pooled text has other last bits where a prompt is encoded alone
 )

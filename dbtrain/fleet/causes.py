@@ -14,6 +14,7 @@ from dbtrain.storage.trouble import disk_trouble, is_of_one_file, out_of_memory
 
 BLAMED = {
     "disk": False,  # the disk took no more
+    "unmounted": False,  # the run's folder is not there on its machine
     "stopped": False,  # its worker was asked to stop
     "killed": False,  # its process was killed from outside
     "device": False,  # its GPU or the driver of that failed

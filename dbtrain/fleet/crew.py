@@ -9,6 +9,7 @@ A crew is a small state machine fed with finished Ray calls:
     idle                    busy      the driver gives an order
     busy                    idle      every trainer has sent `UnitDone`
     starting, idle, busy    dying     one trainer has died
+    any                     left out  its machine cannot work; its actors stay, so that no other takes their places
     dying                   starting  it is known why, or DYING_S have passed; new trainers of the next generation
 
 A crew that loses an actor is lost in any state, and the driver makes another. Ray's own restarts and retries are off:
@@ -182,6 +183,13 @@ class Crew:
         """Ask the trainers to finish their step, checkpoint and leave."""
         for rank, member in enumerate(self.members):
             self._call(member.ask_stop, rank, lambda *_: None)
+
+    def leave_out(self) -> None:
+        """End its trainers, and start none again."""
+        self.state, self.unit = "left out", None
+        self.generation += 1  # what its trainers still say does not count
+        for rank, member in enumerate(self.members):
+            self._call(member.halt, rank, lambda *_: None, self.generation)
 
     def kill(self, stopped: bool = False) -> None:
         """Kill every process of the crew, and let none begin. stopped: its actors may be stopped and not obey Ray."""

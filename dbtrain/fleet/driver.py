@@ -19,10 +19,12 @@ import ray
 
 from dbtrain.data.index import Index
 from dbtrain.errors import FleetError, StopRequested, reached
+from dbtrain.fleet.arrivals import LOOK_S, Arrivals
 from dbtrain.fleet.books import Books, Flight
 from dbtrain.fleet.causes import End
 from dbtrain.fleet.cluster import has_gpus, room
 from dbtrain.fleet.crew import Crew, Lost, Shape
+from dbtrain.fleet.forgetting import end_forgetting, told
 from dbtrain.fleet.gauges import Gauges
 from dbtrain.fleet.inbox import take_requests
 from dbtrain.fleet.lease import find_ledger
@@ -35,7 +37,9 @@ from dbtrain.fleet.status import Screen, summarize
 from dbtrain.machine import take_signals
 from dbtrain.priors.store import BLOCK
 from dbtrain.results.checkpoint import newest_step
+from dbtrain.results.uploading import Uploads
 from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.forgotten import read_pending
 
 TICK_S = 1.0
 GROW_S = 5.0
@@ -46,7 +50,7 @@ BAD_STARTS = 3
 """Trainers of one crew that may fail to load the base, one after another."""
 REFUSED = 5
 """Subjects in a row, with none finished in between, whose files are refused: then it is the disk and not theirs."""
-NO_START = ("killed", "stopped", "disk")
+NO_START = ("killed", "stopped", "disk", "unmounted")
 """Ends of a trainer that say nothing of the next start, or end the run anyway."""
 
 
@@ -57,6 +61,7 @@ class Driver:
         self.ledger, self.index, self.config, self.out, self.options = ledger, index, config, out.resolve(), options
         self.token = mark(self.out)
         self.screen, self.gauges = Screen(out, options.quiet), Gauges()
+        self.uploads = Uploads(config.publish.to, (lambda line: None) if options.quiet else self.screen.say)
         self.pack = rows_of_packs(config, options, ledger)
         """Rows of a pack; None until a trainer has measured it."""
         self.books = Books(ledger, limits_of(config, options, self.pack or 1), options.asked, self.screen)
@@ -72,14 +77,16 @@ class Driver:
         """The disk error that ends the run; None while writes succeed."""
         self.refused: set[int] = set()
         self.unplaced = 0
+        self.arrivals: Arrivals | None = None
+        """Where subjects join from while the run goes on; None where the run ends with its last subject."""
 
     def drive(self) -> None:
         """Work until nothing waits, or a stop is asked for."""
         take_signals((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), self.ask_stop)
-        slow = fast = 0.0
+        slow = fast = looked = 0.0
         ended = "failed"
         try:
-            while self.flights or not (self.books.view.empty or self.stopping or self.disk):
+            while self.arrivals or self.flights or not (self.books.view.empty or self.stopping or self.disk):
                 now = time.monotonic()
                 if now - slow > GROW_S:
                     slow = now
@@ -90,6 +97,11 @@ class Driver:
                 if self.stopping or self.disk:
                     self.wind_down()
                     break
+                if self.arrivals and now - looked > LOOK_S:
+                    looked = now
+                    self.index, joined = self.arrivals.take(self.ledger, self.index)
+                    for noun, position in joined:
+                        self.books.view.add(noun, position)
                 self.assign()
                 self.listen(0.2)
             ended = "stopped" if self.stopping or self.disk else "done"
@@ -100,7 +112,8 @@ class Driver:
         if self.stopping:
             left, steps = self.ledger.counts()["waiting"], reached(self.interrupted)
             raise StopRequested(
-                f"stopped on request ({self.stopping}), {left} subjects wait{steps}; the same command goes on"
+                f"stopped on request ({self.stopping}), {left} subjects wait{steps}{self.uploads.left}; the "
+                "same command goes on"
             )
 
     def ask_stop(self, number: int, _: object = None) -> None:
@@ -127,7 +140,10 @@ class Driver:
                 self.drop(crew, End("lost", "GPUs have joined, which take its place"))
         members = room(self.shape.gpus, self.shape.cpus)
         self.warn_of_room(members)
-        wanted = self.options.workers or max(1, members // self.shape.size)
+        room_for = max(1, members // self.shape.size)
+        left_out = sum(crew.state == "left out" for crew in self.crews.values())
+        asked = self.options.workers
+        wanted = min(asked + left_out, max(room_for, asked)) if asked else room_for
         while len(self.crews) < wanted:
             name = f"worker-{next(self.names):03d}"
             measure = None
@@ -154,6 +170,8 @@ class Driver:
         for crew in [crew for crew in self.crews.values() if crew.overdue()]:
             self.lose(crew, f"did not answer for {self.options.hang_s:g} s")
         self.books.obey(take_requests(self.ledger, find_ledger(self.out)))
+        if read_pending(self.out):
+            self.forget()
         with self.ledger.commit():
             self.ledger.beat("running")
             for crew in self.crews.values():
@@ -162,12 +180,29 @@ class Driver:
         self.screen.show(summary)
         self.gauges.show(summary)
 
+    def forget(self) -> None:
+        """Forget the subjects that are asked for. Trainers checkpoint and end before, because their orders name places
+        in shards that are written anew; then new workers go on from the ledger."""
+        self.screen.say("forgetting subjects on request; workers checkpoint, and go on afterwards")
+        self.wind_down()
+        self.interrupted.clear()
+        self.uploads.leave(read_pending(self.out))
+        for crew in list(self.crews.values()):
+            self.drop(crew, End("stopped", "subjects are being forgotten"))
+        done, priors = end_forgetting(self.out, self.ledger), self.books.view.priors
+        self.screen.say("\n".join(told(self.out, done)))
+        if self.config.data.shards is None:
+            self.index = Index.load(self.out / "shards")
+        self.books = Books(self.ledger, self.books.limits, self.options.asked, self.screen)
+        self.books.view.priors = priors
+        self.grow()
+
     def assign(self) -> None:
         """Give every idle crew a unit, if there is one, after the ledger holds it; none before packs have a size."""
         idle = [crew for crew in self.crews.values() if crew.state == "idle"]
         if not idle or self.pack is None:
             return
-        alive = sum(crew.state != "placing" for crew in self.crews.values())
+        alive = sum(crew.state not in ("placing", "left out") for crew in self.crews.values())
         orders, waiting = [], [Idle(crew.name, crew.last_class) for crew in idle]
         units = schedule(self.books.view, waiting, alive, self.books.limits)
         with self.ledger.commit():
@@ -212,8 +247,10 @@ class Driver:
             case Finished(number, position, result):
                 self.refused.clear()
                 self.books.finish(self.flights[number], position, result)
+                self.uploads.add([self.out / "subjects" / self.ledger.row(position)["id"]])
             case Failed(number, position, end, seconds):
                 self.books.retire(self.flights[number], position, self.sift(end, [position]), seconds)
+                self.heed(crew, end)
             case FollowedUp(number, position, name, outcome):
                 if self.books.note_after(position, name, outcome):
                     self.flights[number].open.pop(position)
@@ -240,10 +277,27 @@ class Driver:
         """Enter the death of a crew's trainer; the crew has begun to start another."""
         at_work = [position for flight in self.flights.values() if flight.crew is crew for position in flight.open]
         end = self.sift(end, at_work[:1])
-        if not self.abandon(crew, end) and end.cause not in NO_START:
+        started = self.abandon(crew, end)
+        self.heed(crew, end)
+        if not started and end.cause not in NO_START:
             crew.bad_starts += 1
-            if crew.bad_starts >= BAD_STARTS:
+            if crew.bad_starts >= BAD_STARTS and not self.leave_out(crew, end):
                 raise FleetError(f"{crew.name}: its trainer cannot start: {end.reason}; see {self.out / 'logs'}")
+
+    def heed(self, crew: Crew, end: End) -> None:
+        """Leave out a crew on whose machine the run's folder is not there; the last one's want of it ends the run."""
+        if end.cause == "unmounted":
+            self.abandon(crew, end)
+            if not self.leave_out(crew, end):
+                self.disk = end.reason
+
+    def leave_out(self, crew: Crew, end: End) -> bool:
+        """Whether the run goes on without a crew whose machine or GPU cannot work, as there are others that may."""
+        if all(other.state == "left out" for other in self.crews.values() if other is not crew):
+            return False
+        crew.leave_out()
+        self.screen.say(f"{crew.name}: is left out, and the others go on: {end.reason}; see {self.out / 'logs'}")
+        return True
 
     def sift(self, end: End, positions: list[int]) -> End:
         """The end, with `disk` as its cause where a refused file is no subject's own, or the latest of too many; `disk`
@@ -306,4 +360,6 @@ def limits_of(config: RunConfig, options: Options, pack: int) -> Limits:
     """What the schedule may use, for packs of so many rows. A gang draws all of a class's priors together."""
     blocks = math.ceil(config.prior.images / BLOCK) if config.prior.weight > 0 else 0
     parts = min(blocks, 1) if options.gang > 1 else blocks
-    return Limits(pack, options.unit * pack, tries=options.tries, losses=options.losses, prior_parts=parts)
+    unit = 1 if options.watch else options.unit  # so that nobody who joins waits for a long unit to end
+    return Limits(pack, unit * pack, tries=options.tries, losses=options.losses, newest=options.watch,
+                  prior_parts=parts)  # fmt: skip

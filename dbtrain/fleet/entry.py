@@ -23,9 +23,9 @@ from dbtrain.models.load import load_tokenizer
 from dbtrain.results.identity import Relation
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.marks import deciding
-from dbtrain.storage.atomic import file_digest
 from dbtrain.subjects.finding import refuse
-from dbtrain.subjects.manifest import scan_manifest
+from dbtrain.subjects.forgotten import not_forgotten
+from dbtrain.subjects.manifest import manifest_digest, scan_manifest
 from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
 from dbtrain.subjects.sharding import shard_subjects
 
@@ -50,13 +50,14 @@ def enter_run(
     say the same (DataError). What has joined is taken in. If neither the manifest nor a photo has changed, no photo is
     read.
     """
-    config_digest, manifest_digest = settings_digest(config), file_digest(manifest)
+    config_digest, new_digest = settings_digest(config), manifest_digest(manifest)
     run, folder = ledger.run(), out / "shards"
     how = Relation.SAME if run is None else settings_relation(run, config, config_digest, out)
-    subjects, findings = scan_manifest(manifest, config.data.shards is None)
-    if run is not None and how is Relation.SAME and run["manifest_digest"] == manifest_digest:
+    scanned = scan_manifest(manifest, config.data.shards is None)
+    subjects, findings = not_forgotten(*scanned, out)
+    if run is not None and how is Relation.SAME and run["manifest_digest"] == new_digest:
         # Photos that are in the shards may have been removed since.
-        same = bool(findings) or run["photos_digest"] in (None, photos_digest(subjects))
+        same = bool(scanned[1]) or run["photos_digest"] in (None, photos_digest(subjects))
         if same and (folder / INDEX_NAME).exists():
             return Index.load(folder)
     if not skip_bad:
@@ -76,7 +77,7 @@ def enter_run(
         "config": config.model_dump_json(),
         "config_digest": config_digest,
         "manifest": str(manifest.resolve()),
-        "manifest_digest": manifest_digest,
+        "manifest_digest": new_digest,
         "photos_digest": photos_digest(sound),
     }
     named, skipped = with_identifiers(sound, names), left_out(folder / SKIPPED)

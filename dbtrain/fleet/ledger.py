@@ -22,7 +22,7 @@ from dbtrain.fleet.lease import NAME, check_local
 from dbtrain.values import Subject
 
 VERSION = 2
-STATES = ("waiting", "running", "finished", "quarantined", "cancelled", "skipped")
+STATES = ("waiting", "running", "finished", "quarantined", "cancelled", "skipped", "forgotten")
 SCHEMA = """
 CREATE TABLE run (
   one INTEGER PRIMARY KEY CHECK (one = 1), config TEXT, config_digest TEXT, manifest TEXT, manifest_digest TEXT,
@@ -334,7 +334,7 @@ class Ledger:
 
     def widest(self) -> tuple[int, int | None]:
         """Subjects of the largest class, and the highest LoRA rank that a subject has of its own (None: none has)."""
-        largest = "SELECT max(n) FROM (SELECT count(*) n FROM subjects WHERE state!='skipped' GROUP BY class)"
+        largest = "SELECT max(n) FROM (SELECT count(*) n FROM subjects WHERE class NOT NULL GROUP BY class)"
         return self._value(largest), self._value("SELECT max(json_extract(spec, '$.rank')) FROM subjects")
 
     def counts(self) -> dict[str, int]:

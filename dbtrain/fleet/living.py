@@ -100,7 +100,7 @@ def take_in(
             if name not in entered:
                 ledger.db.execute(ENTER, (None, name, None, "{}", "skipped", reason))
         gone = entered.keys() - {subject.id for subject in subjects} - skipped.keys()
-        gone = {name for name in gone if entered[name]["state"] != "skipped"}
+        gone = {name for name in gone if entered[name]["state"] not in ("skipped", "forgotten")}
         ledger.note_photos(photos)
         ledger.settle(sorted(gone), ["waiting"], "cancelled", GONE)
         ledger.db.execute(

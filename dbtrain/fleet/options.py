@@ -34,6 +34,7 @@ class Options:
     ledger: Path | None = None
     skip_bad: bool = False
     quiet: bool = False
+    watch: bool = False
 
     @property
     def asked(self) -> dict[str, str]:

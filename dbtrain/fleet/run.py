@@ -6,26 +6,33 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from dbtrain.errors import ConfigError, DataError, FleetError
+from dbtrain.errors import ConfigError, DataError, DbtrainError, FleetError
 from dbtrain.fleet.inbox import take_requests
 from dbtrain.fleet.lease import WHERE, Lease, ledger_folder
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.options import Options, anchored_options, check_after
+from dbtrain.results.uploading import refuse_address
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.marks import anchored
 from dbtrain.storage.atomic import LOCK, held, write_file
+from dbtrain.training.telemetry import refuse_trackers
 
 
 def run_batch(
     manifest: Path, config: RunConfig, out: Path, options: Options, opened: Callable[[], object] = lambda: None
-) -> dict[str, int]:
-    """Number of subjects by state after the run. opened: called once the run has passed its checks.
+) -> dict[str, DbtrainError]:
+    """The errors of finished subjects that are not at `publish.to`, by id. opened: called once the run has passed its
+    checks.
 
     Raises StopRequested (75) after a stop request, and FleetError when no worker can work; the same call goes on.
     """
-    if not manifest.is_file():
-        raise DataError(f"{manifest}: there is no such manifest; give a CSV, JSONL, YAML or Parquet file")
+    if not manifest.exists():
+        raise DataError(f"{manifest}: there is no such manifest; give a CSV, JSONL, YAML or Parquet file, or a folder")
+    if options.watch and config.data.shards is not None:
+        raise ConfigError("--watch: data.shards names shards that are ready, and nothing joins them; take one of both")
     config, options = anchored(config), anchored_options(options)
+    refuse_trackers(config.track)
+    refuse_address(config.publish)
     check_after(config, options)
     out.mkdir(parents=True, exist_ok=True)
     folder = ledger_folder(out, options.ledger)
@@ -42,7 +49,7 @@ def run_batch(
 
 def _run(
     manifest: Path, config: RunConfig, out: Path, options: Options, folder: Path, opened: Callable[[], object]
-) -> dict[str, int]:
+) -> dict[str, DbtrainError]:
     ledger = Ledger(folder, create=True)
     try:
         if folder.resolve() != out.resolve() and not (out / WHERE).exists():
@@ -53,10 +60,17 @@ def _run(
             ledger.take_over()
         # Apply requests that the previous driver did not read.
         take_requests(ledger, folder)
+        from dbtrain.fleet.arrivals import Arrivals, wait_for_first
         from dbtrain.fleet.entry import enter_run, tell
+        from dbtrain.fleet.forgetting import end_forgetting, told
 
-        index = enter_run(ledger, manifest, config, out, (lambda line: None) if options.quiet else tell,
-                          options.skip_bad)  # fmt: skip
+        if (done := end_forgetting(out, ledger)).removed:
+            tell("\n".join(told(out, done)))
+
+        say: Callable[[str], None] = (lambda line: None) if options.quiet else tell
+        if options.watch:
+            wait_for_first(manifest, config, say)
+        index = enter_run(ledger, manifest, config, out, say, options.skip_bad or options.watch)
         opened()
         if options.address is None:
             # Ray reads this when it is imported: a node of its own then listens on the loopback interface only.
@@ -65,12 +79,15 @@ def _run(
         from dbtrain.fleet.driver import Driver
 
         driver = Driver(ledger, index, config, out, options)
-        if not driver.books.view.empty:
+        driver.uploads.add(out / "subjects" / row["id"] for row in ledger.rows() if row["state"] == "finished")
+        if options.watch:
+            driver.arrivals = Arrivals(manifest, config, out, driver.screen.say)
+        if options.watch or not driver.books.view.empty:
             with connected(options.address, options.local_cpus):
                 driver.drive()
         if "evaluate" in options.after:
             sum_up(ledger, out)
-        return ledger.counts()
+        return driver.uploads.finish(lambda: driver.stopping is not None)
     finally:
         ledger.close()
 

@@ -16,6 +16,7 @@ from dbtrain.storage.atomic import TEMPORARY, write_file
 from dbtrain.storage.trouble import disk_trouble
 
 NAME = "fleet.token"
+UNMOUNTED = "is not the run's folder on this machine"
 
 
 def mark(out: Path) -> str:
@@ -43,8 +44,13 @@ def trouble_of(out: Path, token: str, write: bool = False) -> str | None:
             _try(out / f".probe.{secrets.token_hex(4)}{TEMPORARY}")
     except OSError as error:
         host = socket.gethostname()
-        return disk_trouble(error, paths=False) or f"{out} is not the run's folder on this machine ({host}); mount it"
+        return disk_trouble(error, paths=False) or f"{out} {UNMOUNTED} ({host}); mount it"
     return None
+
+
+def cause_of(trouble: str) -> str:
+    """The cause (`causes.BLAMED`) of an end by what `trouble_of` says."""
+    return "unmounted" if UNMOUNTED in trouble else "disk"
 
 
 def _try(path: Path) -> None:

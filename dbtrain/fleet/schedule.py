@@ -33,6 +33,9 @@ class Limits:
     """Attempts that a subject may lose to causes outside it (killed workers, lost nodes) before it is quarantined."""
     retry_share: float = 0.25
     """Largest share of the workers that retry failed subjects while fresh ones wait; a single worker always may."""
+    newest: bool = False
+    """Whether every second unit takes the newest subjects, so that those who join start at once, and the others go on
+    at no less than half the speed."""
     prior_parts: int = 1
     """Most parts that a class's priors are split into; 0 if none are needed."""
 
@@ -87,6 +90,8 @@ class View:
     busy: Counter[str] = field(default_factory=Counter)
     """Workers at each class."""
     retrying: int = 0
+    turn: int = 0
+    """How many units of training, retries left out, have begun."""
 
     def add(self, class_noun: str, position: int, alone: bool = False, pack: int | None = None) -> None:
         """Add a subject that waits: with others of its class, or to be tried alone. pack: most rows of its packs."""
@@ -126,8 +131,12 @@ class View:
             self.retrying += 1
         else:
             queue = (self.waiting if unit.kind == "train" else self.after)[unit.class_noun]
-            for _ in unit.positions:
-                queue.popleft()
+            self.turn += unit.kind == "train"
+            for position in unit.positions:
+                if queue[0] == position:
+                    queue.popleft()
+                else:
+                    queue.remove(position)
 
     def end(self, unit: WorkUnit, drawn: bool = True) -> None:
         """Note that a unit is over; what is left of it was given back with `add`. drawn: a prior's part is there."""
@@ -215,12 +224,20 @@ class _Choice:
     def train(self, worker: Idle) -> WorkUnit | None:
         """The next subjects in storage order of the worker's own class, else of the class with most left a worker."""
         waiting = self.view.waiting
-        noun = self._class(worker, waiting)
+        newest = self.limits.newest and self.view.turn % 2 == 1
+        noun = self._class_of_newest() if newest else self._class(worker, waiting)
         if noun is None:
             return None
-        pack, size = self._pack(waiting[noun][0]), unit_size(sum(map(len, waiting.values())), self.alive, self.limits)
-        same = takewhile(lambda position: self._pack(position) == pack, islice(waiting[noun], size))
-        return WorkUnit("train", noun, tuple(same), pack)
+        queue = reversed(waiting[noun]) if newest else waiting[noun]
+        size = unit_size(sum(map(len, waiting.values())), self.alive, self.limits)
+        pack = self._pack(waiting[noun][-1 if newest else 0])
+        same = takewhile(lambda position: self._pack(position) == pack, islice(queue, size))
+        return WorkUnit("train", noun, tuple(sorted(same)), pack)
+
+    def _class_of_newest(self) -> str | None:
+        """The class of the subject that joined last, of those that can be trained now."""
+        last = {noun: queue[-1] for noun, queue in self.view.waiting.items() if queue and self.ready(noun)}
+        return max(last, key=lambda noun: last[noun], default=None)
 
     def _pack(self, position: int) -> int:
         """Rows of the pack that a subject trains in. Never fewer because few are left: the last bits of a result depend

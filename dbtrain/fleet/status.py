@@ -128,12 +128,12 @@ class Screen:
     def __init__(self, out: Path, quiet: bool):
         self.quiet, self.last = quiet, 0.0
         self.live: Any = None
-        self.log = (out / "fleet.jsonl").open("a", encoding="utf-8")
+        self.log = out / "fleet.jsonl"
 
     def note(self, subject: str, entry: dict[str, Any]) -> None:
         """Log what became of a subject; where lines are printed, print a quarantine too."""
-        self.log.write(json.dumps({"time": iso(time.time()), "subject": subject, **entry}) + "\n")
-        self.log.flush()
+        with self.log.open("a", encoding="utf-8") as file:  # opened each time: `forgetting` puts another in its place
+            file.write(json.dumps({"time": iso(time.time()), "subject": subject, **entry}) + "\n")
         if entry["state"] == "quarantined" and not self.quiet and self.live is None:
             self.say(f"{subject}: quarantined: {entry['cause']}: {entry['reason']}")
 
@@ -166,4 +166,3 @@ class Screen:
         if self.live is not None:
             self.live.update(table(summary))
             self.live.stop()
-        self.log.close()

@@ -6,7 +6,6 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from dbtrain.engines.world import World
 from dbtrain.errors import DbtrainError, StopRequested
 from dbtrain.evaluate.judge import load_judge
 from dbtrain.evaluate.protocol import Protocol, evaluate_finished
+from dbtrain.evaluate.together import draw_together
 from dbtrain.fleet.causes import BLAMED, explain
 from dbtrain.fleet.messages import Failed, FollowedUp, Measure, Order, Published, Task
 from dbtrain.models.sampling import draw_samples, sampling_mode
@@ -30,7 +30,7 @@ from dbtrain.results.sheets import publish_sheet
 from dbtrain.subjects.prompts import fill
 from dbtrain.train import train_subjects
 from dbtrain.training.identity import subject_config
-from dbtrain.training.session import Base, Watch, Work, prior_folder
+from dbtrain.training.session import Base, Watch, Work, drawn_texts, prior_folder
 from dbtrain.values import Subject
 
 Send = Callable[[Any], None]
@@ -68,8 +68,11 @@ def beating(beat: Callable[[str], None], stage: str) -> Iterator[None]:
 def measure_pack(base: Base, watch: Watch, measure: Measure) -> int:
     """How many subjects a pack holds on this machine, under `engine.packed.size: auto`."""
     config = subject_config(base.settings, Subject("measured", "", (), rank=measure.rank))
+    for stage in (base, *base.upscalers):
+        stage.ready([("",)])
     with beating(watch.beat, "measure"):
-        return measured_size(base, watch, [config], measure.most)
+        sizes = [measured_size(stage, watch, [stage.settings], measure.most) for stage in base.upscalers]
+        return min([measured_size(base, watch, [config], measure.most), *sizes])
 
 
 def train(base: Base, watch: Watch, task: Task, order: Order, send: Send) -> None:
@@ -87,12 +90,10 @@ def train(base: Base, watch: Watch, task: Task, order: Order, send: Send) -> Non
         else:
             send(Published(order.number, positions[subject.id], subject.id, seconds))
 
-    settings = base.settings
-    if settings.engine.kind == "packed":
-        packed = settings.engine.packed.model_copy(update={"size": order.unit.pack})
-        settings = settings.model_copy(update={"engine": settings.engine.model_copy(update={"packed": packed})})
-    work = Work.under(Path(task.out), settings, order.subjects, identifiers, Index(order.rows, ()))
-    train_subjects(replace(base, settings=settings), work, watch, finished)
+    if base.settings.engine.kind == "packed":
+        base = base.with_pack(order.unit.pack)
+    work = Work.under(Path(task.out), base.settings, order.subjects, identifiers, Index(order.rows, ()))
+    train_subjects(base, work, watch, finished)
 
 
 def draw_priors(base: Base, watch: Watch, task: Task, order: Order, send: Send) -> None:
@@ -102,6 +103,7 @@ def draw_priors(base: Base, watch: Watch, task: Task, order: Order, send: Send) 
     if world.size == 1:
         world = World(unit.part, unit.parts, world.device)
     key = prior_key(config, base.models, unit.class_noun)
+    base.ready(drawn_texts(base, [key.prompt], config.prior.guidance))
 
     def stop() -> bool:
         watch.beat("prior")  # also while another run draws the same images
@@ -117,7 +119,13 @@ def draw_priors(base: Base, watch: Watch, task: Task, order: Order, send: Send) 
 def draw_and_score(base: Base, watch: Watch, task: Task, order: Order, send: Send) -> None:
     """Generate and evaluate for finished subjects. An error of one subject is sent, and the others go on. Of a gang
     the first member works alone."""
-    work = zip(order.subjects, order.unit.positions, order.after) if base.world.first else ()
+    for stage in (base, *base.upscalers):
+        stage.ready()
+    work = [*zip(order.subjects, order.unit.positions, order.after)] if base.world.first else []
+    scored = [Path(task.out) / "subjects" / subject.id for subject, _, names in work if "evaluate" in names]
+    if len(scored) > 1:
+        with beating(watch.beat, "evaluate"):
+            draw_together(scored, base.models, base.family, Protocol(**task.evaluation))
     for subject, position, names in work:
         for name in names:
             if watch.stop.asked:

@@ -20,7 +20,7 @@ from dbtrain.errors import DataError
 from dbtrain.fleet.causes import BLAMED, End, refusal
 from dbtrain.fleet.messages import Beat, Died, Failed, Finished, Leaving, Message, Published, Ready, Task, UnitDone
 from dbtrain.fleet.processes import kill
-from dbtrain.fleet.run_folder import trouble_of
+from dbtrain.fleet.run_folder import cause_of, trouble_of
 from dbtrain.fleet.trainer import STOPPED
 from dbtrain.fleet.warm_parent import WarmParent
 from dbtrain.machine import oom_kills
@@ -94,7 +94,7 @@ class Worker:
     def _warm(self) -> End | None:
         """Why no trainer can start here; None if there is a warm parent now."""
         if trouble := trouble_of(self.out, self.token):
-            return End("disk", trouble)
+            return End(cause_of(trouble), trouble)
         try:
             self.parent = self.parent or WarmParent(self.out / "logs" / f"{self.name}.log")
         except Exception as error:
@@ -170,7 +170,7 @@ class Worker:
         refused, the cause is the disk and nobody is to blame."""
         trouble = trouble_of(self.out, self.token, write=end.cause == "file") if BLAMED[end.cause] else None
         if trouble is not None:
-            return End("disk", trouble)
+            return End(cause_of(trouble), trouble)
         return replace(end, reason=f"{end.reason}; {self.out} itself works") if end.cause == "file" else end
 
     def _check_limit(self) -> None:

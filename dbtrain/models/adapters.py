@@ -6,7 +6,7 @@ PEFT/diffusers and kohya; in memory a layer is known by its path in the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -28,40 +28,55 @@ class StackedLora(nn.Module):
     """A frozen linear layer or 1x1 convolution with N low-rank updates: y = base(x) + scale_n B_n A_n x.
 
     down_NRD [N, rank, in], up_NDR [N, out, rank]: the trained matrices, fp32. scale_N: alpha / rank of each subject.
-    rows: slice of adapters to apply: all; one, to sample a subject; none, for the base.
+    rows: adapters to apply: all of them, a slice, or one for each sample of a batch (see `chosen_rows`).
     """
 
     def __init__(self, base: nn.Linear | nn.Conv2d, subjects: int, rank: int, scale: float):
         super().__init__()
-        out_features, in_features = base.weight.shape[:2]
         self.base = base
-        device = base.weight.device
+        (in_features, out_features), device = widths(base), base.weight.device
         self.down_NRD = nn.Parameter(torch.zeros(subjects, rank, in_features, device=device))
         self.up_NDR = nn.Parameter(torch.zeros(subjects, out_features, rank, device=device))
         self.register_buffer("scale_N", torch.full((subjects,), scale, device=device), persistent=False)
-        self.rows = ALL_ROWS
+        self.rows: slice | Tensor = ALL_ROWS
 
     @property
     def in_features(self) -> int:
         """Input channels; diffusers' attention reads this attribute."""
-        return self.base.weight.shape[1]
+        return widths(self.base)[0]
 
     @property
     def out_features(self) -> int:
         """Channels out."""
-        return self.base.weight.shape[0]
+        return widths(self.base)[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, whose dtype some of diffusers' layers ask for."""
+        return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, of the base layer's shape."""
         base = self.base(x)
         down_NRD, up_NDR, scale_N = self.down_NRD, self.up_NDR, self.scale_N
-        if self.rows != ALL_ROWS:  # a slice of everything would still cost copies in backward
+        if isinstance(self.rows, Tensor):
+            rows = self.rows.repeat(len(x) // len(self.rows))
+            down_NRD, up_NDR, scale_N = down_NRD[rows], up_NDR[rows], scale_N[rows]
+        elif self.rows != ALL_ROWS:  # a slice of everything would still cost copies in backward
             down_NRD, up_NDR, scale_N = down_NRD[self.rows], up_NDR[self.rows], scale_N[self.rows]
         if not len(scale_N):
             return base
         if isinstance(self.base, nn.Conv2d):
             return lora(x.movedim(1, -1), base.movedim(1, -1), down_NRD, up_NDR, scale_N).movedim(-1, 1)
         return lora(x, base, down_NRD, up_NDR, scale_N)
+
+
+def widths(layer: nn.Module) -> tuple[int, int]:
+    """(in, out) features of a linear layer or channels of a convolution. A quantized weight may have another shape."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    assert isinstance(layer, nn.Conv2d)
+    return layer.in_channels, layer.out_channels
 
 
 def matching_layers(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -94,6 +109,17 @@ def attach(model: nn.Module, patterns: Iterable[str], subjects: int, rank: int, 
     return [layer for _, layer in layers(model)]
 
 
+def refuse_unstackable(model: nn.Module, unstackable: Mapping[str, str]) -> None:
+    """Raise ConfigError where an adapter is on a layer that mixes the samples of subjects. unstackable: patterns of
+    such layers, and why."""
+    for path, _ in layers(model):
+        for pattern, why in unstackable.items():
+            if fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}"):
+                raise ConfigError(
+                    f"lora.targets: a pack cannot adapt {path}, since {why}; drop it, or set engine.kind=zero"
+                )
+
+
 def detach(model: nn.Module) -> None:
     """Put the base layers back."""
     for path, layer in layers(model):
@@ -106,16 +132,20 @@ def layers(model: nn.Module) -> list[tuple[str, StackedLora]]:
 
 
 @contextmanager
-def only_row(models: Iterable[nn.Module], row: int) -> Iterator[None]:
-    """The stacks as if they held one subject alone; afterwards all of them again."""
+def chosen_rows(models: Iterable[nn.Module], rows: Sequence[int]) -> Iterator[None]:
+    """The stacks with sample i of a batch computed by adapter `rows[i]`; afterwards all of them in order again.
+
+    Guidance makes a batch of twice as many samples, those without a prompt first: each half then takes the rows in
+    order, and so does each part of any multiple.
+    """
     stacks = [layer for model in models for _, layer in layers(model)]
     for layer in stacks:
-        layer.rows = slice(row, row + 1)
+        layer.rows = torch.tensor(rows, device=layer.scale_N.device)
     try:
         yield
     finally:
         for layer in stacks:
-            layer.rows = slice(None)
+            layer.rows = ALL_ROWS
 
 
 def fresh_row(model: nn.Module, prefix: str, rank: int, seed: int, subject: str) -> dict[str, Tensor]:
@@ -238,28 +268,42 @@ def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) 
     for component, matrices in weights.matrices.items():
         for path, (down, up) in matrices.items():
             try:
-                weight = components[component].get_submodule(path).weight
+                layer = components[component].get_submodule(path)
             except (KeyError, AttributeError) as error:
                 raise DataError(f"adapter: {component}.{path} is no layer of this base; use its own base") from error
-            rank = len(down)
-            want = ((rank, weight[0].numel()), (weight.shape[0], rank))
-            if not isinstance(weight, torch.Tensor) or weight.dim() < 2 or (down.shape, up.shape) != want:
+            if not _adaptable(layer):
+                raise DataError(f"adapter: {component}.{path} is no linear layer of this base; use its own base")
+            rank, (wide, out) = len(down), widths(layer)
+            want = ((rank, wide), (out, rank))
+            if (down.shape, up.shape) != want:
                 got = f"{tuple(down.shape)} and {tuple(up.shape)}"
                 wanted = f"{want[0]} and {want[1]}"
                 raise DataError(f"adapter: {component}.{path}: got {got}, want {wanted}; use its own base")
 
 
 @contextmanager
-def adapter(family: Family, models: Models, weights: LoraWeights) -> Iterator[None]:
-    """The base with an adapter on it; afterwards the base as it was."""
-    components = models.components(family.denoiser)
-    weights = renamed(components, weights)
-    refuse_misfit(components, weights)
-    for name, matrices in weights.matrices.items():
-        attach(components[name], matrices, 1, weights.rank, weights.alpha)
+def adapter(family: Family, models: Models, *weights: LoraWeights) -> Iterator[None]:
+    """The base with an adapter on it, or with several as the rows of one stack; afterwards the base as it was."""
     try:
-        write_rows(components, 0, weights)
+        put_on(family, models, *weights)
         yield
     finally:
-        for module in components.values():
+        for module in models.components(family.denoiser).values():
             detach(module)
+
+
+def put_on(family: Family, models: Models, *weights: LoraWeights) -> None:
+    """Put an adapter on the base, or several as the rows of one stack, to stay.
+
+    Adapters of a stack may differ in rank and in layers: what one of them lacks is 0.
+    """
+    components = models.components(family.denoiser)
+    weights = tuple(renamed(components, one) for one in weights)
+    for one in weights:
+        refuse_misfit(components, one)
+    rank = max(one.rank for one in weights)
+    for name in dict.fromkeys(name for one in weights for name in one.matrices):
+        paths = dict.fromkeys(path for one in weights for path in one.matrices.get(name, ()))
+        attach(components[name], paths, len(weights), rank, float(rank))
+    for row, one in enumerate(weights):
+        write_rows(components, row, one)

@@ -99,7 +99,7 @@ def engage_attention(denoiser: nn.Module, choice: str, device_type: str, precisi
     A choice is believed only after a small forward pass of every kind of layer: the operators that ran say who
     computed it. precision: the compute precision of training.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     before = denoiser.attn_processors
     if choice == "auto":
         return _engage_auto(denoiser, device_type, precision)

@@ -21,9 +21,26 @@ HEADER_BYTES = 2**25
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 DECIDING = re.compile(r"(text_encoder\w*|unet|transformer)$")
 """Components that one family has and another has not."""
-ITS_FAMILY = "set model.family to what it is"
+ITS_FAMILY = "set model.family=auto, or to what it is"
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 """Stability's name of a U-Net's first convolution."""
+
+
+PAIRS = "it edits pictures, and so learns from pairs of them, which a manifest does not hold"
+REFUSED = {
+    "HiDreamImagePipeline": "its experts see tokens in the order of their routing, so that a pack would mix subjects, "
+    "and it needs four text encoders",
+    "QwenImage21Pipeline": "the length of a caption moves the image's positions, and no padding keeps the result",
+    "Ideogram4Pipeline": "a second transformer of the same size makes its guidance, and its pipeline takes no encoded "
+    "prompts",
+    "SanaSprintPipeline": "it is distilled to a few steps; train on Sana",
+    "LuminaPipeline": "an older model of another architecture; train on Lumina-Image 2.0",
+    **dict.fromkeys(
+        ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "FluxKontextPipeline"),
+        PAIRS,
+    ),
+}
+"""Pipelines whose bases are not trained, and why."""
 
 
 def base_problem(family: Family, source: str, variant: str | None = None) -> str | None:
@@ -40,17 +57,21 @@ def base_problem(family: Family, source: str, variant: str | None = None) -> str
 
 def folder_problem(family: Family, place: Path, variant: str | None = None) -> str | None:
     """What keeps a diffusers folder from being used as a family's base."""
-    index = _json(place / "model_index.json")
+    index = read_json(place / "model_index.json")
     kind = index.get("_class_name", "model of an unknown kind")
-    held = {name for name, entry in index.items() if isinstance(entry, list) and entry[:1] != [None]}
+    if kind in REFUSED:
+        return f"{named(place)} is a {kind}, which dbtrain does not train: {REFUSED[kind]}; give another base"
+    held = {name for name, entry in index.items() if isinstance(entry, list) and list(map(type, entry)) == [str, str]}
     wanted = {family.denoiser, *family.text_encoders, *(["vae"] if "vae" in family.components else [])}
     missing, more = sorted(wanted - held), sorted(filter(DECIDING.match, held - wanted))
     if missing or more:
         what = f"has no {missing[0]}" if missing else f"has a {more[0]} besides"
         return f"{named(place)} is a {kind}, no base of model.family={family.name} ({what}); {ITS_FAMILY}"
-    channels = channel_problem(place, family.denoiser)
-    if channels:
+    channels, other = channel_problem(place, family), kind != family.pipeline
+    if channels and not (other and "another kind" in channels):
         return f"{named(place)} {channels}"
+    if other:
+        return f"{named(place)} is a {kind}, no base of model.family={family.name}; {ITS_FAMILY}"
     for name in sorted(wanted):
         problem = weights_problem(place / name, variant)
         if problem:
@@ -58,13 +79,19 @@ def folder_problem(family: Family, place: Path, variant: str | None = None) -> s
     return None
 
 
-def channel_problem(place: Path, denoiser: str) -> str | None:
-    """Why a U-Net does not take what its VAE makes: inpainting, depth and editing models take more."""
-    unet, vae = place / denoiser / "config.json", place / "vae" / "config.json"
-    if denoiser != "unet" or not unet.is_file() or not vae.is_file():
+def channel_problem(place: Path, family: Family) -> str | None:
+    """Why a U-Net does not take what its VAE makes: inpainting, depth and editing models take more. One that enlarges
+    takes the small picture's three channels besides."""
+    unet, vae = place / family.denoiser / "config.json", place / "vae" / "config.json"
+    if family.denoiser != "unet" or not unet.is_file() or not (vae.is_file() or "vae" not in family.components):
         return None
-    got, want = _json(unet).get("in_channels"), _json(vae).get("latent_channels", 4)
-    return None if got in (None, want) else _channels(got, want)
+    made = read_json(vae).get("latent_channels", 4) if "vae" in family.components else 3
+    got, want = read_json(unet).get("in_channels"), made + (3 if family.guide else 0)
+    if got in (None, want):
+        return None
+    if want == 4:
+        return _channels(got, want)
+    return f"is no base of model.family={family.name}: its U-Net takes {got} channels, want {want}; {ITS_FAMILY}"
 
 
 INPUTS = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures"}
@@ -106,10 +133,10 @@ def single_file_problem(family: Family, path: Path) -> str | None:
     header = read_header(path)
     encoders = 2 if any(name.startswith("conditioner.embedders.1.") for name in header) else 1
     if FIRST not in header:
-        kind = next((kind for part, kind in DENOISERS.items() if any(part in name for name in header)), None)
-        if family.denoiser == "unet":
-            what = f"is {kind}" if kind else "holds no U-Net under Stability's names"
-            return f"{named(path)} {what}, no base of model.family={family.name}; give a whole checkpoint of it"
+        kind, pipeline = kind_of(header) or ("no model that is known here", None)
+        if pipeline != family.pipeline:
+            remedy = ITS_FAMILY if pipeline else "give a whole checkpoint of it"
+            return f"{named(path)} is {kind}, no base of model.family={family.name}; {remedy}"
         return None
     if family.denoiser != "unet" or encoders != len(family.text_encoders):
         kind = "Stable Diffusion XL" if encoders == 2 else "Stable Diffusion 1 or 2"
@@ -118,14 +145,28 @@ def single_file_problem(family: Family, path: Path) -> str | None:
     return None if channels == 4 else f"{named(path)} {_channels(channels, 4)}"
 
 
-DENOISERS = {
-    "joint_blocks.": "Stable Diffusion 3",
-    "double_blocks.": "FLUX",
-    "lora_": "a LoRA",
-    ".lora_A.": "a LoRA",
-    "down_blocks.": "a part of a diffusers folder",
-}
-"""What a file is by a part of its names."""
+def kind_of(header: dict[str, Any]) -> tuple[str, str | None] | None:
+    """What a file without a U-Net of Stability's is: its name, and the pipeline that it is a base of, if any."""
+    for parts, kind, pipeline in KINDS:
+        if all(any(part in name for name in header) for part in parts):
+            return kind, pipeline
+    return None
+
+
+KINDS = (
+    (("lora_",), "a LoRA", None),
+    ((".lora_A.",), "a LoRA", None),
+    (("joint_blocks.",), "Stable Diffusion 3", "StableDiffusion3Pipeline"),
+    (("distilled_guidance_layer.",), "Chroma", "ChromaPipeline"),
+    (("single_stream_modulation.", "guidance_in."), "FLUX.2 dev", "Flux2Pipeline"),
+    (("single_stream_modulation.",), "FLUX.2 klein", "Flux2KleinPipeline"),
+    (("double_blocks.",), "FLUX.1", "FluxPipeline"),
+    (("layers.0.adaLN_modulation.",), "Z-Image", "ZImagePipeline"),
+    (("cap_embedder.",), "Lumina 2", "Lumina2Pipeline"),
+    (("txtfusion.",), "Krea 2", "Krea2Pipeline"),
+    (("down_blocks.",), "a part of a diffusers folder", None),
+)
+"""What a file is by parts of its names, which are the authors' own: (parts, kind, pipeline). The first row decides."""
 
 
 def marks_of(path: Path) -> set[str]:
@@ -175,7 +216,8 @@ def _near(place: Path) -> str:
     return f"; did you mean {named(parent / near[0])}?" if near else ""
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a base as a JSON object. Raises DataError for a file that is none."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dbtrain.errors import ConfigError
 from dbtrain.models.architectures import Architecture
 from dbtrain.models.attention import Attention, engage_attention
+from dbtrain.models.texts import Texts
 from dbtrain.objective.noise import Schedule
 from dbtrain.settings.config import ModelConfig, RunConfig
 from dbtrain.values import Batch, Conditioning
@@ -30,13 +31,14 @@ class Models:
     """A loaded base model, in pieces.
 
     text_encoders and tokenizers are keyed by component name (`text_encoder`, `text_encoder_2`). scheduler is the
-    diffusers scheduler that the model came with, for sampling; schedule is its noise schedule, for training.
+    diffusers scheduler that the model came with, for sampling; schedule is its noise schedule, for training. vae: None
+    for a denoiser of pixels.
     """
 
     denoiser: nn.Module
     text_encoders: dict[str, nn.Module]
     tokenizers: dict[str, Any]
-    vae: nn.Module
+    vae: nn.Module | None
     scheduler: Any
     schedule: Schedule
     source: str
@@ -45,16 +47,36 @@ class Models:
     """What computes the denoiser's attention; None until that is chosen."""
     told: dict[str, Any] = field(default_factory=dict)
     """What the base's `model_index.json` says to its pipeline, of the names in `Family.told`."""
+    texts: Texts | None = None
+    """What encodes texts where the text encoders are not kept; `text_encoders` is then empty."""
+    pending: Callable[[], dict[str, nn.Module]] | None = None
+    """What loads the denoiser and the autoencoder, where these are still to come; they are empty modules then."""
+    guide_scheduler: Any = None
+    """The diffusers scheduler in `Family.guide`; None where the denoiser takes no guide."""
+    levels: Schedule | None = None
+    """The noise levels of the guide, as a table."""
+    upscalers: tuple[Models, ...] = ()
+    """The models of the stages that enlarge what these draw, in order."""
 
     def components(self, denoiser: str) -> dict[str, nn.Module]:
         """The trainable components by their names on disk; denoiser: the name of that component."""
         return {denoiser: self.denoiser, **self.text_encoders}
 
+    @property
+    def identifying(self) -> Any:
+        """The tokenizer in which identifiers are rare: the last one, whose encoder makes most of the token states. The
+        encoders before it are CLIP's, which feed SD3 and FLUX.1 little more than a pooled text."""
+        return next(reversed(self.tokenizers.values()))
+
     def to(self, device: torch.device) -> Models:
         """The same models, moved."""
         for module in (self.denoiser, self.vae, *self.text_encoders.values()):
-            module.to(device)
+            if module is not None:
+                module.to(device)
         self.schedule = self.schedule.to(device)
+        self.levels = self.levels and self.levels.to(device)
+        for models in self.upscalers:
+            models.to(device)
         return self
 
 
@@ -70,8 +92,8 @@ class Codec:
 
     channels: int
     cell: int
-    encode: Callable[[nn.Module, Tensor], Tensor]
-    scale: Callable[[nn.Module], tuple[float, float]]
+    encode: Callable[[Any, Tensor], Tensor]
+    scale: Callable[[Any], tuple[float, float]]
     multiple: int = 8
 
     def is_encoded(self, images_BCHW: Tensor) -> bool:
@@ -94,6 +116,18 @@ def pad_to_length(models: Models, captions: Sequence[str]) -> Tokens:
     )
 
 
+class Guide(NamedTuple):
+    """How a denoiser that enlarges is shown the small picture.
+
+    scheduler: name on disk of the diffusers scheduler whose table of noise degrades it. enlarged: whether it has the
+    size of the large picture (bilinear, corners aligned, as diffusers' pipelines enlarge); else it stays as it is and
+    lies on the denoiser's own grid, and the pipeline takes no height and width.
+    """
+
+    scheduler: str
+    enlarged: bool
+
+
 class KohyaLayer(NamedTuple):
     """A layer's name in kohya's files. Where that layer holds several of diffusers', one under the other, sizes are the
     shares of its output features that they have, in order, and place is the number of this one."""
@@ -108,9 +142,25 @@ def unshifted(scheduler: Any, tokens: int) -> float:
     return 1.0
 
 
+def from_nothing(models: Models, guidance: float) -> str | None:
+    """The empty text, where there is a guidance (above 1) to lead away from it."""
+    return "" if guidance > 1 else None
+
+
+def prompt_embeds(told: Conditioning) -> dict[str, Any]:
+    """Encoded prompts as most pipelines take them."""
+    pooled = {} if told.pooled_BD is None else {"pooled_prompt_embeds": told.pooled_BD}
+    return {"prompt_embeds": told.states_BTD, **pooled}
+
+
 def by_guidance(models: Models, guidance: float) -> dict[str, Any]:
     """The arguments of a pipeline that takes classifier-free guidance and nothing else of its own."""
     return {"guidance_scale": guidance}
+
+
+def recompute(denoiser: nn.Module, checkpoint: Callable[..., Any]) -> None:
+    """Let a denoiser compute its blocks again in backward, in the places that diffusers chose."""
+    denoiser.enable_gradient_checkpointing(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -128,12 +178,19 @@ class Family:
     model's own.
     shift(scheduler, image tokens) -> the factor by which noise levels are moved in training.
     call(models, guidance) -> arguments of the pipeline's call beside prompts, sizes and steps.
+    embeds(conditioning) -> arguments of the pipeline's call in place of prompts; those of what guidance leads away from
+    have `negative_` before their names. avoided(models, guidance) -> the text that guidance leads away from where no
+    negative prompt is given; None where the pipeline needs none.
+    recompute(denoiser, checkpoint): lets the denoiser's blocks be computed again in backward, by a function such as
+    `torch.utils.checkpoint.checkpoint`.
     attend(denoiser, choice, device, precision) -> what now computes its attention, as `engage_attention`.
 
     kohya(component, path) -> a layer in kohya's files; None for a family whose adapters no reader takes by such names.
     regions: class names of the blocks that repeat in the denoiser, which are compiled one by one. shapes: published
     sizes, to count and to time without weights. trains_text: whether diffusers loads adapters of all its text encoders.
-    negative: whether the pipeline takes a negative prompt.
+    frees_text: whether text encoders go once all texts of a run are encoded.
+    negative: whether the pipeline takes a negative prompt. unstackable: layers that no pack can adapt, as in
+    `lora.targets`, and why. guide: of a denoiser that enlarges; None of all others.
     base_version: kohya's name of the base (`ss_base_model_version`), by which A1111 and Forge choose what to offer.
     """
 
@@ -155,9 +212,15 @@ class Family:
     told: tuple[str, ...] = ()
     shift: Callable[[Any, int], float] = unshifted
     call: Callable[[Models, float], dict[str, Any]] = by_guidance
+    embeds: Callable[[Conditioning], dict[str, Any]] = prompt_embeds
+    avoided: Callable[[Models, float], str | None] = from_nothing
+    recompute: Callable[[nn.Module, Callable[..., Any]], None] = recompute
     attend: Callable[[nn.Module, str, str, str], Attention] = engage_attention
     trains_text: bool = True
+    frees_text: bool = True
     negative: bool = True
+    unstackable: Mapping[str, str] = field(default_factory=dict)
+    guide: Guide | None = None
     base_version: str = "unknown"
 
 
@@ -183,6 +246,7 @@ def refuse_impossible(family: Family, config: RunConfig) -> None:
             f"data.resolution: is {side}, and {family.name} takes multiples of {multiple}",
         ),
     ]
+    rules += _guide_rules(family, config)
     rules += [
         (
             config.model.dtype == "bf16" and (train.method == "full" or train.text_encoder),
@@ -196,6 +260,32 @@ def refuse_impossible(family: Family, config: RunConfig) -> None:
     for wrong, message in rules:
         if wrong:
             raise ConfigError(message)
+
+
+def low_side(config: RunConfig) -> int:
+    """Pixels of a side of the small picture that is enlarged; by default a quarter of `data.resolution`."""
+    return config.super.low_resolution or config.data.resolution // 4
+
+
+def _guide_rules(family: Family, config: RunConfig) -> list[tuple[bool, str]]:
+    """(whether settings ask a family that enlarges for what it cannot do, message)."""
+    if family.guide is None:
+        return []
+    side, low, prior = config.data.resolution, low_side(config), config.prior
+    return [
+        (
+            side % low != 0 or low == side,
+            f"super.low_resolution: is {low}, and data.resolution = {side} is no larger multiple of it",
+        ),
+        (
+            not family.guide.enlarged and low * family.codec.cell != side,
+            f"super.low_resolution: is {low}, and {family.name} enlarges {family.codec.cell} times; leave it out",
+        ),
+        (
+            prior.weight > 0 and prior.sampler != "imported",
+            f"prior.weight: {family.name} enlarges and draws no class images; set it to 0, or prior.sampler=imported",
+        ),
+    ]
 
 
 def noise_shift(family: Family, models: Models, config: RunConfig) -> float:
@@ -217,10 +307,23 @@ def noise_shift(family: Family, models: Models, config: RunConfig) -> float:
     return shift
 
 
+def encode_texts(
+    family: Family, models: Models, text_encoders: dict[str, nn.Module], texts: Sequence[str], device: str
+) -> Conditioning:
+    """The conditioning of texts that are encoded together, on a device."""
+    tokens = tuple(ids.to(device) for ids in family.tokenize(models, texts))
+    return family.encode_tokens(text_encoders, tokens)
+
+
 def encode_images(vae: nn.Module, pixels_BCHW: Tensor) -> Tensor:
     """Moments [B, 2C, h, w] of a KL autoencoder: mean and clamped log-variance."""
     posterior = vae.encode(pixels_BCHW.to(next(vae.parameters()).dtype)).latent_dist
     return torch.cat([posterior.mean, posterior.logvar], 1).float()
+
+
+def exactly(x_BCHW: Tensor) -> Tensor:
+    """Moments [B, 2C, h, w] of x itself: its log-variance is minus infinity, and exp(-inf / 2) times a number is 0."""
+    return torch.cat([x_BCHW, torch.full_like(x_BCHW, -torch.inf)], 1)
 
 
 def latent_scale(vae: nn.Module) -> tuple[float, float]:

@@ -71,7 +71,8 @@ WORDS = sorted(
 )
 """Parts of layers' paths that may hold an underscore themselves, the longest first."""
 PART = re.compile(rf"({'|'.join(WORDS)}|\d+)(?:_|$)")
-BARE = {r"(down_blocks|mid_block|up_blocks)\.": "unet", r"(text_model|encoder\.layers)\.": "text_encoder"}
+BARE = {r"(down_blocks|mid_block|up_blocks)\.": "unet", r"(text_model|encoder\.layers)\.": "text_encoder",
+        r"(single_)?transformer_blocks\.": "transformer"}  # fmt: skip
 """Components by the beginnings of paths that name none, as PEFT and old diffusers write them."""
 
 
@@ -146,7 +147,7 @@ def place_of(layer: str) -> tuple[str, str]:
     for start, component in COMPONENTS.items():
         if name.startswith(start):
             return component, _diffusers_path(name.removeprefix(start))
-    if name.startswith("diffusion_model."):
+    if re.match(r"diffusion_model\.(input_blocks|output_blocks|middle_block|time_embed|label_emb|out)\.", name):
         return "unet", _diffusers_path(name.removeprefix("diffusion_model."))
     for start, component in UNDERSCORED.items():
         if name.startswith(start):
@@ -172,19 +173,19 @@ def _dotted(layer: str, text: str) -> str:
 def _diffusers_path(path: str) -> str:
     """The path as the models of diffusers have it."""
     path = path.replace(".processor.to_", ".to_")
-    path = re.sub(r"\.to_out$", ".to_out.0", path)
+    if not path.startswith("single_"):  # FLUX.2's single blocks have one layer of that name
+        path = re.sub(r"\.to_out$", ".to_out.0", path)
     if re.match(r"(input_blocks|output_blocks|middle_block|time_embed|label_emb|out)\.", path):
         try:
             return from_stability(path)
         except (KeyError, StopIteration, IndexError):
             raise _unknown(path) from None
-    if re.match(r"(double|single)_blocks\.", path):
-        raise _unknown(path)
     return path
 
 
 def _unknown(layer: str) -> DataError:
-    return DataError(f"{named(layer)}: is the name of no layer of a U-Net or a CLIP text encoder, and no other is read")
+    known = "a U-Net, a CLIP text encoder or FLUX; other transformers are read in diffusers' names"
+    return DataError(f"{named(layer)}: is the name of no layer of {known}")
 
 
 def _refuse_broken(layer: str, tensors: Mapping[str, Tensor]) -> None:
@@ -220,7 +221,12 @@ def _alpha(settings: Mapping[str, Any], component: str, path: str, rank: int) ->
 
 
 def told_families(weights: LoraWeights) -> set[str]:
-    """Families of Stable Diffusion whose U-Net has all layers of an adapter; both if its names tell nothing."""
+    """Families whose denoiser has all layers of an adapter; several if its names tell nothing."""
+    if "transformer" in weights.matrices:
+        single = [path for path in weights.matrices["transformer"] if path.startswith("single_")]
+        klein = any(path.endswith(("attn.to_qkv_mlp_proj", "attn.to_out")) for path in single)
+        second, others = {"flux2", "flux2_klein"}, {"sd3", "flux", "qwen_image"}
+        return second if klein else {"flux"} if single else second | others
     if "text_encoder_2" in weights.matrices:
         return {"sdxl"}
     families = {"sd", "sdxl"}

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
-from functools import cache
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ from dbtrain.engines.unit_scale import drop_unit_divisions
 from dbtrain.errors import ConfigError, DataError, first_line
 from dbtrain.models.architectures import class_of
 from dbtrain.models.base_check import base_problem, marks_of, path_problem
-from dbtrain.models.family import Family, Models, is_local
+from dbtrain.models.family import Family, Models, encode_texts, is_local
 from dbtrain.models.schedules import changed
+from dbtrain.models.texts import Texts
+from dbtrain.objective.noise import discrete_schedule
 from dbtrain.settings.config import ModelConfig
 from dbtrain.storage.atomic import file_digest
 from dbtrain.tiny import BASE, EMBEDDED
@@ -38,10 +43,11 @@ def refuse_base(family: Family, config: ModelConfig) -> None:
         raise ConfigError(f"model.path: {problem}")
 
 
-def load_models(family: Family, config: ModelConfig) -> Models:
+def load_models(family: Family, config: ModelConfig, apart: bool = False) -> Models:
     """The base model in `model.dtype` (its VAE in fp32), frozen, in evaluation mode, on the CPU.
 
-    Raises ConfigError when the source is missing or is no model of this family.
+    apart: the text encoders are left to `Models.texts`, denoiser and VAE to `Models.pending`; a single file is always
+    loaded as a whole. Raises ConfigError when the source is missing or is no model of this family.
     """
     quiet_libraries()
     source = source_of(config.path)
@@ -49,25 +55,59 @@ def load_models(family: Family, config: ModelConfig) -> Models:
     mind_the_network(source, *filter(None, [config.single_file_layout]))
     if source.endswith((".safetensors", ".ckpt")):
         return _load_single_file(family, config, source)
-    try:
+    with _told_as(family, config):
         index = _index(family, source, config)
-        parts = {
-            name: _load_component(family, source, name, index, config)
-            for name in (family.denoiser, "vae", *family.text_encoders)
-        }
         tokenizers = {
-            name: _load_part_tokenizer(family, source, name.replace("text_encoder", "tokenizer"), config)
+            name: _load_part_tokenizer(family, source, name.replace("text_encoder", "tokenizer"), index, config)
             for name in family.text_encoders
         }
-        scheduler = _load_scheduler(source, index, config)
+        scheduler = _load_scheduler(source, "scheduler", index, config)
+        guide = _load_scheduler(source, family.guide.scheduler, index, config) if family.guide else None
+    load, first = partial(_load_parts, family, config, source, index), modules_of(family, texts=False)
+    parts = {name: torch.nn.Module() for name in first} if apart else load((*first, *family.text_encoders))
+    models = _assemble(family, config, source, parts, tokenizers, scheduler)
+    models.told = {name: index[name] for name in family.told if name in index}
+    if guide is not None:
+        models.guide_scheduler, models.levels = guide, discrete_schedule(guide.alphas_cumprod, "epsilon")
+    if apart:
+        models.texts = Texts(partial(load, family.text_encoders), partial(encode_texts, family, models))
+        models.pending = partial(load, first)
+    return models
+
+
+@contextmanager
+def _told_as(family: Family, config: ModelConfig) -> Iterator[None]:
+    """What the libraries raise for a base that they cannot load, as a ConfigError."""
+    try:
+        yield
     except (OSError, KeyError, ValueError) as error:
         raise ConfigError(
             f"model.path: cannot load {config.path!r} as {family.name}: {first_line(error)}; {_variant_hint(error)}"
             f"give a diffusers folder, a .safetensors file, or {A_HUB_ID}"
         ) from error
-    models = _assemble(family, config, source, parts, tokenizers, scheduler)
-    models.told = {name: index[name] for name in family.told if name in index}
-    return models
+
+
+def _load_parts(
+    family: Family, config: ModelConfig, source: str, index: dict[str, Any], names: Sequence[str]
+) -> dict[str, torch.nn.Module]:
+    """Components by name, frozen and in evaluation mode."""
+    with _told_as(family, config):
+        parts = {name: _load_component(family, source, name, index, config) for name in names}
+    return _frozen(family, parts)
+
+
+def _frozen(family: Family, parts: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    for name, module in parts.items():
+        module.requires_grad_(False).eval()
+        if name == family.denoiser:
+            drop_unit_divisions(module)
+    return parts
+
+
+def modules_of(family: Family, texts: bool = True) -> list[str]:
+    """Names on disk of the modules that are loaded: denoiser, autoencoder if there is one, and text encoders."""
+    vae = ["vae"] if "vae" in family.components else []
+    return [family.denoiser, *vae, *(family.text_encoders if texts else ())]
 
 
 def _variant_hint(error: Exception) -> str:
@@ -80,14 +120,11 @@ def _variant_hint(error: Exception) -> str:
 def _assemble(
     family: Family, config: ModelConfig, source: str, parts: dict, tokenizers: dict, scheduler: Any
 ) -> Models:
-    for module in parts.values():
-        module.requires_grad_(False).eval()
-    drop_unit_divisions(parts[family.denoiser])
     schedule, scheduler = family.schedule(scheduler, config)
     return Models(
         denoiser=parts[family.denoiser],
-        vae=parts["vae"],
-        text_encoders={name: parts[name] for name in family.text_encoders},
+        vae=parts.get("vae"),
+        text_encoders={name: parts[name] for name in family.text_encoders if name in parts},
         tokenizers=tokenizers,
         scheduler=scheduler,
         schedule=schedule,
@@ -96,7 +133,8 @@ def _assemble(
     )
 
 
-def _index_path(source: str, config: ModelConfig) -> Path:
+def index_path(source: str, config: ModelConfig) -> Path:
+    """The `model_index.json` of a folder, or of a hub id, fetched where it is not in the cache."""
     from huggingface_hub import hf_hub_download
 
     name = "model_index.json"
@@ -104,7 +142,7 @@ def _index_path(source: str, config: ModelConfig) -> Path:
 
 
 def _index(family: Family, source: str, config: ModelConfig) -> dict[str, Any]:
-    index = json.loads(_index_path(source, config).read_text())
+    index = json.loads(index_path(source, config).read_text())
     if index.get("_class_name") != family.pipeline:
         raise ValueError(f"it is a {index.get('_class_name')}, and this family is {family.pipeline}")
     return index
@@ -123,8 +161,10 @@ def _load_component(family: Family, source: str, name: str, index: dict, config:
     )
 
 
-def _load_part_tokenizer(family: Family, source: str, name: str, config: ModelConfig) -> Any:
-    loader = class_of(family.components.get(name, ("transformers:CLIPTokenizer",))[0])
+def _load_part_tokenizer(family: Family, source: str, name: str, index: dict, config: ModelConfig) -> Any:
+    known = family.components.get(name, ("transformers:CLIPTokenizer",))
+    told = index.get(name, (None, ""))[1]
+    loader = class_of(next((entry for entry in known if entry.partition(":")[2] == told), known[0]))
     return _with_vocabulary(loader.from_pretrained(source, subfolder=name, revision=config.revision))
 
 
@@ -135,12 +175,10 @@ def _with_vocabulary(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _load_scheduler(source: str, index: dict, config: ModelConfig) -> Any:
+def _load_scheduler(source: str, name: str, index: dict, config: ModelConfig) -> Any:
     import diffusers
 
-    return getattr(diffusers, index["scheduler"][1]).from_pretrained(
-        source, subfolder="scheduler", revision=config.revision
-    )
+    return getattr(diffusers, index[name][1]).from_pretrained(source, subfolder=name, revision=config.revision)
 
 
 def _load_single_file(family: Family, config: ModelConfig, source: str) -> Models:
@@ -158,11 +196,13 @@ def _load_single_file(family: Family, config: ModelConfig, source: str) -> Model
             f"model.path: cannot read {config.path!r} as {family.name}: {first_line(error)}; "
             "offline, set model.single_file_layout to a diffusers folder of the same architecture"
         ) from error
-    parts = {name: getattr(pipeline, name) for name in (family.denoiser, "vae", *family.text_encoders)}
+    parts = {name: getattr(pipeline, name) for name in modules_of(family)}
     if config.dtype == "bf16":
         parts |= {name: module.to(torch.bfloat16) for name, module in parts.items() if name != "vae"}
     tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_encoders}
-    return _assemble(family, config, source, parts, tokenizers, marked(pipeline.scheduler, marks_of(Path(source))))
+    return _assemble(
+        family, config, source, _frozen(family, parts), tokenizers, marked(pipeline.scheduler, marks_of(Path(source)))
+    )
 
 
 def marked(scheduler: Any, marks: set[str]) -> Any:
@@ -197,6 +237,8 @@ def _ask_the_hub() -> None:
 
 def quiet_libraries() -> None:
     """Switch off progress bars and advice of diffusers and transformers: they are about their own internals."""
+    for name in ("torchao", "torch.utils._pytree"):  # diffusers imports torchao, which names what it cannot load here
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers
     import transformers
 
@@ -206,12 +248,16 @@ def quiet_libraries() -> None:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The first tokenizer of a diffusers folder, a tokenizer folder, a hub id, or `embedded`."""
+    """The tokenizer that identifiers are chosen in (`Models.identifying`), of a diffusers folder, a hub id or
+    `embedded`; or the tokenizer in a folder of its own."""
     from transformers import AutoTokenizer, CLIPTokenizer
 
     source = source_of(path)
     mind_the_network(source)
     try:
+        for name, kind in _tokenizers_of(source)[-1:]:
+            loader = class_of(f"transformers:{kind}") if kind.startswith(("CLIP", "T5", "Qwen")) else AutoTokenizer
+            return _with_vocabulary(loader.from_pretrained(source, subfolder=name))
         if (Path(source) / "tokenizer").is_dir() or not is_local(source):
             return _with_vocabulary(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"))
         return _with_vocabulary(AutoTokenizer.from_pretrained(source))
@@ -221,17 +267,30 @@ def load_tokenizer(path: str) -> Any:
         ) from error
 
 
+def _tokenizers_of(source: str) -> list[tuple[str, str]]:
+    """Names and classes of a pipeline's tokenizers, in order; empty where there is no index of a pipeline."""
+    from huggingface_hub import hf_hub_download
+
+    name = "model_index.json"
+    try:
+        path = Path(source) / name if is_local(source) else Path(hf_hub_download(source, name))
+        index = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return sorted((name, entry[1]) for name, entry in index.items() if name.startswith("tokenizer") and entry[1])
+
+
 def digests_of(source: str) -> dict[str, str]:
     """sha256 of every weight, tokenizer and scheduler file of a local model by its relative path; empty for hub ids."""
     root = Path(source)
-    kinds = ("*/*.safetensors", "tokenizer*/*", "scheduler/*.json")
+    kinds = ("*/*.safetensors", "tokenizer*/*", "scheduler/*.json", "*_scheduler/*.json")
     files = [root] if root.is_file() else sorted({path for kind in kinds for path in root.glob(kind) if path.is_file()})
     return {file.name if root.is_file() else file.relative_to(root).as_posix(): file_digest(file) for file in files}
 
 
 def commit_of(source: str, config: ModelConfig) -> dict[str, str]:
     """What names a hub model's files as digests would: its id, the commit that was read, and the variant."""
-    return {"source": source, "commit": _index_path(source, config).parent.name, "variant": config.variant or ""}
+    return {"source": source, "commit": index_path(source, config).parent.name, "variant": config.variant or ""}
 
 
 def base_digest(models: Models) -> str:

@@ -30,6 +30,13 @@ def timestep_index(uniform_B: Tensor, objective: ObjectiveConfig, steps: int, sh
     return (level_B * steps).long().clamp_(0, steps - 1)
 
 
+def level_words(lowest: int, highest: int, steps: int, device: torch.device) -> Tensor:
+    """What `first_words` is, for indices that are drawn uniformly from `lowest` to `highest`, both included."""
+    count = highest - lowest + 1
+    border_S = -(-(torch.arange(steps) - lowest).clamp(0, count) * 2**32 // count)
+    return border_S.to(device)
+
+
 def first_words(
     objective: ObjectiveConfig, steps: int, device: torch.device, shift: float = 1.0
 ) -> Tensor | None:

@@ -8,7 +8,7 @@ The pack always runs all its rows, so that a subject's result depends on the siz
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from dbtrain.data.prefetch import ahead
+from dbtrain.engines.engine import EngineState
 from dbtrain.errors import ConfigError, DbtrainError, EngineError, StopRequested, first_line, reached
-from dbtrain.models.adapters import only_row
+from dbtrain.models.sampling import draw_samples, sampling_mode
 from dbtrain.packing.pack import Observed, Start, captions_room, make_pack
 from dbtrain.packing.seating import Seat, Seating
 from dbtrain.packing.size import measured_size
@@ -28,13 +29,15 @@ from dbtrain.results.record import LAST_SHEET, looks_finished
 from dbtrain.storage.trouble import bare
 from dbtrain.training.bank import captions_of, complete_priors, stored_priors
 from dbtrain.training.identity import subject_config
-from dbtrain.training.job import REMEDY, Finished, Job, open_job
+from dbtrain.training.job import REMEDY, Finished, Job, open_job, sampling_pipeline
 from dbtrain.training.session import Base, ClassPriors, Watch, Work
 from dbtrain.training.telemetry import Progress
 from dbtrain.training.trainables import fresh_adapter
 from dbtrain.values import Subject
 
 Prepared = tuple[Job, Start]
+AT_ONCE = 8
+"""Most pictures drawn at once, of all subjects together."""
 
 
 def train_packed(base: Base, work: Work, watch: Watch, finished: Finished) -> None:
@@ -189,6 +192,9 @@ class PackedRun:
         """Do what is due: end subjects, write log lines and checkpoints, draw samples."""
         rows = self.pack.observe()
         self.clock.lap("train", self.seating.shares, self.size)
+        sound = [seat for seat in self.seating if not rows[seat.row].failed]
+        ended = {seat.row: self._last_state(seat) for seat in sound if not rows[seat.row].live}
+        sheets = self._draw([seat for seat in sound if seat.row in ended or seat.due.sample], ended)
         shown = []
         for seat in self.seating:
             seen, now = rows[seat.row], seat.due
@@ -198,12 +204,10 @@ class PackedRun:
             if now.log or not seen.live:
                 shown.append(self.seating.log(seat, seen))
             if not seen.live:
-                self._finish(seat, seen)
+                self._finish(seat, seen, ended[seat.row], sheets.get(seat.row))
                 continue
             if now.checkpoint or self.watch.stop.asked:
                 self._checkpoint(seat, seen)
-            if now.sample:
-                self._sample(seat, f"step-{seat.step:06d}")
         if shown:
             self.progress.report(self.done_steps, {name: _total(name, shown) for name in shown[0]})
 
@@ -213,20 +217,40 @@ class PackedRun:
         self.writer.write(None, job.save, job.snapshot(self.pack.engine, seen.step, seat.row, seen.average))
         self.clock.lap("save", [seat.shares])
 
-    def _sample(self, seat: Seat, name: str) -> Path | None:
-        """The sheet of a subject's validation prompts, drawn by the base with its row alone."""
-        with only_row(self.base.models.components(self.base.family.denoiser).values(), seat.row):
-            sheet = seat.job.sample(name)
-        self.clock.lap("sample", [seat.shares])
-        return sheet
-
-    def _finish(self, seat: Seat, seen: Observed) -> None:
-        """Draw a subject's samples, hand its results to the writer, and make its row free."""
-        job, engine = seat.job, self.pack.engine
-        state = engine.state(seat.row)
+    def _last_state(self, seat: Seat) -> EngineState:
+        """The state of a subject that has ended; its row then computes with what is published."""
+        state = self.pack.engine.state(seat.row)
         if "ema" in state:
-            engine.show(seat.row, "ema")
-        sheet = self._sample(seat, LAST_SHEET)
+            self.pack.engine.show(seat.row, "ema")
+        return state
+
+    def _draw(self, seats: Sequence[Seat], ended: Container[int]) -> dict[int, Path]:
+        """The sheets by row of these subjects' validation prompts, all drawn together, each with its own row."""
+        base, settings = self.base, self.base.settings
+        asked = [(seat, prompt) for seat in seats for prompt in seat.job.prompts]
+        if not asked:
+            return {}
+        each = len(seats[0].job.prompts)
+        chosen = (settings.sample, settings.data.resolution, settings.train.precision)
+        jobs, own = [seat.job for seat in seats], [seat.row for seat in seats]
+        with sampling_mode(base.models), sampling_pipeline(jobs, own) as pipeline:
+            rows = draw_samples(
+                pipeline,
+                [prompt for _, prompt in asked],
+                *chosen,
+                batch=min(AT_ONCE, self.size * each * settings.sample.images),
+                rows=[seat.row for seat, _ in asked],
+            )
+        sheets = {}
+        for number, seat in enumerate(seats):
+            name = LAST_SHEET if seat.row in ended else f"step-{seat.step:06d}"
+            sheets[seat.row] = seat.job.publish_samples(rows[number * each : (number + 1) * each], name)
+        self.clock.lap("sample", [seat.shares for seat in seats])
+        return sheets
+
+    def _finish(self, seat: Seat, seen: Observed, state: EngineState, sheet: Path | None) -> None:
+        """Hand a subject's results to the writer, and make its row free."""
+        job = seat.job
         record = {**job.record(seat.values, self.pack.runner.choice), "steps": seen.step, "pack_size": self.size}
         self.clock.lap("save", [seat.shares])
         record["stages_s"] = {name: round(seconds, 3) for name, seconds in seat.shares.items()}

@@ -7,24 +7,25 @@ for the device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from dbtrain.data.index import Index
-from dbtrain.engines.capture import WARM_STEPS, choose_capture, make_runner
+from dbtrain.engines.capture import choose_capture, make_runner, steps_to_warm
 from dbtrain.engines.engine import lr_scale
+from dbtrain.engines.loss_scale import DTYPES
 from dbtrain.engines.packed import PackedEngine, RowSettings
 from dbtrain.models.adapters import layers
-from dbtrain.models.family import Family, Models, Tokens
+from dbtrain.models.family import Family, Models, Tokens, low_side
 from dbtrain.randomness import stream_key
 from dbtrain.results.checkpoint import Checkpoint
 from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.training.bank import Bank, captions_of, join_batches
 from dbtrain.training.session import Base
 from dbtrain.training.step import TrainingStep
-from dbtrain.training.trainables import DTYPES, lora_alpha, make_stack, peak_lr, trained_components
+from dbtrain.training.trainables import lora_alpha, make_stack, peak_rates, trained_components
 from dbtrain.values import Batch, Conditioning
 
 CAPTIONS = 2
@@ -89,6 +90,7 @@ class Pack:
         self.prior_N = torch.zeros(size, device=device)
         self.captions = _blank(example, size * self.room)
         self.module = TrainingStep(family, models, config, self.key_N2, self.captions, self.prior_N)
+        self.module.scale_N = None if self.engine.scales is None else self.engine.scales.scale_N
         self.subject_B = torch.arange(size, device=device).repeat_interleave(self.roles * config.train.batch)
         self.sums_NV = torch.zeros(size, len(MEASURED) + 1, dtype=torch.float64, device=device)
         self.average_N = torch.zeros(size, dtype=torch.float64, device=device)
@@ -101,10 +103,11 @@ class Pack:
         config = start.config
         rates = [
             [
-                peak_lr(self.family, config, component) * lr_scale(step, config.train, config.train.steps)
+                rate * lr_scale(step, config.train, config.train.steps)
                 for step in range(config.train.steps)
             ]
             for component in trained_components(self.family, self.models, config)
+            for rate in peak_rates(self.family, config, component)
         ]
         settings = RowSettings(rates, config.train.clip_norm, config.train.weight_decay)
         self.engine.load(row, start.checkpoint.state, start.checkpoint.step, settings)
@@ -114,7 +117,7 @@ class Pack:
         self.key_N2[row] = torch.tensor(stream_key(config.seed, start.subject))
         self.prior_N[row] = config.prior.weight
         assert len(tensors_of(start.captions)[0]) <= self.room, "its captions would run into the next row's"
-        for table, own in zip(tensors_of(self.captions), tensors_of(start.captions)):
+        for table, own in zip(tensors_of(self.captions), tensors_of(start.captions), strict=True):
             table[row * self.room : row * self.room + len(own)] = own
         self.sums_NV[row], self.average_N[row] = 0, start.checkpoint.average
 
@@ -125,7 +128,8 @@ class Pack:
         slot_B = torch.arange(self.roles * count).repeat(self.size)
         images, sizes = torch.randn(len(slot_B), *shape), torch.full((len(slot_B), 6), side)
         masks = self._no_mask(images) if self.masked else None
-        batch = Batch(images, self.room * self.subject_B.cpu(), role_B, slot_B, sizes, self.subject_B, masks)
+        lows = torch.zeros(len(slot_B), 3, *[low_side(self.config)] * 2) if self.family.guide else None
+        batch = Batch(images, self.room * self.subject_B.cpu(), role_B, slot_B, sizes, self.subject_B, masks, lows)
         return batch.to(self.device)
 
     def batch(self, banks: Sequence[tuple[int, Bank, int]]) -> Batch:
@@ -150,7 +154,7 @@ class Pack:
     @property
     def warm_steps(self) -> int:
         """Steps to make before a step can be timed: those that compile or record, and choose kernels."""
-        return {"graph": WARM_STEPS + 1, "compile": 2}.get(self.runner.choice.mode, 1)
+        return steps_to_warm(self.runner.choice.mode)
 
     def step(self, batch: Batch) -> None:
         """`advance`, run as `engine.capture` says."""
@@ -219,11 +223,14 @@ def _observed(row: list[float]) -> Observed:
 def tensors_of(captions: Conditioning | Tokens) -> list[Tensor]:
     """The tensors of captions, in a fixed order."""
     if isinstance(captions, Conditioning):
-        return [captions.states_BTD, *([] if captions.pooled_BD is None else [captions.pooled_BD])]
+        return [value for one in fields(captions) if (value := getattr(captions, one.name)) is not None]
     return list(captions)
 
 
 def _blank(captions: Conditioning | Tokens, rows: int) -> Conditioning | Tokens:
-    """Room for so many captions like these."""
-    blank = [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in tensors_of(captions)]
-    return Conditioning(*blank) if isinstance(captions, Conditioning) else tuple(blank)
+    """Room for so many captions like these. Masks begin as True: attention over nothing but padding is NaN."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        return tensor.new_full((rows, *tensor.shape[1:]), tensor.dtype == torch.bool)
+
+    return captions.map(empty) if isinstance(captions, Conditioning) else tuple(map(empty, captions))

@@ -75,6 +75,8 @@ class Seating:
         seat.values = {**seen.values, **meter.read(), "memory_gib": peak_memory_gib(self.pack.device)}
         for sink in seat.sinks:
             sink.log(seen.step, seat.values)
+        job = seat.job
+        job.watch.logged(job.subject.id, seen.step, job.config.train.steps, seat.values)
         meter.reset()
         seat.wait_s, seat.logged = 0.0, seen.step
         self.pack.forget([seat.row])

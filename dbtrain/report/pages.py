@@ -26,7 +26,7 @@ COLUMNS = ("id", "class", "state", "attempts", "seconds", "device_s", "rate", "l
 """Columns of the table, in order. A column without any value is left out."""
 DATA = (*COLUMNS, "reason", "photo", "sample")
 """The values of a row that the page's script gets, in this order."""
-OVER = ("finished", "quarantined", "cancelled", "skipped")
+OVER = ("finished", "quarantined", "cancelled", "skipped", "forgotten")
 """States that do not change any more."""
 
 
@@ -163,6 +163,7 @@ def about(facts: Facts, checkpoint: str | None) -> list[tuple[str, str]]:
         ("Worker", text(facts.ledger.get("worker"), 100)),
         ("Seed", text(record.get("seed"), 40)),
         ("Base", text(record.get("base"), 300)),
+        ("Enlarged by", ", ".join(f"{stage['base']} ({stage['folder']}/)" for stage in stages_of(record))),
         ("Finished", facts.finished),
         ("Newest checkpoint", checkpoint or ""),
         ("Run digest", text(record.get("run"), 80)[:16]),
@@ -211,7 +212,7 @@ def snippets(view: View, facts: Facts) -> list[dict[str, str]]:
     again = {"title": "Resume or repeat", "text": resume(view, facts)}
     if not facts.record:
         return [again]
-    known = {key: text(facts.record.get(key), 500) for key in ("base", "family", "method", "caption")}
+    known = _told(facts.record) | {"caption": text(facts.record.get("caption"), 500), "stages": stages_of(facts.record)}
     if known["method"] == "full":
         comfy = f"cp -r {shlex.quote(folder + '/model')} ComfyUI/models/diffusers/{facts.id}\n"
         comfy += f"# node DiffusersLoader: {facts.id}"
@@ -226,6 +227,19 @@ def snippets(view: View, facts: Facts) -> list[dict[str, str]]:
         {"title": "More pictures", "text": more},
         again,
     ]
+
+
+def _told(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of a stage's base, for code that loads it."""
+    told = {key: text(record.get(key), 500) for key in ("base", "family", "method")}
+    return told | ({"level": record["level"]} if isinstance(record.get("level"), int) else {})
+
+
+def stages_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The stages that enlarge, as `_told`, with their folders; empty where there are none."""
+    stages = record.get("stages")
+    found = [stage for stage in stages[:9] if isinstance(stage, Mapping)] if isinstance(stages, list) else []
+    return [_told(stage) | {"folder": text(stage.get("folder"), 80)} for stage in found]
 
 
 def one_line(words: str) -> str:

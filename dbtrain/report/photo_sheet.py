@@ -18,9 +18,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from dbtrain.data.images import read_photo, square
+from dbtrain.data.buckets import Shape, covering, lost, shape_of
+from dbtrain.data.images import fit, read_photo
 from dbtrain.data.prefetch import ahead
 from dbtrain.errors import DataError, named
+from dbtrain.families import FAMILIES
 from dbtrain.report.pages import environment
 from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.storage.atomic import write_file
@@ -30,7 +32,7 @@ from dbtrain.values import Subject
 
 STYLES = ("report.css", "photos.css")
 SIDE = 192
-"""Side of a thumbnail in pixels."""
+"""Side of a square thumbnail in pixels; others have about its area."""
 QUALITY = 82
 OUTLINE = (255, 0, 140)
 """Colour of a mask's outline: one that photos seldom have."""
@@ -84,7 +86,8 @@ def _parts(subjects: Sequence[Subject], findings: Sequence[Finding], config: Run
     for finding in findings:
         of_subject.setdefault(finding.subject, []).append(finding)
     pairs = ((subject, path) for subject in subjects for path in subject.images)
-    shown = ahead(lambda pair: _photo(*pair, of_subject.get(pair[0].id, []), config.data), pairs)
+    data, multiple = config.data, FAMILIES[config.model.family].codec.multiple
+    shown = ahead(lambda pair: _photo(*pair, of_subject.get(pair[0].id, []), data, multiple), pairs)
     for subject in subjects:
         captions = subject.captions or [""] * len(subject.images)
         photos = [replace(next(shown), caption=caption) for caption in captions]
@@ -92,7 +95,7 @@ def _parts(subjects: Sequence[Subject], findings: Sequence[Finding], config: Run
         yield {
             "id": subject.id,
             "class_noun": subject.class_noun,
-            "caption": subject.caption or config.data.caption,
+            "caption": subject.caption or data.caption,
             "identifier": subject.identifier,
             "findings": [f"{finding.file}: {finding.what}; {finding.remedy}" for finding in own],
             "photos": photos,
@@ -109,15 +112,18 @@ def _is_about(finding: Finding, subject: Subject, photo: Path) -> bool:
     return finding.file in (named(photo), named(mask_file(subject, photo)))
 
 
-def _photo(subject: Subject, path: Path, findings: Sequence[Finding], data: DataConfig) -> Shown:
-    """A photo as the sheet shows it."""
+def _photo(subject: Subject, path: Path, findings: Sequence[Finding], data: DataConfig, multiple: int) -> Shown:
+    """A photo as the sheet shows it. multiple: see `shape_of`."""
     wrong = tuple(f"{finding.what}; {finding.remedy}" for finding in findings if _is_about(finding, subject, path))
     try:
         image, mask = _image_and_mask(subject, path, data)
     except DataError as error:
         return Shown(path.name, "", "", wrong or (str(error),))
-    facts, warnings = _facts(image, mask, data)
-    return Shown(path.name, thumbnail(image, mask), facts, wrong + warnings)
+    shape = shape_of(image.size, data, multiple)
+    facts, warnings = _facts(image, mask, shape, data)
+    factor = SIDE / data.resolution
+    small = (round(shape[0] * factor), round(shape[1] * factor))
+    return Shown(path.name, thumbnail(image, mask, small), facts, wrong + warnings)
 
 
 def _image_and_mask(subject: Subject, path: Path, data: DataConfig) -> tuple[Image.Image, Image.Image | None]:
@@ -129,29 +135,30 @@ def _image_and_mask(subject: Subject, path: Path, data: DataConfig) -> tuple[Ima
         return open_with_mask(subject, path, content, data.replaced("mask", False))
 
 
-def _facts(image: Image.Image, mask: Image.Image | None, data: DataConfig) -> tuple[str, tuple[str, ...]]:
-    """(size, crop and mask of a photo in words, warnings)."""
-    (width, height), short = image.size, min(image.size)
-    lost = 1 - short / max(image.size)
-    facts, warnings = [f"{width}×{height}"], []
-    if lost:
-        facts.append(f"{lost:.0%} of its {'width' if width > height else 'height'} cropped")
-    if lost > CROPPED and data.crop == "center":
-        warnings.append(f"the crop leaves out {lost:.0%}: is all of the subject in it?")
-    if short < data.resolution:
-        warnings.append(f"is enlarged from {short} to {data.resolution} px: use a larger photo if there is one")
+def _facts(image: Image.Image, mask: Image.Image | None, shape: Shape, data: DataConfig) -> tuple[str, tuple[str, ...]]:
+    """(size, shape, crop and mask of a photo in words, warnings)."""
+    (width, height), covered = image.size, covering(image.size, shape)
+    cut, facts, warnings = lost(image.size, shape), [f"{width}×{height}"], []
+    if data.buckets:
+        facts.append(f"trained at {shape[1]}×{shape[0]}")
+    if round(cut, 3):
+        facts.append(f"{cut:.0%} of its {'width' if covered[1] == shape[0] else 'height'} cropped")
+    if cut > CROPPED and data.crop == "center":
+        warnings.append(f"the crop leaves out {cut:.0%}: is all of the subject in it?")
+    if min(image.size) < min(covered):
+        side = f"{min(image.size)} to {min(covered)} px"
+        warnings.append(f"is enlarged from {side}: use a larger photo if there is one")
     if mask is not None:
-        share = square(mask, short).mean() / 255
-        facts.append(f"mask {share:.0%}")
+        facts.append(f"mask {fit(mask, shape).mean() / 255:.0%}")
     return ", ".join(facts), tuple(warnings)
 
 
-def thumbnail(image: Image.Image, mask: Image.Image | None) -> str:
-    """A data address of a photo as it is trained, in small, with the outline of its mask."""
-    pixels = square(image, SIDE)
+def thumbnail(image: Image.Image, mask: Image.Image | None, shape: Shape) -> str:
+    """A data address of a photo as it is trained, in a thumbnail's (height, width), with the outline of its mask."""
+    pixels = fit(image, shape)
     if mask is not None:
         pixels = pixels.copy()
-        pixels[outline(square(mask, SIDE) >= 128)] = OUTLINE
+        pixels[outline(fit(mask, shape) >= 128)] = OUTLINE
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "JPEG", quality=QUALITY, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -15,7 +15,7 @@ from dbtrain.report.facts import SHOWN
 from dbtrain.report.reading import moment
 
 Rows = Sequence[Mapping[str, Any]]
-STATES = ("finished", "running", "waiting", "quarantined", "cancelled", "skipped", "unfinished")
+STATES = ("finished", "running", "waiting", "quarantined", "cancelled", "skipped", "forgotten", "unfinished")
 """The order of states on the page. Other states follow by name."""
 WORST, SLOWEST, BINS = 20, 10, 40
 FEW = 12

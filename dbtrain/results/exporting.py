@@ -65,9 +65,10 @@ def family_of(weights: LoraWeights, metadata: dict[str, str], source: Path) -> s
             return name
     if version.startswith("sdxl"):
         return "sdxl"
-    told = told_families(weights) if "transformer" not in weights.matrices else set()
+    told = told_families(weights)
     if len(told) != 1:
-        raise DataError(f"{source}: does not tell for which base it is; add --family {' or --family '.join(FAMILIES)}")
+        asked = " or --family ".join(sorted(told) or FAMILIES)
+        raise DataError(f"{source}: does not tell for which base it is; add --family {asked}")
     return told.pop()
 
 

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
+from dbtrain.data.images import open_photo, square
 from dbtrain.errors import ConfigError, DataError
 from dbtrain.families import FAMILIES
-from dbtrain.models.adapters import adapter
-from dbtrain.models.family import Family, Models
+from dbtrain.models.adapters import adapter, put_on
+from dbtrain.models.family import Family, Models, low_side
 from dbtrain.models.load import load_models
-from dbtrain.models.sampling import draw_samples, make_pipeline, sampling_mode
+from dbtrain.models.sampling import Chain, draw_samples, make_enlarger, make_pipeline, sampling_mode
 from dbtrain.results.card import CONFIG_FILE
 from dbtrain.results.publish import LORA_FILE, MODEL_FOLDER, read_lora
 from dbtrain.results.record import finished_record
 from dbtrain.results.sheets import publish_sheet
 from dbtrain.settings.config import ModelConfig, RunConfig
 from dbtrain.settings.recipes import load
+from dbtrain.settings.stages import stage_names, upscalers
 from dbtrain.subjects.prompts import application, fill, read_set
 
 SHEET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -31,24 +34,120 @@ SHEET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 @contextmanager
 def finished_pipeline(
-    folder: Path | None, family: Family, models: Models, config: RunConfig, weight: float = 1.0
+    folder: Path | None,
+    family: Family,
+    models: Models,
+    config: RunConfig,
+    weight: float = 1.0,
+    pictures: Sequence[Path] = (),
 ) -> Iterator[Any]:
-    """The pipeline of a finished subject: the base with its adapter, or its own model. None gives the plain base's.
+    """The pipeline of a finished subject: the base with its adapter, or its own model, and the stages that enlarge.
+    None gives the plain bases'.
 
-    weight: how much of the adapter is added to the base; 0 is the base alone. Raises ConfigError for another weight
+    weight: how much of the first stage's adapter is added to the base; 0 is the base alone. pictures: what a base that
+    enlarges is given where no stage draws before it. Raises ConfigError for another weight
     than 1 where there is no adapter.
     """
+    with finished_models(folder, family, models, config, weight) as own:
+        if family.guide is None:
+            first: Any = make_pipeline(family, own)
+        elif pictures:
+            first = [Image.fromarray(square(open_photo(path), low_side(config))) for path in pictures]
+        else:
+            raise ConfigError(
+                f"{folder or family.name}: enlarges pictures and draws none; give some with --picture, or train it as "
+                "a stage of a base"
+            )
+        if family.guide is not None:
+            first = Chain(first, (make_enlarger(family, own, config),))
+        with chained(first, [folder], models, config) as pipeline:
+            yield pipeline
+
+
+@contextmanager
+def finished_models(
+    folder: Path | None, family: Family, models: Models, config: RunConfig, weight: float = 1.0
+) -> Iterator[Models]:
+    """The models of a finished subject: the base with its adapter, or its own; see `finished_pipeline`."""
     with sampling_mode(models):
         if folder is None:
-            yield make_pipeline(family, models)
-        elif (folder / LORA_FILE).exists():
+            yield models
+        elif has_adapter(folder):
             with adapter(family, models, read_lora(folder)[0].folded(weight)):
-                yield make_pipeline(family, models)
+                yield models
         elif weight != 1:
             raise ConfigError(f"--weight: {folder} is a whole model and has no adapter to weigh; leave it out")
         else:
             own = config.model.model_copy(update={"path": str(folder / MODEL_FOLDER)})
-            yield make_pipeline(family, load_models(family, own).to(models.denoiser.device))
+            yield load_models(family, own).to(models.denoiser.device)
+
+
+@contextmanager
+def chained(
+    first: Any, folders: Sequence[Path | None], models: Models, config: RunConfig, rows: Sequence[int] | None = None
+) -> Iterator[Any]:
+    """A pipeline, followed by a subject's stages that enlarge, if its settings have any; None takes their plain bases.
+
+    models: those of the first stage, which hold the others'. rows: those of several subjects in the stack of adapters
+    on the first stage; the adapters of each further stage are then put on it as a stack, too.
+    """
+    if not config.stages:
+        yield first
+        return
+    with ExitStack() as ends:
+        then = []
+        for name, settings, base in zip(stage_names(config), upscalers(config), models.upscalers):
+            family, places = FAMILIES[settings.model.family], [folder and folder / name for folder in folders]
+            if rows is None:
+                own, place_of = ends.enter_context(finished_models(places[0], family, base, settings)), None
+            else:
+                ends.enter_context(sampling_mode(base))
+                given = [read_lora(place)[0].folded() for place in places if place]
+                ends.enter_context(adapter(family, base, *given))
+                own, place_of = base, {row: place for place, row in enumerate(rows)}
+            then.append(make_enlarger(family, own, settings)._replace(row_of=place_of))
+        yield Chain(first, tuple(then))
+
+
+def load_all(config: RunConfig) -> Models:
+    """The base model of some settings, and those of its further stages, on this machine's device."""
+    models = load_models(FAMILIES[config.model.family], config.model)
+    models.upscalers = tuple(
+        load_models(FAMILIES[stage.model.family], stage.model) for stage in upscalers(config)
+    )
+    return models.to(own_device())
+
+
+def own_pipeline(folder: Path, weight: float = 1.0) -> Any:
+    """A finished subject's pipeline with models of its own, on this machine's device; weight as in `finished_pipeline`.
+
+    Raises DataError for a folder that holds no finished subject.
+    """
+    finished_record(folder)
+    config = finished_config(folder, ())
+    family, whole = FAMILIES[config.model.family], not has_adapter(folder)
+    if whole and weight != 1:
+        raise ConfigError(f"weight: {folder} is a whole model and has no adapter to weigh; leave it out")
+    own = config.model.model_copy(update={"path": str(folder / MODEL_FOLDER)}) if whole else config.model
+    models = load_models(family, own).to(own_device())
+    if not whole:
+        put_on(family, models, read_lora(folder)[0].folded(weight))
+    for module in (models.denoiser, *models.text_encoders.values()):
+        module.eval()
+    return make_pipeline(family, models)
+
+
+@contextmanager
+def stacked_pipeline(folders: Sequence[Path], family: Family, models: Models) -> Iterator[Any]:
+    """The base's pipeline with the adapters of several finished subjects as the rows of one stack, in order; see
+    `models.sampling.generate`. Each folder must hold an adapter."""
+    with sampling_mode(models), adapter(family, models, *(read_lora(folder)[0].folded() for folder in folders)):
+        yield make_pipeline(family, models)
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether a finished subject is an adapter, and not a whole model."""
+    return (folder / LORA_FILE).exists()
 
 
 def own_device() -> torch.device:
@@ -60,15 +159,16 @@ def own_device() -> torch.device:
 class WarmBase:
     """The base model that was loaded last, kept on this machine's device for the next subject of the same base."""
 
-    config: ModelConfig | None = None
+    of: list[ModelConfig] = field(default_factory=list)
     models: Models | None = None
 
-    def load(self, config: ModelConfig) -> Models:
-        """The base model of a configuration."""
-        if self.models is None or self.config != config:
+    def load(self, config: RunConfig) -> Models:
+        """The base model of a configuration, and those of its further stages."""
+        wanted = [config.model, *(stage.model for stage in config.stages)]
+        if self.models is None or self.of != wanted:
             self.models = None  # two bases at once may not fit
-            self.models = load_models(FAMILIES[config.family], config).to(own_device())
-            self.config = config
+            self.models = load_all(config)
+            self.of = wanted
         return self.models
 
 
@@ -80,12 +180,13 @@ def generate_finished(
     sets: Sequence[str] = (),
     negative: str | None = None,
     weight: float = 1.0,
+    pictures: Sequence[Path] = (),
 ) -> Iterator[Path]:
     """The sheets drawn for each finished subject's folder. A base is loaded once for all adapters that follow on it.
 
     prompts: templates with `{subject}`; None takes those of the subject's own recipe. sets: names of prompt sets, in
     place of prompts; each set gives one sheet of its name. overrides: `a.b=c` settings. negative: a template of what
-    the pictures are to keep away from. weight: of the adapters, as in `finished_pipeline`.
+    the pictures are to keep away from. weight, pictures: as in `finished_pipeline`.
     Raises DataError for a folder without a finished subject, and ConfigError for an unknown set, for a bad name of a
     sheet, and where there is nothing to draw.
     """
@@ -105,7 +206,7 @@ def generate_finished(
         if negative and not family.negative:
             raise ConfigError(f"--negative: the pipeline of {family.name} takes no negative prompt; leave it out")
         avoided = negative and fill(negative, identifier=record["identifier"], class_noun=noun)
-        with finished_pipeline(folder, family, warm.load(config.model), config, weight) as pipeline:
+        with finished_pipeline(folder, family, warm.load(config), config, weight, pictures) as pipeline:
             for title, templates in sheets.items():
                 texts = [fill(text, identifier=record["identifier"], class_noun=noun) for text in templates]
                 chosen = (config.sample, config.data.resolution, config.train.precision)

@@ -24,6 +24,7 @@ MEANINGS = {
     "base": "the base model differs",
     "data": "the photos differ",
     "init": "the adapter in lora.init differs",
+    "upscalers": "the base model of a stage that enlarges differs",
     "priors": "the imported class images differ",
 }
 """What is said of parts that are digests."""

@@ -2,7 +2,9 @@
 
 transformers 5.0 stopped writing CLIP's `vocab.json` and `merges.txt`, without which a version below 5.0 opens no CLIP
 tokenizer. transformers 5.6 shortened the names in a CLIPTextModel by `text_model.`; versions below it find no weight
-under the short names, and go on with random ones. All versions read both old forms.
+under the short names, and go on with random ones. transformers 5 writes T5's and Qwen's tokenizers under the names that
+belonged to their slow forms, which below it open no `tokenizer.json`; and lists special tokens under a key that held a
+mapping before. All versions read the old forms.
 """
 
 import json
@@ -11,6 +13,8 @@ from pathlib import Path
 from dbtrain.storage.atomic import write_file
 
 PREFIX = "text_model."
+FAST = {"T5Tokenizer": ("T5TokenizerFast", "spiece.model"), "Qwen2Tokenizer": ("Qwen2TokenizerFast", "vocab.json")}
+"""Names of fast tokenizers in all versions, and the file that the slow ones cannot do without."""
 
 
 def suit_older_programs(folder: Path) -> None:
@@ -18,8 +22,34 @@ def suit_older_programs(folder: Path) -> None:
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         if (part / "tokenizer.json").is_file():
             write_clip_vocabulary(part)
+            rename_special_tokens(part)
         if part.name.startswith("text_encoder"):
             lengthen_names(part)
+    name_fast_tokenizers(folder)
+
+
+def rename_special_tokens(folder: Path) -> None:
+    """Give a tokenizer's list of further special tokens the key that it has in all versions; an empty one goes."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text("utf-8"))
+    if not isinstance(settings.get("extra_special_tokens"), list):
+        return
+    if tokens := settings.pop("extra_special_tokens"):
+        settings["additional_special_tokens"] = tokens
+    write_file(path, json.dumps(settings, indent=2).encode())
+
+
+def name_fast_tokenizers(folder: Path) -> None:
+    """Call tokenizers in the index by their fast names, where the folder has no file of the slow ones."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        return
+    index = json.loads(path.read_text("utf-8"))
+    for part, kind in index.items():
+        name, needed = FAST.get(kind[1] if isinstance(kind, list) else "", ("", ""))
+        if name and (folder / part / "tokenizer.json").is_file() and not (folder / part / needed).exists():
+            index[part] = [kind[0], name]
+    write_file(path, json.dumps(index, indent=2).encode())
 
 
 def write_clip_vocabulary(folder: Path) -> None:

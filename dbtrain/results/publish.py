@@ -8,6 +8,7 @@ from typing import Any
 
 from dbtrain.errors import ConfigError, DataError
 from dbtrain.families import FAMILIES
+from dbtrain.families.flux_names import with_diffusers_names
 from dbtrain.models.adapter_names import to_diffusers, to_kohya
 from dbtrain.models.adapters import TEXT_MODEL, LoraWeights
 from dbtrain.models.foreign_adapters import read_state
@@ -106,7 +107,7 @@ def read_lora(path: Path) -> tuple[LoraWeights, dict[str, str]]:
         raise DataError(f"{file}: cannot be read as an adapter ({error}); give a LoRA as .safetensors") from error
     try:
         settings = _settings_beside(file) | json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        return read_state(state, settings), metadata
+        return read_state(with_diffusers_names(state), settings), metadata
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

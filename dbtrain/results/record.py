@@ -25,13 +25,21 @@ QUICK_BYTES = 2**30
 """Up to this total size digests decide whether a subject is done; above it only file sizes."""
 
 
-def write_record(folder: Path, record: dict[str, Any], artefacts: Sequence[Path]) -> None:
+def write_record(
+    folder: Path,
+    record: dict[str, Any],
+    artefacts: Sequence[Path],
+    place: Path | None = None,
+    beside: Mapping[str, str] | None = None,
+) -> None:
     """Write record.json: the record, sizes and digests of the artefacts, and digests of the last sheet's images.
 
-    It is the last file of a finished subject.
+    It is the last file of a finished subject. beside: digests of files that lie already where the result will be, by
+    their names in `place`: those of further stages.
     """
     names = {path.relative_to(folder).as_posix(): path for path in artefacts}
-    files = {name: file_digest(path) for name, path in names.items()}
+    files = {name: file_digest(path) for name, path in names.items()} | dict(beside or {})
+    names |= {name: (place or folder) / name for name in beside or ()}
     content = {**record, "files": files, "sizes": {name: path.stat().st_size for name, path in names.items()}}
     if SHEET in files:
         drawn = sorted((folder / "samples" / "samples").glob("*.png"))

@@ -5,7 +5,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 from dbtrain.families import FAMILIES
 from dbtrain.objective import DISTRIBUTIONS, PARAMETERIZATIONS, WEIGHTINGS
@@ -36,9 +36,11 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model. Its files are only read."""
 
-    family: Annotated[str, OneOf(FAMILIES)] = "sd"
+    family: Annotated[str, OneOf(("auto", *FAMILIES))] = "sd"
     """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL, `sd3` is
-    Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2 klein."""
+    Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2 klein, `if_stage1` and `if_stage2` are
+    DeepFloyd IF, `x4_upscaler` is Stable Diffusion's; the last two enlarge pictures. `auto` is what the base's own
+    files say."""
     path: Annotated[str, Field(min_length=1), Mark.NO_RESULT, Mark.PATH_OR_NAME] = "embedded"
     """Diffusers folder, hub id, single-file .safetensors, or `embedded` for the small base that ships with dbtrain."""
     revision: Annotated[str | None, Mark.NO_RESULT] = None
@@ -54,6 +56,13 @@ class ModelConfig(Section):
     """Rescale the noise schedule to zero SNR at the last timestep (arXiv 2305.08891); `auto` follows the scheduler."""
     dtype: Annotated[Literal["fp32", "bf16"], Mark.LATER] = "fp32"
     """Number format in which denoiser and text encoders are loaded, for adapters alone; the VAE is always fp32."""
+    quantize: Annotated[Literal["none", "int8", "fp8", "nf4"], Mark.LATER] = "none"
+    """Format in which the frozen denoiser's large layers are kept while adapters train, after loading in
+    `model.dtype`: 8 or 4 bits a weight, each used as a number of the computation's format. `int8` and `fp8` are
+    torchao's, `nf4` is bitsandbytes'; both come with the extra `quantize`."""
+    distilled: Annotated[bool, Mark.NO_RESULT] = False
+    """Train on a base that was distilled to a few sampling steps (Turbo, Lightning, schnell), which is refused else:
+    its adapters drift off the subject. Such a base is for sampling."""
     attention: Annotated[Literal["auto", "sdpa", "xformers", "flash", "cudnn", "math"], Mark.NO_RESULT] = "auto"
     """Attention implementation: `sdpa` is the one that PyTorch picks, `flash` only its FlashAttention, `cudnn` only
     cuDNN's, `auto` the fastest for each shape by a short measurement on a GPU, `sdpa` on a CPU. A choice that cannot
@@ -67,6 +76,9 @@ class DataConfig(Section):
     """Side of the square training image, in pixels."""
     crop: Literal["center", "random"] = "center"
     """Square crop after the short side is resized. `random` draws a position at every step; latents are not cached."""
+    buckets: Annotated[bool, Mark.LATER] = False
+    """Train each photo in the shape nearest to its own, of about `resolution`^2 pixels and 1:2 to 2:1, instead of a
+    square; its class image gets the same shape. Photos of unlike shapes go through the model one at a time."""
     mask: Annotated[bool | Literal["auto"], Mark.NO_RESULT] = "auto"
     """Weigh the loss of photos by masks of the subject: the column `mask`, a `*-mask.png` beside the photo, or the
     photo's own transparency. `auto` does where a photo has one, true wants one for each photo, false uses none."""
@@ -148,8 +160,9 @@ class TrainConfig(Section):
     """AdamW's decoupled weight decay."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which is published in their place; null keeps none."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the computation. Master weights and optimizer moments are always fp32."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Number format of the computation. Master weights and optimizer moments are always fp32. `fp16` scales the loss,
+    for GPUs without bf16; `auto` is bf16 on a GPU that has it, fp16 on another one, and fp32 on a CPU."""
     gradient_checkpointing: Annotated[bool, Mark.NO_RESULT] = False
     """Recompute activations in the backward pass: less memory, 1.4 to 1.8 times the time of a step."""
 
@@ -165,6 +178,8 @@ class LoraConfig(Section):
     """Shell-style patterns for the ends of names of denoiser layers. Linear layers and 1x1 convolutions can match."""
     text_targets: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
     """The same for text encoders, when they are trained."""
+    up_ratio: Annotated[float, Field(ge=1, le=1000), Mark.LATER] = 1.0
+    """Learning rate of the up matrices B over that of A (LoRA+, arXiv 2402.12354, proposes 16); 1 is plain LoRA."""
     init: Annotated[str | None, Mark.NO_RESULT, Mark.PATH] = None
     """Adapter to start from: a finished subject's folder (OUT/subjects/ID) or an adapter's file; null starts afresh."""
 
@@ -187,6 +202,20 @@ class ObjectiveConfig(Section):
     scheduler has for images of this size (SD3: 3; FLUX.1: 3.16 at 1024 px), and 1 where it is no flow model's."""
     noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Standard deviation of an extra per-channel constant in the noise; 0 is none."""
+
+
+class SuperConfig(Section):
+    """Training of a denoiser that enlarges (families `if_stage2`, `x4_upscaler`): the paper's second stage. It is shown
+    each photo reduced to a low resolution, with a little noise, and learns to draw the photo."""
+
+    level: Annotated[int, Field(ge=0, le=999)] = 0
+    """Noise level of the small picture, an index of the base's own table, in training and in sampling. The paper lowers
+    it from 1e-3 to 1e-5 in variance, since a model that mistrusts the small picture invents the details of a subject.
+    0 is the least that a base has: 4e-5 for DeepFloyd IF, 1e-4 for the x4 upscaler."""
+    level_highest: Annotated[int, Field(ge=0, le=999)] | None = None
+    """Train at levels drawn uniformly from `level` to this one; null trains at `level` alone."""
+    low_resolution: Annotated[int, Field(ge=8, le=4096)] | None = None
+    """Side of the small picture, in pixels; null is a quarter of `data.resolution`."""
 
 
 class PriorConfig(Section):
@@ -242,12 +271,13 @@ class EngineConfig(Section):
     at once in one process."""
     zero: ZeroConfig = ZeroConfig()
     packed: PackedConfig = PackedConfig()
-    capture: Literal["auto", "graph", "compile", "off"] = "auto"
+    capture: Literal["auto", "graph", "compile", "compiled_graph", "off"] = "auto"
     """How a step is run: `graph` records it once as a CUDA graph (packed engine), `compile` compiles the denoiser's
-    repeated blocks, `off` does neither, `auto` is `graph` where a graph can be recorded and `off` elsewhere."""
+    repeated blocks, `compiled_graph` compiles the blocks and then records the step, `off` does neither, `auto` is
+    `graph` where a graph can be recorded and `off` elsewhere."""
     channels_last: bool = False
     """Keep the denoiser's convolutions in the channels-last layout, which tensor cores read without reordering. For
-    `capture: compile`: each GroupNorm of a step that is not compiled copies its input to the other layout and back."""
+    compiled steps: each GroupNorm of a step that is not compiled copies its input to the other layout and back."""
     deterministic: bool = False
     """Use only algorithms that give the same bits in each run on one kind of GPU; slower. `model.attention: auto` is
     then PyTorch's own pick, because a choice by time may differ between runs."""
@@ -294,6 +324,9 @@ class PublishConfig(Section):
     """Number format of a fully fine-tuned model's weights; adapters are always fp32."""
     kohya: bool = False
     """Write the adapter in the format of kohya-ss and ComfyUI too."""
+    to: Annotated[str | None, Mark.PATH] = None
+    """Folder or address (s3://, gs://, abfs://, file://) to which each finished subject is uploaded; null uploads
+    nothing."""
 
 
 class TrackConfig(Section):
@@ -309,8 +342,8 @@ class TrackConfig(Section):
     """Steps between log lines."""
 
 
-class RunConfig(Section):
-    """Every setting of a run. Fields marked `NO_RESULT` do not decide what is learnt."""
+class StageConfig(Section):
+    """Every setting of one stage. Fields marked `NO_RESULT` do not decide what is learnt."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all randomness of training."""
@@ -320,9 +353,22 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    super: Annotated[SuperConfig, Mark.LATER] = SuperConfig()
     prior: PriorConfig = PriorConfig()
     engine: Annotated[EngineConfig, Mark.NO_RESULT] = EngineConfig()
     checkpoint: Annotated[CheckpointConfig, Mark.NO_RESULT] = CheckpointConfig()
     sample: Annotated[SampleConfig, Mark.NO_RESULT] = SampleConfig()
     publish: Annotated[PublishConfig, Mark.NO_RESULT] = PublishConfig()
     track: Annotated[TrackConfig, Mark.NO_RESULT] = TrackConfig()
+
+
+Stage = Annotated[StageConfig, WithJsonSchema({"type": ["string", "object"]})]
+
+
+class RunConfig(StageConfig):
+    """Every setting of a run."""
+
+    stages: Annotated[tuple[Stage, ...], Mark.LATER] = ()
+    """Stages that enlarge what this one draws, trained for each subject too: a recipe's name or file, with overrides
+    after it, as `x4_upscaler_lora train.steps=500`; or settings. Photos, captions, identifiers, seed and engine are
+    those of the run."""

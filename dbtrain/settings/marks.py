@@ -35,7 +35,14 @@ class OneOf:
 def deciding(config: BaseModel) -> dict[str, Any]:
     """The settings that decide what is learnt, as plain data: all but those marked `NO_RESULT`, and those marked
     `LATER` that have their default."""
-    return config.model_dump(mode="json", exclude=without_result(config))
+    decisive = config.model_dump(mode="json", exclude=without_result(config))
+    parts = ((name, getattr(config, name)) for name in decisive)
+    return decisive | {name: [deciding(one) for one in value] for name, value in parts if _sections(value)}
+
+
+def _sections(value: Any) -> bool:
+    """Whether a setting is a list of groups of settings."""
+    return isinstance(value, tuple) and any(isinstance(one, BaseModel) for one in value)
 
 
 def without_result(section: BaseModel) -> dict[str, Any]:
@@ -58,6 +65,8 @@ def anchored(config: Tree) -> Tree:
         value = getattr(config, name)
         if isinstance(value, BaseModel):
             changed[name] = anchored(value)
+        if _sections(value):
+            changed[name] = tuple(anchored(one) for one in value)
         for mark in ANCHORS.keys() & set(field.metadata):
             changed[name] = ANCHORS[mark](value)
     return config.model_copy(update=changed)

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dbtrain.errors import ConfigError
 from dbtrain.settings import yaml12
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.rules import cross_field_findings
+from dbtrain.settings.stages import read_stages
 
 MAX_BYTES = 65_536
 """Largest settings file; the largest recipe is 2 KB, and PyYAML needs a second for this much."""
@@ -54,6 +55,14 @@ def recipes_dir() -> Path:
 def recipe_names() -> list[str]:
     """Names of the shipped recipes, sorted."""
     return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+
+
+@cache
+def shipped_for(family: str) -> RunConfig | None:
+    """The first shipped recipe that trains LoRAs of a family; None where none does."""
+    names = (name for name in recipe_names() if name.startswith(family[:3]))
+    found = (config for config in map(load, names) if config.model.family == family)
+    return next((config for config in found if config.train.method == "lora"), None)
 
 
 def load(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -152,7 +161,8 @@ def _value(node: yaml.Node, key: str, draft: _Draft, name: str) -> Any:
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, key, draft, name)
     if isinstance(node, yaml.SequenceNode):
-        return tuple(_value(item, key, draft, name) for item in node.value)
+        keys = (f"{key}[{n}]" if isinstance(item, yaml.MappingNode) else key for n, item in enumerate(node.value))
+        return tuple(_value(item, place, draft, name) for item, place in zip(node.value, keys))
     kind = node.tag.removeprefix(yaml12.CORE)
     try:
         return _whole(yaml12.SCALARS[kind](node.value), key)
@@ -166,7 +176,7 @@ def _value(node: yaml.Node, key: str, draft: _Draft, name: str) -> Any:
 
 def _whole(value: Any, key: str) -> Any:
     """The value; an integer where it is a whole number such as 1e3 and the setting takes integers alone."""
-    part = known_keys().get(key, {})
+    part = known_keys().get(re.sub(r"^stages\[\d+\]\.", "", key), {})
     kinds = {option.get("type") for option in part.get("anyOf", [part])}
     whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
     return int(value) if whole and "integer" in kinds and "number" not in kinds else value
@@ -245,6 +255,7 @@ def _validate(draft: _Draft) -> RunConfig:
     """The config of a draft. Errors are added to the draft's findings. Defaults replace wrong values, so that the rules
     about several fields can be checked too."""
     wrong: set[str] = set()
+    _put_stages(draft)
     try:
         config = RunConfig.model_validate(draft.tree, strict=True)
     except ValidationError as error:
@@ -257,6 +268,24 @@ def _validate(draft: _Draft) -> RunConfig:
     for key, message in cross_field_findings(config):
         if not any(_mentions(key, message, bad) for bad in wrong):
             draft.findings.append(_finding(draft, key, message))
+    return config
+
+
+def _put_stages(draft: _Draft) -> None:
+    """Put checked settings in the place of each stage, which is a recipe's name with overrides, or settings."""
+    given = draft.tree.get("stages")
+    if isinstance(given, tuple):
+        draft.tree["stages"], problems = read_stages(given, load, partial(_inner, draft))
+        draft.findings += [_finding(draft, "stages", problem) for problem in problems]
+
+
+def _inner(draft: _Draft, place: str, tree: dict[str, Any]) -> RunConfig:
+    """The config of a stage that is given as settings; `place` is its name in the draft."""
+    inner = _Draft(f"{place} of {draft.where('stages')}", tree)
+    inner.origins = {key.removeprefix(f"{place}."): where for key, where in draft.origins.items()
+                     if key.startswith(f"{place}.")}  # fmt: skip
+    config = _validate(inner)
+    draft.findings += inner.findings
     return config
 
 

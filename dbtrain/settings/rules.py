@@ -1,11 +1,12 @@
 """Rules about several settings together."""
 
 from dbtrain.settings.config import NAMING, RunConfig, ZeroConfig
+from dbtrain.settings.stages import stage_names, upscalers
 
 
 def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
     """(dotted key, message) for each setting that does not go together with others; empty when all do."""
-    train, zero, data = config.train, config.engine.zero, config.data
+    train, data = config.train, config.data
     rules = [
         (
             "train.warmup_steps",
@@ -16,31 +17,6 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             "train.micro_batch",
             train.micro_batch is not None and train.batch % train.micro_batch != 0,
             f"is {train.micro_batch}, which does not divide train.batch = {train.batch}",
-        ),
-        (
-            "engine.zero.offload_optimizer",
-            zero.offload_optimizer and zero.stage == 0,
-            "needs engine.zero.stage 1, 2 or 3",
-        ),
-        (
-            "engine.channels_last",
-            config.engine.channels_last and config.engine.kind == "zero",
-            "needs engine.kind=packed: DeepSpeed sends weights as flat bytes, which such weights are not",
-        ),
-        (
-            "engine.zero.offload_parameters",
-            zero.offload_parameters and zero.stage != 3,
-            f"needs engine.zero.stage 3, got {zero.stage}",
-        ),
-        (
-            "engine.capture",
-            config.engine.capture == "graph" and config.engine.kind == "zero",
-            "graph cannot record DeepSpeed's step; use engine.kind=packed (a pack of one is one subject), or compile",
-        ),
-        (
-            "engine.capture",
-            config.engine.capture == "compile" and config.engine.kind == "zero" and zero.stage == 3,
-            "compile cannot cut blocks whose parameters ZeRO stage 3 gathers as they run; use engine.capture=off",
         ),
         (
             "train.text_encoder_lr",
@@ -67,15 +43,64 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             train.method == "lora" and not config.lora.targets,
             "is empty; a LoRA needs at least one layer pattern",
         ),
+        (
+            "lora.up_ratio",
+            config.lora.up_ratio != 1 and train.method != "lora",
+            "is set, but train.method is not lora",
+        ),
+        (
+            "super.level_highest",
+            config.super.level_highest is not None and config.super.level_highest < config.super.level,
+            f"is {config.super.level_highest}, below super.level = {config.super.level}",
+        ),
         ("lora.init", config.lora.init is not None and train.method != "lora", "is set, but train.method is not lora"),
+    ]
+    rules += _packed_rules(config) if config.engine.kind == "packed" else _zero_rules(config)
+    stages = zip(stage_names(config), upscalers(config))
+    of_stages = [("stages", f"{name}: {key}: {why}") for name, own in stages for key, why in cross_field_findings(own)]
+    return [(key, message) for key, wrong, message in rules if wrong] + of_stages
+
+
+def _zero_rules(config: RunConfig) -> list[tuple[str, bool, str]]:
+    """What DeepSpeed cannot do: (dotted key, whether the settings ask for it, message)."""
+    engine, zero = config.engine, config.engine.zero
+    return [
+        (
+            "engine.zero.offload_optimizer",
+            zero.offload_optimizer and zero.stage == 0,
+            "needs engine.zero.stage 1, 2 or 3",
+        ),
+        (
+            "engine.zero.offload_parameters",
+            zero.offload_parameters and zero.stage != 3,
+            f"needs engine.zero.stage 3, got {zero.stage}",
+        ),
+        (
+            "engine.channels_last",
+            engine.channels_last,
+            "needs engine.kind=packed: DeepSpeed sends weights as flat bytes, which such weights are not",
+        ),
+        (
+            "engine.capture",
+            engine.capture in ("graph", "compiled_graph"),
+            f"{engine.capture} cannot record DeepSpeed's step; use engine.kind=packed, or compile",
+        ),
+        (
+            "engine.capture",
+            engine.capture == "compile" and zero.stage == 3,
+            "compile cannot cut blocks whose parameters ZeRO stage 3 gathers as they run; use engine.capture=off",
+        ),
+        (
+            "model.quantize",
+            config.model.quantize != "none",
+            "needs engine.kind=packed (a pack of one is one subject): DeepSpeed cannot move a base in few bits",
+        ),
         (
             "train.stop_loss",
-            train.stop_loss is not None and config.engine.kind != "packed",
+            config.train.stop_loss is not None,
             "is set, but only engine.kind=packed looks at it",
         ),
     ]
-    rules += _packed_rules(config) if config.engine.kind == "packed" else []
-    return [(key, message) for key, wrong, message in rules if wrong]
 
 
 def _packed_rules(config: RunConfig) -> list[tuple[str, bool, str]]:
@@ -92,6 +117,11 @@ def _packed_rules(config: RunConfig) -> list[tuple[str, bool, str]]:
             "engine.zero",
             engine.zero != ZeroConfig(),
             "is set, but engine.kind=packed trains without DeepSpeed; use engine.kind=zero to shard or offload",
+        ),
+        (
+            "data.buckets",
+            config.data.buckets,
+            "is on, but all subjects of a pack go through the model in one shape; use engine.kind=zero, or squares",
         ),
         ("engine.deepspeed", engine.deepspeed is not None, "is set, but engine.kind=packed trains without DeepSpeed"),
         (

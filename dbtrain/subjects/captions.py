@@ -83,10 +83,12 @@ def listed_captions(
     return {known[name]: (text, "the manifest") for name, text in listed.items() if text}
 
 
-def captions_beside(photos: Iterable[Path], names: Mapping[Path, Sequence[str]]) -> dict[Path, Caption]:
-    """The captions that lie beside photos, by photo. A text file comes before a table.
+def captions_beside(
+    photos: Iterable[Path], names: Mapping[Path, Sequence[str]]
+) -> tuple[dict[Path, Caption], dict[str, list[str]]]:
+    """(captions that lie beside photos, by photo; files that a table names and that are not beside it, by its name).
 
-    names: the names in each folder that holds a photo.
+    A text file comes before a table. names: the names in each folder that holds a photo.
     """
     tables = {folder: _table(folder, there) for folder, there in names.items()}
     found: dict[Path, Caption] = {}
@@ -97,7 +99,12 @@ def captions_beside(photos: Iterable[Path], names: Mapping[Path, Sequence[str]])
             found[photo] = (text, side)
         elif photo.name in tables[photo.parent]:
             found[photo] = tables[photo.parent][photo.name]
-    return found
+    absent: dict[str, list[str]] = {}
+    for folder, table in tables.items():
+        for file, (_, name) in table.items():
+            if file not in names[folder]:
+                absent.setdefault(name, []).append(file)
+    return found, absent
 
 
 def with_subject(captions: Mapping[Path, Caption], photos: Sequence[Path], identifier: str | None) -> tuple[str, ...]:
@@ -138,9 +145,11 @@ def _named(name: str, text: str) -> str:
 
 def _table(folder: Path, there: Sequence[str]) -> dict[str, Caption]:
     """The captions in a folder's metadata file, by name of the photo; empty where there is none."""
-    name = next((name for name in METADATA if name in there and (folder / name).is_file()), None)
+    name = next((name for name in METADATA if name in there), None)
     if name is None:
         return {}
+    if not (folder / name).is_file():
+        raise CellError(f"{shown(name)} is not a regular file", "a table of captions", "copy the table itself")
     try:
         rows = read_rows(folder / name)
     except DataError as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dbtrain.errors import DataError, shown
+from dbtrain.errors import DataError, named, shown
 from dbtrain.storage.atomic import write_file
 from dbtrain.subjects.columns import check_class
 from dbtrain.subjects.finding import CellError
@@ -49,7 +49,7 @@ def from_kohya(folder: Path, class_noun: str | None = None) -> Imported:
     imported = Imported()
     images = next((place for name in ("img", "image", "images", "train", ".") if _parts(place := folder / name)), None)
     if images is None:
-        raise DataError(f"{folder}: holds no folder such as `10_zorbo gadget`; use `dbtrain import imagefolder`")
+        raise DataError(f"{named(folder)}: holds no folder such as `10_zorbo gadget`; use `dbtrain import imagefolder`")
     for repeats, name, place in _parts(images):
         word, _, noun = name.partition(" ")
         noun = _noun(noun.strip() or class_noun, place, "its name has no class after the identifier")
@@ -87,7 +87,7 @@ def from_imagefolder(folder: Path, class_noun: str | None = None) -> Imported:
         how = "as given" if class_noun else "after the folder's name"
         imported.said.append(f"{label!r}: subject {name!r}, class {noun!r} {how}, {_count(place)} photos")
     if not imported.rows:
-        raise DataError(f"{folder}: neither it nor a folder inside holds a photo; give the folder of the photos")
+        raise DataError(f"{named(folder)}: neither it nor a folder inside holds a photo; give the folder of the photos")
     return imported
 
 
@@ -110,13 +110,13 @@ def _parts(folder: Path | None) -> list[tuple[int, str, Path]]:
 def _with_photos(folder: Path) -> list[Path]:
     """The folder itself if it holds photos, else the folders inside, at any depth, that do."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: is no folder; give the folder of the photos")
+        raise DataError(f"{named(folder)}: is no folder; give the folder of the photos")
     try:
         find_photos(str(folder.resolve()), folder)
         return [folder]
     except CellError as bad:
         if "holds no photo" not in str(bad.args[0]):
-            raise DataError(f"{folder}: {bad.args[0]}; {bad.args[2]}") from bad
+            raise DataError(f"{named(folder)}: {bad.args[0]}; {bad.args[2]}") from bad
     inside = sorted((place for place in folder.iterdir() if place.is_dir() and not place.is_symlink()
                      and not place.name.startswith(".")), key=lambda place: natural_key(place.name))  # fmt: skip
     return [found for place in inside for found in _with_photos(place)]
@@ -126,16 +126,16 @@ def _count(place: Path) -> int:
     try:
         return len(find_photos(str(place.resolve()), place).photos)
     except CellError as bad:
-        raise DataError(f"{place}: {bad.args[0]}; {bad.args[2]}") from bad
+        raise DataError(f"{named(place)}: {bad.args[0]}; {bad.args[2]}") from bad
 
 
 def _noun(noun: str | None, place: Path, why: str) -> str:
     if noun is None:
-        raise DataError(f"{place}: {why}; give --class, such as --class dog")
+        raise DataError(f"{named(place)}: {why}; give --class, such as --class dog")
     try:
         return check_class(noun, place)
     except CellError as bad:
-        raise DataError(f"{place}: class {shown(noun)}: {bad.args[0]}; {bad.args[2]}") from bad
+        raise DataError(f"{named(place)}: class {shown(noun)}: {bad.args[0]}; {bad.args[2]}") from bad
 
 
 def _free_id(text: str, rows: list[dict[str, Any]]) -> str:

@@ -25,6 +25,8 @@ LARGE = 10_000
 """Tokens above which a vocabulary is that of a model at large; the embedded base's has 2919."""
 T5_RANGE = range(5000, 10_001)
 """Token ids that the paper samples for T5-XXL."""
+T5_SIZE = 40_000
+"""Tokens that a vocabulary of T5's kind has at most; T5's own has 32,100."""
 
 WORDS = frozenset(Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split())
 """Short English words, names and abbreviations, lower case."""
@@ -70,8 +72,9 @@ class _Lexicon:
     def _rare(self) -> range:
         size = max(self.names) + 1
         sentencepiece = any(token.startswith("▁") for token in self.names.values())
-        # The paper gives no range for CLIP: the rarer half, because early merges are letters and everyday words.
-        rare = T5_RANGE if sentencepiece and size > T5_RANGE.stop else range(size // 2, size)
+        # The paper gives no range for CLIP: the rarer half, because early merges are letters and everyday words. The
+        # same for Qwen's; and for Gemma's 256,000 pieces, which have common words where T5's 32,100 have rare ones.
+        rare = T5_RANGE if sentencepiece and T5_RANGE.stop < size <= T5_SIZE else range(size // 2, size)
         # A vocabulary of a few hundred tokens may have nothing short there.
         return rare if any(self.is_short(rank) for rank in rare) else range(size)
 

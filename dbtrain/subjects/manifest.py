@@ -7,19 +7,22 @@ matter, and columns of other names are one's own. One reading finds all defects;
 """
 
 import difflib
+import hashlib
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dbtrain.errors import DataError, shown
+from dbtrain.storage.atomic import file_digest
 from dbtrain.subjects.captions import listed_captions, with_subject
 from dbtrain.subjects.columns import COLUMNS, check_class
 from dbtrain.subjects.finding import CellError, Finding, defects, refuse
 from dbtrain.subjects.photos import Found, find_photos
 from dbtrain.subjects.prompts import names_subject
-from dbtrain.subjects.rows import ManifestRow, read_rows
+from dbtrain.subjects.rows import READERS, ManifestRow, read_rows
 from dbtrain.values import Subject
 
 NAMED = 12
@@ -38,10 +41,13 @@ def read_manifest(path: Path, photos: bool = True) -> list[Subject]:
 def scan_manifest(path: Path, photos: bool = True) -> tuple[list[Subject], list[Finding]]:
     """(subjects of rows without a defect, all defects) of a manifest. It is read here and nowhere else in a command.
 
-    photos: False leaves the column `images` out, for subjects whose photos are in shards already.
-    Raises DataError only if the file as a whole cannot be read.
+    path: a file, or a folder of such files, which count as one manifest in the order of their names. photos: False
+    leaves the column `images` out, for subjects whose photos are in shards already.
+    Raises DataError only if a file as a whole cannot be read.
     """
     path = Path(path)
+    if path.is_dir():
+        return join_scans((file, scan_file(file, photos)) for file in manifest_files(path))
     rows, findings = _with_our_columns(read_rows(path), path, photos)
     if defects(findings):
         return [], findings
@@ -55,6 +61,48 @@ def scan_manifest(path: Path, photos: bool = True) -> tuple[list[Subject], list[
         if not wrong:
             findings += [Finding(name, place, what, remedy, note=True) for what, remedy in said]
             subjects.append(Subject(**{COLUMNS[name].field: value for name, value in cells.items()}))
+    return subjects, findings
+
+
+def manifest_files(folder: Path) -> list[Path]:
+    """The manifests in a folder, by name; hidden files are none."""
+    shown_files = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return [path for path in shown_files if path.suffix.lower() in READERS]
+
+
+def manifest_digest(path: Path) -> str:
+    """SHA-256 (hex) of a manifest's content, of a folder's files with their names."""
+    if not path.is_dir():
+        return file_digest(path)
+    digests = [[file.name, file_digest(file)] for file in manifest_files(path)]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def scan_file(file: Path, photos: bool = True) -> tuple[list[Subject], list[Finding]]:
+    """What `scan_manifest` says of one of several files. One that cannot be read is a finding, and the others count."""
+    try:
+        return scan_manifest(file, photos)
+    except DataError as error:
+        return [], [Finding("", str(file), str(error).removeprefix(f"{file}: "), "mend it, or take it out")]
+
+
+def join_scans(
+    scans: Iterable[tuple[Path, tuple[list[Subject], list[Finding]]]], taken: dict[str, str] | None = None
+) -> tuple[list[Subject], list[Finding]]:
+    """What several files say together. The first that has an id keeps it.
+
+    taken: the file of each id that is known, in small letters; those of these files are added.
+    """
+    subjects: list[Subject] = []
+    findings: list[Finding] = []
+    taken = {} if taken is None else taken
+    for file, (rows, found) in scans:
+        findings += found
+        for row in rows:
+            if (first := taken.setdefault(row.id.casefold(), str(file))) != str(file):
+                findings.append(Finding(row.id, str(file), f"its id is in {first} too", "give it another id"))
+            else:
+                subjects.append(row)
     return subjects, findings
 
 

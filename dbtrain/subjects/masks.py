@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dbtrain.data.images import may_be_transparent, open_with_alpha, read_photo, square
+from dbtrain.data.buckets import shape_of
+from dbtrain.data.images import fit, may_be_transparent, open_with_alpha, read_photo, square
 from dbtrain.data.masks import EMPTY, MARKED, fitted, open_mask
 from dbtrain.errors import DataError, shown
 from dbtrain.settings.config import DataConfig
@@ -78,7 +79,11 @@ def _refuse_unmasked(photo: Path, data: DataConfig) -> None:
 
 def _refuse_empty(mask: Image.Image, data: DataConfig) -> None:
     """Raise DataError if nothing is marked in the part of the photo that is trained."""
-    trained = square(mask, min(mask.size)) if data.crop == "center" else np.asarray(mask)
+    trained = np.asarray(mask)
+    if data.crop == "center":
+        side = min(mask.size)
+        # Families differ in their buckets by a few pixels, which is nothing here.
+        trained = fit(mask, shape_of(mask.size, data)) if data.buckets else square(mask, side)
     if trained.max() < MARKED:
         raise DataError(EMPTY)
 

@@ -81,7 +81,9 @@ def find_photos(cell: Any, folder: Path, masks: bool = False) -> Found:
         raise CellError(f"names {twice[0]} twice", "each photo once", "take one of the two out")
     found.photos.sort(key=lambda photo: natural_key(str(photo)))
     names = {parent: os.listdir(parent) for parent in {photo.parent for photo in found.photos}}
-    found.captions = captions_beside(found.photos, names)
+    found.captions, absent = captions_beside(found.photos, names)
+    for table, files in absent.items():
+        found.unused[f"{table} has captions for them, and they are not beside it"] = files
     return found
 
 

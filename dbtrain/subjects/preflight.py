@@ -6,6 +6,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dbtrain.data.appearance import BLURRED, alike, sharpness, tiny_picture
+from dbtrain.data.buckets import covering, shape_of
 from dbtrain.data.color import UNREAD
 from dbtrain.data.images import read_photo
 from dbtrain.data.prefetch import ahead
@@ -135,12 +139,16 @@ def _photos(subjects: Sequence[Subject], data: DataConfig) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class Look:
-    """What preflight sees in a photo. problem: why it or its mask cannot be used, or None. short_side: in pixels, 0
-    with a problem. unread: whether its colour profile could not be used."""
+    """What preflight sees in a photo. problem: why it or its mask cannot be used, or None; nothing else holds then.
+    short_side: in pixels. enlarged: how many times its sides grow in training. unread: whether its colour profile could
+    not be used. sharpness, tiny: see `appearance.py`."""
 
     problem: str | None = None
     short_side: int = 0
+    enlarged: float = 0.0
     unread: bool = False
+    sharpness: float | None = None
+    tiny: np.ndarray | None = None
 
 
 def _look(subject: Subject, path: Path, data: DataConfig) -> Look:
@@ -148,19 +156,34 @@ def _look(subject: Subject, path: Path, data: DataConfig) -> Look:
         image, _ = open_with_mask(subject, path, read_photo(path), data)
     except DataError as error:
         return Look(problem=str(error))
-    return Look(short_side=min(image.size), unread=UNREAD in image.info)
+    enlarged = min(covering(image.size, shape_of(image.size, data))) / min(image.size)
+    sharp = sharpness(image, data.resolution)
+    return Look(None, min(image.size), enlarged, UNREAD in image.info, sharp, tiny_picture(image))
 
 
 def _remarks(name: str, seen: Sequence[tuple[Path, Look]], resolution: int) -> Iterator[Finding]:
-    """Notes on the sound photos of a subject: one for each thing to say."""
-    small = [(path, look.short_side) for path, look in seen if 0 < look.short_side < SMALL * resolution]
+    """Notes on the sound photos of a subject: one for each thing to say, about the photo that shows it most."""
+    sound = [(path, look) for path, look in seen if look.problem is None]
+
+    def note(places: Sequence[Path], what: str, others: str, remedy: str) -> Finding:
+        more = f" ({others.format(len(places) - 1)})" if len(places) > 1 else ""
+        return Finding(name, named(places[0]), what + more, remedy, note=True)
+
+    small = sorted((look.short_side, path) for path, look in sound if look.enlarged * SMALL > 1)
     if small:
-        path, side = min(small, key=itemgetter(1))
-        what = f"short side of {side} px" + (f" (and {len(small) - 1} more are too small)" if len(small) > 1 else "")
         remedy = f"enlarged to data.resolution={resolution}, it is blurred; use larger photos, or a lower resolution"
-        yield Finding(name, named(path), what, remedy, note=True)
-    unread = [path for path, look in seen if look.unread]
+        places = [path for _, path in small]
+        yield note(places, f"short side of {small[0][0]} px", "and {} more are too small", remedy)
+    unread = [path for path, look in sound if look.unread]
     if unread:
-        others = f" (nor that of {len(unread) - 1} more)" if len(unread) > 1 else ""
-        what = f"its colour profile cannot be used{others}"
-        yield Finding(name, named(unread[0]), what, "its values are taken as sRGB", note=True)
+        what = "its colour profile cannot be used"
+        yield note(unread, what, "nor that of {} more", "its values are taken as sRGB")
+    blurred = sorted((sharp, path) for path, look in sound if (sharp := look.sharpness) is not None and sharp < BLURRED)
+    if blurred:
+        what, remedy = "looks blurred", "what is trained on it is blurred too; use a sharp one, unless this is meant"
+        yield note([path for _, path in blurred], what, "and {} more", remedy)
+    twins = sorted(alike([look.tiny for _, look in sound if look.tiny is not None]), key=itemgetter(2), reverse=True)
+    if twins:
+        one, two = (sound[number][0] for number in twins[0][:2])
+        what, remedy = f"looks the same as {named(two)}", "together they have the weight of two; keep one of them"
+        yield note([one] * len(twins), what, "and {} more pairs do", remedy)

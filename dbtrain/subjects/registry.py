@@ -7,7 +7,7 @@ means the same subject in all of them.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,18 @@ def recorded_identifiers(
             header = {"format": FORMAT, "version": 1, "vocabulary": vocabulary}
             write_file(registry, seal([header, *map(list, known.items())]))
     return {subject.id: known[subject.id] for subject in subjects}
+
+
+def forget_identifiers(registry: Path, subjects: Collection[str]) -> int:
+    """How many subjects' lines were taken out of a registry. Their identifiers may be given out again."""
+    if not registry.exists():
+        return 0
+    with held(registry.with_name(f".{registry.name}.lock"), wait=True):
+        header, *lines = unseal(registry.read_bytes())
+        left = [line for line in lines if line[0] not in subjects]
+        if len(left) < len(lines):
+            write_file(registry, seal([header, *left]))
+    return len(lines) - len(left)
 
 
 def read_registry(registry: Path, vocabulary: str) -> dict[str, str]:

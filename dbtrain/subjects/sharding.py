@@ -14,6 +14,7 @@ from dbtrain.data.shards import MARK, grow_shards, tidy, write_shards
 from dbtrain.data.stream import SKIPPED, verify
 from dbtrain.errors import DataError
 from dbtrain.settings.config import DataConfig, RunConfig
+from dbtrain.settings.stages import largest_side
 from dbtrain.storage.atomic import write_file
 from dbtrain.subjects.finding import Finding, defects, notes, refuse
 from dbtrain.subjects.growing import MASK, growth, summary
@@ -53,7 +54,7 @@ def shard_subjects(
     tokenizer: Any = None,
     registry: Path | None = None,
 ) -> Index:
-    """The index of the shards that hold the subjects' photos at `data.resolution`.
+    """The index of the shards that hold the subjects' photos at `data.resolution`, that of the largest stage.
 
     `subjects` and `findings` are what `scan_manifest` read. A second call with the same input changes nothing, or
     remakes what is damaged, and says so. With more subjects or photos it adds these. Photos that are in the shards
@@ -64,6 +65,7 @@ def shard_subjects(
     DataError too where `out` was made from other input: other captions or classes, photos that are gone.
     """
     out = Path(out)
+    config = config.replaced("data.resolution", largest_side(config))
     ready = config.data.shards is not None
     made = Index.load(out) if not ready and (out / INDEX_NAME).exists() and not (out / MARK).exists() else None
     photos = not ready and (made is None or skip_bad)

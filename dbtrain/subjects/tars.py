@@ -14,9 +14,12 @@ from typing import Any
 
 from dbtrain.data.formats import START, SUFFIXES, picture_kind, readable
 from dbtrain.data.images import MAX_BYTES, encode, open_photo, shorten
-from dbtrain.data.index import make_key
+from dbtrain.data.index import FORMAT, INDEX_NAME, VERSION, Index, make_key
+from dbtrain.data.shards import MARK, write_shards
+from dbtrain.data.stream import verify
 from dbtrain.errors import DataError, shown
 from dbtrain.settings.config import DataConfig
+from dbtrain.storage.atomic import file_digest
 from dbtrain.subjects.captions import MAX_BYTES as MAX_TEXT
 from dbtrain.subjects.captions import SIDECARS, TEXT_COLUMNS, check_caption
 from dbtrain.subjects.finding import CellError
@@ -29,6 +32,24 @@ NAMED = 12
 """Most members that a note names one by one."""
 Member = tuple[str, bytes]
 """The name of a member without folders, and its content."""
+
+
+def index_tars(
+    paths: Sequence[Path], subject: str, class_noun: str, data: DataConfig, out: Path, say: Callable[[str], object]
+) -> Index:
+    """The index of shards made of tars; see `tar_samples`. The same tars again change nothing."""
+    try:
+        digests = [file_digest(path) for path in paths]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); give an uncompressed tar") from error
+    about = ["tars", FORMAT, VERSION, data.resolution, data.srgb, subject, class_noun, *digests]
+    source = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    if (out / INDEX_NAME).exists() and not (out / MARK).exists():
+        made = Index.load(out)
+        if made.source == source and not verify(out):
+            say(f"{out}: is up to date; nothing to do")
+            return made
+    return write_shards(tar_samples(paths, subject, class_noun, data, say), out, source=source)
 
 
 def tar_samples(

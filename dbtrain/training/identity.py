@@ -44,6 +44,8 @@ def training_identity(
     if config.prior.weight > 0 and config.prior.sampler == IMPORTED:
         key = prior_key(config, base.models, subject.class_noun)
         about["priors"] = images_digest(work.priors, key, config.prior.images)
+    if base.upscalers:
+        about["upscalers"] = [base_digest(stage.models) for stage in base.upscalers]
     if config.lora.init:
         about["init"] = initial_digest(config)
     about[PHOTOS] = [hashlib.sha256(sample.image).hexdigest() for sample in instances]

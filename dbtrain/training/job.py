@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from dbtrain import __version__
 from dbtrain.data.masks import used_samples
@@ -22,16 +24,18 @@ from dbtrain.engines.world import together
 from dbtrain.engines.zero import ZeroEngine
 from dbtrain.errors import DbtrainError, EngineError, StopRequested
 from dbtrain.models.load import base_digest
-from dbtrain.models.sampling import draw_samples, make_pipeline, sampling_mode
+from dbtrain.models.sampling import Chain, draw_samples, make_enlarger, make_pipeline, sampling_mode
 from dbtrain.randomness import stream_key
 from dbtrain.results.card import publish_card
 from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
+from dbtrain.results.finished import chained
 from dbtrain.results.identity import Identity
-from dbtrain.results.record import LAST_SHEET, write_record
+from dbtrain.results.record import LAST_SHEET, finished_record, write_record
 from dbtrain.results.replacing import NEXT, take_place
 from dbtrain.results.sheets import publish_sheet
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.recipes import render
+from dbtrain.settings.stages import stage_names
 from dbtrain.subjects.prompts import fill
 from dbtrain.training.bank import Bank, ClassImages, captions_of, complete_priors, fill_bank
 from dbtrain.training.cadence import due
@@ -46,6 +50,8 @@ from dbtrain.values import Batch, Role, Sample, StepLoss, Subject
 
 Finished = Callable[[Subject, dict[str, Any] | DbtrainError], None]
 """Called with a subject that has ended, and its record or the error that ended it."""
+OF_STAGE = ("family", "base", "base_digest", "method", "steps", "loss", "run", "level")
+"""What the record of the first stage says of each that enlarges."""
 REMEDY = "Lower train.lr, set train.clip_norm, or train in fp32"
 
 
@@ -116,7 +122,9 @@ class Job:
     def run_to_end(self) -> dict[str, Any]:
         """The subject's record, after it was built, resumed, trained and published."""
         config, base = self.config, self.base
-        plan = plan_batches(config.train.batch, config.train.micro_batch, base.world.size)
+        # A forward pass has one shape, so photos of several go through it one at a time.
+        micro = config.train.micro_batch if len(self.bank.kinds) == 1 else 1
+        plan = plan_batches(config.train.batch, micro, base.world.size)
         choice = choose_capture(config.engine, torch.device(base.world.device).type)
         runner = make_runner(choice, base.models.denoiser, base.family.regions)
         with self.watch.clock.stage("build"):
@@ -167,6 +175,7 @@ class Job:
                     values = {**meter.read(), "memory_gib": peak_memory_gib(world.device)}
                     meter.reset()
                     progress.report(done, values)
+                    watch.logged(self.subject.id, done, steps, values)
                     for sink in sinks:
                         sink.log(done, values)
                 self.after_step(engine, done, measured["stop"] > 0)
@@ -205,19 +214,26 @@ class Job:
     def sample(self, name: str) -> Path | None:
         """The sheet of the validation prompts, drawn with the weights as they are; None on other ranks than the first,
         and where there is nothing to draw."""
-        base, settings = self.base, self.config.sample
+        base, prompts = self.base, self.prompts
         drawing = base.world.first or not keeps_whole(self.config.engine)
-        if not (settings.images and settings.prompts and drawing):
+        if not (prompts and drawing):
             return None
-        identifier = self.work.identifiers[self.subject.id]
-        prompts = [
-            fill(prompt, identifier=identifier, class_noun=self.subject.class_noun) for prompt in settings.prompts
-        ]
         resolution, precision = self.config.data.resolution, self.config.train.precision
-        with sampling_mode(base.models):
-            rows = draw_samples(make_pipeline(base.family, base.models), prompts, settings, resolution, precision)
-        folder = self.results if name == LAST_SHEET else self.folder
-        return publish_sheet(folder, rows, prompts, name) if base.world.first else None
+        chosen = (prompts, self.config.sample, resolution, precision)
+        with sampling_mode(base.models), sampling_pipeline([self]) as pipeline:
+            rows = draw_samples(pipeline, *chosen)
+        return self.publish_samples(rows, name) if base.world.first else None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The validation prompts in the subject's words; none where there is nothing to draw."""
+        names = {"identifier": self.work.identifiers[self.subject.id], "class_noun": self.subject.class_noun}
+        settings = self.config.sample
+        return [fill(prompt, **names) for prompt in settings.prompts] if settings.images else []
+
+    def publish_samples(self, rows: Sequence[Sequence[Image.Image]], name: str) -> Path:
+        """The path of the sheet of pictures drawn for `prompts`, a row each."""
+        return publish_sheet(self.results if name == LAST_SHEET else self.folder, rows, self.prompts, name)
 
     def publish(self, state: EngineState, values: dict[str, float], capture: Capture) -> dict[str, Any]:
         """The record, after the artefacts were written and the base was made what it was before the subject."""
@@ -240,8 +256,14 @@ class Job:
         """Write the subject's artefacts, then its card, then the record that says it is finished."""
         self.results.mkdir(exist_ok=True)
         artefacts = publish_weights(self.results, self.base.family, self.base.models, self.config, record, state)
-        publish_card(self.results, record, self.config, render(self.config))
-        write_record(self.results, record, [*artefacts, *([sheet] if sheet else [])])
+        stages = {name: finished_record(self.folder / name) for name in stage_names(self.config)}
+        if stages:
+            record["stages"] = [{"folder": name, **{key: of[key] for key in OF_STAGE}} for name, of in stages.items()]
+        # Where results are sent is nobody's business who gets one.
+        publish = self.config.publish.model_copy(update={"to": None})
+        publish_card(self.results, record, self.config, render(self.config.model_copy(update={"publish": publish})))
+        beside = {f"{name}/{file}": digest for name, of in stages.items() for file, digest in of["files"].items()}
+        write_record(self.results, record, [*artefacts, *([sheet] if sheet else [])], self.folder, beside)
         take_place(self.folder)
 
     def record(self, values: dict[str, float], capture: Capture) -> dict[str, Any]:
@@ -273,6 +295,7 @@ class Job:
             "capture": capture._asdict(),
             "attention": base.models.attention.row() if base.models.attention else None,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **({"level": config.super.level} if base.family.guide else {}),
         }
 
 
@@ -316,3 +339,21 @@ def role_sums(loss: StepLoss, batch: Batch, count: int) -> torch.Tensor:
     errors = loss.per_sample_B.detach().double() / count
     prior_B = batch.role_B == int(Role.PRIOR)
     return torch.stack([loss.loss.detach().double(), errors[~prior_B].sum(), errors[prior_B].sum()]).cpu()
+
+
+@contextmanager
+def sampling_pipeline(jobs: Sequence[Job], rows: Sequence[int] | None = None) -> Iterator[Any]:
+    """What draws the validation prompts of some jobs on one base, a job after another, with each subject's stages that
+    enlarge after it. A base that enlarges is given each subject's own photos, reduced and taken in turn.
+
+    rows: of the jobs in the stack of adapters, where there are several."""
+    base, config = jobs[0].base, jobs[0].config
+    if base.family.guide is None:
+        first: Any = make_pipeline(base.family, base.models)
+    else:
+        photos: list[Image.Image] = []
+        for job in jobs:
+            photos += islice(cycle(job.bank.small_photos()), len(job.prompts) * config.sample.images)
+        first = Chain(photos, (make_enlarger(base.family, base.models, config),))
+    with chained(first, [job.folder for job in jobs], base.models, base.settings, rows) as pipeline:
+        yield pipeline

@@ -8,21 +8,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dbtrain.data.buckets import Shape
 from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
 from dbtrain.engines.deterministic import choose_algorithms
 from dbtrain.engines.engine import keeps_whole, plan_batches
+from dbtrain.engines.loss_scale import DTYPES, resolved_precision
 from dbtrain.engines.world import World, from_first, start_world, together
+from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
 from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
 from dbtrain.models.family import Family, Models, refuse_impossible
 from dbtrain.models.load import load_models
+from dbtrain.models.quantize import quantize
+from dbtrain.models.texts import Group, set_aside
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import PriorKey, prior_key
 from dbtrain.settings.config import RunConfig
+from dbtrain.settings.stages import upscalers
 from dbtrain.subjects.finding import Finding
 from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
 from dbtrain.subjects.sharding import shard_subjects
@@ -36,10 +42,11 @@ CLASSES = 8
 
 @dataclass(frozen=True)
 class ClassPriors:
-    """A class's prior images, and their VAE moments [n, variants, 2C, h, w]. moments: None where none are cached."""
+    """A class's prior images. moments: their VAE moments [n, variants, 2C, h, w] by (height, width) in pixels; empty
+    where none are cached."""
 
     samples: list[Sample]
-    moments: Tensor | None = None
+    moments: Mapping[Shape, Tensor] = field(default_factory=dict)
 
 
 class PriorCache:
@@ -66,17 +73,53 @@ class Base:
     models: Models
     settings: RunConfig
     class_priors: PriorCache
+    upscalers: tuple[Base, ...] = ()
+    """The bases of the stages that enlarge."""
 
     @classmethod
-    def load(cls, settings: RunConfig, world: World) -> Base:
-        """The base model of some settings, on this rank's device."""
+    def load(cls, settings: RunConfig, world: World, late: bool = False) -> Base:
+        """The base model of some settings, and those of its further stages, on this rank's device. late: denoiser and
+        autoencoder come with `ready`, and text encoders are loaded only while they encode, unless they train or
+        captions are encoded at every step."""
         classes = CLASSES if settings.engine.kind == "packed" else 1
+        settings = resolved_precision(settings, torch.device(world.device).type)
         family = FAMILIES[settings.model.family]
-        return cls(world, family, _load_models(settings, world), settings, PriorCache(classes))
+        refuse_impossible(family, settings)
+        refuse_stages(settings)
+        stages = tuple(cls.load(stage, world, late) for stage in upscalers(settings))
+        apart = late and family.frees_text and settings.data.cache_text and not settings.train.text_encoder
+        models = _load_models(settings, world, apart)
+        models.upscalers = tuple(stage.models for stage in stages)
+        return cls(world, family, models, settings, PriorCache(classes), stages)
+
+    def with_pack(self, size: int) -> Base:
+        """The same bases, for packs of another size."""
+        settings = self.settings.replaced("engine.packed.size", size)
+        return replace(self, settings=settings, upscalers=tuple(stage.with_pack(size) for stage in self.upscalers))
+
+    def ready(self, groups: Iterable[Group] = ()) -> None:
+        """Encode groups of texts, and then load denoiser and autoencoder, if these are still to come. No adapters may
+        be on the denoiser, and no step of it be recorded: it leaves the device while texts are encoded."""
+        models, device, wanted = self.models, self.world.device, [*groups]
+        if models.texts is not None and wanted:
+            models.texts.forget(wanted)
+            if not models.texts.kept.keys() >= {*wanted}:
+                with set_aside(models.denoiser, device):
+                    models.texts.keep(wanted, device)
+        if models.pending is not None:
+            parts = models.pending()
+            models.denoiser, models.vae, models.pending = parts[self.family.denoiser], parts.get("vae"), None
+            _place(models, self.settings, self.world)
 
     def reload(self) -> None:
-        """Reload the models, replacing the trained ones."""
-        vars(self.models).update(vars(_load_models(self.settings, self.world)))
+        """Reload the models, replacing the trained ones; those of further stages stay."""
+        texts = self.models.texts
+        fresh = _load_models(self.settings, self.world, texts is not None)
+        fresh.upscalers = self.models.upscalers
+        vars(self.models).update(vars(fresh))
+        if texts is not None:
+            self.models.texts = texts
+            self.ready()
 
     def restore(self) -> None:
         """Make the models what they were before a subject trained on them."""
@@ -88,23 +131,54 @@ class Base:
             release(module)
 
 
-def _load_models(settings: RunConfig, world: World) -> Models:
-    """The models on a rank's device; where only adapters train, the denoiser in the compute precision."""
-    device = torch.device(world.device)
+def refuse_stages(settings: RunConfig) -> None:
+    """Raise ConfigError for a stage that cannot follow another, or cannot be what its settings say."""
+    for stage in upscalers(settings):
+        refuse_impossible(FAMILIES[stage.model.family], stage)
+        if FAMILIES[stage.model.family].guide is None:
+            raise ConfigError(
+                f"stages: {stage.model.family} draws from text alone and enlarges nothing; give one of "
+                + ", ".join(name for name in FAMILIES if FAMILIES[name].guide)
+            )
+
+
+def _load_models(settings: RunConfig, world: World, apart: bool) -> Models:
+    """The models on a rank's device; apart: as in `load_models`."""
     family = FAMILIES[settings.model.family]
     choose_algorithms(settings.engine)
-    choose_capture(settings.engine, device.type)  # refuses before anything is loaded
+    choose_capture(settings.engine, torch.device(world.device).type)  # refuses before anything is loaded
     refuse_impossible(family, settings)
-    models = load_models(family, settings.model).to(device)
+    models = load_models(family, settings.model, apart)
+    if settings.model.quantize != "none":
+        models.digests = {**models.digests, "quantize": settings.model.quantize}  # it draws other class images
+    if models.pending is None:
+        _place(models, settings, world)
+    return models
+
+
+def _place(models: Models, settings: RunConfig, world: World) -> None:
+    """Move models to a rank's device and choose their attention; where only adapters train, the denoiser gets the
+    compute precision."""
+    device, family = torch.device(world.device), FAMILIES[settings.model.family]
+    models.to(device)
     if device.type == "cuda" and settings.train.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # else convolutions round what they multiply to 10 bits
     if settings.engine.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
     attention, precision = settings.model.attention, settings.train.precision
     models.attention = family.attend(models.denoiser, attention, device.type, precision)
-    if settings.train.method == "lora" and precision == "bf16":
-        models.denoiser.to(torch.bfloat16)
-    return models
+    if settings.train.method == "lora" and precision != "fp32":
+        cast(models.denoiser, DTYPES[precision])
+    quantize(models.denoiser, family, settings.model.quantize)
+
+
+def cast(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a denoiser's weights, but for those that diffusers keeps in fp32, such as the norms of Krea 2."""
+    kept = {*(getattr(denoiser, "_keep_in_fp32_modules", None) or ())}
+    before = {name: param.data for name, param in denoiser.named_parameters() if kept & {*name.split(".")}}
+    denoiser.to(dtype)
+    for name, value in before.items():
+        denoiser.get_parameter(name).data = value
 
 
 @dataclass(frozen=True)
@@ -112,7 +186,8 @@ class Work:
     """The subjects to train, what is known of them, and where their files are.
 
     index: the samples of these subjects, and perhaps of others. shards: a folder, or the address of a store.
-    priors: the folder of the class images, the run's own or one that runs share.
+    priors: the folder of the class images, the run's own or one that runs share. stage: the folder of a further stage
+    under a subject's; empty for the first.
     """
 
     subjects: Sequence[Subject]
@@ -121,6 +196,7 @@ class Work:
     out: Path
     shards: Path | str
     priors: Path
+    stage: str = ""
 
     @classmethod
     def under(
@@ -136,7 +212,7 @@ class Work:
 
     def folder(self, subject: Subject) -> Path:
         """The folder of a subject's results."""
-        return self.out / "subjects" / subject.id
+        return self.out / "subjects" / subject.id / self.stage
 
 
 def prior_folder(settings: RunConfig, out: Path) -> Path:
@@ -154,11 +230,13 @@ class Watch:
 
     quiet: print nothing. beat: called with the name of every stage and at every step, to show that this process is
     alive. opened: called by the first rank when a subject's settings and data are sound and there is work to do for it.
+    logged: called with a subject's id, the steps made, all its steps and the values of every log line.
     """
 
     quiet: bool = False
     beat: Callable[[str], None] = lambda stage: None
     opened: Callable[[], object] = lambda: None
+    logged: Callable[[str, int, int, Mapping[str, float]], object] = lambda subject, step, steps, values: None
     stop: Stop = field(default_factory=Stop)
     clock: Clock = field(default_factory=Clock)
 
@@ -173,11 +251,12 @@ class Watch:
 
 
 def join_run(settings: RunConfig, watch: Watch) -> Base:
-    """The base for training. From its return on, signals to stop are kept in `watch.stop`."""
+    """The base for training, whose denoiser `Base.ready` loads. From its return on, signals to stop are kept in
+    `watch.stop`."""
     world = start_world()
     plan_batches(settings.train.batch, settings.train.micro_batch, world.size)  # refuses before anything is loaded
     with watch.clock.stage("load"):
-        base = Base.load(settings, world)
+        base = Base.load(settings, world, late=True)
     watch.stop.listen()
     return base
 
@@ -197,7 +276,7 @@ def open_work(
     Until this returns, a signal to stop ends the process at once.
     """
     world, settings = base.world, base.settings
-    tokenizer = next(iter(base.models.tokenizers.values()))
+    tokenizer = base.models.identifying
     registry = Path(settings.identifier.registry or out / REGISTRY)
 
     def shard() -> set[str]:
@@ -217,11 +296,18 @@ def open_work(
     return Work.under(out, settings, wanted, identifiers, index)
 
 
+def drawn_texts(base: Base, prompts: Iterable[str], guidance: float) -> list[Group]:
+    """The groups of texts that drawing prompts asks for."""
+    avoided = base.family.avoided(base.models, guidance)
+    return [(text,) for text in (*prompts, *([] if avoided is None else [avoided]))]
+
+
 def make_class_priors(classes: Iterable[str], settings: RunConfig, store: Path) -> dict[str, int]:
     """Number of images drawn for each class noun, so that the store holds `prior.images` of it."""
-    base = Base.load(settings, start_world())
+    base = Base.load(settings.replaced("stages", ()), start_world(), late=True)
     prior, drawn = settings.prior, {}
-    for noun in sorted(set(classes)):
-        key = prior_key(settings, base.models, noun)
+    keys = {noun: prior_key(settings, base.models, noun) for noun in sorted(set(classes))}
+    base.ready(drawn_texts(base, [key.prompt for key in keys.values()], prior.guidance))
+    for noun, key in keys.items():
         drawn[noun] = make_priors(store, key, prior.images, base.family, base.models, base.world, prior.batch)
     return drawn

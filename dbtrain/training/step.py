@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbtrain.models.family import Family, Models, Tokens, noise_shift
-from dbtrain.objective.timesteps import first_words
+from dbtrain.engines.loss_scale import DTYPES
+from dbtrain.models.family import Family, Models, Tokens, exactly, noise_shift
+from dbtrain.objective.timesteps import first_words, level_words
 from dbtrain.objective.weighting import weight_table
 from dbtrain.randomness import Purpose
 from dbtrain.settings.config import RunConfig
@@ -25,6 +28,8 @@ PURPOSES = (
     int(Purpose.STRATUM),
 )
 """Counter words of a sample's random numbers, in the order in which `noising` takes them."""
+GUIDE_PURPOSES = (PURPOSES[0], int(Purpose.AUGMENT), PURPOSES[2], int(Purpose.LEVEL), PURPOSES[4])
+"""The same for the guide of a denoiser that enlarges; of these, its noise and its level are used."""
 
 
 class TrainingStep(nn.Module):
@@ -57,43 +62,55 @@ class TrainingStep(nn.Module):
         device = self.weight_S.device
         self.key_N2 = key if isinstance(key, Tensor) else torch.tensor([key], device=device)
         self.first_S = first_words(config.objective, len(self.weight_S), device, noise_shift(family, models, config))
+        self.scale_N: Tensor | None = None
+        """Loss scales of a pack's rows in fp16; None elsewhere."""
+        self.levels = models.levels
+        if self.levels is not None:
+            lowest, highest = config.super.level, config.super.level_highest
+            ends = (lowest, lowest if highest is None else highest)
+            self.level_S = level_words(*ends, len(self.levels.alpha_S), device)
         # The VAE is fixed and never sharded, so it is kept out of the registered modules.
         object.__setattr__(self, "vae", models.vae)
 
     def forward(self, batch: Batch, step: int | Tensor) -> StepLoss:
         """The loss of a micro-batch at optimizer step `step`, as this rank's part of the global sum."""
         drawn = self.noised(batch, step)
+        batch = self.guided(batch, step, drawn.noisy)
         time_B = self.schedule.time_S[drawn.index_B]
         with self.attention.watched() if self.attention else nullcontext():
             prediction = self.prediction(batch, drawn.noisy, time_B)
         alpha_B, sigma_B = (table_S[drawn.index_B] for table_S in (self.schedule.alpha_S, self.schedule.sigma_S))
         weight_B = self.weights(batch, drawn.index_B).to(drawn.clean.dtype)
         parameterization = self.schedule.parameterization
-        levels = (alpha_B, sigma_B, weight_B, parameterization)
+        # A row's loss scale is in the sum that backward begins with, and in nothing that is measured.
+        scaled_B = weight_B if self.scale_N is None else weight_B * self.scale_N[batch.subject_B]
+        levels = (alpha_B, sigma_B, scaled_B, parameterization)
         result = loss(prediction, drawn.clean, drawn.noise, *levels, batch.mask_B1HW)
         return StepLoss(result.total, result.per_sample_B, weight_B)
 
     def prediction(self, batch: Batch, noisy: Tensor, time_B: Tensor) -> Tensor:
         """What the denoiser says of noisy latents, in the compute precision."""
-        if self.in_bf16:
-            told = self.conditioning(batch).to(torch.bfloat16)
-            return self.family.denoise(self.denoiser, noisy.bfloat16(), time_B, told, batch)
+        if (half := self.half) is not None:
+            told = self.conditioning(batch).to(half)
+            return self.family.denoise(self.denoiser, noisy.to(half), time_B, told, batch)
         with self.autocast(noisy.device.type):
             return self.family.denoise(self.denoiser, noisy, time_B, self.conditioning(batch), batch)
 
     @property
-    def in_bf16(self) -> bool:
-        """Whether every weight is bf16, as in a pack, whose adapters are copies of fp32 masters. Autocast would cast
-        around every norm and every adapter, in every call; here nothing needs a cast."""
-        return {param.dtype for param in self.parameters()} == {torch.bfloat16}
+    def half(self) -> torch.dtype | None:
+        """bf16 or fp16 where every weight is, as in a pack, whose adapters are copies of fp32 masters; else None.
+        Autocast would cast around every norm and every adapter, in every call; here nothing needs a cast."""
+        dtypes = {param.dtype for param in self.parameters()}
+        return next((half for half in (torch.bfloat16, torch.float16) if dtypes == {half}), None)
 
     def autocast(self, device_type: str) -> torch.autocast:
         """The compute precision of weights that are not all in it.
 
         Autocast's cache is off: a weight is used once per pass, and ZeRO-3 frees it after its layer.
         """
-        enabled = self.config.train.precision == "bf16"
-        return torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        dtype = DTYPES[self.config.train.precision]
+        half = dtype if dtype != torch.float32 else torch.bfloat16
+        return torch.autocast(device_type, half, enabled=dtype != torch.float32, cache_enabled=False)
 
     def noised(self, batch: Batch, step: int | Tensor) -> Noised:
         """Clean latents (drawn anew each step from moments), noise, x_t and t, all named by (key, step, slot)."""
@@ -101,16 +118,10 @@ class TrainingStep(nn.Module):
         if not self.family.codec.is_encoded(moments):
             with torch.no_grad():
                 moments = self.family.codec.encode(self.vae, moments)
-        if batch.subject_B is None:
-            key_B2, step_B = self.key_N2.expand(len(batch.slot_B), 2), torch.full_like(batch.slot_B, step)
-        else:
-            key_B2, step_B = self.key_N2[batch.subject_B], torch.as_tensor(step)[batch.subject_B]
         scale, shift = self.family.codec.scale(self.vae)
         return noising(
             moments,
-            key_B2,
-            batch.slot_B,
-            step_B,
+            *self.names(batch, step),
             self.schedule.alpha_S,
             self.schedule.sigma_S,
             PURPOSES,
@@ -120,6 +131,31 @@ class TrainingStep(nn.Module):
             first_S=self.first_S,
             strata=0 if self.first_S is not None else self.config.train.batch,
         )
+
+    def guided(self, batch: Batch, step: int | Tensor, noisy: Tensor) -> Batch:
+        """The batch with the guide of a denoiser that enlarges: a_l enlarged(low) + s_l eps', at a level l in
+        `super.level` ... `super.level_highest`. eps' and l are named by (key, step, slot)."""
+        if self.family.guide is None:
+            return batch
+        low, levels = batch.low_BCHW, self.levels
+        assert low is not None and levels is not None, "a bank without low-resolution pictures"
+        if self.family.guide.enlarged:
+            low = F.interpolate(low, noisy.shape[2:], mode="bilinear", align_corners=True)
+        drawn = noising(
+            exactly(low),
+            *self.names(batch, step),
+            levels.alpha_S,
+            levels.sigma_S,
+            GUIDE_PURPOSES,
+            first_S=self.level_S,
+        )
+        return replace(batch, guide_BCHW=drawn.noisy, level_B=drawn.index_B)
+
+    def names(self, batch: Batch, step: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What names the random numbers of each sample: (key [B, 2], slot [B], step [B])."""
+        if batch.subject_B is None:
+            return self.key_N2.expand(len(batch.slot_B), 2), batch.slot_B, torch.full_like(batch.slot_B, step)
+        return self.key_N2[batch.subject_B], batch.slot_B, torch.as_tensor(step)[batch.subject_B]
 
     def conditioning(self, batch: Batch) -> Conditioning:
         """Text conditioning of each sample, looked up or encoded with gradients."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dbtrain.engines.engine import EngineState, ParamGroup
+from dbtrain.engines.loss_scale import DTYPES
 from dbtrain.errors import DataError
-from dbtrain.models.adapters import attach, fresh_row, from_state, layers, renamed, reset_row
-from dbtrain.models.family import Family, Models
+from dbtrain.models.adapters import attach, fresh_row, from_state, layers, refuse_unstackable, renamed, reset_row
+from dbtrain.models.family import Family, Models, recompute
 from dbtrain.models.pipelines import assemble
 from dbtrain.results.older_programs import suit_older_programs
 from dbtrain.results.publish import MODEL_FOLDER, adapter_file, publish_lora, read_lora
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import file_digest, whole_folder
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def trained_components(family: Family, models: Models, config: RunConfig) -> dict[str, nn.Module]:
@@ -97,24 +97,32 @@ def make_stack(family: Family, models: Models, config: RunConfig, subjects: int)
     whole components are unfrozen."""
     train, groups = config.train, []
     for component, module in trained_components(family, models, config).items():
+        is_denoiser = component == family.denoiser
         if train.method == "lora":
-            is_denoiser = component == family.denoiser
             targets = config.lora.targets if is_denoiser else config.lora.text_targets
             attach(module, targets, subjects, config.lora.rank, lora_alpha(config))
+            if subjects > 1 and is_denoiser:
+                refuse_unstackable(module, family.unstackable)
         else:
             module.requires_grad_(True)
         module.train()
         if train.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
-            module.enable_gradient_checkpointing(RECOMPUTED)
+            (family.recompute if is_denoiser else recompute)(module, RECOMPUTED)
         params = {f"{component}.{name}": param for name, param in module.named_parameters() if param.requires_grad}
-        groups.append(ParamGroup(params, peak_lr(family, config, component)))
+        parts = [params] if config.lora.up_ratio == 1 else [_matrices(params, kind) for kind in ("down_NRD", "up_NDR")]
+        groups += [ParamGroup(part, rate) for part, rate in zip(parts, peak_rates(family, config, component))]
     return groups
 
 
-def peak_lr(family: Family, config: RunConfig, component: str) -> float:
-    """The peak learning rate of a component."""
-    train = config.train
-    return train.lr if component == family.denoiser else train.text_encoder_lr or train.lr
+def _matrices(params: dict[str, nn.Parameter], kind: str) -> dict[str, nn.Parameter]:
+    return {name: param for name, param in params.items() if name.endswith(kind)}
+
+
+def peak_rates(family: Family, config: RunConfig, component: str) -> list[float]:
+    """The peak learning rate of each of a component's groups: one, or with LoRA+ those of A and of B."""
+    train, ratio = config.train, config.lora.up_ratio
+    rate = train.lr if component == family.denoiser else train.text_encoder_lr or train.lr
+    return [rate] if ratio == 1 else [rate, ratio * rate]
 
 
 def fresh_adapter(family: Family, models: Models, config: RunConfig, subject: str) -> dict[str, Tensor]:
@@ -153,6 +161,8 @@ def publish_weights(
     folder: Path, family: Family, models: Models, config: RunConfig, record: dict[str, Any], state: EngineState
 ) -> list[Path]:
     """The weight files written for a finished subject: the adapter in a state, or the models as a diffusers folder."""
+    if models.texts is not None and config.train.method != "lora":
+        models = replace(models, text_encoders=models.texts.load(), texts=None)
     components = models.components(family.denoiser)
     if config.train.method == "lora":
         provenance = {

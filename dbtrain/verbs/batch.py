@@ -1,13 +1,15 @@
-"""The verbs of the fleet: `dbtrain batch run|status|retry|cancel|verify|export`."""
+"""The verbs of the fleet: `dbtrain batch run|status|retry|cancel|verify|forget|export`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 
-from dbtrain.errors import ConfigError, DataError, EngineError
+from dbtrain.errors import NAMED, ConfigError, DataError, DbtrainError, EngineError
 from dbtrain.verbs.options import (
     Clip,
     Distance,
@@ -16,15 +18,17 @@ from dbtrain.verbs.options import (
     Manifest,
     Overrides,
     Protocol,
+    PublishTo,
     Quiet,
     Recipe,
     SkipBad,
     Verb,
     group,
     keep_origin,
-    load_config,
+    load_settled,
     print_json,
     stop_at_once,
+    with_address,
 )
 
 Out = Annotated[Path, typer.Argument(help="Output folder of the run.")]
@@ -53,13 +57,19 @@ def run_verb(
     unit: Annotated[int, typer.Option(min=1, help="Most packs that are given to a worker at once.")] = 64,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done, and what it will cost.")] = False,
     measured: Annotated[Path | None, typer.Option(help="With --plan: a run whose measured times to use.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on for ever, and take what joins MANIFEST.")] = False,
+    publish_to: PublishTo = None,
     skip_bad: SkipBad = False,
     quiet: Quiet = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Train every subject of a manifest: plan, shards, priors, training, publishing. The same command again goes on."""
-    config = load_config(recipe, overrides)
+    """Train every subject of a manifest: plan, shards, priors, training, publishing. The same command again goes on.
+
+    MANIFEST may be a folder of manifests. With --watch, rows that join it later are taken as they come, until a signal.
+    """
+    overrides = with_address(overrides, publish_to)
+    config = load_settled(recipe, overrides)
     if gang > 1 and config.engine.kind == "packed":
         raise ConfigError("--gang: packed training runs on one GPU; use --gang 1, or engine.kind=zero")
     if gang > 1:
@@ -82,23 +92,28 @@ def run_verb(
     judging = {"protocol": protocol, "identity": identity, "clip": clip, "distance": distance} if evaluate else {}
     options = Options(workers, gang, cpus=cpus, hang_s=hang, grace_s=grace, tries=tries, losses=losses, unit=unit,
                       address=address, after=after, evaluation=judging, ledger=ledger, skip_bad=skip_bad,
-                      quiet=quiet)  # fmt: skip
+                      quiet=quiet, watch=watch)  # fmt: skip
     stop_at_once()
     opened = partial(keep_origin, out, "batch run", manifest, recipe, overrides, skip_bad)
-    run_batch(manifest, config, out, options, opened)
+    not_uploaded = run_batch(manifest, config, out, options, opened)
     summary = summarize_run(out)
     print_json(summary) if as_json else typer.echo(line(summary))
-    raise_failures(summary, after)
+    raise_failures(summary, after, not_uploaded)
 
 
-def raise_failures(summary: dict[str, Any], after: Sequence[str]) -> None:
-    """Raise EngineError if subjects are quarantined, else DataError if drawing or scoring failed for finished ones."""
+def raise_failures(
+    summary: dict[str, Any], after: Sequence[str], not_uploaded: Mapping[str, DbtrainError] = MappingProxyType({})
+) -> None:
+    """Raise EngineError if subjects are quarantined, else DataError if finished ones could not be drawn, scored or
+    uploaded."""
     quarantined = [f"{row['subject']}: {row['cause']}: {row['reason']}" for row in summary["quarantined"]]
     more = summary["subjects"]["quarantined"] - len(quarantined)
     quarantined += [f"and {more} more; see `dbtrain batch export`"] if more > 0 else []
     failed = {name: summary["after"][name]["failed"] for name in after if name in summary["after"]}
     lines = [f"--{name}: failed for {number} subjects; see `dbtrain batch export`, column after"
              for name, number in failed.items() if number]  # fmt: skip
+    lines += [f"{name}: {error}" for name, error in list(not_uploaded.items())[:NAMED]]
+    lines += [f"and {len(not_uploaded) - NAMED} more are not uploaded"] if len(not_uploaded) > NAMED else []
     if quarantined or lines:
         raise (EngineError if quarantined else DataError)("\n".join([*quarantined, *lines]))
 
@@ -155,6 +170,28 @@ def verify_verb(out: Out, as_json: Json = False) -> None:
         typer.echo(f"{finished} results are what they were when they were finished")
 
 
+def forget_verb(
+    out: Annotated[Path, typer.Option(help="Output folder of the run.")],
+    ids: Annotated[list[str] | None, typer.Argument(help="Subjects; none ends what was interrupted.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Remove a person from a run: photos, captions, adapter, images, checkpoints, logs, pages, row.
+
+    It cannot be undone. The other subjects keep every bit. Killed at any moment, it is run again and ends its work.
+    """
+    from dbtrain.fleet.forgetting import forget, told
+
+    done = forget(out, ids or ())
+    if done is None:
+        typer.echo("the driver at work, or the next one, will do it; `dbtrain batch status` shows `forgotten` then")
+        return
+    if (out / "report").is_dir():
+        from dbtrain.report.building import rebuild
+
+        rebuild(out)
+    print_json(asdict(done)) if as_json else typer.echo("\n".join(told(out, done)))
+
+
 def export_verb(
     out: Out,
     to: Annotated[Path, typer.Option(help="File to write: .parquet or .csv.")],
@@ -165,6 +202,7 @@ def export_verb(
     typer.echo(f"{to}: {write_rows(out, to)} rows")
 
 
+VERBS = {"forget": Verb(forget_verb, "dbtrain forget rex --out runs/rex")}
 APPS = {
     "batch": group("Train thousands of subjects over many workers, each finished exactly once.",
                    "dbtrain batch run photos.csv --config sdxl_lora --out runs/all", {
@@ -178,6 +216,7 @@ dbtrain batch run photos.csv --config sdxl_full_zero3 --gang 4 --address auto --
         "retry": Verb(retry_verb, "dbtrain batch retry runs/all dog7"),
         "cancel": Verb(cancel_verb, "dbtrain batch cancel runs/all"),
         "verify": Verb(verify_verb, "dbtrain batch verify runs/all"),
+        "forget": Verb(forget_verb, "dbtrain batch forget dog7 --out runs/all"),
         "export": Verb(export_verb, "dbtrain batch export runs/all --to runs/all.parquet"),
     })
 }  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from dbtrain.errors import ConfigError
-from dbtrain.verbs.options import Json, Overrides, Recipe, Verb, group, load_config, print_json
+from dbtrain.verbs.options import Json, Overrides, Recipe, Verb, group, load_settled, print_json
 
 
 def pack_verb(
@@ -24,7 +24,7 @@ def pack_verb(
     """Time the subject-packed trainer at several pack sizes against warm solo training, interleaved."""
     from dbtrain.bench import pack, to_stderr
 
-    config = load_config(recipe, overrides)
+    config = load_settled(recipe, overrides)
     counts = numbers(subjects, "--subjects") if subjects else []
     plan = pack.Plan(numbers(sizes, "--sizes"), steps, turns, processes, counts, random_weights)
     result = pack.measure(config, plan, to_stderr)
@@ -43,7 +43,9 @@ def ops_verb(as_json: Json = False) -> None:
 
 def step_verb(
     recipe: Recipe = "tiny",
-    capture: Annotated[str, typer.Option(help="Ways to run a step, with commas: off, compile, graph.")] = "off",
+    capture: Annotated[
+        str, typer.Option(help="Ways to run a step, with commas: off, compile, graph, compiled_graph.")
+    ] = "off",
     attention: Annotated[str, typer.Option(help="Attentions: auto, sdpa, flash, math, xformers.")] = "sdpa",
     sizes: Annotated[str, typer.Option(help="Pack sizes, with commas.")] = "1",
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of one turn.")] = 5,
@@ -56,7 +58,7 @@ def step_verb(
     from dbtrain.bench import step, to_stderr
     from dbtrain.settings.config import EngineConfig, ModelConfig
 
-    config = load_config(recipe, overrides)
+    config = load_settled(recipe, overrides)
     ways = (
         choices(capture, "--capture", EngineConfig.model_fields["capture"].annotation),
         choices(attention, "--attention", ModelConfig.model_fields["attention"].annotation),
@@ -64,6 +66,23 @@ def step_verb(
     plan = step.Plan(*ways, numbers(sizes, "--sizes"), steps, turns, random_weights)
     result = step.measure(config, plan, to_stderr)
     print_json(result) if as_json else typer.echo(step.table(result))
+
+
+def model_verb(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[MODEL...]", help="Architectures, or families.")] = None,
+    card: Annotated[str, typer.Option(help="Cards, with commas: H200, H100, A100, L40S, 4090, T4, MI300X.")] = "H200",
+    sizes: Annotated[str, typer.Option(help="Pack sizes, with commas.")] = "1",
+    recompute: Annotated[bool, typer.Option("--recompute", help="With train.gradient_checkpointing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a LoRA step of a published architecture would cost on a card: exact counts, modelled milliseconds.
+
+    Needs neither weights nor a GPU. One photo and one prior a subject, bf16, rank 16, the layers of the shipped recipe.
+    """
+    from dbtrain.bench import roofline, to_nobody
+
+    rows = roofline.measure(names or ["sd15"], numbers(sizes, "--sizes"), card.split(","), recompute, to_nobody)
+    print_json(rows) if as_json else typer.echo(roofline.table(rows))
 
 
 def numbers(text: str, option: str) -> list[int]:
@@ -90,6 +109,9 @@ dbtrain bench pack --config sd15_lora --random-weights --sizes 1,8,32"""),
         "ops": Verb(ops_verb, "dbtrain bench ops --json"),
         "step": Verb(step_verb, """\
 dbtrain bench step --capture off,graph --attention sdpa,flash,xformers --sizes 1,8
-dbtrain bench step --config sd15_lora --random-weights --capture off,compile,graph"""),
+dbtrain bench step --config sd15_lora --random-weights --capture off,compile,graph,compiled_graph"""),
+        "model": Verb(model_verb, """\
+dbtrain bench model sd15 --sizes 1,8
+dbtrain bench model flux1 sdxl --card H200,4090 --recompute"""),
     })
 }  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from dbtrain.errors import DataError
+from dbtrain.errors import ConfigError, DataError
 from dbtrain.tiny import BASE, EMBEDDED
 from dbtrain_launchers.ray_head import is_loopback, token_file_finding, token_path
 
@@ -53,7 +53,7 @@ def examine(model: str | None = None) -> list[Check]:
     """Every check of this machine, in a fixed order; `model` is a path or hub id to look for as well."""
     machine = [check_gpu(), check_compiler(), check_disk(Path.cwd()), check_memory()]
     optional = [check_optional("torchvision"), check_xformers(), check_kernels_package()]
-    around = [check_launcher(), check_hub(), *check_ray(), *([check_model(model)] if model else [])]
+    around = [check_launcher(), check_hub(), *check_ray(), *(check_base(model) if model else [])]
     return [check_python(), *check_requirements(), *machine, *optional, *around]
 
 
@@ -250,10 +250,47 @@ def check_ray_head(address: str, ask: Callable[[str], tuple[bool, str]] = probe)
     return warn("ray head", f"{address} did not say whether it asks for a token: {answer[:200]}", remedy)
 
 
+def check_base(model: str) -> list[Check]:
+    """Whether a base can be used, what it needs, and what a step of it would cost, where its files say."""
+    found = check_model(model)
+    place = BASE if model == EMBEDDED else Path(model).expanduser()
+    family = re.search(r"model\.family=(\w+)", found.detail)
+    if found.state == "fail" or not family or not place.is_dir():
+        return [found]
+    return [found, *check_cost(family[1], place)]
+
+
+def check_cost(name: str, place: Path) -> list[Check]:
+    """The weights of a base's parts, and by the arithmetic of `bench model` a LoRA step's memory and time on cards."""
+    from dbtrain.bench.cards import CARDS
+    from dbtrain.bench.roofline import GIB, count, modelled, shape_of, targets_of
+    from dbtrain.families import FAMILIES
+
+    family = FAMILIES[name]
+    parts = {part: sum(file.stat().st_size for file in (place / part).glob("*.safetensors"))
+             for part in (family.denoiser, *family.text_encoders, "vae")}  # fmt: skip
+    held = ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size)
+    try:
+        shape = shape_of(family, place)
+        plain, less = (count(name, family, shape, 1, targets_of(family), again) for again in (False, True))
+    except (DataError, ConfigError, TypeError, ValueError) as error:
+        return [ok("model files", f"GiB: {held}"), warn("model cost", f"cannot be counted: {error}")]
+    fits = [card for card, peaks in CARDS.items() if modelled(plain, peaks)["fits"]]
+    only_less = [card for card, peaks in CARDS.items() if card not in fits and modelled(less, peaks)["fits"]]
+    h200 = CARDS["H200"]
+    needs = (f"{plain.params / 1e9:.2f}B parameters; a LoRA step in bf16 at {shape.latent_side * family.codec.cell} px "
+             f"takes {plain.memory_gib(h200):.1f} GiB, {less.memory_gib(h200):.1f} with train.gradient_checkpointing; "
+             f"fits {', '.join(fits) or 'no card'}{', so ' + ', '.join(only_less) if only_less else ''}")  # fmt: skip
+    took = modelled(plain, h200)["modelled_ms"]
+    speed = f"modelled {took:,.0f} ms a step on an H200, for {plain.operations / 1e12:.1f} TFLOP"
+    return [ok("model files", f"GiB: {held}"), ok("model needs", needs), ok("model cost", speed)]
+
+
 def check_model(model: str) -> Check:
     """Whether a base model can be used: `embedded`, a folder, a .safetensors file, or a hub id (not contacted)."""
     from dbtrain.families import FAMILIES
     from dbtrain.models.base_check import base_problem, path_problem
+    from dbtrain.models.recognition import distilled, nearest
 
     if model == EMBEDDED:
         return check_model(str(BASE))
@@ -268,8 +305,8 @@ def check_model(model: str) -> Check:
     except DataError as error:
         return fail("model", str(error), "fetch the base again")
     fits = [name for name, problem in problems.items() if problem is None]
-    if fits:
-        return ok("model", f"{place}, model.family={' or '.join(fits)}")
-    # The family that comes nearest to the base says most about what is wrong with it.
-    detail = min(filter(None, problems.values()), key=lambda problem: "model.family=" in problem)
-    return fail("model", detail, "give a base of one of the families")
+    if not fits:
+        return fail("model", nearest(problems), "give a base of one of the families")
+    if why := distilled(str(place)):
+        return warn("model", f"{place}, model.family={fits[0]}, {why}", "sample with it, and train on its base")
+    return ok("model", f"{place}, model.family={' or '.join(fits)}")

@@ -1,196 +1,135 @@
-"""From a diffusers DreamBooth command line to a recipe and a manifest, with a list of what was left out and why.
+"""From another trainer's command line to a recipe and a manifest, with a list of what was left out and why.
 
-Understood are `train_dreambooth.py`, `train_dreambooth_lora.py` and `train_dreambooth_lora_sdxl.py`, started by python,
-accelerate, torchrun or deepspeed. Defaults of the scripts that differ from dbtrain's are written out, so that the
-recipe trains what the command trained. Flags are those of diffusers 0.42 (examples/dreambooth).
+Understood are diffusers' DreamBooth scripts (`diffusers_scripts.py`) and kohya's trainers of LoRAs
+(`kohya_scripts.py`), started by python, accelerate, torchrun or deepspeed. Defaults of the scripts that differ from
+dbtrain's are written out, so that the recipe trains what the command trained.
 """
 
 import re
-from dataclasses import dataclass, field
-from functools import reduce
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from dbtrain.errors import ConfigError
-from dbtrain.settings import recipes, yaml12
+from dbtrain.families import FAMILIES
+from dbtrain.verbs import command_line, kohya_scripts
+from dbtrain.verbs.command_line import Command, Migration, migration, plain
+from dbtrain.verbs.diffusers_scripts import (
+    CASCADE,
+    DROPPED,
+    GUIDED,
+    KEYS,
+    LENGTH,
+    REFUSED,
+    SCRIPTS,
+    SWITCHES,
+    USED,
+    Script,
+)
+from dbtrain.verbs.prompt_parts import split_prompt, template
 from dbtrain.verbs.shell_words import flags_of, shell_words
 
 
-@dataclass(frozen=True)
-class Migration:
-    """A command line's recipe and manifest as YAML; `dropped` flags with reasons, `notes` on what to look at."""
-
-    recipe_yaml: str
-    manifest_yaml: str
-    dropped: list[str]
-    notes: list[str]
-
-
-_COMMON = {"train_batch_size": "4", "gradient_accumulation_steps": "1", "num_class_images": "100",
-           "sample_batch_size": "4", "prior_loss_weight": "1.0", "checkpointing_steps": "500",
-           "lr_scheduler": "constant", "lr_warmup_steps": "500", "num_validation_images": "4", "mixed_precision": "no"}
-SCRIPTS: dict[str, dict[str, str]] = {
-    "train_dreambooth.py": {**_COMMON, "learning_rate": "5e-6", "resolution": "512"},
-    "train_dreambooth_lora.py": {**_COMMON, "learning_rate": "5e-4", "resolution": "512", "rank": "4"},
-    "train_dreambooth_lora_sdxl.py": {**_COMMON, "learning_rate": "1e-4", "resolution": "1024", "rank": "4"},
-}
-"""Scripts that can be migrated, with those of their defaults that decide a result."""
-
-KEYS = {
-    "pretrained_model_name_or_path": "model.path", "revision": "model.revision", "variant": "model.variant",
-    "resolution": "data.resolution", "max_train_steps": "train.steps", "learning_rate": "train.lr",
-    "text_encoder_lr": "train.text_encoder_lr", "adam_beta1": "train.beta1", "adam_beta2": "train.beta2",
-    "adam_epsilon": "train.eps", "adam_weight_decay": "train.weight_decay", "max_grad_norm": "train.clip_norm",
-    "train_batch_size": "train.micro_batch", "rank": "lora.rank", "lora_alpha": "lora.alpha",
-    "snr_gamma": "objective.snr_gamma", "prior_loss_weight": "prior.weight", "num_class_images": "prior.images",
-    "sample_batch_size": "prior.batch", "checkpointing_steps": "checkpoint.every_steps",
-    "checkpoints_total_limit": "checkpoint.keep", "num_validation_images": "sample.images",
-    "validation_steps": "sample.every_steps", "seed": "seed", "zero_stage": "engine.zero.stage",
-}
-"""Flags whose value is the value of a setting."""
-
-SWITCHES: dict[str, tuple[str, Any]] = {
-    "train_text_encoder": ("train.text_encoder", True), "random_flip": ("data.flip", True),
-    "gradient_checkpointing": ("train.gradient_checkpointing", True), "offset_noise": ("objective.noise_offset", 0.1),
-    "enable_xformers_memory_efficient_attention": ("model.attention", "xformers"),
-}
-"""Flags without a value, and the setting they stand for."""
-
-DROPPED = {
-    "class_data_dir": "class images are made by dbtrain, once per class; see prior.store",
-    "resume_from_checkpoint": "running the same dbtrain command again resumes",
-    "use_8bit_adam": "optimizer states are fp32; to save memory use engine.zero.stage or engine.zero.offload_optimizer",
-    "num_train_epochs": "progress is counted in steps; set train.steps",
-    "validation_epochs": "samples are scheduled in steps; set sample.every_steps",
-    "dataset_name": "dbtrain reads folders of photos; download the data set and name its folder in the manifest",
-    "dataloader_num_workers": "latents are cached, so loading needs no setting",
-    "pretrained_vae_model_name_or_path": "the base's own VAE is used; put another one into a copy of the base folder",
-    "tokenizer_name": "the base's own tokenizer is used",
-    "output_dir": "given on the command line, as --out",
-    "logging_dir": "logs lie in the output folder",
-    "push_to_hub": "dbtrain uploads nothing; upload the output folder yourself", "hub_token": "dbtrain uploads nothing",
-    "hub_model_id": "dbtrain uploads nothing",
-    "allow_tf32": "a setting of the machine, not of the run",
-    "prior_generation_precision": "class images are drawn in the run's precision",
-    "pre_compute_text_embeddings": "always done while the text encoder is frozen (data.cache_text)",
-    "set_grads_to_none": "always done", "use_dora": "plain LoRA only", "lora_dropout": "adapters have no dropout",
-    "optimizer": "AdamW only", "lr_num_cycles": "no restarts", "lr_power": "no polynomial schedule",
-    "output_kohya_format": "use `dbtrain export`", "do_edm_style_training": "the base's own parameterization is used",
-    "config_file": "launcher settings are not read; give num_processes so that the global batch is right",
-}
-"""Flags without a setting of the same meaning, with the reason."""
-
-USED = frozenset("""
-    with_prior_preservation class_prompt instance_prompt instance_data_dir center_crop scale_lr validation_prompt
-    gradient_accumulation_steps mixed_precision lr_scheduler lr_warmup_steps report_to num_processes num_machines
-    nproc_per_node nnodes num_gpus num_nodes offload_optimizer_device offload_param_device use_deepspeed multi_gpu
-    local_rank
-""".split())
-"""Flags that several settings follow from, or that say only how the script was started."""
-
-_KINDS = "photo|photograph|picture|image|drawing|painting"
-_PICTURE = re.compile(rf"(?:(?:an?|the)\s+)?(?:\w+\s+)?(?:{_KINDS})s?\s+of\s+", re.I)
-_TAIL = re.compile(r"\s+(?:in|on|at|with|wearing|from|near|under|by|and|sitting|standing)\b.*|\s*[,.;].*", re.I)
-_ARTICLE = re.compile(r"(?:an?|the)\s+", re.I)
-
-
-@dataclass
-class _Command:
-    """A command line in parts, and the settings, notes and dropped flags that follow from it."""
-
-    script: str
-    flags: dict[str, str]
-    settings: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-
-    def get(self, flag: str) -> str:
-        return self.flags.get(flag, SCRIPTS[self.script].get(flag, ""))
-
-    def number(self, flag: str, default: float) -> Any:
-        value = _plain(self.get(flag))
-        if value == "":
-            return default
-        if isinstance(value, str) or value <= 0:
-            raise ConfigError(f"migrate: --{flag}: got {value!r}, want a number > 0")
-        return value
-
-    def drop(self, flag: str, reason: str) -> None:
-        value = self.flags.get(flag, "")
-        self.dropped.append(f"--{flag}{' ' if value else ''}{value}: {reason}")
-
-
-def migrate(command_line: str) -> Migration:
-    """Recipe and manifest of a diffusers command line.
+def migrate(text: str) -> Migration:
+    """Recipe and manifest of a command line, or of a settings file of kohya's trainers.
 
     Raises ConfigError for another script, for a command without a base model, and for values no run could have.
     """
-    command = _take_apart(command_line)
-    for step in (_table, _batch, _schedule, _precision, _prior, _zero, _track):
-        step(command)
-    row = _captions(command)
-    header = f"# From a command line of diffusers' {command.script}, by `dbtrain migrate`.\n"
-    recipe = header + yaml12.dump(_nest(command.settings))
-    recipes.loads(recipe, "migrated recipe")
-    manifest = yaml12.dump([row])
-    for name in sorted(set(re.findall(r"\$\{?(\w+)", recipe + manifest))):
-        command.notes.append(f"${name} was not set in the text; replace it in recipe or manifest")
-    return Migration(recipe, manifest, command.dropped, command.notes)
-
-
-def _take_apart(command_line: str) -> _Command:
-    words = shell_words(command_line)
+    if kohya_scripts.is_toml(text):
+        return kohya_scripts.migrate_toml(text)
+    words = shell_words(text)
     position = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    known = [*SCRIPTS, *kohya_scripts.SCRIPTS]
     if position is None:
-        raise ConfigError("migrate: no script in the command line, want one of " + ", ".join(SCRIPTS))
+        raise ConfigError("migrate: no script in the command line, want one of " + ", ".join(known))
     script = PurePath(words[position].replace("\\", "/")).name
-    if script not in SCRIPTS:
-        other = re.search(r"sd3|flux|sana|hidream|qwen|lumina|z_image", script)
-        reason = f"dbtrain has no family for {other[0]} models" if other else "only these are understood"
-        raise ConfigError(f"migrate: {script}: {reason}; want one of {', '.join(SCRIPTS)}")
-    launcher, own = flags_of(words[:position]), flags_of(words[position + 1:])
+    if script in REFUSED:
+        raise ConfigError(f"migrate: {script} cannot be migrated: {REFUSED[script]}")
+    if script not in known:
+        raise ConfigError(f"migrate: {script}: only these are understood: {', '.join(known)}")
+    launcher, own = flags_of(words[:position]), flags_of(words[position + 1 :])
+    if script in kohya_scripts.SCRIPTS:
+        return kohya_scripts.migrate_words(script, {**launcher, **own})
     if "pretrained_model_name_or_path" not in own:
         raise ConfigError(f"migrate: {script} without --pretrained_model_name_or_path, want the base model")
-    command = _Command(script, {**launcher, **own})
+    command = Command(script, {**launcher, **own}, SCRIPTS[script].defaults)
     if "accelerate" in words[:position] and "num_processes" not in launcher:
         command.notes.append("accelerate without --num_processes: taken as 1 process; correct train.batch if more")
-    return command
+    return _migrate_diffusers(command)
 
 
-def _plain(text: str) -> Any:
-    """A flag's value as a number where it is one."""
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            pass
-    return text
+def _migrate_diffusers(command: Command) -> Migration:
+    """Recipe and manifest of a diffusers command."""
+    script = SCRIPTS[command.program]
+    row = _family(command, script)
+    _table(command, script)
+    command_line.set_optimizer(
+        command, "optimizer", {"learning_rate": "train.lr", "text_encoder_lr": "train.text_encoder_lr"}
+    )
+    _batch(command)
+    command_line.set_schedule(command)
+    command_line.set_precision(command)
+    _noise(command, script)
+    _prior(command)
+    _zero(command)
+    command_line.set_trackers(command, "report_to")
+    command_line.suit_family(command, row)
+    _say_differences(command, script)
+    return migration(command, [_captions(command)], "diffusers'")
 
 
-def _table(command: _Command) -> None:
-    """Take over every flag that the tables above know."""
-    command.settings["model.family"] = "sdxl" if "sdxl" in command.script else "sd"
-    command.settings["train.method"] = "lora" if "lora" in command.script else "full"
-    for flag, value in {**SCRIPTS[command.script], **command.flags}.items():
+def _family(command: Command, script: Script) -> Any:
+    """The row that trains what a script trains. Raises ConfigError where there is none."""
+    flags, base = command.flags, command.get("pretrained_model_name_or_path")
+    pipeline = script.pipeline
+    if "class_labels_conditioning" in flags:
+        pipeline = CASCADE[1]
+    elif "text_encoder_use_attention_mask" in flags or "DeepFloyd" in base:
+        pipeline = CASCADE[0]
+    if "do_edm_style_training" in flags or "playground-v2.5" in base:
+        raise ConfigError(f"migrate: {command.program}: {base} is trained in EDM's form, which dbtrain does not have")
+    if plain(command.get("train_transformer_frac")) == 0:
+        raise ConfigError(f"migrate: {command.program}: trains token embeddings alone, and dbtrain trains weights")
+    row = next((row for row in FAMILIES.values() if row.pipeline == pipeline), None)
+    if row is None:
+        raise ConfigError(
+            f"migrate: {command.program}: dbtrain has no family for {pipeline.removesuffix('Pipeline')} models; "
+            f"it has {', '.join(FAMILIES)}"
+        )
+    return row
+
+
+def _table(command: Command, script: Script) -> None:
+    """Take over every flag that the tables know."""
+    command.settings["train.method"] = script.method
+    for flag, value in {**script.defaults, **command.flags}.items():
         if flag in SWITCHES:
             key, setting = SWITCHES[flag]
             command.settings[key] = setting
         elif flag in KEYS:
-            is_text = recipes.describe(KEYS[flag]).startswith("text")
-            command.settings[KEYS[flag]] = value if is_text else _plain(value)
-        elif flag not in USED:
+            command.take(KEYS[flag], value)
+        elif flag in command.flags and flag not in USED:
             command.drop(flag, DROPPED.get(flag, "unknown to dbtrain"))
+    if not command.settings.get("train.text_encoder"):
+        command.settings.pop("train.text_encoder_lr", None)
     command.settings["data.crop"] = "center" if "center_crop" in command.flags else "random"
     if "center_crop" not in command.flags:
-        command.notes.append("without --center_crop the script crops at random, so latents are not cached; "
-                             "for (nearly) square photos data.crop=center gives the same and is faster")
+        command.notes.append(
+            "without --center_crop the script crops at random, so latents are not cached; "
+            "for (nearly) square photos data.crop=center gives the same and is faster"
+        )
+    if script.targets:
+        layers = [name.strip() for name in command.get("lora_layers").split(",") if name.strip()]
+        command.settings["lora.targets"] = tuple(layers or script.targets)
+    if (blocks := command.get("lora_blocks")) and script.targets:
+        targets = command.settings["lora.targets"]
+        command.settings["lora.targets"] = tuple(
+            f"transformer_blocks.{block.strip()}.{name}" for block in blocks.split(",") for name in targets
+        )
 
 
-def _batch(command: _Command) -> None:
+def _batch(command: Command) -> None:
     """Set global batch and learning rate from the number of processes and the accumulation."""
-    processes = command.number("num_processes", 0) or (
-        (command.number("nproc_per_node", 0) or command.number("num_gpus", 1))
-        * (command.number("nnodes", 0) or command.number("num_nodes", 1)))
+    processes = command_line.processes(command)
     whole = command.number("train_batch_size", 4) * processes * command.number("gradient_accumulation_steps", 1)
     command.settings["train.batch"] = whole
     if "scale_lr" in command.flags:
@@ -198,47 +137,43 @@ def _batch(command: _Command) -> None:
         command.notes.append(f"--scale_lr: the learning rate is multiplied by the global batch of {whole}")
     if "max_train_steps" not in command.flags:
         command.notes.append("without --max_train_steps the script counts epochs; set train.steps")
-    if not command.settings.get("train.text_encoder"):
-        command.settings.pop("train.text_encoder_lr", None)
-    elif "sdxl" in command.script:
-        command.settings.setdefault("train.text_encoder_lr", 5e-6)
 
 
-def _schedule(command: _Command) -> None:
-    """Set learning-rate schedule and warm-up. The script's plain `constant` has no warm-up, whatever the flag says."""
-    name, warmup = command.get("lr_scheduler"), _plain(command.get("lr_warmup_steps"))
-    nearest = {"cosine_with_restarts": "cosine", "polynomial": "linear", "piecewise_constant": "constant",
-               "constant_with_warmup": "constant"}
-    command.settings["train.schedule"] = nearest.get(name, name)
-    if name in nearest and name != "constant_with_warmup":
-        command.drop("lr_scheduler", f"not available; {command.settings['train.schedule']} is the nearest")
-    steps = command.settings.get("train.steps", recipes.load().train.steps)
-    if name != "constant" and isinstance(warmup, int) and isinstance(steps, int):
-        command.settings["train.warmup_steps"] = max(0, min(warmup, steps - 1))
-        if warmup >= steps:
-            command.notes.append(f"a warm-up of {warmup} steps never ends in {steps}; it is cut to {max(0, steps - 1)}")
+def _noise(command: Command, script: Script) -> None:
+    """Set how noise levels are drawn for a flow model."""
+    if script.flow is None:
+        command_line.set_min_snr(command, "snr_gamma")
+        return
+    scheme = command.get("weighting_scheme") or script.flow
+    command.settings["objective.timesteps"] = "logit_normal" if scheme == "logit_normal" else "uniform"
+    if scheme in ("sigma_sqrt", "cosmap", "mode"):
+        command.drop("weighting_scheme", "no such weighting; noise levels are drawn uniformly")
+    mean = plain(command.get("logit_mean") or "0")
+    if scheme == "logit_normal" and mean != 0:
+        command.settings["objective.logit_mean"] = -mean if isinstance(mean, int | float) else mean
+        command.notes.append("--logit_mean counts from noise to clean in the script, and from clean to noise in "
+                             "dbtrain: its sign is turned")  # fmt: skip
+    if scheme != "logit_normal":
+        command.settings.pop("objective.logit_std", None)
+    if script.dynamic:
+        command.settings["objective.shift"] = 1
+        command.notes.append("the script leaves out the shift of noise levels by the size of an image that the model "
+                             "was trained with; objective.shift=auto has it")  # fmt: skip
 
 
-def _precision(command: _Command) -> None:
-    name = command.get("mixed_precision")
-    command.settings["train.precision"] = {"no": "fp32", "fp16": "bf16"}.get(name, name)
-    if name == "fp16":
-        command.notes.append("fp16 becomes bf16, which needs no loss scaling")
-
-
-def _prior(command: _Command) -> None:
-    """Set the loss weights of prior preservation and Min-SNR."""
+def _prior(command: Command) -> None:
+    """Set the loss weights of prior preservation."""
     if "with_prior_preservation" not in command.flags:
         command.settings["prior.weight"] = 0
         command.settings.pop("prior.images", None)
-    if "snr_gamma" in command.flags:
-        command.settings["objective.weighting"] = "min_snr"
-        if "with_prior_preservation" in command.flags:
-            command.notes.append("the script mixes up both roles with --snr_gamma and prior preservation "
-                                 "(diffusers issue 5791); dbtrain weighs each sample, so results differ for the better")
+    elif "snr_gamma" in command.flags:
+        command.notes.append(
+            "the script mixes up both roles with --snr_gamma and prior preservation "
+            "(diffusers issue 5791); dbtrain weighs each sample, so results differ for the better"
+        )
 
 
-def _zero(command: _Command) -> None:
+def _zero(command: Command) -> None:
     """Take over DeepSpeed's flags of `accelerate launch`."""
     if "use_deepspeed" in command.flags:
         command.settings.setdefault("engine.zero.stage", 2)
@@ -249,19 +184,26 @@ def _zero(command: _Command) -> None:
             command.notes.append(f"--{flag} nvme becomes host memory")
 
 
-def _track(command: _Command) -> None:
-    trackers = re.split(r"[\s,]+", command.get("report_to"))
-    for name in ("wandb", "trackio"):
-        if name in trackers or "all" in trackers:
-            command.settings[f"track.{name}"] = "dreambooth"
-    for name in set(trackers) - {"", "all", "none", "tensorboard", "wandb", "trackio"}:
-        command.drop("report_to", f"no {name}; TensorBoard, wandb and trackio are available")
+def _say_differences(command: Command, script: Script) -> None:
+    """Note where the script trains otherwise than dbtrain does, whatever its flags, and what base it was given."""
+    from dbtrain.models.recognition import distilled
+
+    for note in script.notes:
+        if note == GUIDED and plain(command.get("guidance_scale")) == 1:
+            continue
+        if note == LENGTH and "max_sequence_length" in command.flags:
+            continue
+        command.notes.append(note.format(**{**script.defaults, **command.flags}))
+    base = command.get("pretrained_model_name_or_path")
+    if why := distilled(base):
+        command.settings["model.distilled"] = True
+        command.notes.append(f"{base} {why}; train on the base that it was made of, and sample with this one")
 
 
-def _captions(command: _Command) -> dict[str, Any]:
+def _captions(command: Command) -> dict[str, Any]:
     """The manifest's row; captions and prompts of the recipe become templates as well."""
     instance, prior = command.get("instance_prompt"), command.get("class_prompt")
-    identifier, noun = _split_prompt(instance, prior)
+    identifier, noun = split_prompt(instance, prior)
     if noun is not None and identifier and not prior:
         command.notes.append(
             f"guessed from {instance!r}: the identifier is {identifier!r}, the class {noun!r}; correct both in the "
@@ -270,81 +212,41 @@ def _captions(command: _Command) -> dict[str, Any]:
     if noun is None:
         noun = "object"
         command.notes.append(f"no class noun found in {instance!r}; correct `class` in the manifest: it matters most")
-    caption = _template(instance, identifier, noun)
+    caption = template(instance, identifier, noun)
     if "{identifier}" in caption:
         command.settings["data.caption"] = caption
     else:
         command.notes.append(f"no identifier found in {instance!r}; dbtrain chooses a rare token and its own caption")
     if "with_prior_preservation" in command.flags and prior:
-        command.settings["data.class_caption"] = _template(prior, None, noun)
+        command.settings["data.class_caption"] = template(prior, None, noun)
     if prompt := command.get("validation_prompt"):
-        command.settings["sample.prompts"] = [_template(prompt, identifier, noun, subject=True)]
+        command.settings["sample.prompts"] = [template(prompt, identifier, noun, subject=True)]
     else:
         command.settings.pop("sample.images", None)
-    folder = command.get("instance_data_dir") or "photos"
-    if "instance_data_dir" not in command.flags:
-        command.notes.append("no --instance_data_dir; put the photos' folder into the manifest")
+    folder = _folder(command)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", PurePath(folder).name).strip("-_")[:64] or "subject"
     row = {"subject": name, "class": noun, "images": folder, "identifier": identifier}
     return {key: value for key, value in row.items() if value is not None}
 
 
-def _split_prompt(instance: str, prior: str) -> tuple[str | None, str | None]:
-    """(identifier, class noun) of `a photo of sks dog` and, where given, `a photo of dog`; None where not found."""
-    subject = _core(instance)
-    noun = _core(prior) or None
-    if noun and (found := re.match(rf"(.+?)\s+{re.escape(noun)}$", subject, re.I)):
-        return found[1], noun
-    words = subject.split()
-    if noun is None and len(words) > 1:
-        place = _rare_word(words)
-        return words[place], " ".join(words[place + 1 :] or words[:place])
-    # "a photo of sks" beside "a photo of a dog": the noun stands in the class prompt only.
-    return (words[0] if len(words) == 1 and subject != noun else None), noun
-
-
-def _rare_word(words: list[str]) -> int:
-    """Place of the identifier among a prompt's words: of the first that is no word, or else of the first."""
-    return next((place for place, word in enumerate(words) if not _is_word(word)), 0)
-
-
-def _is_word(text: str) -> bool:
-    """Whether letters can be spoken as a word: at least a vowel, and no long run of consonants or digit."""
-    plain = text.lower().strip(".,;:!?")
-    if not plain.isalpha():
-        return False
-    vowels = len(re.findall("[aeiouy]", plain))
-    return bool(vowels) and not re.search(r"[bcdfghjklmnpqrstvwxz]{4}", plain) and plain not in IDENTIFIERS
-
-
-IDENTIFIERS = frozenset("sks ohwx zwx olis gabi tok hta ktn shs srx bnha".split())
-"""Identifiers that tutorials give, some of which can be spoken."""
-
-
-def _core(prompt: str) -> str:
-    """What a prompt shows: without `a photo of a` before it and the scene behind it."""
-    return _TAIL.sub("", _ARTICLE.sub("", _PICTURE.sub("", prompt.strip(), count=1), count=1)).strip()
-
-
-def _template(prompt: str, identifier: str | None, noun: str, subject: bool = False) -> str:
-    """The prompt with identifier and class noun replaced by placeholders."""
-    text = prompt.replace("{", "(").replace("}", ")")
-    if identifier and subject:
-        text = re.sub(rf"\b{re.escape(identifier)}\s+{re.escape(noun)}\b", "{subject}", text, flags=re.I)
-    if identifier:
-        text = re.sub(rf"(?<!\w){re.escape(identifier)}(?!\w)", "{identifier}", text)
-    return re.sub(rf"(?<![\w{{]){re.escape(noun)}(?![\w}}])", "{class}", text, flags=re.I)
-
-
-def _nest(settings: dict[str, Any]) -> dict[str, Any]:
-    """Dotted settings as a tree in the order of the schema, without those that equal dbtrain's defaults."""
-    default = recipes.load()
-    tree: dict[str, Any] = {}
-    for key in recipes.known_keys():
-        if key in settings and settings[key] != reduce(getattr, key.split("."), default):
-            *sections, last = key.split(".")
-            place = tree
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[last] = settings[key]
-    return tree
+def _folder(command: Command) -> str:
+    """The folder of the photos: the script's, or a data set's, which may be a folder too."""
+    dataset, folder = command.get("dataset_name"), command.get("instance_data_dir")
+    if not dataset or folder:
+        if dataset:
+            command.drop("dataset_name", "--instance_data_dir names the photos")
+        elif not folder:
+            command.notes.append("no --instance_data_dir; put the photos' folder into the manifest")
+        return folder or "photos"
+    if command.get("image_column") not in ("", "image", "file_name"):
+        command.drop("image_column", "photos are the files of the folder")
+    column = command.get("caption_column")
+    if column in ("text", "caption", "prompt"):
+        command.notes.append(f"captions come from the column {column} of the folder's metadata.jsonl, where it is")
+    elif column:
+        command.drop("caption_column", "captions are read from the column text, caption or prompt of metadata.jsonl")
+    if re.match(r"\.{0,2}[/~]|\.\.?$|[A-Za-z]:", dataset) or Path(dataset).is_dir():
+        return dataset
+    command.drop("dataset_name", f"dbtrain reads folders of photos; download the data set into {dataset}/, with its "
+                                 "captions in metadata.jsonl, or name another folder in the manifest")  # fmt: skip
+    return dataset

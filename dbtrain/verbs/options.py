@@ -32,6 +32,9 @@ Identity = Annotated[str, typer.Option(metavar="ENC", help="Encoder for DINO: a 
 Clip = Annotated[str, typer.Option(metavar="ENC", help="Encoder of pictures and texts, the same way.")]
 Distance = Annotated[str, typer.Option(help="Of DIV: `lpips`, `dreamsim`, `patches`; `auto` is LPIPS where it works.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave subjects with findings out, naming each.")]
+PublishTo = Annotated[
+    str | None, typer.Option(metavar="URL", help="Where to upload finished subjects: a folder, s3://, gs://, abfs://.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
 
 
@@ -67,6 +70,18 @@ def load_config(recipe: str, overrides: Sequence[str] | None) -> "RunConfig":
     from dbtrain.settings import recipes
 
     return recipes.load(recipe, overrides or ())
+
+
+def load_settled(recipe: str, overrides: Sequence[str] | None) -> "RunConfig":
+    """The settings as `load_config`, with the base's own family; ConfigError for a base that cannot be trained."""
+    from dbtrain.models.recognition import settled
+
+    return settled(load_config(recipe, overrides))
+
+
+def with_address(overrides: Sequence[str] | None, publish_to: str | None) -> list[str] | None:
+    """The settings that a command replaces, with `--publish-to` as the setting that it stands for."""
+    return [*(overrides or ())] + ([f"publish.to={publish_to}"] if publish_to is not None else [])
 
 
 def print_json(value: Any) -> None:

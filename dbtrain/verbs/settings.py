@@ -79,7 +79,7 @@ def migrate_verb(
     out: Annotated[Path | None, typer.Option(help="Folder for recipe.yaml and manifest.yaml.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a diffusers train_dreambooth*.py command line into a recipe and a manifest, and say what is dropped."""
+    """Turn a command line of diffusers' DreamBooth scripts or kohya's trainers into a recipe and a manifest."""
     import shlex
 
     from dbtrain.verbs.migrate import migrate

@@ -16,6 +16,7 @@ from dbtrain.verbs.options import (
     Verb,
     group,
     load_config,
+    load_settled,
     print_json,
     stop_at_once,
 )
@@ -64,17 +65,16 @@ def shard_index(
 ) -> None:
     """Write the photos and captions of tars made elsewhere as shards with an index; use them as data.shards."""
     stop_at_once()
-    from dbtrain.data.shards import write_shards
     from dbtrain.subjects.columns import check_class
     from dbtrain.subjects.finding import CellError
-    from dbtrain.subjects.tars import tar_samples
+    from dbtrain.subjects.tars import index_tars
 
     try:
         noun = check_class(class_noun, out)
     except CellError as bad:
         raise ConfigError(f"--class: {bad.args[0]}, want {bad.args[1]}; {bad.args[2]}") from bad
     config = load_config(recipe, ())
-    index = write_shards(tar_samples(tars, subject, noun, config.data, typer.echo), out)
+    index = index_tars(tars, subject, noun, config.data, out, typer.echo)
     typer.echo(f"{out}: {len(index.entries)} samples of {subject} in {len(index.shards)} shards")
 
 
@@ -102,7 +102,7 @@ def prior_make(
     from dbtrain.subjects.manifest import read_manifest
     from dbtrain.training.session import make_class_priors
 
-    config = load_config(recipe, overrides)
+    config = load_settled(recipe, overrides)
     classes = {subject.class_noun for subject in read_manifest(manifest, config.data.shards is None)}
     for class_noun, count in make_class_priors(classes, config, out).items():
         typer.echo(f"{class_noun}: {count} images drawn, {config.prior.images} in the store")
@@ -148,7 +148,7 @@ def prior_import(
     stop_at_once()
     from dbtrain.priors.own_images import import_images
 
-    new, there = import_images(folder, class_noun, out, load_config(recipe, overrides), typer.echo)
+    new, there = import_images(folder, class_noun, out, load_settled(recipe, overrides), typer.echo)
     typer.echo(f"{class_noun}: {new} images imported, {there} in the store; set prior.images to {there} or less")
 
 

@@ -12,14 +12,16 @@ from dbtrain.verbs.options import (
     Json,
     Manifest,
     Overrides,
+    PublishTo,
     Quiet,
     Recipe,
     SkipBad,
     Verb,
     keep_origin,
-    load_config,
+    load_settled,
     print_json,
     stop_at_once,
+    with_address,
 )
 
 
@@ -37,16 +39,18 @@ def preflight_verb(
 
     With --skip-bad this succeeds if any subject is sound; `train --skip-bad` leaves the listed subjects out.
     """
-    from dbtrain.families import FAMILIES
-    from dbtrain.models.load import load_tokenizer, refuse_base
+    from dbtrain.models.load import load_tokenizer
+    from dbtrain.results.uploading import refuse_address
+    from dbtrain.settings.stages import largest_side
     from dbtrain.subjects.finding import defects, notes, refuse
     from dbtrain.subjects.manifest import scan_manifest
     from dbtrain.subjects.preflight import sift
     from dbtrain.training.telemetry import refuse_trackers
 
-    config = load_config(recipe, overrides)
+    config = load_settled(recipe, overrides)
     refuse_trackers(config.track)
-    refuse_base(FAMILIES[config.model.family], config.model)
+    refuse_address(config.publish)
+    config = config.replaced("data.resolution", largest_side(config))
     tokenizer = None
     try:
         tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
@@ -82,6 +86,7 @@ def train_verb(
     recipe: Recipe,
     subject: Annotated[list[str] | None, typer.Option(help="Subject id; repeat for more.")] = None,
     subjects: Annotated[str | None, typer.Option(help="`all` takes every row.")] = None,
+    publish_to: PublishTo = None,
     skip_bad: SkipBad = False,
     quiet: Quiet = False,
     overrides: Overrides = None,
@@ -93,7 +98,8 @@ def train_verb(
         raise ConfigError("--subject, --subjects: give --subject ID (it repeats), or --subjects all")
     from dbtrain.settings.marks import anchored
 
-    config = anchored(load_config(recipe, overrides))
+    overrides = with_address(overrides, publish_to)
+    config = anchored(load_settled(recipe, overrides))
     from dbtrain.train import train_manifest
 
     opened = partial(keep_origin, out, "train", manifest, recipe, overrides, skip_bad)
@@ -131,6 +137,9 @@ def generate_verb(
     weight: Annotated[
         float, typer.Option(min=-4, max=4, help="How much of the adapter is added to the base; 0 is the base alone.")
     ] = 1.0,
+    picture: Annotated[
+        list[Path] | None, typer.Option(help="Picture to enlarge, for a subject of an upscaler alone; repeat for more.")
+    ] = None,
 ) -> None:
     """Draw images of finished subjects; many adapters share one loaded base."""
     from dbtrain.results.finished import generate_finished
@@ -141,7 +150,7 @@ def generate_verb(
         raise ConfigError("FOLDER: is missing; give a finished subject, OUT/subjects/ID")
     if prompt and sets:
         raise ConfigError("--prompt, --set: give one of them")
-    for sheet in generate_finished(folders, prompt, settings, name, sets or (), negative, weight):
+    for sheet in generate_finished(folders, prompt, settings, name, sets or (), negative, weight, picture or ()):
         typer.echo(sheet)
 
 
@@ -162,6 +171,17 @@ def export_verb(
     from dbtrain.results.exporting import export
 
     typer.echo(export(folder, out, family))
+
+
+def push_verb(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Finished subject: OUT/subjects/ID.")],
+    to: Annotated[str, typer.Option(metavar="USER/NAME", help="Repository; made if there is none, then private.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see a repository that is made.")] = False,
+) -> None:
+    """Send a finished subject to a model hub, in one commit: Hugging Face, or the one at HF_ENDPOINT."""
+    from dbtrain.results.hub import push
+
+    typer.echo(push(folder, to, public))
 
 
 def demo_verb(
@@ -197,5 +217,6 @@ deepspeed --num_gpus 2 launchers/train.py photos.csv --subjects all --config sd1
 dbtrain generate runs/all/subjects/* --prompt "a photo of {subject} in the snow" sample.images=4
 dbtrain generate runs/rex/subjects/rex --set recontext --set art"""),
     "export": Verb(export_verb, "dbtrain export runs/rex/subjects/rex --out ComfyUI/models/loras/rex.safetensors"),
+    "push": Verb(push_verb, "dbtrain push runs/rex/subjects/rex --to someone/rex-lora"),
     "demo": Verb(demo_verb, "dbtrain demo --out demo-out"),
 }  # fmt: skip

@@ -74,7 +74,7 @@ def test_drawing_a_packs_batch_waits_for_nothing():
     host reads are its own."""
     made = make_bank(small_config("data.flip=true"))
     for role in made.items:
-        made.moments[role] = torch.zeros(3, 2, 8, 4, 4, device="meta")
+        made.moments[role, made.shapes[0]] = torch.zeros(3, 2, 8, 4, 4, device="meta")
     seen = counted(lambda: made.batch(3, range(2), "meta"))
     assert seen.names["index"] >= 2 and seen.names["_to_copy"] > 4
     assert set(seen.waits) <= {"_local_scalar_dense"}

@@ -33,10 +33,16 @@ def run(*words):
     assert done.exit_code == 0, done.output
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", ["sd3", "flux", "flux2_klein"])
+TARGETS = {"zimage": ["lora.targets=[attention.to_q,attention.to_v]"]}
+"""Of families whose layers have other names than the setting's default."""
+CASES = [(name, engine) for name in ("sd3", "flux", "flux2_klein") for engine in ENGINES]
+CASES += [("flux2", "packed"), ("zimage", "packed in bf16"), ("qwen_image", "zero in bf16"), ("qwen_image", "packed")]
+CASES += [("krea2", "zero"), ("krea2", "packed in bf16")]
+
+
+@pytest.mark.parametrize(("name", "engine"), CASES)
 def test_photos_become_an_adapter_and_pictures(name, engine, model_folders, tmp_path):
-    words = write_job(tmp_path, f"model.family={name}", *SMALL, *ENGINES[engine])
+    words = write_job(tmp_path, f"model.family={name}", *SMALL, *ENGINES[engine], *TARGETS.get(name, []))
     # The tokenizer of a random model has no rare tokens to choose from.
     header, *rows = (tmp_path / "photos.csv").read_text().splitlines()
     named = [f"{header},identifier", *(f"{row},{name}" for row, name in zip(rows, ("zq", "xv")))]
@@ -48,7 +54,7 @@ def test_photos_become_an_adapter_and_pictures(name, engine, model_folders, tmp_
     assert all(key.startswith("transformer.") and tensor.isfinite().all() for key, tensor in state.items())
     assert any(tensor.any() for key, tensor in state.items() if ".lora_B." in key)
     record = json.loads((folder / "record.json").read_text())
-    assert record["family"] == name and 0 < record["loss"] < 10
+    assert record["family"] == name and 0 < record["loss"] < 100
     run("generate", folder, "--prompt", "{subject} in the snow", "--name", "snow")
     picture = np.asarray(Image.open(folder / "snow.png"))
     assert picture.shape[1] >= 64 and picture.std() > 1

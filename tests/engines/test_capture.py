@@ -8,6 +8,7 @@ import torch
 
 from dbtrain.engines import capture
 from dbtrain.engines.capture import (
+    GRAPHS,
     WARM_STEPS,
     Capture,
     Compiled,
@@ -41,6 +42,7 @@ def settings(choice, kind="packed"):
         ("compile", "zero", "cuda", "compile", "asked for"),
         ("off", "packed", "cuda", "off", "asked for"),
         ("graph", "packed", "cuda", "graph", "asked for"),
+        ("compiled_graph", "packed", "cuda", "compiled_graph", "asked for"),
     ],
 )
 def test_what_a_choice_comes_to(choice, kind, device, mode, reason):
@@ -49,14 +51,16 @@ def test_what_a_choice_comes_to(choice, kind, device, mode, reason):
     assert got.may_fall_back == (choice == "auto" and mode == "graph")
 
 
-def test_a_graph_on_a_cpu_is_refused():
-    with pytest.raises(ConfigError, match=r"engine\.capture: graph needs a CUDA device, .* on cpu; use engine"):
-        choose_capture(settings("graph"), "cpu")
+@pytest.mark.parametrize("choice", GRAPHS)
+def test_a_graph_on_a_cpu_is_refused(choice):
+    with pytest.raises(ConfigError, match=rf"engine\.capture: {choice} needs a CUDA device, .* on cpu; use engine"):
+        choose_capture(settings(choice), "cpu")
 
 
 @pytest.mark.parametrize(
     "words, why",
     [
+        (["engine.capture=compiled_graph"], r"compiled_graph cannot record"),
         (["engine.capture=graph"], r"graph cannot record DeepSpeed's step.*use engine\.kind=packed"),
         (["engine.capture=compile", "engine.zero.stage=3", "train.method=full"], "ZeRO stage 3 gathers"),
     ],
@@ -102,14 +106,14 @@ def on_a_cpu(recorded, fail=None):
     def record(step, buffers):
         if fail:
             raise RuntimeError(fail)
-        recorded.graph = PretendGraph(lambda: step(buffers))
+        recorded.graph = PretendGraph(lambda: recorded.inner(step, buffers))
 
-    recorded._beside = lambda step, buffers: step(buffers)
+    recorded._beside = lambda step, buffers: recorded.inner(step, buffers)
     recorded._graph = record
     return recorded
 
 
-GRAPH = Capture("graph", "asked for")
+GRAPH = Eager(Capture("graph", "asked for"))
 
 
 def test_every_call_is_one_step_warm_recorded_or_replayed():
@@ -134,7 +138,7 @@ def test_a_batch_of_another_shape_is_an_error():
 
 def test_auto_goes_on_one_by_one_where_recording_fails_and_says_so_once():
     step = Summing()
-    recorded = on_a_cpu(Recorded(Capture("graph", "auto", True)), fail="operation not permitted\nmore")
+    recorded = on_a_cpu(Recorded(Eager(Capture("graph", "auto", True))), fail="operation not permitted\nmore")
     for seed in range(WARM_STEPS):
         recorded(step, batch(seed))
     with pytest.warns(UserWarning, match="auto runs steps one by one, because recording failed: operation not"):
@@ -152,10 +156,14 @@ def test_a_graph_that_was_asked_for_and_fails_is_an_error():
         recorded(step, batch(8))
 
 
-@pytest.mark.parametrize("mode, kind", [("off", Eager), ("compile", Compiled), ("graph", Recorded)])
-def test_each_mode_has_its_runner(mode, kind):
+@pytest.mark.parametrize(
+    "mode, kinds",
+    [("off", [Eager]), ("compile", [Compiled]), ("graph", [Recorded, Eager]), ("compiled_graph", [Recorded, Compiled])],
+)
+def test_each_mode_has_its_runner(mode, kinds):
     runner = make_runner(Capture(mode, "why"), torch.nn.Linear(1, 1), ())
-    assert type(runner) is kind and runner.choice == Capture(mode, "why")
+    inner = [runner.inner] if isinstance(runner, Recorded) else []
+    assert [type(one) for one in (runner, *inner)] == kinds and runner.choice == Capture(mode, "why")
 
 
 def test_off_is_the_step_as_it_is():
@@ -187,6 +195,14 @@ def test_compiling_begins_after_the_first_step_and_pauses_for_pictures():
     assert blocks[0]._compiled_call_impl is was
     release(blocks)
     assert blocks[0]._compiled_call_impl is None
+
+
+def test_what_is_recorded_is_compiled_before():
+    blocks, seen = torch.nn.ModuleList([ResnetBlock2D(2)]), []
+    recorded = on_a_cpu(make_runner(Capture("compiled_graph", "asked for"), blocks, ["ResnetBlock2D"]))
+    for _ in range(WARM_STEPS + 2):
+        recorded(lambda _: seen.append(blocks[0]._compiled_call_impl is not None), batch())
+    assert seen == [False] + [True] * (WARM_STEPS + 1) and recorded.graph.replays == 2
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -249,9 +265,10 @@ def test_compiled_blocks_compute_what_the_blocks_do(denoiser, backend, device, m
 
 
 @pytest.mark.gpu
-def test_a_recorded_step_is_the_step():
+@pytest.mark.parametrize("mode", GRAPHS)
+def test_a_recorded_step_is_the_step(mode):
     plain, recorded = Summing("cuda"), Summing("cuda")
-    replayed = Recorded(GRAPH)
+    replayed = make_runner(Capture(mode, "asked for"), torch.nn.Linear(1, 1), ())
     for seed in range(WARM_STEPS + 5):
         plain(batch(seed, device="cuda"))
         replayed(recorded, batch(seed, device="cuda"))

@@ -220,3 +220,37 @@ def test_nothing_is_printed_where_there_is_a_gpu():
     GPU and no CUDA toolkit these are seven, and what `--json` prints must be JSON."""
     done = subprocess.run([sys.executable, "-c", PRETENDED], capture_output=True, text=True)
     assert done.stdout.split("before\n")[-1] == "cuda:0\n", (done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_fp16_scales_the_loss_and_leaves_out_a_step_that_overflows(stage):
+    """Losses are fp32's within fp16's roundings (2^-11 each, about forty on the way of the small U-Net), an overflow
+    changes no bit of the state but its scale, and the next step is made."""
+    plain = trajectory(0, "lora")[0]
+    words = (*STEADY, "train.precision=fp16", f"engine.zero.stage={stage}")
+    with rig(small_config(*words)) as made:
+        (first,) = made.steps(0, 1)
+        assert first["loss"] == pytest.approx(plain[0]["loss"], rel=2 * 40 * 2**-11)
+        assert first["loss"] != plain[0]["loss"]
+        assert first["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=0.1), "the scale is taken out"
+        before = made.state()
+        made.engine.scales.scale_N[0] = 2.0**40
+        (second,) = made.steps(1, 2)
+        after = made.state()
+        assert second["grad_norm"] == 0.0 and second["loss"] == pytest.approx(plain[1]["loss"], rel=0.1)
+        assert made.engine.scales.skipped_N.item() == 1
+        for kind in before.keys() - {"scaling"}:
+            assert all(torch.equal(before[kind][name], after[kind][name]) for name in before[kind]), kind
+        made.engine.scales.scale_N[0] = 4096.0
+        middle = made.state()
+        made.steps(2, 4)
+        end = made.state()
+    moved = [float((end["master"][name] - after["master"][name]).abs().max()) for name in end["master"]]
+    assert max(moved) > 1e-4
+    if stage:
+        return
+    with rig(small_config(*words)) as again:
+        again.engine.load(middle, 2)
+        again.steps(2, 4)
+        resumed = again.state()
+    assert all(torch.equal(end[kind][name], resumed[kind][name]) for kind in end for name in end[kind])

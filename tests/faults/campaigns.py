@@ -4,19 +4,23 @@
 """
 
 import errno
+import json
 import os
 import random
 import shutil
+import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 
+from dbtrain.data.formats import readable
 from dbtrain.data.index import Index
 from dbtrain.data.shards import MARK
 from dbtrain.data.stream import read_samples, verify
-from dbtrain.errors import DataError, summed
+from dbtrain.errors import DataError, DbtrainError, summed
 from dbtrain.results.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -27,6 +31,7 @@ from dbtrain.results.checkpoint import (
 from dbtrain.results.identity import Identity
 from dbtrain.storage.atomic import TEMPORARY, file_digest
 from dbtrain.subjects.manifest import scan_manifest
+from dbtrain.subjects.preflight import sift
 from dbtrain.subjects.sharding import shard_subjects
 from tests.faults.damage import DAMAGES
 from tests.faults.kit import Fault, forked, trace
@@ -125,6 +130,9 @@ class Works:
         self.folder = folder
         (folder / "input").mkdir(parents=True)
         write_job(folder / "input", subjects="rex:dog tom:cat")
+        rex = folder / "input" / "rex"
+        Image.linear_gradient("L").resize((48, 40)).save(rex / "0-mask.png")
+        (rex / "0.txt").write_text("a {subject} in a box")
         self.manifest = folder / "input" / "photos.csv"
         self.settings = ("train.steps=3", "checkpoint.every_steps=1", "prior.images=2", "sample.images=1")
 
@@ -166,6 +174,34 @@ class Works:
 
         config = small_config()
         return lambda: import_images(self.folder / "input" / "rex", "dog", root / "store", config)
+
+    def import_kohya(self, root: Path) -> Callable[[], object]:
+        """A folder for kohya's trainers: its class images into a store, then its manifest, which is never replaced."""
+        from dbtrain.priors.own_images import import_images
+        from dbtrain.subjects.foreign import from_kohya, import_class_images
+
+        folder, config = self.folder / "kohya", small_config()
+        for source, place in (("rex", "img/10_zorbo dog"), ("tom", "reg/1_dog")):
+            shutil.copytree(self.folder / "input" / source, folder / place, dirs_exist_ok=True)
+
+        def work():
+            imported, manifest = from_kohya(folder), root / "manifest.jsonl"
+            import_class_images(imported, lambda place, noun: import_images(place, noun, root / "store", config))
+            if not manifest.exists():
+                imported.write(manifest)
+            assert len(scan_manifest(manifest)[0]) == 1
+
+        return work
+
+    def index_tar(self, root: Path) -> Callable[[], object]:
+        """A tar made elsewhere, copied into shards."""
+        from dbtrain.subjects.tars import index_tars
+
+        path, data = self.folder / "rex.tar", small_config().data
+        with tarfile.open(path, "w") as file:
+            for name in ("0.jpg", "0.txt", "1.jpg"):
+                file.add(self.folder / "input" / "rex" / name, name)
+        return lambda: index_tars([path], "rex", "dog", data, root / "shards", str)
 
     def train(self, root: Path) -> Callable[[], object]:
         """A whole run: shards, priors, encoded priors, three steps with checkpoints, samples, publishing."""
@@ -266,6 +302,50 @@ def damage_shards(folder: Path, times: int, seed: int = 0, kinds: Iterable[str] 
                 same = True
             tally.count(same and verify(folder) != [], f"{path.name} {what}: read {same}, verify {verify(folder)}")
             path.write_bytes(sound)
+    return tally
+
+
+def make_sources(folder: Path) -> Path:
+    """A manifest of a subject whose photos bring along all that photos may: masks, texts, a table, another format."""
+    (folder / "rex").mkdir(parents=True)
+    for number, name in enumerate(["0.jpg", "1.png", "2.webp", *(["3.heic"] if "HEIC" in readable() else [])]):
+        photo(number).save(folder / "rex" / name)
+    mask = Image.linear_gradient("L").resize((48, 40))
+    mask.save(folder / "rex" / "0-mask.png")
+    mask.save(folder / "column.png")
+    (folder / "rex" / "0.txt").write_text("a {subject} in a box")
+    rows = [{"file_name": name, "text": f"a {{subject}}, {name}"} for name in ("1.png", "2.webp")]
+    (folder / "rex" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shutil.copy(folder / "rex" / "1.png", folder / "tom.png")
+    rows = [{"subject": "rex", "class": "dog", "images": "rex"},
+            {"subject": "tom", "class": "dog", "images": "tom.png", "mask": "column.png"}]  # fmt: skip
+    (folder / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "m.jsonl"
+
+
+def damage_sources(folder: Path, times: int, seed: int = 0) -> Tally:
+    """Damage to a user's own files after shards were made of them: preflight and sharding end in a line or none, and
+    sharding does not take them for the files that it has stored."""
+    tally, chance = Tally("damage to photos, masks and captions"), random.Random(seed)
+    manifest, config, out = make_sources(folder / "input"), small_config(), folder / "shards"
+    shard_subjects(*scan_manifest(manifest), out, config, str)
+    stored = result_of(out)
+    files = sorted(path for path in (folder / "input").rglob("*") if path.is_file() and path != manifest)
+    for name, harm in DAMAGES.items():
+        for case in range(times):
+            path = files[case % len(files)]
+            sound = path.read_bytes()
+            what = f"{path.name} {name} {harm(path, chance)}"
+            try:
+                sift(*scan_manifest(manifest), config)
+                shard_subjects(*scan_manifest(manifest), out, config, str)
+                tally.count(False, f"{what}: was taken for the same")
+            except DbtrainError as error:
+                tally.count(result_of(out) == stored and str(error).isprintable(), f"{what}: {error}")
+            except Exception as error:  # what a user would see as a traceback
+                tally.count(False, f"{what}: {error!r}")
+            path.write_bytes(sound)
+    assert verify(out) == []
     return tally
 
 

@@ -3,6 +3,7 @@
 import json
 
 from dbtrain.fleet.entry import enter_run
+from dbtrain.fleet.forgetting import forget
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.sharding import shard_subjects
@@ -34,6 +35,22 @@ def test_every_row_enters_though_its_id_be_none_or_another_but_for_case(tmp_path
         ("tom", "skipped"),
     ]
     assert all(("column subject" in reason) == (state == "skipped") for _, state, reason in rows if reason)
+
+
+def test_a_forgotten_subject_does_not_come_back_with_its_row(tmp_path):
+    write_job(tmp_path, subjects="rex:dog tom:cat eve:dog")
+    manifest, out, said = tmp_path / "photos.csv", tmp_path / "out", []
+    entered(out, manifest, small_config())
+    forget(out, ["tom"])
+    ledger = Ledger(out)
+    index = enter_run(ledger, manifest, small_config(), out, said.append)
+    assert index.subjects == ("rex", "eve") and ledger.counts()["waiting"] == 2
+    assert any("tom: was forgotten here on request" in line for line in said), said
+    assert not any("have no row any more" in line for line in said), said
+    manifest.write_text(manifest.read_text() + "ann,cat,eve\n")
+    index = enter_run(ledger, manifest, small_config(), out, said.append)
+    assert set(index.subjects) == {"rex", "eve", "ann"} and ledger.counts()["waiting"] == 3
+    ledger.close()
 
 
 def test_a_run_on_ready_made_shards_needs_no_photos(tmp_path):

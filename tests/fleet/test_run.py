@@ -229,3 +229,48 @@ def test_a_base_that_cannot_be_loaded_ends_the_run_and_shows(tmp_path):
     assert "its trainer cannot start" in said(out)
     status = json.loads(batch("status", out, "--json").stdout)
     assert (status["state"], status["driven"], status["subjects"]["waiting"]) == ("failed", False, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_service_takes_who_comes_forgets_who_asks_and_ends_at_a_second_ctrl_c(tmp_path):
+    """Days of `--watch` in small: a newcomer, a person who is forgotten beside the driver, a stop, a start, a hurry."""
+    words = write_small(tmp_path, "rex:dog tom:dog eve:dog hang-b:dog")
+    out, inbox = tmp_path / "out", tmp_path / "inbox"
+    inbox.mkdir()
+    words = [str(inbox), *words[1:], "--workers", "1", "--watch"]
+
+    def join(name):
+        (inbox / f"{name}.csv").write_text(f"subject,class,images\n{name},dog,../{name}\n")
+
+    def finished(name):
+        return lambda: states(out).get(name) == "finished"
+
+    driver = start(words, out)
+    wait_for(lambda: "waiting for the first" in said(out), driver, out)
+    join("rex")
+    wait_for(finished("rex"), driver, out)
+    join("tom")
+    wait_for(finished("tom"), driver, out)
+    assert "will do it" in batch("forget", "tom", "--out", out).stdout
+    wait_for(lambda: "forgotten" in states(out).values(), driver, out)
+    join("eve")
+    wait_for(finished("eve"), driver, out)
+    assert not (out / "subjects" / "tom").exists() and (out / "subjects" / "rex" / "record.json").exists()
+    driver.send_signal(signal.SIGINT)
+    finish(driver, out, 75)
+
+    join("hang-b")
+    driver = start(words, out, poison=True)
+    wait_for(lambda: states(out).get("hang-b") == "running", driver, out)
+    time.sleep(0.5)
+    pids = {pid: born(pid) for pid in processes(driver.pid)["all"]}
+    driver.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert driver.poll() is None, "the first one waits for a checkpoint"
+    begun = time.monotonic()
+    driver.send_signal(signal.SIGINT)
+    finish(driver, out, 130)
+    assert time.monotonic() - begun < 20 and survivors(pids, 10) == []
+    finish(start([word for word in words if word != "--watch"], out), out)
+    assert sorted(states(out).values()) == ["finished", "finished", "finished", "forgotten"]

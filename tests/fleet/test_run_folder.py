@@ -78,7 +78,7 @@ def test_a_worker_without_the_mount_starts_nothing_and_leaves_nothing(worker, ou
     (out / NAME).unlink()
     assert worker.start(Task({}, str(out), token=token), 1) == 0
     generation, [died] = worker.poll(1.0)
-    assert (generation, type(died), died.end.cause) == (1, Died, "disk") and died.end.reason.endswith("; mount it")
+    assert (generation, type(died), died.end.cause) == (1, Died, "unmounted") and died.end.reason.endswith("; mount it")
     assert worker.parent is None and list(out.iterdir()) == []
 
 
@@ -86,7 +86,7 @@ def test_a_warm_parent_forks_nothing_once_the_mount_is_lost(worker, out):
     closed = []
     worker.parent = SimpleNamespace(fork=pytest.fail, wait=pytest.fail, close=lambda: closed.append(True))
     assert worker.start(Task({}, str(out), token="another"), 1) == 0
-    assert worker.poll(1.0)[1][0].end.cause == "disk" and closed == [True] and worker.parent is None
+    assert worker.poll(1.0)[1][0].end.cause == "unmounted" and closed == [True] and worker.parent is None
 
 
 @pytest.mark.parametrize("cause", ["file", "error", "crash", "oom", "hang"])
@@ -94,7 +94,7 @@ def test_a_mount_that_is_lost_midway_blames_nobody(worker, out, cause):
     assert worker._hear(failed("error", "torn")) == [failed("error", "torn")]
     (out / NAME).unlink()
     [message] = worker._hear(failed(cause, "torn"))
-    assert message == failed("disk", message.end.reason) and message.end.reason.endswith("; mount it")
+    assert message == failed("unmounted", message.end.reason) and message.end.reason.endswith("; mount it")
     assert worker._weighed(End("killed", "died of SIGKILL")) == End("killed", "died of SIGKILL")
 
 

@@ -186,3 +186,32 @@ def test_classes_share_the_workers():
     view = view_of(["dog"] * 500 + ["cat"] * 500 + ["car"] * 500)
     units = [unit for _, unit in schedule(view, idle(9), 9, READY)]
     assert Counter(unit.class_noun for unit in units) == {"dog": 3, "cat": 3, "car": 3}
+
+
+def test_who_joins_a_long_backlog_starts_at_once_and_the_backlog_goes_on_at_half_the_speed():
+    view, limits = View(), Limits(pack=2, unit=2, newest=True)
+    for position in range(400):
+        view.add("dog", position)
+    view.priors["dog"].parts = 1
+    order, waits = [], []
+    for at in range(100):
+        if at % 4 == 0:
+            view.add("dog", 1000 + at)
+        ((_, unit),) = schedule(view, [Idle("w", "dog")], 1, limits)
+        order.append(unit.positions)
+        waits += [at - (position - 1000) for position in unit.positions if position >= 1000]
+        view.end(unit)
+    assert len(waits) == 25 and max(waits) <= 1, "a newcomer waits for one unit at most"
+    oldest = [position for unit in order[::2] for position in unit]
+    assert oldest == list(range(100)), "every second unit is the oldest's"
+    assert len({position for unit in order for position in unit}) == 200
+
+
+def test_a_newcomer_of_another_known_class_starts_before_the_class_that_its_worker_has():
+    view, limits = View(), Limits(unit=1, newest=True)
+    for noun, positions in (("dog", range(50)), ("cat", [90])):
+        for position in positions:
+            view.add(noun, position)
+        view.priors[noun].parts = 1
+    units = [schedule(view, [Idle("w", "dog")], 1, limits)[0][1] for _ in range(2)]
+    assert [(unit.class_noun, unit.positions) for unit in units] == [("dog", (0,)), ("cat", (90,))]

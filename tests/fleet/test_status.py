@@ -38,7 +38,7 @@ def test_rows_and_summary_of_a_run(ledger, tmp_path):
     assert (rows["bad"]["state"], rows["bad"]["reason"]) == ("skipped", "no photo")
     summary = summarize_run(tmp_path)
     assert summary["subjects"] == {
-        "waiting": 3, "running": 0, "finished": 1, "quarantined": 1, "cancelled": 0, "skipped": 1,
+        "waiting": 3, "running": 0, "finished": 1, "quarantined": 1, "cancelled": 0, "skipped": 1, "forgotten": 0,
     }  # fmt: skip
     assert summary["gpu_seconds"]["train"] == 3.0 and summary["retries"] == {"crash": 1}
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 PROMPT = "a photo of a dog"
+NONE = "none"
+"""The cell of a version that has no such pipeline."""
 
 
 def draw(pipeline) -> np.ndarray:
@@ -17,14 +19,16 @@ def draw(pipeline) -> np.ndarray:
     settings = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 7.5}
     generator = torch.Generator("cpu").manual_seed(1)
     with torch.no_grad():
-        return np.asarray(pipeline(PROMPT, generator=generator, **settings).images[0], dtype=int)
+        return np.asarray(pipeline(prompt=PROMPT, generator=generator, **settings).images[0], dtype=int)
 
 
 def difference(case: dict[str, str]) -> int | str:
     """The largest difference of a channel from the picture that dbtrain drew, or the error that kept it from that."""
     import diffusers
 
-    kind = getattr(diffusers, case["pipeline"])
+    kind = getattr(diffusers, case["pipeline"], None)
+    if kind is None:
+        return NONE
     try:
         if "single" in case:
             pipeline = kind.from_single_file(case["single"], config=case["base"], torch_dtype=torch.float32)

@@ -160,7 +160,7 @@ def rig(config: RunConfig):
     family, models = base.family, base.models
     bank = make_bank(config)
     for role in bank.items:
-        bank.cache(role, family.codec, models.vae, world.device)
+        bank.cache(role, bank.shapes[0], family.codec, models.vae, world.device)
     captions = captions_of(family, models, config, bank.texts, world.device)
     groups = make_trainable(family, models, config, "rex")
     module = TrainingStep(family, models, config, stream_key(config.seed, "rex"), captions)

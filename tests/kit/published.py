@@ -1,4 +1,8 @@
-"""The record of a subject that was never trained, for tests of what is published of it."""
+"""The record of a subject that was never trained, and its folder, for tests of what is published of it."""
+
+from pathlib import Path
+
+from dbtrain.results.record import write_record
 
 PUBLISHED = {
     "subject": "rex",
@@ -13,3 +17,13 @@ PUBLISHED = {
     "run": "2" * 64,
     "dbtrain": "0",
 }
+
+
+def make_result(folder: Path, run: str = "2", files: tuple[str, ...] = ("weights.bin", "model/vae/a.bin")) -> Path:
+    """The folder of a finished subject with made-up files, which differ between runs."""
+    for name in (*files, "samples.png", "samples/samples/0.png", "README.md", "config.yaml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(f"{name} of {run}".encode() * 20)
+    record = {**PUBLISHED, "subject": folder.name, "run": run * 64}
+    write_record(folder, record, [folder / name for name in (*files, "samples.png")])
+    return folder

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from dbtrain.tiny import BASE, CLIP
-from tests.kit.random_flow import make_flux, make_flux2_klein, make_sd3
+from tests.kit.random_cascade import make_if_stage1, make_if_stage2, make_x4_upscaler
+from tests.kit.random_chat import make_krea2, make_lumina2, make_qwen_image, make_sana, make_zimage
+from tests.kit.random_flow import make_chroma, make_flux, make_flux2, make_flux2_klein, make_sd3
 from tests.kit.random_text import text_config
 
 
@@ -116,6 +118,16 @@ FAMILIES = {
     "sd3": make_sd3,
     "flux": make_flux,
     "flux2_klein": make_flux2_klein,
+    "flux2": make_flux2,
+    "zimage": make_zimage,
+    "qwen_image": make_qwen_image,
+    "krea2": make_krea2,
+    "if_stage1": make_if_stage1,
+    "if_stage2": make_if_stage2,
+    "x4_upscaler": make_x4_upscaler,
+    "chroma": make_chroma,
+    "lumina2": make_lumina2,
+    "sana": make_sana,
 }
 """What writes the diffusers folder of a random model, by the name of its family."""
 

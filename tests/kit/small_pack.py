@@ -73,6 +73,7 @@ class Case:
     clip: float | None = 0.05
     schedule: str = "cosine"
     warmup: int = 0
+    up_ratio: float = 1.0
 
     @property
     def config(self) -> RunConfig:
@@ -80,7 +81,7 @@ class Case:
             batch=BATCH, lr=self.lr, steps=self.steps, clip_norm=self.clip, weight_decay=0.02, ema=0.8,
             schedule=self.schedule, warmup_steps=self.warmup,
         )  # fmt: skip
-        lora = LoraConfig(rank=self.rank, alpha=1.5 * self.rank, targets=TARGETS)
+        lora = LoraConfig(rank=self.rank, alpha=1.5 * self.rank, targets=TARGETS, up_ratio=self.up_ratio)
         return RunConfig(seed=self.seed, train=train, lora=lora, prior=PriorConfig(weight=self.prior))
 
 
@@ -122,11 +123,13 @@ def adapters_of(dtype: torch.dtype):
 
 
 def make_pack(
-    dtype, size: int, rank: int, steps: int, config: RunConfig | None = None, device: str = "cpu", masked: bool = False
-) -> Pack:
+    dtype, size: int, rank: int, steps: int, config: RunConfig | None = None, device: str = "cpu", masked: bool = False,
+    up_ratio: float = 1.0,
+) -> Pack:  # fmt: skip
     models, example = models_of(dtype, device), captions(Case("any"), dtype).to(device)
     with adapters_of(dtype):
-        return Pack(FAMILY, models, config or Case("any").config, size, rank, steps, example, masked=masked)
+        config = config or Case("any", up_ratio=up_ratio).config
+        return Pack(FAMILY, models, config, size, rank, steps, example, masked=masked)
 
 
 def start(pack: Pack, case: Case, dtype: torch.dtype, found: Checkpoint | None = None) -> Start:
@@ -141,7 +144,7 @@ def train_pack(cases, dtype=torch.float64, size=None, rank=None, poison=None, de
     """
     size = size or len(cases)
     rank, steps = rank or max(case.rank for case in cases), max(case.steps for case in cases)
-    pack = make_pack(dtype, size, rank, steps, device=device)
+    pack = make_pack(dtype, size, rank, steps, device=device, up_ratio=cases[0].up_ratio)
     waiting, seats, states, norms = list(cases), {}, {}, {case.name: [] for case in cases}
     update = pack.engine.update
 
@@ -178,12 +181,14 @@ def train_alone(case: Case, dtype=torch.float64, steps: int | None = None):
     config, models = case.config, copy.copy(models_of(dtype))
     with adapters_of(dtype):
         groups = make_trainable(FAMILY, models, config, case.name)
-    params = groups[0].params
-    adamw = torch.optim.AdamW(params.values(), lr=case.lr, weight_decay=0.02)
+    params = {name: param for group in groups for name, param in group.params.items()}
+    halves = [[param for name, param in params.items() if name.endswith(kind)] for kind in ("down_NRD", "up_NDR")]
+    adamw = torch.optim.AdamW([{"params": half} for half in halves], lr=case.lr, weight_decay=0.02)
     step_of = TrainingStep(FAMILY, models, config, stream_key(config.seed, case.name), captions(case, dtype))
     ema = {name: param.detach().clone() for name, param in params.items()}
     for step in range(case.steps if steps is None else steps):
-        adamw.param_groups[0]["lr"] = case.lr * lr_scale(step, config.train, case.steps)
+        for half, ratio in zip(adamw.param_groups, (1, case.up_ratio)):
+            half["lr"] = ratio * case.lr * lr_scale(step, config.train, case.steps)
         step_of(FixedBank(case, dtype).draw(step, range(BATCH)), step).loss.backward()
         if case.clip is not None:
             torch.nn.utils.clip_grad_norm_(params.values(), case.clip)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dbtrain.errors import ConfigError, DataError
 from dbtrain.families import FAMILIES
-from dbtrain.models.base_check import base_problem, marks_of, path_problem, read_header, weights_problem
+from dbtrain.models.base_check import REFUSED, base_problem, marks_of, path_problem, read_header, weights_problem
 from dbtrain.models.load import load_models, marked, refuse_base
 from dbtrain.models.single_file import checkpoint_of
 from dbtrain.settings.config import ModelConfig
@@ -141,3 +141,11 @@ def test_a_broken_file_is_one_line(content, tmp_path):
         read_header(tmp_path / "a.safetensors")
     with pytest.raises(ConfigError, match="cannot be read as a .safetensors file"):
         load_models(FAMILIES["sd"], ModelConfig(path=str(tmp_path / "a.safetensors")))
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_dbtrain_does_not_train_is_refused_by_name_with_the_reason(kind, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind, "unet": ["diffusers", "X"]}))
+    for family in (FAMILIES["sd"], FAMILIES["flux"]):
+        problem = base_problem(family, str(tmp_path))
+        assert kind in problem and REFUSED[kind] in problem and "set model.family" not in problem

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from dbtrain.errors import DataError, EngineError, StopRequested
+from dbtrain.models.sampling import draw_samples
+from dbtrain.packing import loop
 from dbtrain.packing.pack import Pack
 from dbtrain.priors.own_images import import_images
 from dbtrain.results.publish import LORA_FILE
@@ -144,10 +146,17 @@ def test_every_record_says_what_its_subject_cost(packed):
     assert max(shares) == min(shares)
 
 
-def test_again_is_nothing_and_other_neighbours_change_no_byte(job, packed):
+def test_again_is_nothing_and_other_neighbours_change_no_byte(job, packed, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(loop, "draw_samples", lambda *asked, rows, **more: drawn.append((asked[1], rows))
+                        or draw_samples(*asked, rows=rows, **more))  # fmt: skip
     again = train(job, "packed", *PACKED, "train.schedule=cosine")
     assert again == {name: read_record(packed[1] / "subjects" / name) for name in packed[0]}
+    assert not drawn
     train(job, "reversed", *PACKED, "train.schedule=cosine", names=["ada", "ben", "tom", "rex"])
+    # Each subject's pictures are drawn by the row in which it sat: ben ends first, and tom takes row 1 after him.
+    row_of = {prompt.split()[3]: row for prompts, rows in drawn for prompt, row in zip(prompts, rows, strict=True)}
+    assert [row_of[packed[0][name]["identifier"]] for name in ("ada", "ben", "tom")] == [0, 1, 1]
     for name in packed[0]:
         ours, theirs = adapter(job / "reversed", name), adapter(packed[1], name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name

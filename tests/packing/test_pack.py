@@ -53,6 +53,17 @@ def test_every_subject_is_as_if_alone(dtype, tolerance):
         assert distance(*moved) > 1e-2
 
 
+def test_up_matrices_may_learn_faster_in_a_pack_as_alone():
+    """LoRA+: two arenas, clipped by their joint norm; alone, two groups of one optimizer."""
+    cases = [replace(case, up_ratio=4.0) for case in CASES[:3]]
+    states, _, _ = train_pack(cases, torch.float64, size=2)
+    plain, _, _ = train_pack(CASES[:1], torch.float64)
+    for case in cases:
+        assert distance(states[case.name], train_alone(case, torch.float64)) < EXACT, case.name
+    first = cases[0].name
+    assert distance({"master": states[first]["master"]}, {"master": plain[first]["master"]}) > 1e-2
+
+
 def test_neighbours_slot_and_order_change_no_bit():
     first, _, _ = train_pack(CASES, torch.float32, size=3)
     others = [replace(case, name=f"x{case.name}", lr=3 * case.lr) for case in CASES]
@@ -272,9 +283,8 @@ def mean_over_the_pack(patch):
 
 
 def one_global_clip(patch):
-    def clips(self):
-        (arena,) = self.arenas
-        norm_N = torch.linalg.vector_norm(arena.grad, dim=1)
+    def clips(self, grads):
+        norm_N = torch.linalg.vector_norm(grads[0], dim=1)
         share = (self.clip_N / (norm_N.norm() + 1e-6)).clamp(max=1.0)
         return [share * (norm_N + 1e-6)], None
 

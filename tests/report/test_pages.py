@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from dbtrain.report.facts import Facts
-from dbtrain.report.pages import View, resume, snippets
+from dbtrain.report.pages import View, about, resume, snippets
 from dbtrain.results.card import python_snippet
 
 
@@ -68,3 +68,18 @@ def test_the_card_and_the_report_show_one_way_to_load(method, base, wanted):
     text = snippets(View("run", ""), Facts("rex", record, {}, {}, [], {}))[0]["text"]
     assert wanted in text and ("load_lora_weights('run/subjects/rex')" in text) == (method == "lora")
     assert text == python_snippet(record, "run/subjects/rex", "rex.png")
+
+
+def test_stages_are_named_and_chained():
+    stage = {"folder": "upscaler", "base": "some/x4", "family": "x4_upscaler", "method": "lora", "level": 3}
+    record = {"base": "some/sd", "method": "lora", "caption": "a zq dog", "stages": [stage, 7]}
+    facts = Facts("rex", record, {}, {}, [], {}, [])
+    code = snippets(View("run", ""), facts)[0]["text"]
+    compile(code, "snippet", "exec")
+    assert "'run/subjects/rex/upscaler'" in code and "image=image, noise_level=3" in code
+    assert ("Enlarged by", "some/x4 (upscaler/)") in about(facts, None)
+    for odd in ("x", {"a": 1}, [{"folder": "'\n", "level": "1); exit("}]):
+        strange = Facts("rex", {**record, "stages": odd}, {}, {}, [], {}, [])
+        code = snippets(View("run", ""), strange)[0]["text"]
+        compile(code, "snippet", "exec")
+        assert "exit" not in code

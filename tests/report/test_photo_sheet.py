@@ -47,10 +47,10 @@ def decoded(address):
 
 def test_a_photo_is_shown_as_it_is_cropped_with_the_outline_of_its_mask():
     photo, mask = picture(100, 40), mask_of(100, 40, left=50)
-    plain = decoded(thumbnail(photo, None)).astype(int)
+    plain = decoded(thumbnail(photo, None, (SIDE, SIDE))).astype(int)
     want = np.asarray(photo.resize((480, SIDE), Image.Resampling.LANCZOS).crop((144, 0, 144 + SIDE, SIDE)))
     assert plain.shape == (SIDE, SIDE, 3) and abs(plain - want).mean() < 3
-    masked = decoded(thumbnail(photo, mask)).astype(int)
+    masked = decoded(thumbnail(photo, mask, (SIDE, SIDE))).astype(int)
     pink = abs(masked - OUTLINE).max(2) < 60
     assert pink[:, 95:97].all() and not pink[:, :90].any() and not pink[:, 102:].any()
 
@@ -82,6 +82,28 @@ def test_each_photo_has_its_facts_and_its_warnings(tmp_path, subject):
     assert "<img" in shown["e.png"] and "marks nothing; paint it" in shown["e.png"]
     assert page.count("is torn") == page.count("99 tokens") == page.count("m.csv:9: got nothing; fill it") == 1
     assert 'href="#rex"' in page and 'href="#tom"' not in page
+
+
+def test_with_buckets_a_photo_is_shown_in_its_shape(tmp_path):
+    """A portrait of 3:4 keeps its height; at multiples of 8 in 256 pixels its shape is 288 x 216."""
+    for name, size in {"a": (300, 400), "b": (400, 300), "c": (300, 300), "d": (90, 240)}.items():
+        (tmp_path / f"{name}.png").write_bytes(png(picture(*size)))
+    (tmp_path / "a-mask.png").write_bytes(png(mask_of(300, 400, left=150)))
+    subject = Subject("rex", "dog", tuple(tmp_path / f"{name}.png" for name in "abcd"))
+    page = made(tmp_path, [subject], (), RunConfig(data=DataConfig(resolution=256, buckets=True)))
+    shown = items(page)
+    assert "300×400, trained at 216×288, mask 50%" in shown["a.png"] and "alert" not in shown["a.png"]
+    assert "400×300, trained at 288×216<" in shown["b.png"] and "300×300, trained at 256×256<" in shown["c.png"]
+    assert "trained at 176×352, 25% of its height cropped" in shown["d.png"]
+    assert "leaves out 25%" in shown["d.png"] and "enlarged from 90 to 176 px" in shown["d.png"]
+    pictures = {name: decoded(re.search('src="(.*?)"', part)[1]) for name, part in shown.items()}
+    shapes = [pictures[f"{name}.png"].shape[:2] for name in "abcd"]
+    assert shapes == [(216, 162), (162, 216), (SIDE, SIDE), (264, 132)]
+    pink = abs(pictures["a.png"].astype(int) - OUTLINE).max(2) < 60
+    assert pink[:, 80:82].all() and not pink[:, :76].any()
+    assert "nearest to its own, of about 256×256 pixels" in page
+    square = items(made(tmp_path, [subject], (), RunConfig(data=DataConfig(resolution=256))))
+    assert "25% of its height cropped" in square["a.png"] and "trained at" not in square["a.png"]
 
 
 def test_small_photos_and_random_crops_are_said(tmp_path, subject):

@@ -55,9 +55,15 @@ def test_the_card_shows_samples_where_there_are_some_and_code_that_loads(tmp_pat
 def test_the_card_names_the_versions_that_make_compat_runs(tmp_path):
     source = (Path(__file__).parents[2] / "benchmarks" / "compat.py").read_text()
     versions = re.findall(r'^    "(0\.\d+\.\d+)": "transformers==', source, re.M)
-    assert len(versions) >= 6 and (versions[0], versions[-1]) == TESTED
-    assert f"diffusers {TESTED[0]} to {TESTED[1]}" in card_of(tmp_path, PUBLISHED)[1]
-    assert "tested with" not in card_of(tmp_path, {**PUBLISHED, "family": "flux"})[1]
+    page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
+    assert len(versions) >= 6 and f"| | {' | '.join(versions)} |" in page
+    for family, (oldest, newest) in TESTED.items():
+        cells = re.search(rf"^\| {family}: whole model \| (.*) \|$", page, re.M)[1].split(" | ")
+        able = [version for version, cell in zip(versions, cells) if cell == "0"]
+        assert able == versions[versions.index(oldest) :] and newest == versions[-1]
+        told = f"tested with diffusers {oldest} to {newest}"
+        assert told in card_of(tmp_path, {**PUBLISHED, "family": family})[1]
+    assert "tested with" not in card_of(tmp_path, {**PUBLISHED, "family": "qwen_image"})[1]
 
 
 def test_the_cards_code_runs(tmp_path, monkeypatch, model_folders):
@@ -73,12 +79,18 @@ def test_the_cards_code_runs(tmp_path, monkeypatch, model_folders):
     assert Image.open(tmp_path / "sample.png").size == (32, 32)
 
 
+@pytest.mark.parametrize("base", ["/models/sd15", "embedded", "../sd15", "a/b/c", "/models/sd15.safetensors"])
+def test_a_base_that_no_hub_has_is_not_named_in_the_front_matter(tmp_path, base):
+    front, body, _ = card_of(tmp_path, {**PUBLISHED, "base": base})
+    assert "base_model" not in front and f"| base | `{base}` |" in body
+
+
 @pytest.mark.parametrize("field", HOSTILE)
 def test_hostile_names_stay_text(tmp_path, field):
     front, body, _ = card_of(tmp_path, {**PUBLISHED, field: HOSTILE[field]})
-    assert set(front) == {"base_model", "library_name", "instance_prompt", "tags"} and "evil" not in front["tags"]
-    key = {"base": "base_model", "caption": "instance_prompt"}.get(field)
-    assert key is None or front[key] == HOSTILE[field]
+    named = set() if field == "base" else {"base_model"}
+    assert set(front) == {*named, "library_name", "instance_prompt", "tags"} and "evil" not in front["tags"]
+    assert field != "caption" or front["instance_prompt"] == HOSTILE[field]
     code, outside = False, []
     for line in body.splitlines():
         if line.startswith("```"):

@@ -30,19 +30,22 @@ def test_the_digest_of_earlier_runs_holds(recipe):
 def test_the_settings_without_a_result_are_these():
     sections = dict.fromkeys(("engine", "checkpoint", "sample", "publish", "track"), True)
     keys = {
-        "model": ("path", "revision", "variant", "single_file_layout", "attention"),
+        "model": ("path", "revision", "variant", "single_file_layout", "distilled", "attention"),
         "data": ("mask", "max_pixels", "cache_latents", "cache_text", "shards", "schemes"),
         "train": ("micro_batch", "gradient_checkpointing"),
         "prior": ("store", "batch"),
         "identifier": ("registry",),
         "lora": ("init",),
     }
-    at_default = {"model": ("dtype",), "objective": ("shift",), "data": ("mask_floor", "srgb", "caption_dropout")}
+    at_default = {"model": ("dtype", "quantize"), "objective": ("shift",), "lora": ("up_ratio",),
+                  "data": ("mask_floor", "srgb", "caption_dropout", "buckets")}  # fmt: skip
     other = ["model.dtype=bf16", "objective.shift=3", "data.mask_floor=0", "data.srgb=false"]
-    told = loads("", "x", [*other, "data.caption_dropout=0.1"])
+    other += ["model.quantize=int8", "engine.kind=packed", "lora.up_ratio=2", "super.level=5"]
+    told = loads("", "x", [*other, "data.caption_dropout=0.1"]).replaced("data.buckets", True)
+    sections |= {"stages": True}
     assert without_result(told) == {**sections, **{name: dict.fromkeys(own, True) for name, own in keys.items()}}
     both = {name: (*keys.get(name, ()), *at_default.get(name, ())) for name in {**keys, **at_default}}
-    plain = {**sections, **{name: dict.fromkeys(own, True) for name, own in both.items()}}
+    plain = {**sections, "super": True, **{name: dict.fromkeys(own, True) for name, own in both.items()}}
     assert without_result(RunConfig()) == plain
 
 
@@ -73,7 +76,11 @@ def test_addresses_hub_ids_and_absent_values_stay(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "key, table",
-    [("model.family", FAMILIES), ("objective.weighting", WEIGHTINGS), ("objective.timesteps", DISTRIBUTIONS)],
+    [
+        ("model.family", ("auto", *FAMILIES)),
+        ("objective.weighting", WEIGHTINGS),
+        ("objective.timesteps", DISTRIBUTIONS),
+    ],
 )
 def test_names_of_tables_are_the_choices(key, table):
     assert known_keys()[key]["enum"] == list(table)

@@ -24,6 +24,8 @@ def test_the_defaults_go_together():
         ({"data": {"caption": "[trigger] {class}", "class_caption": "a [trigger]"}}, ["data.class_caption"]),
         ({"engine": {"kind": "packed"}, "train": {"method": "full"}}, ["train.method"]),
         ({"engine": {"kind": "packed"}, "track": {"wandb": "x"}}, ["track.wandb"]),
+        ({"engine": {"kind": "packed"}, "data": {"buckets": True}}, ["data.buckets"]),
+        ({"data": {"buckets": True}, "train": {"batch": 4, "micro_batch": 2}}, []),
         ({"engine": {"kind": "packed", "zero": {"stage": 1}, "deepspeed": "x"}}, ["engine.zero", "engine.deepspeed"]),
     ],
 )

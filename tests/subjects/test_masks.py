@@ -10,10 +10,12 @@ from dbtrain.data.masks import open_mask
 from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DataError
 from dbtrain.settings.config import DataConfig, RunConfig
+from dbtrain.subjects.finding import defects
 from dbtrain.subjects.manifest import read_manifest, scan_manifest
 from dbtrain.subjects.masks import open_with_mask
 from dbtrain.subjects.preflight import preflight
 from dbtrain.subjects.sharding import shard_subjects, source_digest, source_lines
+from dbtrain.values import Subject
 from tests.kit.made_photos import jpeg, mask_of, picture, png
 
 CONFIG = RunConfig(data=DataConfig(resolution=32))
@@ -43,6 +45,11 @@ def one(folder, **cells):
     cells = {"subject": "rex", "class": "dog", "images": "rex", **cells}
     (folder / "m.csv").write_text(f"{','.join(cells)}\n{','.join(cells.values())}\n")
     return read_manifest(folder / "m.csv")[0]
+
+
+def wrong(subject, config):
+    """The defects of a subject. Its photos show the same, which is a note."""
+    return defects(preflight([subject], config))
 
 
 def masks(subject, **data):
@@ -77,9 +84,9 @@ def test_the_column_goes_before_what_is_beside_the_photo(folder):
 
 def test_masks_of_no_photo_are_findings(folder):
     subject = one(folder, mask="rex/a-mask.png;rex/carnival-mask.png")
-    (finding,) = preflight([subject], CONFIG)
+    (finding,) = wrong(subject, CONFIG)
     assert finding.file.endswith("carnival-mask.png") and "is a mask of none" in finding.what
-    assert preflight([subject], CONFIG.replaced("data.mask", False)) == []
+    assert wrong(subject, CONFIG.replaced("data.mask", False)) == []
     for cell, what in {"nowhere": "does not exist", "m.csv": "m.csv"}.items():
         with pytest.raises(DataError, match=f"column mask: .*{what}.*a list of masks"):
             one(folder, mask=cell)
@@ -101,29 +108,42 @@ BAD = {
 def test_a_bad_mask_is_a_finding_that_names_it_and_nothing_is_written(folder, name):
     content, what = BAD[name]
     (folder / "rex" / "a-mask.png").write_bytes(content)
-    (finding,) = preflight([one(folder)], CONFIG)
+    (finding,) = wrong(one(folder), CONFIG)
     assert finding.file == str(folder / "rex" / "a-mask.png") and what in finding.what and finding.remedy
     with pytest.raises(DataError, match="a-mask.png"):
         shard_subjects(*scan_manifest(folder / "m.csv"), folder / "shards", CONFIG, str)
     assert not (folder / "shards").exists()
 
 
+def test_a_mask_is_empty_by_the_shape_that_is_trained(tmp_path):
+    """Its top marks the subject: a square crop leaves that out, the shape of a portrait does not."""
+    (tmp_path / "a.png").write_bytes(png(picture(48, 64)))
+    top = np.zeros((64, 48), np.uint8)
+    top[:7] = 255
+    (tmp_path / "a-mask.png").write_bytes(png(Image.fromarray(top)))
+    subject = Subject("rex", "dog", (tmp_path / "a.png",))
+    square = RunConfig(data=DataConfig(resolution=256))
+    (finding,) = wrong(subject, square)
+    assert "marks nothing that is trained" in finding.what
+    assert wrong(subject, square.replaced("data.buckets", True)) == []
+
+
 def test_what_is_all_transparent_is_a_finding_of_the_photo(folder):
     (folder / "rex" / "b.png").write_bytes(cut_out(mask_of(left=48)))
-    (finding,) = preflight([one(folder)], CONFIG)
+    (finding,) = wrong(one(folder), CONFIG)
     assert finding.file == str(folder / "rex" / "b.png") and "marks nothing" in finding.what
     random = RunConfig(data=DataConfig(resolution=32, crop="random"))
     (folder / "rex" / "b.png").write_bytes(cut_out(Image.eval(mask_of(left=4), lambda value: 255 - value)))
-    assert len(preflight([one(folder)], CONFIG)) == 1 and preflight([one(folder)], random) == []
+    assert len(wrong(one(folder), CONFIG)) == 1 and wrong(one(folder), random) == []
 
 
 def test_each_photo_can_be_asked_to_have_one(folder):
     strict = RunConfig(data=DataConfig(resolution=32, mask=True))
-    found = preflight([one(folder)], strict)
+    found = wrong(one(folder), strict)
     assert [finding.file.rpartition("/")[2] for finding in found] == ["c.png", "carnival-mask.png"]
     assert all("has no mask" in finding.what for finding in found)
     (folder / "rex" / "c-mask.png").write_bytes(png(Image.new("L", (48, 40), 255)))
-    assert preflight([one(folder, images="rex/a.jpg;rex/b.png;rex/c.png")], strict) == []
+    assert wrong(one(folder, images="rex/a.jpg;rex/b.png;rex/c.png"), strict) == []
 
 
 def test_masks_are_stored_beside_the_photos_and_fit_them(folder):

@@ -4,10 +4,13 @@ import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
 from dbtrain.models.load import load_tokenizer
 from dbtrain.settings.config import RunConfig
+from dbtrain.subjects.finding import defects
 from dbtrain.subjects.identifiers import candidates
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.subjects.preflight import preflight, sift
@@ -37,7 +40,7 @@ def test_every_bad_photo_is_found_in_order_with_subject_file_and_remedy(photo_fo
     bad[0].write_bytes(b"")
     bad[1].write_bytes(b"BM" * 100)
     subjects = [Subject("a", "cat", (good, bad[0], good, bad[1])), Subject("b", "cat", (bad[2], good))]
-    found = preflight(subjects, CONFIG)
+    found = defects(preflight(subjects, CONFIG))
     assert [(finding.subject, finding.file) for finding in found] == [
         ("a", str(bad[0])),
         ("a", str(bad[1])),
@@ -134,6 +137,56 @@ def test_photos_far_below_the_resolution_are_one_note_a_subject(photo_folder):
     assert note.note and note.subject == "cat" and "short side of 40 px (and 2 more are too small)" in note.what
     subjects, findings = sift([cat], [], RunConfig())
     assert subjects == [cat] and len(findings) == 1
+
+
+@pytest.fixture
+def sharp(tmp_path):
+    """A sharp photo of grainy blocks, and a function that writes what is made of it."""
+    random = np.random.default_rng(1)
+    blocks = random.integers(30, 220, (8, 12, 3), dtype=np.uint8).repeat(40, 0).repeat(40, 1)
+    photo = Image.fromarray(blocks + random.integers(0, 30, blocks.shape, dtype=np.uint8))
+
+    def write(name, image=photo):
+        (tmp_path / name).write_bytes(png(image))
+        return tmp_path / name
+
+    return photo, write
+
+
+AT_256 = RunConfig.model_validate({"data": {"resolution": 256}})
+
+
+def test_a_blurred_photo_is_a_note_about_the_worst_of_its_subject(sharp):
+    photo, write = sharp
+    soft, softer = (photo.filter(ImageFilter.GaussianBlur(radius)) for radius in (3, 6))
+    turned = soft.transpose(Image.Transpose.ROTATE_180)
+    images = (write("a.png"), write("b.png", turned), write("c.png", softer.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
+    (note,) = preflight([Subject("rex", "dog", images)], AT_256)
+    assert note.note and note.file == str(images[2]) and note.what == "looks blurred (and 1 more)"
+    assert preflight([Subject("rex", "dog", images)], CONFIG) == [], "at 32 px such photos are sharp"
+
+
+def test_photos_that_show_the_same_are_a_note_about_their_pair(sharp):
+    photo, write = sharp
+    other = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    images = (write("a.png"), write("b.png", other), write("c.png", photo.resize((400, 267))))
+    (note,) = preflight([Subject("rex", "dog", images)], CONFIG)
+    assert note.note and note.file == str(images[0]) and note.what == f"looks the same as {images[2]}"
+    apart = [Subject("rex", "dog", images[:2]), Subject("tom", "dog", images[2:])]
+    assert preflight(apart, CONFIG) == [], "of two subjects it may be meant"
+    (note,) = preflight([Subject("rex", "dog", (*images, write("d.png")))], CONFIG)
+    assert note.what.endswith("(and 2 more pairs do)")
+
+
+def test_with_buckets_a_photo_is_small_where_its_shape_enlarges_it(tmp_path):
+    """In the shape of 1:2 the short side is 176 px: 150 are enough for that, and not for a square of 256."""
+    (tmp_path / "a.png").write_bytes(png(picture(150, 300)))
+    subject = Subject("a", "cat", (tmp_path / "a.png",))
+    notes = {
+        buckets: [one.what for one in preflight([subject], AT_256.replaced("data.buckets", buckets))]
+        for buckets in (False, True)
+    }
+    assert notes == {False: ["short side of 150 px", "looks blurred"], True: ["looks blurred"]}
 
 
 def test_captions_of_photos_that_are_too_long_are_a_note(photo_folder, tokenizer):

@@ -12,7 +12,7 @@ from dbtrain.data.shards import write_shards
 from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DataError
 from dbtrain.settings.config import DataConfig
-from dbtrain.subjects.tars import tar_samples
+from dbtrain.subjects.tars import index_tars, tar_samples
 from dbtrain.values import OWN
 from tests.kit.made_photos import jpeg, picture, png
 
@@ -89,3 +89,17 @@ def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind):
 def test_a_name_that_leads_out_stays_a_name(tmp_path):
     (found,) = samples(tar(tmp_path / "a.tar", [("../../evil.png", PNG)]))
     assert found.meta["source"] == "evil.png" and sorted(tmp_path.iterdir()) == [tmp_path / "a.tar"]
+
+
+def test_the_same_tars_again_change_nothing_and_others_are_refused(tmp_path):
+    path, said = tar(tmp_path / "a.tar", [("1.png", PNG), ("1.txt", b"a dog")]), []
+    index = index_tars([path], "rex", "dog", DataConfig(resolution=32), tmp_path / "shards", said.append)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "shards").iterdir()}
+    assert index_tars([path], "rex", "dog", DataConfig(resolution=32), tmp_path / "shards", said.append) == index
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "shards").iterdir()} == before
+    assert said == [f"{tmp_path / 'shards'}: is up to date; nothing to do"]
+    for noun, resolution in (("cat", 32), ("dog", 40)):
+        with pytest.raises(DataError, match="is not empty"):
+            index_tars([path], "rex", noun, DataConfig(resolution=resolution), tmp_path / "shards", str)
+    with pytest.raises(DataError, match="b.tar: cannot be read"):
+        index_tars([tmp_path / "b.tar"], "rex", "dog", DataConfig(), tmp_path / "other", str)

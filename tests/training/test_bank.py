@@ -152,12 +152,12 @@ def test_cached_mirror_images_are_encoded_mirror_images():
 
     models = load_models(FAMILIES["sd"], ModelConfig(path=str(sd_folder())))
     made = bank(priors=False, flip=True)
-    made.cache(Role.INSTANCE, FAMILIES["sd"].codec, models.vae, "cpu")
+    made.cache(Role.INSTANCE, (32, 32), FAMILIES["sd"].codec, models.vae, "cpu")
     array = square(open_photo(made.items[Role.INSTANCE][1].sample.image), 32)
     with torch.no_grad():
         want = encode_images(models.vae, torch.stack([to_pixels(array), to_pixels(flip(array))]))
-    torch.testing.assert_close(made.moments[Role.INSTANCE][1], want, rtol=1e-4, atol=1e-5)
-    assert made.moments[Role.INSTANCE].shape == (3, 2, 8, 16, 16)
+    torch.testing.assert_close(made.moments[Role.INSTANCE, (32, 32)][1], want, rtol=1e-4, atol=1e-5)
+    assert made.moments[Role.INSTANCE, (32, 32)].shape == (3, 2, 8, 16, 16)
 
 
 def masked_bank(**data) -> Bank:

@@ -59,3 +59,13 @@ def test_the_base_is_restored_in_place(method):
     assert base.models is models and not layers(models.denoiser)
     after = models.denoiser.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_layers_that_diffusers_keeps_in_fp32_stay_there(model_folders):
+    model = ["model.family=krea2", f"model.path={model_folders['krea2']}", "data.resolution=64", "prior.sampler=auto"]
+    bf16 = ["model.dtype=bf16", "train.precision=bf16", "objective.timesteps=logit_normal"]
+    denoiser = Base.load(small_config(*model, *bf16), ALONE).models.denoiser
+    kept = {name: "norm" in name for name, _ in denoiser.named_parameters()}
+    assert any(kept.values()) and not all(kept.values())
+    for name, parameter in denoiser.named_parameters():
+        assert parameter.dtype == (torch.float32 if kept[name] else torch.bfloat16), name

@@ -48,6 +48,15 @@ def test_without_a_rate_of_their_own_text_encoders_take_the_denoisers():
     assert [group.lr for group in make_stack(base.family, base.models, base.settings, 1)] == [2e-3, 2e-3]
 
 
+def test_lora_plus_parts_a_components_matrices_by_rate():
+    base = base_of("train.text_encoder=true", "train.lr=1e-3", "train.text_encoder_lr=5e-4", "lora.up_ratio=16")
+    groups = make_stack(base.family, base.models, base.settings, 2)
+    assert [group.lr for group in groups] == [1e-3, 16e-3, 5e-4, 8e-3]
+    for group, end in zip(groups, ("down_NRD", "up_NDR") * 2):
+        assert group.params and all(name.endswith(end) for name in group.params)
+    assert len(named(groups)) == sum(len(group.params) for group in groups)
+
+
 def test_a_subject_starts_alike_alone_and_in_a_pack():
     """Alone its layers are started in place; a pack copies the same matrices into its row, of a wider stack."""
     base = base_of(*TEXT)

@@ -17,7 +17,7 @@ run = CliRunner().invoke
     (["pack", "--sizes", "0"], "--sizes: got '0'"),
     (["pack", "--sizes", "1", "--subjects", "4,"], "--subjects: got '4,'"),
     (["step", "--sizes", ""], "--sizes: got ''"),
-    (["step", "--capture", "off,grph"], "--capture: got 'off,grph', want auto, graph, compile, off"),
+    (["step", "--capture", "off,grph"], "--capture: got 'off,grph', want auto, graph, compile, compiled_graph, off"),
     (["step", "--attention", "sdp"], "--attention: got 'sdp', want auto, sdpa"),
 ])  # fmt: skip
 def test_lists_of_bench_are_checked(words, message):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dbtrain.errors import ConfigError
 from dbtrain.settings import recipes
 from dbtrain.verbs import migrate
+from dbtrain.verbs.diffusers_scripts import DROPPED, KEYS, SWITCHES, USED
 
 # From examples/dreambooth/README.md of diffusers: LoRA is shortened, the first is whole.
 README_PRIOR = """
@@ -70,7 +71,7 @@ def test_the_readmes_command_becomes_the_same_training():
 @pytest.mark.parametrize(("command", "expected"), [
     (LORA.replace("_lora", ""), {"train.lr": 5e-6, "train.batch": 4, "data.resolution": 512}),
     (LORA, {"train.lr": 5e-4, "lora.rank": 4, "prior.weight": 0, "checkpoint.every_steps": 500, "data.crop": "random"}),
-    (SDXL, {"train.lr": 1e-4, "data.resolution": 1024, "model.family": "sdxl"}),
+    (SDXL, {"train.lr": 1e-4, "data.resolution": 1024, "model.family": "sdxl", "train.weight_decay": 1e-4}),
 ], ids=["full", "lora", "sdxl"])
 def test_the_scripts_defaults_are_written_out(command, expected):
     config, _ = config_of(command)
@@ -166,8 +167,12 @@ def test_min_snr_with_prior_preservation_is_noted():
 
 
 @pytest.mark.parametrize(("command", "message"), [
-    ("accelerate launch train_dreambooth_flux.py --pretrained_model_name_or_path x", "no family for flux"),
-    ("accelerate launch train_dreambooth_lora_sd3.py", "no family for sd3"),
+    ("accelerate launch train_dreambooth_lora_hidream.py", "cannot be migrated: HiDream"),
+    ("accelerate launch train_dreambooth_lora_flux2_img2img.py", "pairs of pictures"),
+    ("python train_dreambooth_flax.py --seed 1", "is for Flax"),
+    ("accelerate launch train_dreambooth_lora_sd3.py", "without --pretrained_model_name_or_path"),
+    (f"{SDXL} --do_edm_style_training", "EDM's form"),
+    (f"{LORA.replace('lora', 'lora_flux_advanced')} --train_transformer_frac=0", "token embeddings alone"),
     ("python train_text_to_image.py", "only these are understood"), ("", "no script"), ("ls -l", "no script"),
     ("python train_dreambooth.py --seed 1", "without --pretrained_model_name_or_path"),
     (LORA + " --instance_prompt 'a", "check the quotes"),
@@ -181,13 +186,13 @@ def test_what_cannot_be_migrated_is_refused(command, message):
 
 def test_every_target_is_a_setting():
     keys = set(recipes.known_keys())
-    assert {*migrate.KEYS.values(), *(key for key, _ in migrate.SWITCHES.values())} <= keys
-    assert not set(migrate.KEYS) & set(migrate.DROPPED)
-    assert not migrate.USED & {*migrate.KEYS, *migrate.SWITCHES, *migrate.DROPPED}
-    assert all(migrate.DROPPED.values())
+    assert {*KEYS.values(), *(key for key, _ in SWITCHES.values())} <= keys
+    assert not set(KEYS) & set(DROPPED)
+    assert not USED & {*KEYS, *SWITCHES, *DROPPED}
+    assert all(DROPPED.values())
 
 
-ALL_FLAGS = [*migrate.KEYS, *migrate.SWITCHES, *migrate.DROPPED, *sorted(migrate.USED)]
+ALL_FLAGS = [*KEYS, *SWITCHES, *DROPPED, *sorted(USED)]
 VALUES = ["", "1", "-1", "0", "a {b} [c", "1e-4", "'x: y'", "nan", "é"]
 
 
@@ -202,7 +207,7 @@ def test_every_command_gives_a_valid_recipe_or_a_clean_error(flags, values):
         return
     assert recipes.loads(recipes.render(config)) == config
     told = [line.split()[0].rstrip(":") for line in result.dropped]
-    assert {f"--{flag}" for flag in flags if flag in migrate.DROPPED} <= set(told)
+    assert {f"--{flag}" for flag in flags if flag in DROPPED} <= set(told)
     assert {"subject", "class", "images"} <= yaml.safe_load(result.manifest_yaml)[0].keys()
 
 

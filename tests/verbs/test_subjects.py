@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dbtrain import cli
-from dbtrain.results import finished
+from dbtrain.results import finished, uploading
 from dbtrain.results.finished import generate_finished
+from dbtrain.results.record import finished_record
 from dbtrain.subjects.prompts import application
-from dbtrain.training import claims
+from dbtrain.training import claims, telemetry
 from tests.kit.main_job import sd_folder, small_config, write_job
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -282,3 +283,39 @@ def test_a_whole_model_has_no_weight(job, model_folders, tmp_path):
     pipeline = finished.finished_pipeline(tmp_path, family, models, config, 0.5)
     with pytest.raises(finished.ConfigError, match="has no adapter to weigh"), pipeline:
         pass
+
+
+def test_finished_subjects_are_published_and_what_fails_is_finished_by_the_same_command(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(uploading, "PAUSES_S", ())
+    out, far = tmp_path / "out", tmp_path / "far"
+    shutil.copytree(job[0] / "out", out)
+    words = ("train", *job[1], "--subjects", "all", "--out", out, "--publish-to", far)
+    far.mkdir()
+    (far / "tom").write_text("in the way")
+    failed = run(*words)
+    assert failed.exit_code == 3 and f"error: tom: is finished here, and not yet at {far}: " in failed.stderr
+    assert "rex: uploaded to" in failed.stderr and f"in {out / 'subjects' / 'tom'}" in failed.stdout
+    (far / "tom").unlink()
+    again = run(*words)
+    assert again.exit_code == 0 and "tom: uploaded to" in again.stderr and "rex: uploaded to" not in again.stderr
+    for name in ("rex", "tom"):
+        assert finished_record(far / name) == finished_record(out / "subjects" / name)
+        assert str(far) not in (far / name / "README.md").read_text() + (far / name / "config.yaml").read_text()
+    assert run("export", far / "rex", "--out", tmp_path / "rex.safetensors").exit_code == 0
+
+
+@pytest.mark.parametrize("verb", [("train", "--subjects", "all"), ("batch", "run")])
+@pytest.mark.parametrize("address", ["https://host/x", "s3://key:secret@bucket", "s3:/bucket"])
+def test_an_address_that_cannot_be_used_ends_before_any_work(job, tmp_path, verb, address):
+    refused = run(*verb, *job[1], "--out", tmp_path / "out", "--publish-to", address)
+    assert refused.exit_code == 2 and refused.stderr.startswith("error: publish.to: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", [("train", "--subjects", "all"), ("batch", "run"), ("preflight",)])
+def test_a_missing_tracker_ends_before_any_work(job, tmp_path, verb, monkeypatch):
+    monkeypatch.setattr(telemetry, "find_spec", lambda name: None)
+    out = () if verb == ("preflight",) else ("--out", tmp_path / "out")
+    refused = run(*verb, *job[1], "track.trackio=x", *out)
+    assert refused.exit_code == 2 and "error: track.trackio: trackio is not installed" in refused.stderr
+    assert not (tmp_path / "out").exists()

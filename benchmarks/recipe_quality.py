@@ -1,0 +1,227 @@
+"""What recipes of the embedded base buy, and what they cost: `python benchmarks/recipe_quality.py`.
+
+Trains every recipe on every subject of one group, draws the same prompts with the same noise, and scores them.
+Groups: `pilots`, on which recipes are chosen, and `demo`, the ten subjects on which the chosen ones are reported.
+No drawing is in both, and none is of an art set that the base was trained on. Recipes alternate inside a seed.
+Cost is processor time of one thread, training and its files alone; class images are counted apart, because all recipes
+share them. Running again goes on where it was stopped. Writes <name>_<device>_<year and month>.{md,json}.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from measures import closed_share, mean_interval
+from paper_shape import draw, pictures, scores_of
+from paper_shape_tables import BASE, GROUPS
+
+from dbtrain.bench import commit
+from dbtrain.evaluate.intervals import shown
+from dbtrain.evaluate.judge import load_judge
+from dbtrain.families import FAMILIES
+from dbtrain.models.load import base_digest, load_models
+from dbtrain.models.sampling import image_seed
+from dbtrain.results.finished import finished_pipeline
+from dbtrain.settings.recipes import load
+from dbtrain.subjects.manifest import read_manifest
+from dbtrain.tiny import DEMO
+from dbtrain.train import train_manifest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "embedded"))
+
+from dbtrain_embedded import demo, world
+from dbtrain_embedded.world import Facts, article
+
+RESULTS = Path(__file__).parent / "results"
+PILOTS = {
+    "dog-guide": ("dog", "fluent-emoji", "guide-dog"),
+    "cat-black": ("cat", "fluent-emoji-flat", "black-cat"),
+    "fox-red": ("fox", "fluent-emoji", "fox"),
+    "owl-brown": ("owl", "fluent-emoji-flat", "owl"),
+    "car-taxi": ("car", "fluent-emoji-flat", "taxi"),
+    "clock-alarm": ("clock", "fluent-emoji", "alarm-clock"),
+    "sneaker-run": ("sneaker", "fluent-emoji-flat", "running-shoe"),
+    "guitar-red": ("guitar", "fluent-emoji", "guitar"),
+}
+"""Subject id -> (class noun, art set, emoji name): held-out art that no demo subject is drawn from."""
+BEFORE = {"base model": "base model", "with prior": "250 steps, before"}
+"""Variants that are taken over from `--before`, and what they are called here."""
+SHORT = (10, 30)
+"""Steps of the two trainings by which the cost of a recipe is measured."""
+SCORES = {
+    "identity": "identity",
+    "placed identity": "identity, placed",
+    "scene accuracy": "scene accuracy",
+    "class accuracy": "class accuracy",
+    "placed clip_t_plain": "CLIP-T, placed",
+    "pres": "PRES, lower is better",
+    "div_identity": "DIV (identity)",
+}
+
+
+def pilot_manifest(folder: Path) -> Path:
+    """A manifest of the pilot subjects, each with five pictures drawn as those of the demo's subjects are."""
+    lines = ["subject,class,images"]
+    for number, (subject, (noun, vendor, name)) in enumerate(PILOTS.items()):
+        sprite = demo.find(noun, vendor, name)
+        (folder / subject).mkdir(parents=True, exist_ok=True)
+        for i, place in enumerate(demo.SCENES):
+            picture = world.render(Facts(noun, sprite, place), world.stream(60_000 + 100 * number + i), "heldout")
+            picture.save(folder / subject / f"{i:02d}.png")
+        lines.append(f"{subject},{noun},{subject}")
+    (folder / "subjects.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "subjects.csv"
+
+
+def train(options, name: str, words: list[str], manifest: Path, seed: int) -> tuple[dict, float]:
+    """(the records by subject, processor seconds without class images) of a recipe; both of an earlier run if there."""
+    folder, recipe = options.out / f"seed-{seed}" / name, words[0]
+    shared = [f"prior.store={options.out / 'priors'}", "sample.images=0", "track.tensorboard=false", f"seed={seed}"]
+    config = load(recipe, [*shared, *words[1:]])
+    cost = folder / "cost.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    begin = time.process_time()
+    records, failed = train_manifest(manifest, config, folder, None, quiet=True)
+    spent = time.process_time() - begin
+    if failed:
+        raise SystemExit(f"{name}: {failed}")
+    if not cost.exists():
+        stages = {key: sum(r["stages_s"].get(key, 0.0) for r in records) for key in records[0]["stages_s"]}
+        cost.write_text(json.dumps({"cpu_s": spent, "stages_s": stages}))
+    return {record["subject"]: record for record in records}, json.loads(cost.read_text())["cpu_s"]
+
+
+def measure(options, recipes: dict[str, list[str]], manifest: Path) -> list[dict]:
+    """A row for each recipe, seed and subject, those of the base model among them."""
+    subjects, config = read_manifest(manifest), load("tiny", [])
+    base = load_models(FAMILIES["sd"], config.model).to(torch.device("cpu"))
+    judge, rows = load_judge(), []
+    warm_priors(options, manifest)
+    if options.before:
+        rows = taken_over(options)
+    for seed in options.seeds:
+        for name, words in ({**recipes} if options.before else {BASE: [], **recipes}).items():
+            records, spent = train(options, name, words, manifest, seed) if words else ({}, 0.0)
+            begin, scored = time.process_time(), []
+            for subject in subjects:
+                record = records.get(subject.id)
+                noun = subject.class_noun
+                named = f"{record['identifier']} {noun}" if record else article(noun)
+                wanted = pictures(named, subject, options.images, drift=record is not None)
+                seeds = [image_seed("paper-shape", seed, subject.id, p.place, p.number) for p in wanted]
+                folder = options.out / f"seed-{seed}" / name / "subjects" / subject.id if record else None
+                opened = partial(finished_pipeline, folder, FAMILIES["sd"], base, config)
+                cache = options.out / "pictures" / f"seed-{seed}" / name / subject.id
+                files = draw(cache, record["run"] if record else base_digest(base), wanted, seeds, config, opened)
+                groups = {group: [(p, f) for p, f in zip(wanted, files) if p.group == group] for group in GROUPS}
+                scores = scores_of(judge, subject, groups)
+                scored.append({"recipe": name, "seed": seed, "subject": subject.id, "cpu_s": spent, "scores": scores})
+            rows += scored
+            told = "  ".join(
+                f"{title} {statistics.fmean(row['scores'][key] for row in scored):.3f}"
+                for key, title in SCORES.items()
+                if key in scored[0]["scores"]
+            )
+            print(f"seed {seed} {name}: {spent:.0f} s + {time.process_time() - begin:.0f} s  {told}", flush=True)
+    return rows
+
+
+def taken_over(options) -> list[dict]:
+    """Rows of an earlier result of paper_shape.py, whose pictures have the same prompts and noise.
+
+    The cost of the recipe of that time is measured now, by two short trainings: what a step costs, times its steps.
+    """
+    short, long = (train(options, f"cost-{steps}", [*shlex.split(options.before_recipe), f"train.steps={steps}"],
+                         DEMO, options.seeds[0])[1] for steps in SHORT)  # fmt: skip
+    spent = short + (long - short) / (SHORT[1] - SHORT[0]) * (load(*recipe_of(options)).train.steps - SHORT[0])
+    return [
+        {"recipe": BEFORE[row["variant"]], "seed": row["seed"], "subject": row["subject"], "scores": row["scores"],
+         "cpu_s": spent if row["variant"] != BASE else 0.0}
+        for row in json.loads(options.before.read_text("utf-8"))["rows"]
+        if row["variant"] in BEFORE and row["seed"] in options.seeds
+    ]  # fmt: skip
+
+
+def recipe_of(options) -> tuple[str, list[str]]:
+    """The recipe and the overrides of `--before-recipe`."""
+    name, *words = shlex.split(options.before_recipe)
+    return name, words
+
+
+def warm_priors(options, manifest: Path) -> None:
+    """Draw the class images that all recipes share, by a training of one step."""
+    words = ["train.steps=1", "engine.packed.size=1", "sample.images=0", "track.tensorboard=false"]
+    words += [f"prior.store={options.out / 'priors'}"]
+    train_manifest(manifest, load("tiny_packed", words), options.out / "warm", None, quiet=True)
+
+
+def by_subject(rows: list[dict], recipe: str, score: str) -> list[float]:
+    """One value a subject, the mean over seeds."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if row["recipe"] == recipe and score in row["scores"]:
+            values.setdefault(row["subject"], []).append(row["scores"][score])
+    return [statistics.fmean(values[subject]) for subject in sorted(values)]
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Cost and scores of each recipe, with intervals over subjects."""
+    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    cost = {n: statistics.fmean({(r["seed"]): r["cpu_s"] for r in rows if r["recipe"] == n}.values()) for n in names}
+    names.sort(key=lambda name: (name != BASE, -cost[name]))
+    first = names[1]
+    lines = ["| recipe | CPU-s | share | gap closed | " + " | ".join(SCORES.values()) + " |"]
+    lines.append("|---" * (len(SCORES) + 4) + "|")
+    base, real = by_subject(rows, BASE, "identity"), by_subject(rows, BASE, "real_identity")
+    for name in names:
+        closed = shown(closed_share(base, by_subject(rows, name, "identity"), real).row()) if name != BASE else ""
+        cells = [shown(mean_interval(by_subject(rows, name, score)).row()) if name != BASE or score != "pres" else ""
+                 for score in SCORES]  # fmt: skip
+        share = f"{cost[name] / cost[first]:.3f}" if name != BASE else ""
+        lines.append(f"| {name} | {cost[name]:.0f} | {share} | {closed} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> None:
+    """Train, draw, score, and write the two files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--group", choices=("pilots", "demo"), default="pilots")
+    parser.add_argument("--recipe", action="append", required=True, metavar="NAME: RECIPE A.B=C ...")
+    parser.add_argument("--before", type=Path, help="result of paper_shape.py to compare with; of the group demo")
+    parser.add_argument("--before-recipe", default="tiny_packed", metavar="'RECIPE A.B=C ...'", help="what it trained")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="training seeds")
+    parser.add_argument("--images", type=int, default=8, help="pictures of the plain and of the class prompt")
+    parser.add_argument("--out", type=Path, default=Path("runs/recipe-quality"), help="working folder, kept")
+    parser.add_argument("--name", help="what the result files are called; nothing is written without a name")
+    options = parser.parse_args()
+    recipes = {line.partition(":")[0].strip(): shlex.split(line.partition(":")[2]) for line in options.recipe}
+    manifest = DEMO if options.group == "demo" else pilot_manifest(options.out / "pilots")
+    rows = measure(options, recipes, manifest)
+    lines = table(rows)
+    print("\n".join(lines))
+    if options.name:
+        target = RESULTS / f"{options.name}_cpu_{time.strftime('%Y%m')}"
+        about = {
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+            "commit": commit(),
+            "group": options.group,
+            "before": f"{options.before} by {options.before_recipe}" if options.before else "",
+            "recipes": {name: shlex.join(words) for name, words in recipes.items()},
+            "seeds": options.seeds,
+            "images": options.images,
+        }
+        target.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        heads = [f"- {key}: {value}" for key, value in about.items() if key != "recipes"]
+        heads += [f"- {name}: `{words}`" for name, words in about["recipes"].items()]
+        target.with_suffix(".md").write_text("\n".join(["# Recipes", "", *heads, "", *lines, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The roofline: exact counts on the meta device, checked by hand where they can be, and what a card makes of them."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dbtrain.bench import roofline, to_nobody
+from dbtrain.bench.cards import CARDS
+from dbtrain.bench.flops import count_flops
+from dbtrain.bench.roofline import Part, count, flash, meta_step, modelled, shape_of, table, targets_of
+from dbtrain.errors import ConfigError
+from dbtrain.families import FAMILIES
+
+TARGETS = ("attn*.to_q", "attn*.to_k", "attn*.to_v", "attn*.to_out.0")
+SMALL = {
+    "sd": {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "attention_head_dim": 8,
+           "norm_num_groups": 8, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+           "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")},
+    "flux": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
+}  # fmt: skip
+
+
+def small(family):
+    """A published architecture, cut down."""
+    row = FAMILIES[family]
+    shape = next(iter(row.shapes.values()))
+    return row, replace(shape, config={**shape.config, **SMALL[family]}, latent_side=16)
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return {name: count(name, *small(name), 2, targets_of(FAMILIES[name])) for name in SMALL}
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_operations_are_those_of_pytorchs_counter(family, counts):
+    step = meta_step(*small(family), 2, targets_of(FAMILIES[family]))
+    with flash():
+        forward = count_flops(lambda: step.forward())
+        both = count_flops(lambda: step.backward(step.forward()))
+    assert (counts[family].operations, counts[family].forward) == (both, forward // 4)
+
+
+def test_sizes_are_those_of_the_model(counts):
+    family, shape = small("sd")
+    model = shape.blank("meta")
+    assert counts["sd"].params == sum(param.numel() for param in model.parameters())
+    one = count("sd", family, shape, 1, TARGETS)
+    assert one.trained == counts["sd"].trained and one.layers == counts["sd"].layers > 0
+    assert counts["sd"].kept == pytest.approx(2 * one.kept, rel=0.05)
+    less = count("sd", family, shape, 1, TARGETS, recompute=True)
+    assert less.kept < one.kept and less.operations > one.operations
+
+
+def test_bytes_of_a_product_by_hand():
+    costs = roofline._Costs()
+    with costs:
+        a, b = (torch.empty(size, device="meta", dtype=torch.bfloat16) for size in ((3, 5), (5, 7)))
+        a @ b
+        a[:1].expand(3, 5) + a
+    products, rest = costs.parts["matrix products"].rows, costs.parts["pointwise, norms, copies"].rows
+    assert products == [(1, 2 * (15 + 35 + 21), 2 * 3 * 5 * 7)]
+    assert rest == [(1, 2 * (15 + 15 + 15), 0)], "an expanded row is read from the memory of its tensor"
+
+
+@pytest.mark.parametrize("row, bound, ms", [
+    ((1000, 1, 1), "launches", 1.6), ((1, 10**10, 1), "memory", 1e10 / (4.8e12 * 0.79) * 1e3),
+    ((1, 1, 10**12), "compute", 1e12 / (989e12 * 0.52) * 1e3),
+])  # fmt: skip
+def test_what_bounds_an_operator(row, bound, ms):
+    times = Part([row]).times_ms("matrix products", CARDS["H200"])
+    assert max(times, key=lambda name: times[name]) == bound
+    assert times[bound] == pytest.approx(ms)
+
+
+def test_a_card_with_less_is_slower_and_fp32_takes_twice(counts):
+    made = {name: modelled(counts["sd"], card) for name, card in CARDS.items()}
+    assert made["H200"]["modelled_ms"] < made["A100"]["modelled_ms"] < made["T4"]["modelled_ms"]
+    assert made["T4"]["gb"] == 2 * made["H200"]["gb"]
+    assert made["H200"]["floor_ms"] == pytest.approx(counts["sd"].operations / 989e9)
+    assert made["H200"]["a_subject_ms"] * 2 == made["H200"]["modelled_ms"]
+    weights, state = counts["sd"].params * 2, counts["sd"].trained * 2 * 18
+    assert made["H200"]["memory_gib"] == pytest.approx((weights + state + counts["sd"].kept) / 2**30)
+
+
+def test_names_and_cards_are_checked():
+    with pytest.raises(ConfigError, match="no architecture 'nope'; give one of sd15"):
+        roofline.measure(["nope"], [1], ["H200"], False, to_nobody)
+    with pytest.raises(ConfigError, match="--card: got 'X'"):
+        roofline.measure(["sd15"], [1], ["X"], False, to_nobody)
+
+
+def test_the_table_names_what_bounds(counts):
+    row = {"model": "x", "subjects": 2, "card": "H200", **modelled(counts["sd"], CARDS["H200"])}
+    text = table([row])
+    assert "| x | 2 | H200 |" in text and "| attention, backward |" in text
+    assert "attention, backward" not in table([row, row])
+
+
+COUNTED = [name for name, family in FAMILIES.items() if family.shapes and family.guide is None]
+
+
+def test_what_is_not_counted_says_so(model_folders):
+    family = FAMILIES["x4_upscaler"]
+    with pytest.raises(ConfigError, match="x4: a model that enlarges pictures is not counted"):
+        count("x4", family, next(iter(family.shapes.values())), 1, TARGETS)
+    with pytest.raises(ConfigError, match="if_stage1 has no published shape"):
+        shape_of(FAMILIES["if_stage1"], model_folders["if_stage1"])
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_folders_own_architecture_is_counted(name, model_folders):
+    family, folder = FAMILIES[name], model_folders[name]
+    shape = shape_of(family, folder)
+    config = json.loads((folder / family.denoiser / "config.json").read_text())
+    assert all(shape.config[key] == (tuple(value) if isinstance(value, list) else value)
+               for key, value in config.items() if key[0] != "_")  # fmt: skip
+    cut = replace(shape, latent_side=min(shape.latent_side, 16))
+    made = count(name, family, cut, 1, targets_of(family))
+    assert made.params > 0 and made.kept > 0 and not math.isnan(modelled(made, CARDS["H200"])["modelled_ms"])
