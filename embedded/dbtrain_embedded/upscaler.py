@@ -19,7 +19,7 @@ from dbtrain_embedded.loops import Trainer, autocast, crew_rank, device, pace, s
 
 SIDE = 128
 UPSCALER = ASSETS / "upscaler"
-"""Where the pipeline folder is written. It is not shipped yet: no run has had the time to beat bicubic enlargement."""
+"""Where the pipeline folder is written. It is not shipped: no run so far has beaten bicubic enlargement."""
 WIDTHS = (20, 32, 64, 96)
 TOKENS = 77
 """Tokens of a caption: IF's pipelines pad every caption to this length and mask nothing."""
@@ -294,8 +294,7 @@ def train(work: Path, minutes: float, batch: int = 2, lr: float = 1.5e-4, small:
         with autocast():
             prediction = trainer.model(noised(clean, noise, t, table), guide, t, levels, tokens)
         target = noised(noise, -clean, t, table)  # v = sqrt(a) noise - sqrt(1 - a) x_0 (arXiv 2202.00512)
-        # An error of v is one of x_0 divided by sqrt(1 - a). Weighted so, all t count alike as errors of the picture;
-        # without weights, what noise cannot tell at low t drowns what the guide tells at high t.
+        # An error of v is one of x_0 divided by sqrt(1 - a). Weighted so, all t count alike as errors of the picture.
         error = (1 - table[t]) * (prediction.float() - target).square().mean(dim=(1, 2, 3))
         return error.mean(), {"noisy_half": error[t >= 500].mean()}
 
