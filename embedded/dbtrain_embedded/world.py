@@ -181,7 +181,10 @@ def _stylize(image: Image.Image, style: str) -> Image.Image:
 
 
 def render(facts: Facts, rng, split: str = "train", side: int = SIDE) -> Image.Image:
-    """A `side` x `side` RGB picture of the facts, with art of atlas `split`; `rng` decides the rest, alike at any size."""
+    """A `side` x `side` RGB picture of the facts, with art of atlas `split`; `rng` decides the rest.
+
+    Above 64 pixels the drawings are those of the large atlas.
+    """
     canvas, scale = paint(facts.place, rng, side), 1 if side <= SIDE else 2
     figure = _figure(facts.sprite, split, facts.colour, scale)
     if facts.accessory:
