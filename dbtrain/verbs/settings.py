@@ -88,7 +88,7 @@ def migrate_verb(
     if out:
         _write_new(out, {"recipe.yaml": result.recipe_yaml, "manifest.yaml": result.manifest_yaml})
     if as_json:
-        print_json(vars(result))
+        print_json(result._asdict())
         return
     if not out:
         typer.echo(f"# recipe.yaml\n{result.recipe_yaml}\n# manifest.yaml\n{result.manifest_yaml}", nl=False)

@@ -7,6 +7,7 @@ import pytest
 
 from dbtrain.packing.pack import Observed
 from dbtrain.packing.seating import Seating
+from dbtrain.training.session import Watch
 from tests.kit.main_job import small_config
 
 
@@ -41,6 +42,7 @@ def job(tmp_path, name, *words):
         folder=tmp_path / name,
         subject=SimpleNamespace(id=name),
         bank=name,
+        watch=Watch(quiet=True),
         images_a_step=8,
         closed=closed,
         close=lambda: closed.append(name),
