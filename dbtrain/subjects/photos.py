@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.data.formats import OTHER_SUFFIXES, RAW_SUFFIXES, START, SUFFIXES, missing, picture_kind, readable
-from dbtrain.errors import shown
+from dbtrain.errors import named, shown
 from dbtrain.subjects.captions import METADATA, SIDECARS, Caption, captions_beside
 from dbtrain.subjects.finding import CellError
 
@@ -234,7 +234,7 @@ def readable_suffixes() -> tuple[str, ...]:
 
 def _photo(path: Path) -> Path:
     if not path.is_file():
-        raise CellError(f"{shown(str(path))} is not a regular file", "photo files", "copy the photo itself there")
+        raise CellError(f"{named(path)} is not a regular file", "photo files", "copy the photo itself there")
     if path.suffix.lower() in readable_suffixes():
         return path
     kind = _kind(path)

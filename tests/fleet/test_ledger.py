@@ -151,7 +151,7 @@ def test_a_class_that_is_given_up_takes_its_waiting_subjects_along(ledger):
         assert ledger.give_up_class("cat", "") == set()
         assert ledger.give_up_class("dog", "priors of 'dog': black") == {1, 2, 3, 4}
     assert ledger.counts() == {
-        "waiting": 0, "running": 1, "finished": 0, "quarantined": 4, "cancelled": 0, "skipped": 1,
+        "waiting": 0, "running": 1, "finished": 0, "quarantined": 4, "cancelled": 0, "skipped": 1, "forgotten": 0,
     }  # fmt: skip
     assert ledger.quarantined(2) == [
         {"subject": name, "cause": None, "reason": "priors of 'dog': black"} for name in ("s1", "s2")

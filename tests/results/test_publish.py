@@ -6,15 +6,16 @@ import os
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from dbtrain.errors import DataError
 from dbtrain.families import FAMILIES
 from dbtrain.models.adapters import LoraWeights, adapter, attach, detach, layers, renamed
 from dbtrain.models.load import load_models
-from dbtrain.models.sampling import generate, make_pipeline
+from dbtrain.models.sampling import Chain, Enlarger, generate, make_pipeline
 from dbtrain.results.publish import KOHYA_FILE, LORA_FILE, MODEL_FOLDER, publish_lora, read_lora, save_safetensors
-from dbtrain.settings.config import LoraConfig, ModelConfig, PublishConfig, RunConfig, TrainConfig
+from dbtrain.settings.config import LoraConfig, ModelConfig, PublishConfig, RunConfig, SampleConfig, TrainConfig
 from dbtrain.training.trainables import publish_weights
 from tests.kit.adapter_rows import read_rows
 from tests.kit.published import PUBLISHED
@@ -177,10 +178,21 @@ def test_a_full_model_folder_loads_as_it_is(name, model_folders, tmp_path):
     config = RunConfig(model=model, train=TrainConfig(method="full"), publish=PublishConfig(dtype="fp32"))
     written = publish_weights(tmp_path, family, models, config, PUBLISHED, {})
     assert tmp_path / MODEL_FOLDER / "model_index.json" in written
-    theirs = pixels(stock_pipeline(family, tmp_path / MODEL_FOLDER))
-    ours = pixels(make_pipeline(family, models))
-    assert [np.abs(a - b).max() for a, b in zip(ours, theirs)] == [0]
-    assert np.abs(ours[0] - pixels(stock_pipeline(family, model_folders[name]))[0]).max() > 0
+    pipelines = [make_pipeline(family, models), *(stock_pipeline(family, place) for place in (
+        tmp_path / MODEL_FOLDER, model_folders[name]))]  # fmt: skip
+    for pipeline in pipelines[1:]:  # called with what our family says, such as the length of texts
+        pipeline.dbtrain_words = pipelines[0].dbtrain_words
+    ours, theirs, base = (pixels(drawing(family, pipeline))[0] for pipeline in pipelines)
+    assert np.abs(ours - theirs).max() == 0
+    assert np.abs(ours - base).max() > 0
+
+
+def drawing(family, pipeline):
+    """The pipeline; of one that enlarges, after a small picture."""
+    if family.guide is None:
+        return pipeline
+    enlarger = Enlarger(pipeline, 4, family.guide.enlarged, 0, SampleConfig(steps=2), "fp32")
+    return Chain([Image.effect_mandelbrot((16, 16), (-2, -1, 1, 1), 50).convert("RGB")], (enlarger,))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

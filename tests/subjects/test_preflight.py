@@ -186,7 +186,7 @@ def test_with_buckets_a_photo_is_small_where_its_shape_enlarges_it(tmp_path):
         buckets: [one.what for one in preflight([subject], AT_256.replaced("data.buckets", buckets))]
         for buckets in (False, True)
     }
-    assert notes == {False: ["short side of 150 px", "looks blurred"], True: ["looks blurred"]}
+    assert notes == {False: ["short side of 150 px"], True: []}
 
 
 def test_captions_of_photos_that_are_too_long_are_a_note(photo_folder, tokenizer):
