@@ -259,7 +259,7 @@ def count(
                 forward = costs.operations // (2 * subjects)
                 step.backward(loss)
             break
-        except (NotImplementedError, RuntimeError, AssertionError) as error:
+        except (NotImplementedError, RuntimeError, AssertionError, AttributeError) as error:
             why = first_line(error) or "it wants a mask of its captions"
     else:
         raise ConfigError(f"{name}: cannot be counted without real numbers: {why}")
@@ -371,7 +371,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 SIZES = {"cross_attention_dim": "width", "joint_attention_dim": "width", "pooled_projection_dim": "pooled",
-         "cap_feat_dim": "width", "sample_size": "latent_side"}  # fmt: skip
+         "cap_feat_dim": "width", "caption_channels": "width", "sample_size": "latent_side"}  # fmt: skip
 """Entries of a denoiser's configuration that say how large captions are, and the latents of a U-Net."""
 
 
