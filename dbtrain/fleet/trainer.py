@@ -59,6 +59,8 @@ def _serve(link: Connection, task: Task) -> None:
     send = _sender(link)
     watch = Watch(quiet=True, beat=_beat(send))
     base = join_run(RunConfig.model_validate(task.config), watch)
+    for stage in (base, *base.upscalers):  # now, so that a base that cannot be loaded is no subject's fault
+        stage.ready()
     send(Ready(base_digest(base.models), measure_pack(base, watch, task.measure) if task.measure else None))
     while True:
         while not link.poll(0.2):

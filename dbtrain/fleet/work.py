@@ -119,8 +119,6 @@ def draw_priors(base: Base, watch: Watch, task: Task, order: Order, send: Send) 
 def draw_and_score(base: Base, watch: Watch, task: Task, order: Order, send: Send) -> None:
     """Generate and evaluate for finished subjects. An error of one subject is sent, and the others go on. Of a gang
     the first member works alone."""
-    for stage in (base, *base.upscalers):
-        stage.ready()
     work = [*zip(order.subjects, order.unit.positions, order.after)] if base.world.first else []
     scored = [Path(task.out) / "subjects" / subject.id for subject, _, names in work if "evaluate" in names]
     if len(scored) > 1:
