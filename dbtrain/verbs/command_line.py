@@ -1,6 +1,7 @@
 """A trainer's command line in parts, the settings that follow from it, and what trainers' flags have in common."""
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, NamedTuple
@@ -46,6 +47,28 @@ class Command:
     def take(self, key: str, value: str) -> None:
         """Set a setting to a flag's value."""
         self.settings[key] = value if recipes.describe(key).startswith("text") else plain(value)
+
+    def take_all(
+        self,
+        switches: Mapping[str, tuple[str, Any]],
+        keys: Mapping[str, str],
+        used: Collection[str],
+        dropped: Mapping[str, str],
+    ) -> None:
+        """Take over every flag, given or by default, that a trainer's tables know; a given one that they do not know is
+        dropped.
+
+        switches: flag -> setting and its value. keys: flag -> setting that has the flag's value. used: flags that are
+        read elsewhere. dropped: flag -> why it is left out.
+        """
+        for flag, value in {**self.defaults, **self.flags}.items():
+            if flag in switches:
+                key, setting = switches[flag]
+                self.settings[key] = setting
+            elif flag in keys:
+                self.take(keys[flag], value)
+            elif flag in self.flags and flag not in used:
+                self.drop(flag, dropped.get(flag, "unknown to dbtrain"))
 
 
 class Migration(NamedTuple):

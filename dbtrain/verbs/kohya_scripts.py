@@ -194,14 +194,7 @@ def _refuse(command: Command) -> None:
 
 def _table(command: Command) -> None:
     """Take over every flag that the tables know."""
-    for flag, value in {**DEFAULTS, **command.flags}.items():
-        if flag in SWITCHES:
-            key, setting = SWITCHES[flag]
-            command.settings[key] = setting
-        elif flag in KEYS:
-            command.take(KEYS[flag], value)
-        elif flag in command.flags and flag not in USED:
-            command.drop(flag, DROPPED.get(flag, "unknown to dbtrain"))
+    command.take_all(SWITCHES, KEYS, USED, DROPPED)
     for argument in command.get("network_args").split():
         name, _, ratio = argument.partition("=")
         if name == "loraplus_lr_ratio":

@@ -101,14 +101,7 @@ def _family(command: Command, script: Script) -> Any:
 def _table(command: Command, script: Script) -> None:
     """Take over every flag that the tables know."""
     command.settings["train.method"] = script.method
-    for flag, value in {**script.defaults, **command.flags}.items():
-        if flag in SWITCHES:
-            key, setting = SWITCHES[flag]
-            command.settings[key] = setting
-        elif flag in KEYS:
-            command.take(KEYS[flag], value)
-        elif flag in command.flags and flag not in USED:
-            command.drop(flag, DROPPED.get(flag, "unknown to dbtrain"))
+    command.take_all(SWITCHES, KEYS, USED, DROPPED)
     if not command.settings.get("train.text_encoder"):
         command.settings.pop("train.text_encoder_lr", None)
     command.settings["data.crop"] = "center" if "center_crop" in command.flags else "random"
