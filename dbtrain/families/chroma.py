@@ -70,11 +70,6 @@ def recompute(transformer: nn.Module, checkpoint: Callable[..., Any]) -> None:
             vars(block)["forward"] = partial(checkpoint, block.forward)
 
 
-def call(models: Models, guidance: float) -> dict[str, Any]:
-    """Arguments of the pipeline's call: the guidance scale (1 is none), and as many tokens as in training."""
-    return {"guidance_scale": guidance, "max_sequence_length": LENGTH}
-
-
 def embeds(told: Conditioning) -> dict[str, Any]:
     """Encoded prompts and their mask as the pipeline takes them."""
     return {"prompt_embeds": told.states_BTD, "prompt_attention_mask": weighed(told)}
@@ -110,7 +105,7 @@ CHROMA = Family(
     kohya=kohya,
     regions=REGIONS,
     shift=flow.shift_of,
-    call=call,
+    call=partial(flow.call, LENGTH),
     embeds=embeds,
     recompute=recompute,
     attend=keep_attention,

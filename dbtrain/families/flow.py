@@ -125,6 +125,16 @@ def chat_tokens(models: Models, captions: Sequence[str], length: int, thinking: 
     return found.input_ids, found.attention_mask
 
 
+def call(length: int, models: Models, guidance: float) -> dict[str, Any]:
+    """Arguments of a pipeline's call: the guidance scale (1 is none), and as many tokens as in training."""
+    return {"guidance_scale": guidance, "max_sequence_length": length}
+
+
+def call_added(length: int, models: Models, guidance: float) -> dict[str, Any]:
+    """The same for a pipeline that adds g (with - without), which is a guidance of 1 + g."""
+    return call(length, models, guidance - 1)
+
+
 def nothing(models: Models, guidance: float) -> None:
     """None: the guidance is a number that the denoiser is told, and leads away from no text."""
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.families import flow
-from dbtrain.families.flux2_klein import FLUX2_KLEIN, LENGTH, call, denoise, size
+from dbtrain.families.flux2_klein import FLUX2_KLEIN, LENGTH, denoise, size
 from dbtrain.models.family import Family, Models, Tokens
 from dbtrain.values import Conditioning
 
@@ -63,7 +63,7 @@ FLUX2 = Family(
     kohya=FLUX2_KLEIN.kohya,
     regions=FLUX2_KLEIN.regions,
     shift=flow.shift_of,
-    call=call,
+    call=FLUX2_KLEIN.call,  # here the guidance is embedded
     avoided=flow.nothing,
     attend=FLUX2_KLEIN.attend,
     trains_text=False,

@@ -1,7 +1,7 @@
 """FLUX.2 klein 4B and 9B: stacked layers of Qwen3 as text, a transformer over normalized cells of latents."""
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +68,6 @@ def denoise(
     return prediction.mT.reshape(x_t_BCHW.shape)
 
 
-def call(models: Models, guidance: float) -> dict[str, Any]:
-    """Arguments of the pipeline's call: the guidance (1 is none; dev's is embedded), training's number of tokens."""
-    return {"guidance_scale": guidance, "max_sequence_length": LENGTH}
-
-
 def size(blocks: int, single_blocks: int, heads: int, width: int, guidance_embeds: bool = False) -> Architecture:
     """A published size at 1024 px."""
     config = {
@@ -113,7 +108,7 @@ FLUX2_KLEIN = Family(
     kohya=kohya,
     regions=("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
     shift=flow.shift_of,
-    call=call,
+    call=partial(flow.call, LENGTH),
     attend=keep_attention,
     trains_text=False,
     negative=False,

@@ -1,6 +1,7 @@
 """Krea 2: twelve layers of Qwen3-VL side by side as text, one stream of caption and image."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,11 +64,6 @@ def denoise(
     return flow.from_tokens(prediction, height, width)
 
 
-def call(models: Models, guidance: float) -> dict[str, Any]:
-    """Arguments of the pipeline's call. It adds g (with - without), which is a guidance of 1 + g."""
-    return {"guidance_scale": guidance - 1, "max_sequence_length": LENGTH}
-
-
 def embeds(told: Conditioning) -> dict[str, Any]:
     """Encoded prompts as the pipeline takes them: its layers in an axis of their own."""
     states = told.states_BTD.unflatten(2, (len(LAYERS), -1))
@@ -104,7 +100,7 @@ KREA2 = Family(
     kohya=None,
     regions=("Krea2TransformerBlock",),
     shift=flow.shift_of,
-    call=call,
+    call=partial(flow.call_added, LENGTH),
     embeds=embeds,
     attend=keep_attention,
     trains_text=False,

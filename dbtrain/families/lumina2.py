@@ -1,6 +1,7 @@
 """Lumina-Image 2.0: Gemma 2's next-to-last states behind a system prompt, one stream of caption and image."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,11 +49,6 @@ def denoise(
     )[0]
 
 
-def call(models: Models, guidance: float) -> dict[str, Any]:
-    """Arguments of the pipeline's call: the guidance scale (1 is none), and as many tokens as in training."""
-    return {"guidance_scale": guidance, "max_sequence_length": LENGTH}
-
-
 def embeds(told: Conditioning) -> dict[str, Any]:
     """Encoded prompts and their mask as the pipeline takes them."""
     return {"prompt_embeds": told.states_BTD, "prompt_attention_mask": told.mask_BT}
@@ -87,7 +83,7 @@ LUMINA2 = Family(
     kohya=None,
     regions=("Lumina2TransformerBlock",),
     shift=flow.shift_of,
-    call=call,
+    call=partial(flow.call, LENGTH),
     embeds=embeds,
     attend=keep_attention,
     trains_text=False,

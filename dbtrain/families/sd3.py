@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5 (arXiv 2403.03206): two CLIP text encoders and T5, a joint-attention transformer."""
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +46,6 @@ def denoise(
         pooled_projections=conditioning.pooled_BD,
         return_dict=False,
     )[0]
-
-
-def call(models: Models, guidance: float) -> dict[str, Any]:
-    """Arguments of the pipeline's call: the guidance scale, and as many tokens as in training."""
-    return {"guidance_scale": guidance, "max_sequence_length": T5_LENGTH}
 
 
 LARGE = Architecture(
@@ -114,7 +109,7 @@ SD3 = Family(
     kohya=None,
     regions=("JointTransformerBlock",),
     shift=flow.shift_of,
-    call=call,
+    call=partial(flow.call, T5_LENGTH),
     attend=keep_attention,
     trains_text=False,
     shapes={"sd35_large": LARGE, "sd35_medium": MEDIUM},

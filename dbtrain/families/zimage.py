@@ -1,6 +1,7 @@
 """Z-Image: Qwen3's next-to-last states of a caption's real tokens, one stream of caption and image."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,11 +46,6 @@ def denoise(
     return -torch.stack(prediction).squeeze(2)
 
 
-def call(models: Models, guidance: float) -> dict[str, Any]:
-    """Arguments of the pipeline's call. It adds g (with - without), which is a guidance of 1 + g."""
-    return {"guidance_scale": guidance - 1, "max_sequence_length": LENGTH}
-
-
 def embeds(told: Conditioning) -> dict[str, Any]:
     """Encoded prompts as the pipeline takes them."""
     return {"prompt_embeds": ragged(told)}
@@ -84,7 +80,7 @@ ZIMAGE = Family(
     kohya=flow.underscored,
     regions=("ZImageTransformerBlock",),
     shift=flow.shift_of,
-    call=call,
+    call=partial(flow.call_added, LENGTH),
     embeds=embeds,
     attend=keep_attention,
     trains_text=False,
