@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from dbtrain.errors import DataError
 from dbtrain.storage.atomic import file_digest
 from tests.kit.main_job import dbtrain, inside, start, write_job
 
@@ -50,8 +49,8 @@ def disturb(words: list, out: Path, step: int, signum: int) -> tuple[int, str]:
 def refused(words: list) -> str:
     """What a command says that is refused before it trains."""
     done = inside(words)
-    assert isinstance(done.exception, DataError), done.output
-    return str(done.exception)
+    assert done.exit_code == 3, done.output
+    return done.stderr
 
 
 def losses(out: Path) -> dict[int, float]:

@@ -99,4 +99,4 @@ def test_training_uses_imported_images_and_refuses_to_mix_them_with_others(tmp_p
     shutil.rmtree(store)
     assert inside(bring).exit_code == 0
     other = inside(["train", *words, *own, "--subject", "rex", "--out", out])
-    assert isinstance(other.exception, DataError) and "other settings or data" in str(other.exception)
+    assert other.exit_code == 3 and "other settings or data" in other.stderr
