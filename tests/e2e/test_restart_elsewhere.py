@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 4
 METHODS = ("lora", "full")
 OUTWARD = [("lora", 0), ("full", 1), *product(METHODS, (2, 3))]
-"""Begun at one rank without ZeRO, ended at two ranks at this stage. Stages 0 and 1 keep weights whole, for any method."""
+"""Begun at one rank without ZeRO, ended at two ranks at this stage. Stages 0 and 1 keep weights whole in any method."""
 BACK = list(product(METHODS, (2, 3)))
 """Begun at two ranks at this stage, ended at one rank without ZeRO."""
 WIDER = [("lora", 1), ("full", 3)]
