@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # On a machine with a GPU and no CUDA toolkit, DeepSpeed's setup.py stops unless DS_IGNORE_CUDA_DETECTION is set. We use
 # none of its CUDA operators.
 PIP := env DS_IGNORE_CUDA_DETECTION=1 $(BIN)/python -m pip --disable-pip-version-check --no-input install -q --progress-bar off -c constraints.txt
-RUN := env HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
+RUN := env HF_HUB_OFFLINE=1
 # One process a core, at most 8 because each takes a GiB. Each has one thread: more threads make small models slower.
 CORES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST = $(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -q -n $(CORES) --dist worksteal -m "not gpu"

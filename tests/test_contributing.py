@@ -17,7 +17,7 @@ EXAMPLE = re.compile(rf"^{PLACE}\n```\w+\n(.*?)^```$", re.M | re.S)
 CONTRACTS = {
     "tests/contracts/test_family.py": 8,
     "tests/contracts/test_weighting.py": 13,
-    "tests/contracts/test_op.py": 10,
+    "tests/contracts/test_op.py": 8,
     "tests/contracts/test_metric.py": 5,
     "tests/settings/test_shipped_recipes.py": 2,
 }

@@ -60,6 +60,13 @@ HOSTS = ["pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", 
 AT_THE_TOP = {"__init__", "__main__", "api", "cli", "train", "values", "randomness", "errors", "machine"}
 """Modules directly in `dbtrain/`. A new module belongs in one of its folders."""
 
+TOP = set("""
+    .ci .dockerignore .gitignore CHANGELOG.md CONTRIBUTING.md Dockerfile LICENSE Makefile NOTICE
+    README.md SECURITY.md benchmarks configs constraints.txt dbtrain docs embedded kernels launchers pyproject.toml
+    setup.py tests
+""".split())
+"""All that may lie at the top of the repository. A trial run by hand once left a folder there that was committed."""
+
 CORE = """
     dbtrain/train.py dbtrain/values.py dbtrain/randomness.py dbtrain/objective/*.py dbtrain/training/step.py
     dbtrain/training/job.py dbtrain/training/session.py dbtrain/training/bank.py dbtrain/training/trainables.py
@@ -245,6 +252,13 @@ def test_a_long_function_is_seen(tmp_path):
 
 def test_nothing_new_lies_at_the_top():
     assert {path.stem for path in (ROOT / "dbtrain").glob("*.py")} == AT_THE_TOP
+
+
+def test_nothing_strange_lies_at_the_top_of_the_repository():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode or not listed.stdout:
+        pytest.skip("needs the repository")
+    assert {name.split("/")[0] for name in listed.stdout.split("\0") if name} - TOP == set()
 
 
 @pytest.mark.parametrize("room", BUDGETS)

@@ -19,7 +19,7 @@ from dbtrain.results.publish import publish_lora
 from dbtrain.settings.config import DataConfig, ModelConfig, RunConfig, SampleConfig
 from dbtrain.training.trainables import RECOMPUTED
 from tests.kit.adapter_rows import read_rows
-from tests.kit.family_facts import FACTS, batch_of, real_states, shown
+from tests.kit.family_facts import FACTS, batch_of, shown
 
 CAPTIONS = ["a photo of a dog", "a photo of a cat in the snow"]
 FLOWS = [name for name in FAMILIES if FAMILIES[name].schedule is flow.schedule]
@@ -114,16 +114,6 @@ def test_denoise_is_the_pipelines_own_call(exact, size):
         assert (ours - facts.said(theirs, height, width)).abs().max() <= facts.tolerance
 
 
-@ALL
-@torch.no_grad()
-def test_conditioning_is_what_the_stock_pipeline_feeds(exact):
-    family, facts, models = exact
-    states, pooled = facts.text(make_pipeline(family, models), CAPTIONS)
-    ours = told(family, models)
-    assert (real_states(ours, states.shape[1]) - states).abs().max() <= facts.tolerance
-    assert (ours.pooled_BD is None) == (pooled is None) and (pooled is None or torch.equal(ours.pooled_BD, pooled))
-
-
 @torch.no_grad()
 def times_told(family, facts, models, start):
     """The line from the denoiser's own argument of time back to t: two calls of `denoise` show it."""
@@ -164,11 +154,12 @@ def test_padding_changes_nothing(exact):
 
 
 @FLOW
-@SIZES
-@pytest.mark.parametrize("knows", ["the picture and the noise", "the picture and the time"])
+@pytest.mark.parametrize(("knows", "size"), [("the picture and the noise", (64, 64)), ("the time", (64, 96))])
 @torch.no_grad()
 def test_a_model_that_knows_the_picture_draws_it(exact, size, knows, monkeypatch):
-    """The codec's latents, the sign and scale of the velocity and the sense of time agree with the pipeline's."""
+    """The codec's latents, the sign and scale of the velocity and the sense of time agree with the pipeline's.
+
+    Noise levels depend on the picture's shape, but a model that knows the noise asks for none: one shape for each."""
     family, facts, models = exact
     pixels = (noise(2, 3, *size, seed=1) / 3).clamp(-1, 1)
     encoded = models.vae.encode(pixels[:, :, None] if facts.film else pixels)
@@ -182,7 +173,7 @@ def test_a_model_that_knows_the_picture_draws_it(exact, size, knows, monkeypatch
     time_of = times_told(family, facts, models, eps)
 
     def forward(*places, **words):
-        if knows == "the picture and the noise":
+        if knows != "the time":
             return facts.says(eps - clean)
         x_t, time = facts.heard(places, words)
         sigma_B = (time_of(time) / 1000).view(-1, 1, 1, 1)
@@ -295,10 +286,11 @@ def test_recomputed_blocks_give_the_same_gradients(exact, captions):
     assert len(blocks) > 1 and all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-@pytest.mark.parametrize("alpha", [4.0, 8.0], ids=["alpha is rank", "alpha is twice the rank"])
 @torch.no_grad()
-def test_diffusers_predicts_alike_from_a_published_adapter(loaded, alpha, tmp_path):
+def test_diffusers_predicts_alike_from_a_published_adapter(loaded, tmp_path):
+    """Of twice the rank as alpha; `test_publish.py` has others."""
     family, facts, models = loaded
+    alpha = 8.0
     x_t = latents(facts, (64, 64), 2, family.codec.channels, dtype=torch.float32)
     conditioning, time_B = told(family, models), torch.tensor([3, 777])
 

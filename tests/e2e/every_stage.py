@@ -9,15 +9,15 @@ from dbtrain.settings.config import RunConfig
 from dbtrain.train import train_manifest
 
 
-def main(plan_file: str) -> None:
-    """Trains every entry of a JSON list of {manifest, out, config}."""
-    start_world()
-    for entry in json.loads(Path(plan_file).read_text()):
+def train_all(entries: list[dict]) -> None:
+    """Train every entry {manifest, out, config} of a plan."""
+    for entry in entries:
         config = RunConfig.model_validate(entry["config"])
         _, failed = train_manifest(Path(entry["manifest"]), config, Path(entry["out"]), ["rex"], quiet=True)
         assert not failed, failed
-    stop_world()
 
 
 if __name__ == "__main__":
-    main(sys.argv[-1])
+    start_world()
+    train_all(json.loads(Path(sys.argv[-1]).read_text()))
+    stop_world()

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from dbtrain import cli
-from tests.kit.main_job import write_job
+from tests.kit.main_job import inside, write_job
 
 SMALL = ["data.resolution=64", "train.steps=2", "sample.steps=2", "prior.images=2", "prior.sampler=auto"]
 SMALL += ["objective.timesteps=logit_normal", "train.batch=1", "lora.rank=2"]
@@ -18,26 +16,18 @@ BF16 = ["model.dtype=bf16", "train.precision=bf16", "train.gradient_checkpointin
 ENGINES = {"zero": [], "packed": PACKED, "zero in bf16": BF16, "packed in bf16": [*PACKED, *BF16]}
 
 
-@pytest.fixture(autouse=True)
-def signals_as_before():
-    import signal
-
-    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
-
-
 def run(*words):
-    done = CliRunner().invoke(cli.app, [str(word) for word in words])
+    done = inside(words)
     assert done.exit_code == 0, done.output
 
 
 TARGETS = {"zimage": ["lora.targets=[attention.to_q,attention.to_v]"]}
 """Of families whose layers have other names than the setting's default."""
-CASES = [(name, engine) for name in ("sd3", "flux", "flux2_klein") for engine in ENGINES]
-CASES += [("flux2", "packed"), ("zimage", "packed in bf16"), ("qwen_image", "zero in bf16"), ("qwen_image", "packed")]
+CASES = [("sd3", "zero"), ("sd3", "packed in bf16"), ("flux", "zero in bf16"), ("flux", "packed")]
+CASES += [("flux2_klein", "packed in bf16"), ("flux2", "packed"), ("zimage", "packed in bf16")]
+CASES += [("qwen_image", "zero in bf16"), ("qwen_image", "packed")]
 CASES += [("krea2", "zero"), ("krea2", "packed in bf16")]
+"""Every family, and every engine with several of them: no code asks for both, so not each with each."""
 
 
 @pytest.mark.parametrize(("name", "engine"), CASES)

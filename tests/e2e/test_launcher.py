@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from dbtrain.results.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 from dbtrain.results.identity import Identity
-from tests.kit.main_job import ROOT, environment, small_config, write_job
+from tests.e2e.every_stage import train_all
+from tests.kit.main_job import ROOT, environment, sd_folder, small_config, write_job
 
 # Seconds each on an idle machine; a busy one has shown thirty times that.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -70,12 +71,10 @@ def folder(tmp_path_factory):
     """Two ranks and one rank through the same plan; `write_job`'s files and all outputs."""
     made = tmp_path_factory.mktemp("launcher")
     write_job(made, subjects="rex:dog")
-    for ranks in (2, 1):
-        entries = plan(made, ranks)
-        # One rank needs no more than stage 0: test_zero.py shows that stages agree within a process.
-        chosen = entries if ranks == 2 else [entry for entry in entries if "-0-" in entry["out"]]
-        (made / f"plan-{ranks}.json").write_text(json.dumps(chosen))
-        run(launch([ROOT / "tests/e2e/every_stage.py", made / f"plan-{ranks}.json"], "--num_gpus", str(ranks)))
+    (made / "plan.json").write_text(json.dumps(plan(made, 2)))
+    run(launch([ROOT / "tests/e2e/every_stage.py", made / "plan.json"], "--num_gpus", "2"))
+    # One rank is this process, and needs no more than stage 0: test_zero.py shows that stages agree within a process.
+    train_all([entry for entry in plan(made, 1) if "-0-" in entry["out"]])
     return made
 
 
@@ -142,18 +141,15 @@ def test_stage_3_samples_while_it_trains(folder):
     assert (subject(folder, 2, 3, "lora") / "samples.png").exists()
 
 
-def test_the_plain_command_and_several_nodes(tmp_path):
-    """`deepspeed launchers/train.py` as typed; and again by two launchers of one rank each, which meet by address."""
-    words = [ROOT / "launchers" / "train.py", *write_job(tmp_path, *STEADY, "train.batch=2", subjects="rex:dog")]
-    words += ["--subject", "rex", "engine.zero.stage=2"]
-    done = run(launch([*words, "--out", tmp_path / "plain", "--json"], "--num_gpus", "2"))
-    record = json.loads((tmp_path / "plain" / "subjects" / "rex" / "record.json").read_text())
-    assert record["world_size"] == 2
-    assert record["zero_stage"] == 2
-    assert done.stdout.count('"world_size": 2') == 1
+def test_the_plain_command_on_several_nodes(folder, tmp_path):
+    """`deepspeed launchers/train.py` as typed, by two launchers of one rank each, which meet by address: the bits of
+    two ranks of one launcher."""
+    words = [ROOT / "launchers" / "train.py", folder / "photos.csv", "--config", folder / "small.yaml"]
+    words += [f"model.path={sd_folder()}", *STEADY, "engine.zero.stage=2", "train.method=lora"]
+    words += ["--subject", "rex", "--out", tmp_path / "nodes", "--json"]
     (tmp_path / "hosts").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
     options = ("--hostfile", str(tmp_path / "hosts"), "--no_ssh", "--master_addr", "127.0.0.1")
-    command = launch([*words, "--out", tmp_path / "nodes"], *options, "--node_rank")
+    command = launch(words, *options, "--node_rank")
     at = command.index("--node_rank") + 1
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     nodes = [
@@ -162,5 +158,8 @@ def test_the_plain_command_and_several_nodes(tmp_path):
     ]
     outputs = [node.communicate(timeout=800)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(text[-3000:] for text in outputs)
-    got, want = weights(tmp_path / "nodes" / "subjects" / "rex"), weights(tmp_path / "plain" / "subjects" / "rex")
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    record = json.loads((tmp_path / "nodes" / "subjects" / "rex" / "record.json").read_text())
+    assert (record["world_size"], record["zero_stage"]) == (2, 2)
+    assert "".join(outputs).count('"world_size": 2') == 1, "one rank speaks"
+    got, want = weights(tmp_path / "nodes" / "subjects" / "rex"), weights(subject(folder, 2, 2, "lora"))
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)

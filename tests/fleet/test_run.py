@@ -26,6 +26,7 @@ from tests.kit.fleet_run import (
     wait_for,
     write_small,
 )
+from tests.kit.main_job import inside
 
 SUBJECTS = " ".join(f"s{number}:{noun}" for number, noun in enumerate(["dog", "cat"] * 5))
 CANARY = "hf_canary0123456789"
@@ -196,12 +197,13 @@ def test_gang(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_packs_are_of_one_size_whatever_happens(tmp_path):
-    """Two workers, a kill, and a subject tried alone after a crash: every result is that of one worker's calm run."""
+    """Two workers, a kill, and a subject tried alone after a crash: every result is that of `dbtrain train`."""
     names = " ".join(["once-a:dog", "hold-b:dog", *(f"s{number}:dog" for number in range(5))])
     packed = ("engine.kind=packed", "engine.packed.size=3", "train.method=lora")
     words = write_small(tmp_path, names, *packed)
     calm, out = tmp_path / "calm", tmp_path / "out"
-    finish(start(words, calm, "--workers", "1"), calm)
+    trained = inside(["train", *words[: words.index("--workers")], "--subjects", "all", "--out", calm])
+    assert trained.exit_code == 0, trained.output
 
     out.mkdir()
     (out / "hold").touch()

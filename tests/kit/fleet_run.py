@@ -8,13 +8,14 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.processes import born
 from dbtrain.values import Subject
-from tests.kit.main_job import ROOT, environment, write_job
+from tests.kit.main_job import ROOT, environment, inside, write_job
 
 SMALL = ["data.resolution=16", "train.steps=2", "train.batch=1", "lora.rank=1", "prior.images=2", "prior.steps=1",
          "sample.images=0"]  # fmt: skip
@@ -38,10 +39,11 @@ def start(words: list[str], out: Path, *more: str, poison: bool = False, **varia
         return subprocess.Popen(command, env=surroundings, stdout=log, stderr=log, start_new_session=True)
 
 
-def batch(*words: object) -> subprocess.CompletedProcess:
-    """`dbtrain batch WORDS` to its end."""
-    command = [sys.executable, "-m", "dbtrain", "batch", *map(str, words)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+def batch(*words: object) -> SimpleNamespace:
+    """`dbtrain batch WORDS` to its end, in this process: returncode, stdout, stderr. It must start no Ray."""
+    done = inside(["batch", *words])
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+    return SimpleNamespace(returncode=done.exit_code, stdout=done.stdout, stderr=done.stderr)
 
 
 def said(out: Path) -> str:

@@ -18,7 +18,7 @@ from dbtrain.priors.store import (
 )
 from dbtrain.values import Role
 from tests.kit.class_images import ALONE, CONFIG, FAMILY
-from tests.kit.main_job import dbtrain, photo, small_config, write_job
+from tests.kit.main_job import dbtrain, inside, photo, small_config, write_job
 
 
 def test_own_images_are_imported_once_and_grow(tmp_path, photos):
@@ -90,13 +90,13 @@ def test_training_uses_imported_images_and_refuses_to_mix_them_with_others(tmp_p
     words = write_job(tmp_path / "job", "train.steps=2", "sample.images=0", subjects="rex:dog")
     store, out = tmp_path / "store", tmp_path / "out"
     bring = ("prior", "import", photos, "--class", "dog", "--config", "tiny", "--out", store, "data.resolution=32")
-    assert dbtrain([str(word) for word in bring]).returncode == 0
+    assert inside(bring).exit_code == 0
     own = ("prior.sampler=imported", f"prior.store={store}", "prior.images=5")
     done = dbtrain(["train", *words, *own, "--subject", "rex", "--out", out])
     assert done.returncode == 0, done.stderr
     assert len(list(store.rglob("latents/*.safetensors"))) == 1
     Image.open(photos / "0.jpg").rotate(90).save(photos / "0.jpg")
     shutil.rmtree(store)
-    assert dbtrain([str(word) for word in bring]).returncode == 0
-    other = dbtrain(["train", *words, *own, "--subject", "rex", "--out", out])
-    assert other.returncode == 3 and "other settings or data" in other.stderr
+    assert inside(bring).exit_code == 0
+    other = inside(["train", *words, *own, "--subject", "rex", "--out", out])
+    assert other.exit_code == 3 and "other settings or data" in other.stderr

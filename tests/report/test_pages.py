@@ -1,6 +1,7 @@
 """What a user copies from a page: commands that resume, load and export, whatever texts they are made of."""
 
 import subprocess
+from itertools import product
 
 import pytest
 
@@ -35,26 +36,30 @@ NASTY = [
 ]
 
 
-@pytest.mark.parametrize("comments", [True, False], ids=["bash", "without comments, as zsh reads the keyboard"])
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("nasty", NASTY)
-def test_what_is_copied_into_a_shell_runs_nothing_else(tmp_path, nasty, method, comments):
-    """Every word of a foreign file in every field, the snippets run by a real bash in which the commands do nothing."""
-    record = dict.fromkeys(("class", "caption", "base", "identifier", "family"), nasty) | {"method": method}
+def nasty_snippets(nasty):
+    """Every text that a page offers for copying, each once, with a word of a foreign file in every field."""
     origin = {"manifest": nasty, "config": nasty, "out": nasty, "verb": nasty, "overrides": [nasty]}
-    run = nasty.replace("\x00", "")
-    for ledger in ({}, {"state": "quarantined", "reason": nasty, "class": nasty}):
-        for made in snippets(View(run, "", origin=origin), Facts("rex", record, ledger, {}, [], {})):
-            if made["title"] == "diffusers":
-                compile(made["text"], "snippet", "exec")
-                continue
-            script = f"shopt -{'s' if comments else 'u'} interactive_comments\ndbtrain() {{ :; }}\ncp() {{ :; }}\n"
-            text = made["text"].replace("\x00", "")  # no argument holds one
-            done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
-            assert done.returncode == 0, (made, done.stderr)
-            words = ["bash", "-i"] if not comments else ["bash"]
-            subprocess.run(words, input=script + text + "\n", text=True, capture_output=True, check=False, cwd=tmp_path)
-            assert not (tmp_path / "PWNED").exists(), made
+    view = View(nasty.replace("\x00", ""), "", origin=origin)
+    fields = dict.fromkeys(("class", "caption", "base", "identifier", "family"), nasty)
+    for method, ledger in product(("lora", "full"), ({}, {"state": "quarantined", "reason": nasty, "class": nasty})):
+        for made in snippets(view, Facts("rex", {**fields, "method": method}, ledger, {}, [], {})):
+            yield made["title"], made["text"]
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_what_is_copied_into_a_shell_runs_nothing_else(tmp_path, nasty):
+    """The snippets run by a real bash in which the commands do nothing; also without comments, as zsh at a keyboard."""
+    for title, text in set(nasty_snippets(nasty)):
+        if title == "diffusers":
+            compile(text, "snippet", "exec")
+            continue
+        text = text.replace("\x00", "")  # no argument holds one
+        done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, (text, done.stderr)
+        for option, words in (("-s", ["bash"]), ("-u", ["bash", "--norc", "-i"])):
+            script = f"shopt {option} interactive_comments\ndbtrain() {{ :; }}\ncp() {{ :; }}\n{text}\n"
+            subprocess.run(words, input=script, text=True, capture_output=True, check=False, cwd=tmp_path)
+            assert not (tmp_path / "PWNED").exists(), (option, text)
 
 
 @pytest.mark.parametrize("method, base, wanted", [
