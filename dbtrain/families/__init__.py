@@ -29,6 +29,7 @@ FAMILIES = Rows(
     {
         "sd": "sd:SD",
         "sdxl": "sdxl:SDXL",
+        "playground": "playground:PLAYGROUND",
         "sd3": "sd3:SD3",
         "flux": "flux:FLUX",
         "flux2_klein": "flux2_klein:FLUX2_KLEIN",

@@ -36,7 +36,7 @@ REFUSED = {
     "SanaSprintPipeline": "it is distilled to a few steps; train on Sana",
     "LuminaPipeline": "an older model of another architecture; train on Lumina-Image 2.0",
     **dict.fromkeys(
-        ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "FluxKontextPipeline"),
+        ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
         PAIRS,
     ),
 }
@@ -67,11 +67,11 @@ def folder_problem(family: Family, place: Path, variant: str | None = None) -> s
     if missing or more:
         what = f"has no {missing[0]}" if missing else f"has a {more[0]} besides"
         return f"{named(place)} is a {kind}, no base of model.family={family.name} ({what}); {ITS_FAMILY}"
-    channels, other = channel_problem(place, family), kind != family.pipeline
+    channels, other = channel_problem(place, family), family.kind_problem(index)
     if channels and not (other and "another kind" in channels):
         return f"{named(place)} {channels}"
     if other:
-        return f"{named(place)} is a {kind}, no base of model.family={family.name}; {ITS_FAMILY}"
+        return f"{named(place)} is {other}, no base of model.family={family.name}; {ITS_FAMILY}"
     for name in sorted(wanted):
         problem = weights_problem(place / name, variant)
         if problem:
@@ -138,8 +138,9 @@ def single_file_problem(family: Family, path: Path) -> str | None:
             remedy = ITS_FAMILY if pipeline else "give a whole checkpoint of it"
             return f"{named(path)} is {kind}, no base of model.family={family.name}; {remedy}"
         return None
-    if family.denoiser != "unet" or encoders != len(family.text_encoders):
-        kind = "Stable Diffusion XL" if encoders == 2 else "Stable Diffusion 1 or 2"
+    edm = "edm_mean" in header
+    if family.denoiser != "unet" or encoders != len(family.text_encoders) or edm != family.edm:
+        kind = "Playground v2.5" if edm else "Stable Diffusion XL" if encoders == 2 else "Stable Diffusion 1 or 2"
         return f"{named(path)} is {kind}, no base of model.family={family.name}; {ITS_FAMILY}"
     channels = header[FIRST]["shape"][1]
     return None if channels == 4 else f"{named(path)} {_channels(channels, 4)}"

@@ -191,6 +191,7 @@ class Family:
     frees_text: whether text encoders go once all texts of a run are encoded.
     negative: whether the pipeline takes a negative prompt. unstackable: layers that no pack can adapt, as in
     `lora.targets`, and why. guide: of a denoiser that enlarges; None of all others.
+    also: other pipelines whose bases this one draws with, from text. edm: whether the base's scheduler is one of EDM's.
     base_version: kohya's name of the base (`ss_base_model_version`), by which A1111 and Forge choose what to offer.
     """
 
@@ -221,7 +222,17 @@ class Family:
     negative: bool = True
     unstackable: Mapping[str, str] = field(default_factory=dict)
     guide: Guide | None = None
+    also: tuple[str, ...] = ()
+    edm: bool = False
     base_version: str = "unknown"
+
+    def kind_problem(self, index: Mapping[str, Any]) -> str | None:
+        """What a base is by its `model_index.json`, where it is none of this family."""
+        kind = index.get("_class_name", "model of an unknown kind")
+        if kind not in (self.pipeline, *self.also):
+            return f"a {kind}"
+        scheduler = (index.get("scheduler") or [None, ""])[1] or ""
+        return None if ("EDM" in scheduler) == self.edm else f"a {kind} with the scheduler {scheduler}"
 
 
 def refuse_impossible(family: Family, config: RunConfig) -> None:

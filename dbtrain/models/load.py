@@ -143,8 +143,8 @@ def index_path(source: str, config: ModelConfig) -> Path:
 
 def _index(family: Family, source: str, config: ModelConfig) -> dict[str, Any]:
     index = json.loads(index_path(source, config).read_text())
-    if index.get("_class_name") != family.pipeline:
-        raise ValueError(f"it is a {index.get('_class_name')}, and this family is {family.pipeline}")
+    if problem := family.kind_problem(index):
+        raise ValueError(f"it is {problem}, and this family is {family.pipeline}")
     return index
 
 

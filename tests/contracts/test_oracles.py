@@ -95,17 +95,20 @@ def drawn(family, models, facts, start, size, steps, captions=CAPTIONS, **option
 def test_denoise_is_the_pipelines_own_call(exact, size):
     family, facts, models = exact
     start = latents(facts, size, channels=family.codec.channels).float().double()  # some pipelines hold float32
-    before, after = [facts.native(start)], []
+    before, after = [], []
+
+    def step_begin(module, places, words):
+        before.append(facts.heard(places, words)[0].clone())
 
     def step_end(pipeline, i, time, values):
-        before.append(values["latents"].clone())
         times.append(time)
         return {}
 
     times, (height, width) = [], start.shape[-2:]
+    listen = models.denoiser.register_forward_pre_hook(step_begin, with_kwargs=True)
     watch = models.denoiser.register_forward_hook(lambda module, places, output: after.append(output[0]))
     drawn(family, models, facts, start, size, 4, output_type="latent", callback_on_step_end=step_end)
-    watch.remove()
+    watch.remove(), listen.remove()
     assert len(after) == 4
     conditioning = told(family, models)
     for native, time, theirs in zip(before, times, after):

@@ -165,6 +165,7 @@ def _gemma(pipeline: Any, captions: Sequence[str]) -> Text:
 FACTS = {
     "sd": Facts(_sd),
     "sdxl": Facts(_sdxl),
+    "playground": Facts(_sdxl, sign=-1),
     "sd3": Facts(_sd3, sample="hidden_states", side=8, idle=frozenset({"transformer_blocks.2.attn.add_q_proj"})),
     "flux": Facts(_flux, _flux_native, _flux_ours, sample="hidden_states", side=8),
     "flux2_klein": Facts(

@@ -12,7 +12,7 @@ from tests.kit.random_flow import make_chroma, make_flux, make_flux2, make_flux2
 from tests.kit.random_text import text_config
 
 
-def _vae():
+def _vae(**options):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -23,6 +23,7 @@ def _vae():
         latent_channels=4,
         norm_num_groups=4,
         sample_size=32,
+        **options,
     )
 
 
@@ -73,7 +74,15 @@ def make_sd(folder: Path, parameterization: str = "epsilon") -> Path:
     return folder
 
 
-def make_sdxl(folder: Path) -> Path:
+def make_playground(folder: Path) -> Path:
+    """A diffusers folder of a random Playground v2.5: Stable Diffusion XL's layout in EDM's form."""
+    from diffusers import EDMDPMSolverMultistepScheduler
+
+    statistics = {"latents_mean": (-1.6, 1.1, 2.3, -0.7), "latents_std": (8.4, 5.9, 5.2, 6.6), "scaling_factor": 0.5}
+    return make_sdxl(folder, _vae(**statistics), EDMDPMSolverMultistepScheduler())
+
+
+def make_sdxl(folder: Path, vae=None, scheduler=None) -> Path:
     """A diffusers folder of a random Stable Diffusion XL layout."""
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -98,9 +107,9 @@ def make_sdxl(folder: Path) -> Path:
     )
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
     pipeline = StableDiffusionXLPipeline(
-        vae=_vae(),
+        vae=vae or _vae(),
         unet=unet,
-        scheduler=_scheduler("epsilon"),
+        scheduler=scheduler or _scheduler("epsilon"),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(tokenizer))),
@@ -115,6 +124,7 @@ def make_sdxl(folder: Path) -> Path:
 FAMILIES = {
     "sd": make_sd,
     "sdxl": make_sdxl,
+    "playground": make_playground,
     "sd3": make_sd3,
     "flux": make_flux,
     "flux2_klein": make_flux2_klein,
