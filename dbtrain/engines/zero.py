@@ -21,6 +21,7 @@ from dbtrain.engines.engine import BatchPlan, EngineState, ParamGroup
 from dbtrain.engines.loss_scale import KIND, LossScales
 from dbtrain.engines.world import BACKENDS, World
 from dbtrain.errors import ConfigError, EngineError
+from dbtrain.models.family import Parts
 from dbtrain.settings.config import RunConfig
 
 
@@ -57,6 +58,29 @@ def join_deepspeed(world: World) -> None:
         # off. With a GPU there is none, and to look at the table would print what cannot be built to stdout.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=BACKENDS[torch.device(world.device).type], verbose=False)
+
+
+@torch.no_grad()
+def load_in_parts(parts: Parts, config: RunConfig, plan: BatchPlan, world: World) -> nn.Module:
+    """A module in fp32 whose parameters are shared by the ranks as ZeRO stage 3 shares them, filled tensor by tensor
+    from the first rank's disk: no rank ever holds more than its part and one tensor. All ranks call this together."""
+    import deepspeed
+
+    join_deepspeed(world)
+    settings = _accepted_config(config, plan, world.device != "cpu")
+    with deepspeed.zero.Init(config_dict_or_path=settings):  # told fp32, 0.19 makes bf16 on a CPU
+        module = parts.make()
+    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    if strange := sorted({*parts.names} ^ {*parameters, *({*parts.names} & {*buffers})}):
+        raise ConfigError(f"model.path: {strange[0]} is in the denoiser or in its files, and not in both")
+    for name in parts.names:
+        if name in buffers:
+            buffers[name].copy_(parts.tensor(name))
+            continue
+        with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
+            if world.first:
+                parameters[name].copy_(parts.tensor(name))
+    return module
 
 
 class ZeroEngine:

@@ -43,6 +43,7 @@ FAMILIES = Rows(
         "chroma": "chroma:CHROMA",
         "lumina2": "lumina2:LUMINA2",
         "sana": "sana:SANA",
+        "ideogram4": "ideogram4:IDEOGRAM4",
     }
 )
 """A `models.family.Family` for each architecture, by the name used in `model.family`."""

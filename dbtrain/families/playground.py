@@ -1,9 +1,9 @@
 """Playground v2.5 (arXiv 2402.17245): Stable Diffusion XL's layout, trained in EDM's form (arXiv 2206.00364).
 
-EDM has x = x0 + sigma eps, a U-Net F told 0.25 ln sigma and shown c_in x, and D = c_skip x + c_out F for the clean image
-x0, whose deviation is `DATA`. Over y = x0 / DATA, with alpha = DATA / sqrt(sigma^2 + DATA^2) and s = sigma / sqrt(...),
-that is c_in x = alpha y + s eps, and F learns s y - alpha eps: a velocity with the other sign. So the table of noise
-levels, one division and one sign are all that differs. The plain loss is EDM's own, weighed by 1 / c_out^2 (eq. 8).
+EDM has x = x0 + sigma eps, a U-Net F told 0.25 ln sigma and shown c_in x, and D = c_skip x + c_out F for the clean
+image x0, whose deviation is `DATA`. Over y = x0 / DATA, with alpha = DATA / sqrt(sigma^2 + DATA^2) and s the same with
+sigma above, that is c_in x = alpha y + s eps, and F learns s y - alpha eps: a velocity with the other sign. So the table
+of noise levels, one division and one sign are all that differs. The plain loss is EDM's own, weighed by 1 / c_out^2 (eq. 8).
 """
 
 from dataclasses import replace
@@ -29,7 +29,8 @@ def schedule(scheduler: Any, config: ModelConfig) -> tuple[Schedule, Any]:
 
     told = scheduler.config
     if "EDM" not in type(scheduler).__name__ or told.get("sigma_data") != DATA:
-        raise ConfigError(f"model.path: its scheduler is a {type(scheduler).__name__}, want EDM's with sigma_data {DATA}")
+        name = type(scheduler).__name__
+        raise ConfigError(f"model.path: its scheduler is a {name}, want EDM's with sigma_data {DATA}")
     if told.get("prediction_type") != "epsilon" or config.parameterization not in ("auto", "v_prediction"):
         raise ConfigError("model.parameterization: playground has EDM's form alone; set it to auto")
     if config.zero_terminal_snr is True:

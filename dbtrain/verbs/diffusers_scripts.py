@@ -32,8 +32,8 @@ class Script:
     """A script: diffusers' pipeline of the models that it trains, its method, those of its defaults that decide a
     result, the layers that its LoRA has, what it is trained with that dbtrain does otherwise.
 
-    flow: its noise levels are drawn by `--weighting_scheme`, whose default is here. dynamic: the scheduler of its
-    models shifts them by the size of an image, which the script leaves out.
+    direct: its --logit_mean is that of the noise, and not of what is clean. flow: its noise levels are drawn by
+    `--weighting_scheme`, whose default is here. dynamic: the scheduler of its models shifts them by the size of an image, which the script leaves out.
     """
 
     pipeline: str
@@ -42,6 +42,7 @@ class Script:
     targets: tuple[str, ...] = ()
     flow: str | None = None
     dynamic: bool = False
+    direct: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -53,6 +54,8 @@ CLEAN = ("the script's loss is the error of the clean image, which is sigma^2 ti
          "more")  # fmt: skip
 EDM = ("the script's loss is the error of the clean image; dbtrain's is EDM's own, that of the U-Net's output, which "
        "weighs clean levels more")  # fmt: skip
+WHOLE = ("bases in few bits (nf4, SDNQ) are not read: set model.path to a folder of the whole weights in bf16; captions "
+         "of JSON lose their braces in a recipe, so keep them beside the photos")  # fmt: skip
 MIRRORED = "the script mirrors the noise levels that it draws; here they are those of the model's scheduler"
 
 SCRIPTS = {
@@ -93,7 +96,8 @@ SCRIPTS = {
     "train_dreambooth_lora_lumina2.py": Script(
         "Lumina2Pipeline", "lora", LORA, ATTENTION, "none", notes=(MIRRORED,)),
     "train_dreambooth_lora_ideogram4.py": Script(
-        "Ideogram4Pipeline", "lora", ALPHA, (*ATTENTION, "w1", "w2", "w3"), "logit_normal"),
+        "Ideogram4Pipeline", "lora", {**ALPHA, "logit_std": "1.5"}, (*ATTENTION, "w1", "w2", "w3"), "logit_normal",
+        direct=True, notes=(WHOLE,)),
 }  # fmt: skip
 """Scripts that can be migrated where a family has their pipeline."""
 

@@ -153,7 +153,9 @@ def _noise(command: Command, script: Script) -> None:
         command.drop("weighting_scheme", "no such weighting; noise levels are drawn uniformly")
     mean = plain(command.get("logit_mean") or "0")
     if scheme == "logit_normal" and mean != 0:
-        command.settings["objective.logit_mean"] = -mean if isinstance(mean, int | float) else mean
+        turned = isinstance(mean, int | float) and not script.direct
+        command.settings["objective.logit_mean"] = -mean if turned else mean
+    if scheme == "logit_normal" and mean != 0 and not script.direct:
         command.notes.append("--logit_mean counts from noise to clean in the script, and from clean to noise in "
                              "dbtrain: its sign is turned")  # fmt: skip
     if scheme != "logit_normal":

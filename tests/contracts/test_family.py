@@ -18,6 +18,7 @@ CAPTIONS = ["a photo of a dog", "a much longer caption " + "very " * 100]
 
 LENGTHS = {
     "sd3": 256, "qwen_image": 546, "krea2": 554, "if_stage1": 77, "if_stage2": 77, "lumina2": 256, "sana": 1328,
+    "ideogram4": 1024,
 }  # fmt: skip
 """Tokens of encoders that are no CLIP, by family; the tests' tokenizer reads Krea 2's last 5 as 13, and
 Sana's instruction as 1030."""

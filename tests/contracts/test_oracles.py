@@ -40,7 +40,8 @@ def loaded(request, model_folders):
 
 def in_float64(name, folders):
     family, facts, models = model_of(name, folders)
-    for module in (*models.components(family.denoiser).values(), *filter(None, [models.vae])):
+    parts = (*models.components(family.denoiser).values(), *models.companions.values(), *filter(None, [models.vae]))
+    for module in parts:
         module.double()
     return family, facts, models
 
@@ -144,7 +145,8 @@ def times_told(family, facts, models, start):
     return lambda time: (time.double() - low[: len(time)]) / (high - low)[: len(time)] * 1000
 
 
-MASKED = pytest.mark.parametrize("exact", ["zimage", "qwen_image", "krea2", "lumina2", "sana"], indirect=True)
+SEES = ["zimage", "qwen_image", "krea2", "lumina2", "sana", "ideogram4"]
+MASKED = pytest.mark.parametrize("exact", SEES, indirect=True)
 """Families whose denoiser does not see padding. Chroma's has a mask that hides nothing."""
 
 

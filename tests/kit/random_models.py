@@ -7,7 +7,14 @@ import torch
 
 from dbtrain.tiny import BASE, CLIP
 from tests.kit.random_cascade import make_if_stage1, make_if_stage2, make_x4_upscaler
-from tests.kit.random_chat import make_krea2, make_lumina2, make_qwen_image, make_sana, make_zimage
+from tests.kit.random_chat import (
+    make_ideogram4,
+    make_krea2,
+    make_lumina2,
+    make_qwen_image,
+    make_sana,
+    make_zimage,
+)
 from tests.kit.random_flow import make_chroma, make_flux, make_flux2, make_flux2_klein, make_sd3
 from tests.kit.random_text import text_config
 
@@ -138,6 +145,7 @@ FAMILIES = {
     "chroma": make_chroma,
     "lumina2": make_lumina2,
     "sana": make_sana,
+    "ideogram4": make_ideogram4,
 }
 """What writes the diffusers folder of a random model, by the name of its family."""
 
