@@ -133,13 +133,17 @@ class ZeroEngine:
         for settings, group in zip(self.deepspeed.optimizer.param_groups, self.groups):
             settings["lr"] = group.lr * scale
         # DeepSpeed gives no norm at stage 0, and frees the gradients in its step.
-        norm = nn.utils.get_total_norm([param.grad for param in self.names.values()]) if self._stage == 0 else None
+        norm = nn.utils.get_total_norm(self._gradients()) if self._stage == 0 else None
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
         if self.scales is not None and norm is not None and self._left_out(float(norm)):
             return 0.0
         self._update_ema()
         return 0.0 if norm is None else float(norm)
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradients that there are: nothing of a loss depends on the last block's text in Qwen-Image."""
+        return [param.grad for param in self.names.values() if param.grad is not None]
 
     def _unscaled(self, grad: Tensor) -> Tensor:
         """A parameter's gradient without the loss scale, which is a power of two."""
@@ -148,7 +152,7 @@ class ZeroEngine:
     def _pass_over(self, *_: object) -> None:
         """Hide gradients that are not finite from AdamW, which passes over a parameter without one. At stage 0 alone:
         at the others DeepSpeed (0.19) leaves such a step out itself."""
-        grads = [param.grad for param in self.names.values() if param.grad is not None] if self._stage == 0 else []
+        grads = self._gradients() if self._stage == 0 else []
         if grads and not torch.isfinite(nn.utils.get_total_norm(grads)):
             for param in self.names.values():
                 param.grad = None

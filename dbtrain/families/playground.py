@@ -2,8 +2,9 @@
 
 EDM has x = x0 + sigma eps, a U-Net F told 0.25 ln sigma and shown c_in x, and D = c_skip x + c_out F for the clean
 image x0, whose deviation is `DATA`. Over y = x0 / DATA, with alpha = DATA / sqrt(sigma^2 + DATA^2) and s the same with
-sigma above, that is c_in x = alpha y + s eps, and F learns s y - alpha eps: a velocity with the other sign. So the table
-of noise levels, one division and one sign are all that differs. The plain loss is EDM's own, weighed by 1 / c_out^2 (eq. 8).
+sigma on top, that is c_in x = alpha y + s eps, and F learns s y - alpha eps: a velocity with the other sign. So the
+table of noise levels, one division and one sign are all that differs. The plain loss is EDM's own, weighed by
+1 / c_out^2 (eq. 8).
 """
 
 from dataclasses import replace

@@ -33,7 +33,8 @@ class Script:
     result, the layers that its LoRA has, what it is trained with that dbtrain does otherwise.
 
     direct: its --logit_mean is that of the noise, and not of what is clean. flow: its noise levels are drawn by
-    `--weighting_scheme`, whose default is here. dynamic: the scheduler of its models shifts them by the size of an image, which the script leaves out.
+    `--weighting_scheme`, whose default is here. dynamic: the scheduler of its models shifts them by the size of an
+    image, which the script leaves out.
     """
 
     pipeline: str
@@ -54,8 +55,10 @@ CLEAN = ("the script's loss is the error of the clean image, which is sigma^2 ti
          "more")  # fmt: skip
 EDM = ("the script's loss is the error of the clean image; dbtrain's is EDM's own, that of the U-Net's output, which "
        "weighs clean levels more")  # fmt: skip
-WHOLE = ("bases in few bits (nf4, SDNQ) are not read: set model.path to a folder of the whole weights in bf16; captions "
-         "of JSON lose their braces in a recipe, so keep them beside the photos")  # fmt: skip
+WHOLE = (
+    "bases in few bits (nf4, SDNQ) are not read: set model.path to a folder of the whole weights in bf16; captions of "
+    "JSON lose their braces in a recipe, so keep them beside the photos"
+)
 MIRRORED = "the script mirrors the noise levels that it draws; here they are those of the model's scheduler"
 
 SCRIPTS = {

@@ -33,11 +33,12 @@ def run(*words):
     assert done.exit_code == 0, done.output
 
 
-TARGETS = {"zimage": ["lora.targets=[attention.to_q,attention.to_v]"]}
+TARGETS = dict.fromkeys(("zimage", "ideogram4"), ["lora.targets=[attention.to_q,attention.to_v]"])
 """Of families whose layers have other names than the setting's default."""
 CASES = [(name, engine) for name in ("sd3", "flux", "flux2_klein") for engine in ENGINES]
 CASES += [("flux2", "packed"), ("zimage", "packed in bf16"), ("qwen_image", "zero in bf16"), ("qwen_image", "packed")]
-CASES += [("krea2", "zero"), ("krea2", "packed in bf16")]
+CASES += [("krea2", "zero"), ("krea2", "packed in bf16"), ("chroma", "packed"), ("lumina2", "zero in bf16")]
+CASES += [("sana", "packed in bf16"), ("ideogram4", "packed")]
 
 
 @pytest.mark.parametrize(("name", "engine"), CASES)

@@ -42,18 +42,6 @@ def test_each_rank_holds_its_part_of_the_files(name, model_folders):
         assert held == pytest.approx(everything / 2, rel=0.01)
 
 
-def trained(world, name, folder, out, whole):
-    """The digests of a subject's published denoiser, trained on two ranks."""
-    from pathlib import Path
-
-    from dbtrain.training import session
-    from tests.kit.main_job import write_job
-
-    if whole:
-        session.Base.in_parts = property(lambda base: False)
-    return Path(out)
-
-
 def test_nothing_is_read_for_a_name(model_folders):
     models = load_models(FAMILIES["sd3"], ModelConfig(family="sd3", path=str(model_folders["sd3"])), apart=True)
     parts = models.parts()
