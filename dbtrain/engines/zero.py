@@ -21,6 +21,7 @@ from dbtrain.engines.engine import BatchPlan, EngineState, ParamGroup
 from dbtrain.engines.loss_scale import KIND, LossScales
 from dbtrain.engines.world import BACKENDS, World
 from dbtrain.errors import ConfigError, EngineError
+from dbtrain.models.family import Parts
 from dbtrain.settings.config import RunConfig
 
 
@@ -57,6 +58,29 @@ def join_deepspeed(world: World) -> None:
         # off. With a GPU there is none, and to look at the table would print what cannot be built to stdout.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=BACKENDS[torch.device(world.device).type], verbose=False)
+
+
+@torch.no_grad()
+def load_in_parts(parts: Parts, config: RunConfig, plan: BatchPlan, world: World) -> nn.Module:
+    """A module in fp32 whose parameters are shared by the ranks as ZeRO stage 3 shares them, filled tensor by tensor
+    from the first rank's disk: no rank ever holds more than its part and one tensor. All ranks call this together."""
+    import deepspeed
+
+    join_deepspeed(world)
+    settings = _accepted_config(config, plan, world.device != "cpu")
+    with deepspeed.zero.Init(config_dict_or_path=settings):  # told fp32, 0.19 makes bf16 on a CPU
+        module = parts.make()
+    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    if strange := sorted({*parts.names} ^ {*parameters, *({*parts.names} & {*buffers})}):
+        raise ConfigError(f"model.path: {strange[0]} is in the denoiser or in its files, and not in both")
+    for name in parts.names:
+        if name in buffers:
+            buffers[name].copy_(parts.tensor(name))
+            continue
+        with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
+            if world.first:
+                parameters[name].copy_(parts.tensor(name))
+    return module
 
 
 class ZeroEngine:
@@ -109,13 +133,17 @@ class ZeroEngine:
         for settings, group in zip(self.deepspeed.optimizer.param_groups, self.groups):
             settings["lr"] = group.lr * scale
         # DeepSpeed gives no norm at stage 0, and frees the gradients in its step.
-        norm = nn.utils.get_total_norm([param.grad for param in self.names.values()]) if self._stage == 0 else None
+        norm = nn.utils.get_total_norm(self._gradients()) if self._stage == 0 else None
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm() if norm is None else norm
         if self.scales is not None and norm is not None and self._left_out(float(norm)):
             return 0.0
         self._update_ema()
         return 0.0 if norm is None else float(norm)
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradients that there are: nothing of a loss depends on the last block's text in Qwen-Image."""
+        return [param.grad for param in self.names.values() if param.grad is not None]
 
     def _unscaled(self, grad: Tensor) -> Tensor:
         """A parameter's gradient without the loss scale, which is a power of two."""
@@ -124,7 +152,7 @@ class ZeroEngine:
     def _pass_over(self, *_: object) -> None:
         """Hide gradients that are not finite from AdamW, which passes over a parameter without one. At stage 0 alone:
         at the others DeepSpeed (0.19) leaves such a step out itself."""
-        grads = [param.grad for param in self.names.values() if param.grad is not None] if self._stage == 0 else []
+        grads = self._gradients() if self._stage == 0 else []
         if grads and not torch.isfinite(nn.utils.get_total_norm(grads)):
             for param in self.names.values():
                 param.grad = None

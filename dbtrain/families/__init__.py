@@ -29,6 +29,7 @@ FAMILIES = Rows(
     {
         "sd": "sd:SD",
         "sdxl": "sdxl:SDXL",
+        "playground": "playground:PLAYGROUND",
         "sd3": "sd3:SD3",
         "flux": "flux:FLUX",
         "flux2_klein": "flux2_klein:FLUX2_KLEIN",
@@ -42,6 +43,7 @@ FAMILIES = Rows(
         "chroma": "chroma:CHROMA",
         "lumina2": "lumina2:LUMINA2",
         "sana": "sana:SANA",
+        "ideogram4": "ideogram4:IDEOGRAM4",
     }
 )
 """A `models.family.Family` for each architecture, by the name used in `model.family`."""

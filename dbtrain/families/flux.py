@@ -86,6 +86,7 @@ DEV = Architecture(
 FLUX = Family(
     name="flux",
     pipeline="FluxPipeline",
+    also=("FluxKontextPipeline",),  # without a picture to edit, it is FLUX.1 dev
     denoiser="transformer",
     text_encoders=("text_encoder", "text_encoder_2"),
     components={

@@ -31,12 +31,10 @@ REFUSED = {
     "HiDreamImagePipeline": "its experts see tokens in the order of their routing, so that a pack would mix subjects, "
     "and it needs four text encoders",
     "QwenImage21Pipeline": "the length of a caption moves the image's positions, and no padding keeps the result",
-    "Ideogram4Pipeline": "a second transformer of the same size makes its guidance, and its pipeline takes no encoded "
-    "prompts",
     "SanaSprintPipeline": "it is distilled to a few steps; train on Sana",
     "LuminaPipeline": "an older model of another architecture; train on Lumina-Image 2.0",
     **dict.fromkeys(
-        ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "FluxKontextPipeline"),
+        ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
         PAIRS,
     ),
 }
@@ -62,18 +60,19 @@ def folder_problem(family: Family, place: Path, variant: str | None = None) -> s
     if kind in REFUSED:
         return f"{named(place)} is a {kind}, which dbtrain does not train: {REFUSED[kind]}; give another base"
     held = {name for name, entry in index.items() if isinstance(entry, list) and list(map(type, entry)) == [str, str]}
-    wanted = {family.denoiser, *family.text_encoders, *(["vae"] if "vae" in family.components else [])}
+    vae = ["vae"] if "vae" in family.components else []
+    wanted = {family.denoiser, *family.companions, *family.text_encoders, *vae}
     missing, more = sorted(wanted - held), sorted(filter(DECIDING.match, held - wanted))
     if missing or more:
         what = f"has no {missing[0]}" if missing else f"has a {more[0]} besides"
         return f"{named(place)} is a {kind}, no base of model.family={family.name} ({what}); {ITS_FAMILY}"
-    channels, other = channel_problem(place, family), kind != family.pipeline
+    channels, other = channel_problem(place, family), family.kind_problem(index)
     if channels and not (other and "another kind" in channels):
         return f"{named(place)} {channels}"
     if other:
-        return f"{named(place)} is a {kind}, no base of model.family={family.name}; {ITS_FAMILY}"
+        return f"{named(place)} is {other}, no base of model.family={family.name}; {ITS_FAMILY}"
     for name in sorted(wanted):
-        problem = weights_problem(place / name, variant)
+        problem = few_bits_problem(place / name) or weights_problem(place / name, variant)
         if problem:
             return problem
     return None
@@ -103,14 +102,24 @@ def _channels(got: int, want: int) -> str:
     return f"is {kind}: its U-Net takes {got} channels, and text-to-image training has {want}; give another base"
 
 
+def few_bits_problem(folder: Path) -> str | None:
+    """Why a component that was published in few bits is not read: no adapter could be folded into it."""
+    config = folder / "config.json"
+    told = read_json(config).get("quantization_config") if config.is_file() else None
+    if not told:
+        return None
+    kind = told.get("quant_method", "some kind") if isinstance(told, dict) else told
+    return (f"{named(folder)} holds weights in few bits ({kind}); give a folder of the whole ones, and set "
+            "model.quantize to keep them in few bits in training")  # fmt: skip
+
+
 def weights_problem(folder: Path, variant: str | None) -> str | None:
     """Why a component's folder has no weights that can be read: another variant, or a format that can run code."""
     if not folder.is_dir():
         return f"{named(folder)} is missing; the base is not whole"
     names = sorted(path.name for path in folder.iterdir() if path.suffix in WEIGHTS)
     safe = [name for name in names if name.endswith(".safetensors")]
-    marks = [re.search(r"\.([A-Za-z]\w*)(?:-\d+-of-\d+)?\.safetensors$", name) for name in safe]
-    variants = {mark[1] if mark else None for mark in marks}
+    variants = {_variant(name) for name in safe}
     if variant in variants or (variant is None and not names):
         return None if names else f"{named(folder)} has no weights; the base is not whole"
     if not safe:
@@ -126,6 +135,16 @@ def weights_problem(folder: Path, variant: str | None) -> str | None:
     return f"{named(folder)} has no weights of the variant {variant}; set {remedy}"
 
 
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files that hold a component's weights of a variant."""
+    return sorted(path for path in folder.glob("*.safetensors") if _variant(path.name) == variant)
+
+
+def _variant(name: str) -> str | None:
+    mark = re.search(r"\.([A-Za-z]\w*)(?:-\d+-of-\d+)?\.safetensors$", name)
+    return mark[1] if mark else None
+
+
 def single_file_problem(family: Family, path: Path) -> str | None:
     """What keeps a single file from being used as a family's base."""
     if path.suffix != ".safetensors":
@@ -138,8 +157,9 @@ def single_file_problem(family: Family, path: Path) -> str | None:
             remedy = ITS_FAMILY if pipeline else "give a whole checkpoint of it"
             return f"{named(path)} is {kind}, no base of model.family={family.name}; {remedy}"
         return None
-    if family.denoiser != "unet" or encoders != len(family.text_encoders):
-        kind = "Stable Diffusion XL" if encoders == 2 else "Stable Diffusion 1 or 2"
+    edm = "edm_mean" in header
+    if family.denoiser != "unet" or encoders != len(family.text_encoders) or edm != family.edm:
+        kind = "Playground v2.5" if edm else "Stable Diffusion XL" if encoders == 2 else "Stable Diffusion 1 or 2"
         return f"{named(path)} is {kind}, no base of model.family={family.name}; {ITS_FAMILY}"
     channels = header[FIRST]["shape"][1]
     return None if channels == 4 else f"{named(path)} {_channels(channels, 4)}"

@@ -26,6 +26,15 @@ Tokens = tuple[Tensor, ...]
 """Token ids [B, T], one tensor a text encoder, and then the masks that a family needs."""
 
 
+class Parts(NamedTuple):
+    """A denoiser's weights on disk. make() -> the denoiser, its weights as they come. names: its tensors on disk.
+    tensor(name) -> one of them, on the CPU."""
+
+    make: Callable[[], nn.Module]
+    names: Sequence[str]
+    tensor: Callable[[str], Tensor]
+
+
 @dataclass
 class Models:
     """A loaded base model, in pieces.
@@ -49,12 +58,18 @@ class Models:
     """What the base's `model_index.json` says to its pipeline, of the names in `Family.told`."""
     texts: Texts | None = None
     """What encodes texts where the text encoders are not kept; `text_encoders` is then empty."""
-    pending: Callable[[], dict[str, nn.Module]] | None = None
-    """What loads the denoiser and the autoencoder, where these are still to come; they are empty modules then."""
+    load: Callable[[Sequence[str]], dict[str, nn.Module]] | None = None
+    """What loads components by name; None where nothing is to come."""
+    pending: bool = False
+    """Whether the denoiser, its companions and the autoencoder are still to come; they are empty modules then."""
+    parts: Callable[[], Parts] | None = None
+    """The denoiser's weights, to be read tensor by tensor; None where it was loaded from a single file."""
     guide_scheduler: Any = None
     """The diffusers scheduler in `Family.guide`; None where the denoiser takes no guide."""
     levels: Schedule | None = None
     """The noise levels of the guide, as a table."""
+    companions: dict[str, nn.Module] = field(default_factory=dict)
+    """The models in `Family.companions`, by name."""
     upscalers: tuple[Models, ...] = ()
     """The models of the stages that enlarge what these draw, in order."""
 
@@ -70,7 +85,7 @@ class Models:
 
     def to(self, device: torch.device) -> Models:
         """The same models, moved."""
-        for module in (self.denoiser, self.vae, *self.text_encoders.values()):
+        for module in (self.denoiser, self.vae, *self.companions.values(), *self.text_encoders.values()):
             if module is not None:
                 module.to(device)
         self.schedule = self.schedule.to(device)
@@ -181,6 +196,8 @@ class Family:
     embeds(conditioning) -> arguments of the pipeline's call in place of prompts; those of what guidance leads away from
     have `negative_` before their names. avoided(models, guidance) -> the text that guidance leads away from where no
     negative prompt is given; None where the pipeline needs none.
+    hear(pipeline, texts): for a pipeline that takes no encoded prompts, lets it find them in texts; it is then called
+    with prompts. companions: names of models that drawing needs and training does not.
     recompute(denoiser, checkpoint): lets the denoiser's blocks be computed again in backward, by a function such as
     `torch.utils.checkpoint.checkpoint`.
     attend(denoiser, choice, device, precision) -> what now computes its attention, as `engage_attention`.
@@ -191,6 +208,7 @@ class Family:
     frees_text: whether text encoders go once all texts of a run are encoded.
     negative: whether the pipeline takes a negative prompt. unstackable: layers that no pack can adapt, as in
     `lora.targets`, and why. guide: of a denoiser that enlarges; None of all others.
+    also: other pipelines whose bases this one draws with, from text. edm: whether the base's scheduler is one of EDM's.
     base_version: kohya's name of the base (`ss_base_model_version`), by which A1111 and Forge choose what to offer.
     """
 
@@ -214,6 +232,8 @@ class Family:
     call: Callable[[Models, float], dict[str, Any]] = by_guidance
     embeds: Callable[[Conditioning], dict[str, Any]] = prompt_embeds
     avoided: Callable[[Models, float], str | None] = from_nothing
+    hear: Callable[[Any, Texts], None] | None = None
+    companions: tuple[str, ...] = ()
     recompute: Callable[[nn.Module, Callable[..., Any]], None] = recompute
     attend: Callable[[nn.Module, str, str, str], Attention] = engage_attention
     trains_text: bool = True
@@ -221,7 +241,17 @@ class Family:
     negative: bool = True
     unstackable: Mapping[str, str] = field(default_factory=dict)
     guide: Guide | None = None
+    also: tuple[str, ...] = ()
+    edm: bool = False
     base_version: str = "unknown"
+
+    def kind_problem(self, index: Mapping[str, Any]) -> str | None:
+        """What a base is by its `model_index.json`, where it is none of this family."""
+        kind = index.get("_class_name", "model of an unknown kind")
+        if kind not in (self.pipeline, *self.also):
+            return f"a {kind}"
+        scheduler = (index.get("scheduler") or [None, ""])[1] or ""
+        return None if ("EDM" in scheduler) == self.edm else f"a {kind} with the scheduler {scheduler}"
 
 
 def refuse_impossible(family: Family, config: RunConfig) -> None:

@@ -15,7 +15,8 @@ from dbtrain.engines.unit_scale import drop_unit_divisions
 from dbtrain.errors import ConfigError, DataError, first_line
 from dbtrain.models.architectures import class_of
 from dbtrain.models.base_check import base_problem, marks_of, path_problem
-from dbtrain.models.family import Family, Models, encode_texts, is_local
+from dbtrain.models.family import Family, Models, Parts, encode_texts, is_local
+from dbtrain.models.parts import parts_of
 from dbtrain.models.schedules import changed
 from dbtrain.models.texts import Texts
 from dbtrain.objective.noise import discrete_schedule
@@ -71,7 +72,8 @@ def load_models(family: Family, config: ModelConfig, apart: bool = False) -> Mod
         models.guide_scheduler, models.levels = guide, discrete_schedule(guide.alphas_cumprod, "epsilon")
     if apart:
         models.texts = Texts(partial(load, family.text_encoders), partial(encode_texts, family, models))
-        models.pending = partial(load, first)
+        models.load, models.pending = load, True
+        models.parts = partial(_denoiser_parts, family, config, source, index)
     return models
 
 
@@ -93,10 +95,11 @@ def _load_parts(
     """Components by name, frozen and in evaluation mode."""
     with _told_as(family, config):
         parts = {name: _load_component(family, source, name, index, config) for name in names}
-    return _frozen(family, parts)
+    return frozen(family, parts)
 
 
-def _frozen(family: Family, parts: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+def frozen(family: Family, parts: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """Components by name, frozen and in evaluation mode."""
     for name, module in parts.items():
         module.requires_grad_(False).eval()
         if name == family.denoiser:
@@ -105,9 +108,10 @@ def _frozen(family: Family, parts: dict[str, torch.nn.Module]) -> dict[str, torc
 
 
 def modules_of(family: Family, texts: bool = True) -> list[str]:
-    """Names on disk of the modules that are loaded: denoiser, autoencoder if there is one, and text encoders."""
+    """Names on disk of the modules that are loaded: denoiser, its companions, autoencoder if there is one, and text
+    encoders."""
     vae = ["vae"] if "vae" in family.components else []
-    return [family.denoiser, *vae, *(family.text_encoders if texts else ())]
+    return [family.denoiser, *family.companions, *vae, *(family.text_encoders if texts else ())]
 
 
 def _variant_hint(error: Exception) -> str:
@@ -124,6 +128,7 @@ def _assemble(
     return Models(
         denoiser=parts[family.denoiser],
         vae=parts.get("vae"),
+        companions={name: parts[name] for name in family.companions},
         text_encoders={name: parts[name] for name in family.text_encoders if name in parts},
         tokenizers=tokenizers,
         scheduler=scheduler,
@@ -143,17 +148,32 @@ def index_path(source: str, config: ModelConfig) -> Path:
 
 def _index(family: Family, source: str, config: ModelConfig) -> dict[str, Any]:
     index = json.loads(index_path(source, config).read_text())
-    if index.get("_class_name") != family.pipeline:
-        raise ValueError(f"it is a {index.get('_class_name')}, and this family is {family.pipeline}")
+    if problem := family.kind_problem(index):
+        raise ValueError(f"it is {problem}, and this family is {family.pipeline}")
     return index
 
 
-def _load_component(family: Family, source: str, name: str, index: dict, config: ModelConfig) -> torch.nn.Module:
+def _denoiser_parts(family: Family, config: ModelConfig, source: str, index: dict[str, Any]) -> Parts:
+    """The denoiser's weights tensor by tensor; a hub model's files are fetched."""
+    from huggingface_hub import snapshot_download
+
+    name = family.denoiser
+    with _told_as(family, config):
+        if not is_local(source):
+            source = snapshot_download(source, revision=config.revision, allow_patterns=[f"{name}/*"])
+        return parts_of(_class_of_component(family, name, index), Path(source) / name, config.variant)
+
+
+def _class_of_component(family: Family, name: str, index: dict[str, Any]) -> Any:
     known = {entry.partition(":")[2]: entry for entry in family.components[name]}
     class_name = index[name][1]
     if class_name not in known:
         raise ValueError(f"component {name} is a {class_name}, want one of {', '.join(known)}")
-    loader = class_of(known[class_name])
+    return class_of(known[class_name])
+
+
+def _load_component(family: Family, source: str, name: str, index: dict, config: ModelConfig) -> torch.nn.Module:
+    loader = _class_of_component(family, name, index)
     variant = {"variant": config.variant} if config.variant else {}
     dtype = torch.bfloat16 if config.dtype == "bf16" and name != "vae" else torch.float32
     return loader.from_pretrained(
@@ -201,7 +221,7 @@ def _load_single_file(family: Family, config: ModelConfig, source: str) -> Model
         parts |= {name: module.to(torch.bfloat16) for name, module in parts.items() if name != "vae"}
     tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in family.text_encoders}
     return _assemble(
-        family, config, source, _frozen(family, parts), tokenizers, marked(pipeline.scheduler, marks_of(Path(source)))
+        family, config, source, frozen(family, parts), tokenizers, marked(pipeline.scheduler, marks_of(Path(source)))
     )
 
 

@@ -16,12 +16,14 @@ def assemble(family: Family, models: Models, scheduler: str | None = None) -> An
         chosen = getattr(diffusers, scheduler).from_config(models.scheduler.config)
     parts = {family.denoiser: models.denoiser, "scheduler": chosen}
     parts |= {name: models.text_encoders.get(name) for name in family.text_encoders}
-    parts |= {} if models.vae is None else {"vae": models.vae}
+    parts |= models.companions | ({} if models.vae is None else {"vae": models.vae})
     parts |= {} if family.guide is None else {family.guide.scheduler: models.guide_scheduler}
     parts |= {**family.absent, **models.told}
     parts |= {name.replace("text_encoder", "tokenizer"): tokenizer for name, tokenizer in models.tokenizers.items()}
     pipeline = getattr(diffusers, family.pipeline)(**parts)
     pipeline.set_progress_bar_config(disable=True)
+    if family.hear and models.texts is not None:
+        family.hear(pipeline, models.texts)
     pipeline.dbtrain_words = partial(_words, family, models)
     return pipeline
 
@@ -42,7 +44,7 @@ def _words(
     """The prompts as text where the encoders are loaded, else encoded."""
     call = family.call(models, guidance)
     avoided = family.avoided(models, guidance) if negative is None else negative
-    if models.texts is None:
+    if models.texts is None or family.hear:
         return _as_text(prompts, avoided if family.negative else None) | call
     device = str(next(models.denoiser.parameters()).device)
     given = family.embeds(models.texts.each(prompts, device))

@@ -81,11 +81,12 @@ def _of_a_hub_id(source: str, config: ModelConfig) -> dict[str, str | None]:
         raise ConfigError(
             f"model.family: auto asks {source} for its model_index.json, and got: {first_line(error)}; set the family"
         ) from error
-    kind = read_json(place).get("_class_name")
+    index = read_json(place)
+    kind = index.get("_class_name")
     if kind in REFUSED:
         return dict.fromkeys(FAMILIES, f"{source} is a {kind}, which dbtrain does not train: {REFUSED[kind]}")
     return {
-        name: None if kind == family.pipeline else f"{source} is a {kind}, no base of model.family={name}"
+        name: (problem := family.kind_problem(index)) and f"{source} is {problem}, no base of model.family={name}"
         for name, family in FAMILIES.items()
     }
 

@@ -83,6 +83,11 @@ def make_priors(
     return drawn
 
 
+def lacks_priors(store: Path, key: PriorKey, images: int) -> bool:
+    """Whether some of a class's first images are missing or damaged."""
+    return any(_todo(store / key.name, start, images) for start in range(0, images, BLOCK))
+
+
 def _lacking(folder: Path, key: PriorKey, images: int) -> str:
     """Why a class's imported images do not suffice, and what to do."""
     damaged = [block_folder(folder, block) for block in chain(folder, images) if verify(block_folder(folder, block))]

@@ -37,10 +37,10 @@ class ModelConfig(Section):
     """The base model. Its files are only read."""
 
     family: Annotated[str, OneOf(("auto", *FAMILIES))] = "sd"
-    """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL, `sd3` is
-    Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2 klein, `if_stage1` and `if_stage2` are
-    DeepFloyd IF, `x4_upscaler` is Stable Diffusion's; the last two enlarge pictures. `auto` is what the base's own
-    files say."""
+    """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL,
+    `playground` is Playground v2.5, `sd3` is Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2
+    klein, `if_stage1` and `if_stage2` are DeepFloyd IF, `x4_upscaler` is Stable Diffusion's; the last two enlarge
+    pictures. `auto` is what the base's own files say."""
     path: Annotated[str, Field(min_length=1), Mark.NO_RESULT, Mark.PATH_OR_NAME] = "embedded"
     """Diffusers folder, hub id, single-file .safetensors, or `embedded` for the small base that ships with dbtrain."""
     revision: Annotated[str | None, Mark.NO_RESULT] = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +27,7 @@ from dbtrain.models.family import Codec, Family, Models, Tokens, encode_texts, l
 from dbtrain.models.load import base_digest
 from dbtrain.models.sampling import sampling_mode
 from dbtrain.models.texts import Group
-from dbtrain.priors.draw import make_priors
+from dbtrain.priors.draw import lacks_priors, make_priors
 from dbtrain.priors.store import PriorKey, prior_key, prior_moments, read_priors
 from dbtrain.randomness import Purpose, stream_key, uniforms
 from dbtrain.results.record import looks_finished
@@ -380,7 +381,8 @@ def stored_priors(base: Base, work: Work, watch: Watch, config: RunConfig, key: 
 
 
 def _draw_missing(base: Base, work: Work, watch: Watch, prior: PriorConfig, key: PriorKey) -> None:
-    with sampling_mode(base.models):
+    drawing = base.in_parts and lacks_priors(work.priors, key, prior.images)
+    with base.whole() if drawing else nullcontext(), sampling_mode(base.models):
         make_priors(
             work.priors,
             key,

@@ -141,6 +141,7 @@ class Job:
         """An engine around the subject's training step, at step 0."""
         family, models, config, world = self.base.family, self.base.models, self.config, self.base.world
         captions = captions_of(family, models, config, self.bank.texts, world.device)
+        self.base.share(plan)
         groups = make_trainable(family, models, config, self.subject.id)
         module = TrainingStep(family, models, config, stream_key(config.seed, self.subject.id), captions)
         return ZeroEngine(module, groups, config, plan, world)
@@ -241,13 +242,15 @@ class Job:
         record = self.record(values, capture)
         if not keeps_whole(config.engine):
             base.reload()
-            make_trainable(base.family, base.models, config, self.subject.id)
         if base.world.first:
-            final_weights(base.family, base.models, state, base.world.device)
-            with clock.stage("sample"):
-                sheet = self.sample(LAST_SHEET)
-            record["stages_s"] = {name: round(seconds, 3) for name, seconds in clock.seconds.items()}
-            self.write(state, record, sheet)
+            with base.whole():
+                if not keeps_whole(config.engine):
+                    make_trainable(base.family, base.models, config, self.subject.id)
+                final_weights(base.family, base.models, state, base.world.device)
+                with clock.stage("sample"):
+                    sheet = self.sample(LAST_SHEET)
+                record["stages_s"] = {name: round(seconds, 3) for name, seconds in clock.seconds.items()}
+                self.write(state, record, sheet)
         dist.barrier()
         base.restore()
         return record

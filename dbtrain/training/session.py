@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,15 +15,17 @@ from dbtrain.data.buckets import Shape
 from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
 from dbtrain.engines.deterministic import choose_algorithms
-from dbtrain.engines.engine import keeps_whole, plan_batches
+from dbtrain.engines.engine import BatchPlan, keeps_whole, plan_batches
 from dbtrain.engines.loss_scale import DTYPES, resolved_precision
 from dbtrain.engines.world import World, from_first, start_world, together
+from dbtrain.engines.zero import load_in_parts
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
 from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
+from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Family, Models, refuse_impossible
-from dbtrain.models.load import load_models
+from dbtrain.models.load import frozen, load_models, modules_of
 from dbtrain.models.quantize import quantize
 from dbtrain.models.texts import Group, set_aside
 from dbtrain.priors.draw import make_priors
@@ -100,16 +103,56 @@ class Base:
     def ready(self, groups: Iterable[Group] = ()) -> None:
         """Encode groups of texts, and then load denoiser and autoencoder, if these are still to come. No adapters may
         be on the denoiser, and no step of it be recorded: it leaves the device while texts are encoded."""
-        models, device, wanted = self.models, self.world.device, [*groups]
+        models, device, denoiser, wanted = self.models, self.world.device, self.family.denoiser, [*groups]
         if models.texts is not None and wanted:
             models.texts.forget(wanted)
             if not models.texts.kept.keys() >= {*wanted}:
                 with set_aside(models.denoiser, device):
                     models.texts.keep(wanted, device)
-        if models.pending is not None:
-            parts = models.pending()
-            models.denoiser, models.vae, models.pending = parts[self.family.denoiser], parts.get("vae"), None
+        if models.pending:
+            models.pending = False
+            self._load([name for name in modules_of(self.family, texts=False) if not self.in_parts or name != denoiser])
+
+    def _load(self, names: Sequence[str]) -> None:
+        """Load components, and put them where they are used."""
+        models, family = self.models, self.family
+        assert models.load is not None
+        parts = models.load(names)
+        models.denoiser, models.vae = parts.get(family.denoiser, models.denoiser), parts.get("vae", models.vae)
+        models.companions |= {name: parts[name] for name in family.companions if name in parts}
+        if family.denoiser in parts:
             _place(models, self.settings, self.world)
+        else:
+            models.to(torch.device(self.world.device))
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the denoiser comes tensor by tensor, as ZeRO stage 3 shares it, and never whole on all ranks. A U-Net
+        comes whole: what computes its attention is proved on its layers."""
+        settings = self.settings
+        shared = self.world.size > 1 and not keeps_whole(settings.engine) and settings.train.method == "full"
+        return shared and self.models.parts is not None and self.family.attend is keep_attention
+
+    def share(self, plan: BatchPlan) -> None:
+        """Load the denoiser in parts, if it is to come so."""
+        models, family = self.models, self.family
+        if self.in_parts:
+            assert models.parts is not None
+            module = load_in_parts(models.parts(), self.settings, plan, self.world)
+            models.denoiser = frozen(family, {family.denoiser: module})[family.denoiser]
+            models.attention = family.attend(module, self.settings.model.attention, self.world.device, "")
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The denoiser whole on this rank for a while, where it else comes in parts."""
+        if not self.in_parts:
+            yield
+            return
+        self._load([self.family.denoiser])
+        try:
+            yield
+        finally:
+            self.models.denoiser = nn.Module()
 
     def reload(self) -> None:
         """Reload the models, replacing the trained ones; those of further stages stay."""
@@ -151,7 +194,7 @@ def _load_models(settings: RunConfig, world: World, apart: bool) -> Models:
     models = load_models(family, settings.model, apart)
     if settings.model.quantize != "none":
         models.digests = {**models.digests, "quantize": settings.model.quantize}  # it draws other class images
-    if models.pending is None:
+    if not models.pending:
         _place(models, settings, world)
     return models
 

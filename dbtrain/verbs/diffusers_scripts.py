@@ -32,8 +32,9 @@ class Script:
     """A script: diffusers' pipeline of the models that it trains, its method, those of its defaults that decide a
     result, the layers that its LoRA has, what it is trained with that dbtrain does otherwise.
 
-    flow: its noise levels are drawn by `--weighting_scheme`, whose default is here. dynamic: the scheduler of its
-    models shifts them by the size of an image, which the script leaves out.
+    direct: its --logit_mean is that of the noise, and not of what is clean. flow: its noise levels are drawn by
+    `--weighting_scheme`, whose default is here. dynamic: the scheduler of its models shifts them by the size of an
+    image, which the script leaves out.
     """
 
     pipeline: str
@@ -42,6 +43,7 @@ class Script:
     targets: tuple[str, ...] = ()
     flow: str | None = None
     dynamic: bool = False
+    direct: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -51,6 +53,12 @@ KLEIN = ("the script's default --text_encoder_out_layers 10 20 30 is not what th
          "dbtrain has the pipeline's")  # fmt: skip
 CLEAN = ("the script's loss is the error of the clean image, which is sigma^2 times dbtrain's: it weighs noisy levels "
          "more")  # fmt: skip
+EDM = ("the script's loss is the error of the clean image; dbtrain's is EDM's own, that of the U-Net's output, which "
+       "weighs clean levels more")  # fmt: skip
+WHOLE = (
+    "bases in few bits (nf4, SDNQ) are not read: set model.path to a folder of the whole weights in bf16; captions of "
+    "JSON lose their braces in a recipe, so keep them beside the photos"
+)
 MIRRORED = "the script mirrors the noise levels that it draws; here they are those of the model's scheduler"
 
 SCRIPTS = {
@@ -75,6 +83,9 @@ SCRIPTS = {
         "FluxPipeline", "lora", {**ALPHA, **TEXT, "guidance_scale": "3.5"}, FLUX, "none", True, (GUIDED,)),
     "train_dreambooth_lora_flux_advanced.py": Script(
         "FluxPipeline", "lora", {**ALPHA, **TEXT, "guidance_scale": "3.5"}, FLUX, "none", True, (GUIDED,)),
+    "train_dreambooth_lora_flux_kontext.py": Script(
+        "FluxPipeline", "lora", {**ALPHA, **TEXT, "guidance_scale": "3.5"}, (*FLUX, "proj_mlp"), "none", True,
+        (GUIDED,)),
     "train_dreambooth_lora_flux2.py": Script(
         "Flux2Pipeline", "lora", {**ALPHA, "guidance_scale": "3.5"}, FLUX2, "none", True, (GUIDED,)),
     "train_dreambooth_lora_flux2_klein.py": Script(
@@ -88,7 +99,8 @@ SCRIPTS = {
     "train_dreambooth_lora_lumina2.py": Script(
         "Lumina2Pipeline", "lora", LORA, ATTENTION, "none", notes=(MIRRORED,)),
     "train_dreambooth_lora_ideogram4.py": Script(
-        "Ideogram4Pipeline", "lora", ALPHA, (*ATTENTION, "w1", "w2", "w3"), "logit_normal"),
+        "Ideogram4Pipeline", "lora", {**ALPHA, "logit_std": "1.5"}, (*ATTENTION, "w1", "w2", "w3"), "logit_normal",
+        direct=True, notes=(WHOLE,)),
 }  # fmt: skip
 """Scripts that can be migrated where a family has their pipeline."""
 
@@ -97,7 +109,6 @@ REFUSED = {
     "train_dreambooth_flax.py": "it is for Flax, and the base it names has weights that PyTorch does not read",
     "train_dreambooth_lora_hidream.py": "HiDream's routed experts see tokens in an order of their own, and it has four "
                                         "text encoders; dbtrain has no family for it",
-    "train_dreambooth_lora_flux_kontext.py": f"FLUX.1 Kontext edits pictures: {PAIRS}",
     "train_dreambooth_lora_flux2_img2img.py": PAIRS,
     "train_dreambooth_lora_flux2_klein_img2img.py": PAIRS,
 }  # fmt: skip
@@ -180,6 +191,8 @@ DROPPED = by_flag({
         "samples are drawn with the base; put the adapter onto the distilled model to draw with it",
     "validation_scheduler": "samples are drawn with the model's own scheduler",
     "validation_images": "samples are drawn from a prompt",
+    "validation_image": "samples are drawn from a prompt",
+    "vae_encode_mode": "latents are drawn from the autoencoder's posterior",
     "class_labels_conditioning": "the family of the cascade's second stage has it",
     "final_validation_prompt": "sample.prompts are drawn at the end",
     "skip_final_inference": "set sample.images=0",

@@ -16,9 +16,11 @@ from dbtrain.verbs.command_line import Command, Migration, migration, plain
 from dbtrain.verbs.diffusers_scripts import (
     CASCADE,
     DROPPED,
+    EDM,
     GUIDED,
     KEYS,
     LENGTH,
+    PAIRS,
     REFUSED,
     SCRIPTS,
     SWITCHES,
@@ -85,8 +87,16 @@ def _family(command: Command, script: Script) -> Any:
         pipeline = CASCADE[1]
     elif "text_encoder_use_attention_mask" in flags or "DeepFloyd" in base:
         pipeline = CASCADE[0]
-    if "do_edm_style_training" in flags or "playground-v2.5" in base:
-        raise ConfigError(f"migrate: {command.program}: {base} is trained in EDM's form, which dbtrain does not have")
+    if "cond_image_column" in flags:
+        raise ConfigError(f"migrate: {command.program} with --cond_image_column cannot be migrated: {PAIRS}")
+    if "playground-v2.5" in base:
+        command.notes.append(EDM)
+        return FAMILIES["playground"]
+    if "do_edm_style_training" in flags:
+        raise ConfigError(
+            f"migrate: {command.program}: trains {base} in EDM's form, and its own scheduler is of another; leave "
+            "--do_edm_style_training out, or name Playground v2.5"
+        )
     if plain(command.get("train_transformer_frac")) == 0:
         raise ConfigError(f"migrate: {command.program}: trains token embeddings alone, and dbtrain trains weights")
     row = next((row for row in FAMILIES.values() if row.pipeline == pipeline), None)
@@ -143,7 +153,9 @@ def _noise(command: Command, script: Script) -> None:
         command.drop("weighting_scheme", "no such weighting; noise levels are drawn uniformly")
     mean = plain(command.get("logit_mean") or "0")
     if scheme == "logit_normal" and mean != 0:
-        command.settings["objective.logit_mean"] = -mean if isinstance(mean, int | float) else mean
+        turned = isinstance(mean, int | float) and not script.direct
+        command.settings["objective.logit_mean"] = -mean if turned else mean
+    if scheme == "logit_normal" and mean != 0 and not script.direct:
         command.notes.append("--logit_mean counts from noise to clean in the script, and from clean to noise in "
                              "dbtrain: its sign is turned")  # fmt: skip
     if scheme != "logit_normal":

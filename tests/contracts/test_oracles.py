@@ -40,7 +40,8 @@ def loaded(request, model_folders):
 
 def in_float64(name, folders):
     family, facts, models = model_of(name, folders)
-    for module in (*models.components(family.denoiser).values(), *filter(None, [models.vae])):
+    parts = (*models.components(family.denoiser).values(), *models.companions.values(), *filter(None, [models.vae]))
+    for module in parts:
         module.double()
     return family, facts, models
 
@@ -95,17 +96,20 @@ def drawn(family, models, facts, start, size, steps, captions=CAPTIONS, **option
 def test_denoise_is_the_pipelines_own_call(exact, size):
     family, facts, models = exact
     start = latents(facts, size, channels=family.codec.channels).float().double()  # some pipelines hold float32
-    before, after = [facts.native(start)], []
+    before, after = [], []
+
+    def step_begin(module, places, words):
+        before.append(facts.heard(places, words)[0].clone())
 
     def step_end(pipeline, i, time, values):
-        before.append(values["latents"].clone())
         times.append(time)
         return {}
 
     times, (height, width) = [], start.shape[-2:]
+    listen = models.denoiser.register_forward_pre_hook(step_begin, with_kwargs=True)
     watch = models.denoiser.register_forward_hook(lambda module, places, output: after.append(output[0]))
     drawn(family, models, facts, start, size, 4, output_type="latent", callback_on_step_end=step_end)
-    watch.remove()
+    watch.remove(), listen.remove()
     assert len(after) == 4
     conditioning = told(family, models)
     for native, time, theirs in zip(before, times, after):
@@ -131,7 +135,8 @@ def times_told(family, facts, models, start):
     return lambda time: (time.double() - low[: len(time)]) / (high - low)[: len(time)] * 1000
 
 
-MASKED = pytest.mark.parametrize("exact", ["zimage", "qwen_image", "krea2", "lumina2", "sana"], indirect=True)
+SEES = ["zimage", "qwen_image", "krea2", "lumina2", "sana", "ideogram4"]
+MASKED = pytest.mark.parametrize("exact", SEES, indirect=True)
 """Families whose denoiser does not see padding. Chroma's has a mask that hides nothing."""
 
 

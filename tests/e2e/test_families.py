@@ -21,12 +21,12 @@ def run(*words):
     assert done.exit_code == 0, done.output
 
 
-TARGETS = {"zimage": ["lora.targets=[attention.to_q,attention.to_v]"]}
+TARGETS = dict.fromkeys(("zimage", "ideogram4"), ["lora.targets=[attention.to_q,attention.to_v]"])
 """Of families whose layers have other names than the setting's default."""
 CASES = [("sd3", "zero"), ("sd3", "packed in bf16"), ("flux", "zero in bf16"), ("flux", "packed")]
 CASES += [("flux2_klein", "packed in bf16"), ("flux2", "packed"), ("zimage", "packed in bf16")]
-CASES += [("qwen_image", "zero in bf16"), ("qwen_image", "packed")]
-CASES += [("krea2", "zero"), ("krea2", "packed in bf16")]
+CASES += [("qwen_image", "zero in bf16"), ("qwen_image", "packed"), ("krea2", "zero"), ("krea2", "packed in bf16")]
+CASES += [("chroma", "packed"), ("lumina2", "zero in bf16"), ("sana", "packed in bf16"), ("ideogram4", "packed")]
 """Every family, and every engine with several of them: no code asks for both, so not each with each."""
 
 

@@ -162,9 +162,26 @@ def _gemma(pipeline: Any, captions: Sequence[str]) -> Text:
     return states * mask[..., None], None
 
 
+def _ideogram4(pipeline: Any, captions: Sequence[str]) -> Text:
+    """The pipeline has padding before the text."""
+    states, _, _, kinds = pipeline.encode_prompt(list(captions), 1, 1, 1024, "cpu")
+    rows = [row[kind == 3] for row, kind in zip(states, kinds)]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), None
+
+
+def _ideogram4_native(x_BCHW: Tensor) -> Tensor:
+    """Behind the places of the text, which say nothing."""
+    return torch.nn.functional.pad(_klein_native(x_BCHW), (0, 0, 1024, 0))
+
+
+def _ideogram4_ours(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
+    return tokens_BLD[:, -height * width :].mT.unflatten(2, (height, width))
+
+
 FACTS = {
     "sd": Facts(_sd),
     "sdxl": Facts(_sdxl),
+    "playground": Facts(_sdxl, sign=-1),
     "sd3": Facts(_sd3, sample="hidden_states", side=8, idle=frozenset({"transformer_blocks.2.attn.add_q_proj"})),
     "flux": Facts(_flux, _flux_native, _flux_ours, sample="hidden_states", side=8),
     "flux2_klein": Facts(
@@ -189,6 +206,17 @@ FACTS = {
     "chroma": Facts(_chroma, _flux_native, _flux_ours, sample="hidden_states", side=8),
     "lumina2": Facts(_gemma, sample="hidden_states", side=8, sign=-1),
     "sana": Facts(_gemma, side=16, mean=True),
+    "ideogram4": Facts(
+        _ideogram4,
+        _ideogram4_native,
+        _ideogram4_ours,
+        sample="hidden_states",
+        side=16,
+        given=_klein_native,
+        mean=True,
+        sign=-1,
+        tolerance=1e-7,  # the pipeline sends states through float32
+    ),
     "krea2": Facts(_masked, _flux_native, _flux_ours, sample="hidden_states", side=8, film=True),
     "if_stage1": Facts(_if, side=4, stock=False, targets=IF_TARGETS),
     "if_stage2": Facts(_if, side=4, stock=False, targets=IF_TARGETS),

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tests.kit.random_flow import _vae, chat_tokenizer, dynamic_scheduler
+from tests.kit.random_flow import SPOKEN, _flux2_parts, _vae, chat_tokenizer, dynamic_scheduler
 
 
 def _qwen_config(**options: Any) -> dict[str, Any]:
@@ -116,6 +116,29 @@ def make_krea2(folder: Path) -> Path:
         vae=film_vae(),
         text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval(),
         tokenizer=chat_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_ideogram4(folder: Path) -> Path:
+    """A diffusers folder of a random Ideogram 4 layout."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Ideogram4Pipeline, Ideogram4Transformer2DModel
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    sizes = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4, "intermediate_size": 96}
+    sizes |= {"adaln_dim": 32, "llm_features_dim": 13 * 16, "mrope_section": (4, 2, 2)}
+    vae = _flux2_parts(False)["vae"]  # seeds the generator
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6}
+    text = {**_qwen_config(num_hidden_layers=36), "rope_parameters": rope}
+    vision = {**_qwen_vl_vision(), "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    pipeline = Ideogram4Pipeline(
+        transformer=Ideogram4Transformer2DModel(**sizes),
+        unconditional_transformer=Ideogram4Transformer2DModel(**sizes),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval(),
+        tokenizer=chat_tokenizer(SPOKEN),
     )
     pipeline.save_pretrained(folder)
     return folder

@@ -7,12 +7,19 @@ import torch
 
 from dbtrain.tiny import BASE, CLIP
 from tests.kit.random_cascade import make_if_stage1, make_if_stage2, make_x4_upscaler
-from tests.kit.random_chat import make_krea2, make_lumina2, make_qwen_image, make_sana, make_zimage
+from tests.kit.random_chat import (
+    make_ideogram4,
+    make_krea2,
+    make_lumina2,
+    make_qwen_image,
+    make_sana,
+    make_zimage,
+)
 from tests.kit.random_flow import make_chroma, make_flux, make_flux2, make_flux2_klein, make_sd3
 from tests.kit.random_text import text_config
 
 
-def _vae():
+def _vae(**options):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -23,6 +30,7 @@ def _vae():
         latent_channels=4,
         norm_num_groups=4,
         sample_size=32,
+        **options,
     )
 
 
@@ -73,7 +81,15 @@ def make_sd(folder: Path, parameterization: str = "epsilon") -> Path:
     return folder
 
 
-def make_sdxl(folder: Path) -> Path:
+def make_playground(folder: Path) -> Path:
+    """A diffusers folder of a random Playground v2.5: Stable Diffusion XL's layout in EDM's form."""
+    from diffusers import EDMDPMSolverMultistepScheduler
+
+    statistics = {"latents_mean": (-1.6, 1.1, 2.3, -0.7), "latents_std": (8.4, 5.9, 5.2, 6.6), "scaling_factor": 0.5}
+    return make_sdxl(folder, _vae(**statistics), EDMDPMSolverMultistepScheduler())
+
+
+def make_sdxl(folder: Path, vae=None, scheduler=None) -> Path:
     """A diffusers folder of a random Stable Diffusion XL layout."""
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -98,9 +114,9 @@ def make_sdxl(folder: Path) -> Path:
     )
     tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
     pipeline = StableDiffusionXLPipeline(
-        vae=_vae(),
+        vae=vae or _vae(),
         unet=unet,
-        scheduler=_scheduler("epsilon"),
+        scheduler=scheduler or _scheduler("epsilon"),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(tokenizer))),
@@ -115,6 +131,7 @@ def make_sdxl(folder: Path) -> Path:
 FAMILIES = {
     "sd": make_sd,
     "sdxl": make_sdxl,
+    "playground": make_playground,
     "sd3": make_sd3,
     "flux": make_flux,
     "flux2_klein": make_flux2_klein,
@@ -128,6 +145,7 @@ FAMILIES = {
     "chroma": make_chroma,
     "lumina2": make_lumina2,
     "sana": make_sana,
+    "ideogram4": make_ideogram4,
 }
 """What writes the diffusers folder of a random model, by the name of its family."""
 

@@ -60,8 +60,8 @@ def test_a_hub_id_is_asked_for_its_index(tmp_path, monkeypatch):
     monkeypatch.setattr(recognition, "index_path", lambda source, config: index)
     monkeypatch.setattr(recognition, "mind_the_network", lambda *_: None)
     assert family_of(ModelConfig(family="auto", path="someone/base")) == "flux"
-    index.write_text(json.dumps({"_class_name": "Ideogram4Pipeline"}))
-    with pytest.raises(ConfigError, match="is a Ideogram4Pipeline, which dbtrain does not train: a second"):
+    index.write_text(json.dumps({"_class_name": "SanaSprintPipeline"}))
+    with pytest.raises(ConfigError, match="is a SanaSprintPipeline, which dbtrain does not train: it is distilled"):
         family_of(ModelConfig(family="auto", path="someone/base"))
     index.write_text(json.dumps({"_class_name": "NewPipeline"}))
     with pytest.raises(ConfigError, match="someone/base is a NewPipeline"):

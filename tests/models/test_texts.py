@@ -27,7 +27,7 @@ def late_base(model_folders, *words):
 
 def test_the_denoiser_comes_when_the_encoders_are_gone(model_folders):
     base = late_base(model_folders)
-    texts, pending, seen = base.models.texts, base.models.pending, []
+    texts, parts, seen = base.models.texts, base.models.load, []
     load = texts.load
 
     def watched():
@@ -35,15 +35,15 @@ def test_the_denoiser_comes_when_the_encoders_are_gone(model_folders):
         seen.extend(weakref.ref(module) for module in encoders.values())
         return encoders
 
-    def afterwards():
+    def afterwards(names):
         assert len(seen) == 2 and not any(one() for one in seen), "encoders are still held"
-        return pending()
+        return parts(names)
 
-    texts.load, base.models.pending = watched, afterwards
+    texts.load, base.models.load = watched, afterwards
     assert not [*base.models.denoiser.parameters()] and base.models.text_encoders == {}
     base.ready(GROUPS)
     assert sum(param.numel() for param in base.models.denoiser.parameters()) > 400_000
-    assert base.models.attention is not None and base.models.pending is None
+    assert base.models.attention is not None and not base.models.pending
     base.ready(GROUPS)
     captions_of(base.family, base.models, base.settings, GROUPS[0], "cpu")
     assert len(seen) == 2, "texts that are known were encoded again"

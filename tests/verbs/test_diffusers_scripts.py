@@ -22,11 +22,8 @@ TEXT = (Path(__file__).parent / "diffusers_commands.txt").read_text("utf-8")
 COMMANDS = dict(re.findall(r"### (\S+)\n(.*?)(?=\n### |\Z)", TEXT, re.DOTALL))
 NEVER = {
     "examples/dreambooth/README_hidream.md:70": "four text encoders",
-    "examples/dreambooth/README_flux.md:282": "Kontext edits pictures",
-    "examples/dreambooth/README_flux.md:315": "Kontext edits pictures",
+    "examples/dreambooth/README_flux.md:315": "pairs of pictures",
     "examples/dreambooth/README_flux2.md:383": "pairs of pictures",
-    "examples/dreambooth/README_sdxl.md:223": "EDM's form",
-    "examples/advanced_diffusion_training/README.md:287": "EDM's form",
     "examples/advanced_diffusion_training/README_flux.md:256": "token embeddings alone",
 }
 """Commands that no family can run, and why."""
@@ -47,6 +44,13 @@ def family_of(place, text):
     return "IFPipeline" if "DeepFloyd" in text else SCRIPTS[script].pipeline
 
 
+def row_of(place, text):
+    """The row that trains a command's base."""
+    if "playground" in text:
+        return FAMILIES["playground"]
+    return next((row for row in FAMILIES.values() if row.pipeline == family_of(place, text)), None)
+
+
 def flags_of(text):
     """(script, flags) by argparse, of a command whose variables are put in by hand."""
     for name, value in re.findall(r"^export (\w+)=[\"'](.*)[\"']$", text, re.M):
@@ -62,9 +66,10 @@ def flags_of(text):
     return words[script], {name: " ".join(value) for name, value in told.items() if value is not None}
 
 
-def test_there_are_46_and_at_least_39_can_be_migrated_once_their_family_is_here():
+def test_there_are_46_and_42_can_be_migrated():
     assert len(COMMANDS) == 46 and set(NEVER) <= set(COMMANDS)
-    assert len(COMMANDS) - len(NEVER) >= 39
+    assert len(COMMANDS) - len(NEVER) == 42
+    assert all(row_of(place, text) for place, text in COMMANDS.items() if place not in NEVER)
 
 
 @pytest.mark.parametrize("place", COMMANDS)
@@ -74,14 +79,8 @@ def test_a_published_command_becomes_its_training_or_is_refused_by_name(place):
         with pytest.raises(ConfigError, match=NEVER[place]):
             migrate(text)
         return
-    pipeline = family_of(place, text)
-    row = next((row for row in FAMILIES.values() if row.pipeline == pipeline), None)
-    if row is None:
-        with pytest.raises(ConfigError, match=f"no family for {pipeline.removesuffix('Pipeline')} models"):
-            migrate(text)
-        return
     result = migrate(text)
-    assert_meaning(recipes.loads(result.recipe_yaml), result, *flags_of(text), row)
+    assert_meaning(recipes.loads(result.recipe_yaml), result, *flags_of(text), row_of(place, text))
 
 
 def assert_meaning(config, result, script, told, row):
@@ -147,6 +146,14 @@ def test_what_differs_is_said():
     assert "leaves out the shift" in notes("") and "leaves out the shift" not in notes("", "lora_sd3")
     assert "diffusers loads no adapter" in notes("--train_text_encoder")
     assert "--repeats 3: progress" in notes("--repeats=3")
+
+
+def test_edm_is_for_the_base_that_was_trained_so():
+    command = "python train_dreambooth_lora_sdxl.py --instance_data_dir d --pretrained_model_name_or_path "
+    told = migrate(command + "x/playground-v2.5-1024px-aesthetic")
+    assert "model:\n  family: playground" in told.recipe_yaml and any("EDM's own" in note for note in told.notes)
+    with pytest.raises(ConfigError, match="its own scheduler is of another"):
+        migrate(command + "stabilityai/stable-diffusion-xl-base-1.0 --do_edm_style_training")
 
 
 @pytest.mark.parametrize("dataset, is_folder", [("./3d_icon", True), ("/data/3d", True), ("~/3d", True),
