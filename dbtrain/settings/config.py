@@ -275,6 +275,9 @@ class EngineConfig(Section):
     """How a step is run: `graph` records it once as a CUDA graph (packed engine), `compile` compiles the denoiser's
     repeated blocks, `compiled_graph` compiles the blocks and then records the step, `off` does neither, `auto` is
     `graph` where a graph can be recorded and `off` elsewhere."""
+    fused_projections: Literal["auto", "on", "off"] = "auto"
+    """In a pack, compute adapted layers that read the same input as one operation, such as an attention's q, k and v,
+    with gradients that go straight into the optimizer's arena; `auto` does on a GPU and not on a CPU."""
     channels_last: bool = False
     """Keep the denoiser's convolutions in the channels-last layout, which tensor cores read without reordering. For
     compiled steps: each GroupNorm of a step that is not compiled copies its input to the other layout and back."""

@@ -48,7 +48,8 @@ def lora_op(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: 
     """
     from dbtrain_kernels.lora_triton import forward
 
-    return forward(x, base, down_NRD, up_NDR, scale_N)
+    out = torch.empty_like(base)
+    return out, forward(x, base, out, down_NRD, up_NDR, scale_N, (base.shape[-1],))
 
 
 def by_row(matrices: Tensor) -> Tensor:
@@ -73,14 +74,22 @@ def lora_backward_op(
     """
     from dbtrain_kernels.lora_triton import backward
 
-    return backward(grad, small_NTR, x, down_NRD, up_NDR, scale_N, by_x, SPLIT)
+    of_x, of_down, of_up = _gradients(x, down_NRD, up_NDR, by_x)
+    into = of_x if by_x else None, of_down, of_up
+    backward(grad, small_NTR, x, down_NRD, up_NDR, scale_N, (grad.shape[-1],), *into, False, SPLIT)
+    return of_x, of_down, of_up
+
+
+def _gradients(x: Tensor, down_NRD: Tensor, up_NDR: Tensor, by_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of x, or an empty tensor, and of both matrices."""
+    matrices = [torch.empty_like(like, memory_format=torch.contiguous_format) for like in (down_NRD, up_NDR)]
+    of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if by_x else x.new_empty(0)
+    return of_x, matrices[0], matrices[1]
 
 
 @lora_backward_op.register_fake
 def _(grad, small_NTR, x, down_NRD, up_NDR, scale_N, by_x):
-    matrices = [torch.empty_like(like, memory_format=torch.contiguous_format) for like in (down_NRD, up_NDR)]
-    of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if by_x else x.new_empty(0)
-    return of_x, *matrices
+    return _gradients(x, down_NRD, up_NDR, by_x)
 
 
 def _keep(ctx, inputs, output):

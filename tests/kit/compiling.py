@@ -107,8 +107,9 @@ def update(dtype: torch.dtype, matrices: torch.dtype, rank: int, tokens: int, wi
     down, up = down.view(subjects, rank, wide), up.view(subjects, out, rank)
     x, base = (made(2 * subjects, tokens, side, dtype=dtype) for side in (wide, out))
     scale_N = made(subjects)
-    _, small_NTR = lora_triton.forward(x, base, down, up, scale_N)
-    lora_triton.backward(base, small_NTR, x, down, up, scale_N, True, SPLIT)
+    small_NTR = lora_triton.forward(x, base, torch.empty_like(base), down, up, scale_N, (out,))
+    into = (torch.empty_like(like, memory_format=torch.contiguous_format) for like in (x, down, up))
+    lora_triton.backward(base, small_NTR, x, down, up, scale_N, (out,), *into, False, SPLIT)
 
 
 def noise(shape: tuple[int, ...], **options: Any) -> None:
