@@ -42,8 +42,6 @@ from dbtrain.values import Batch, Conditioning
 from dbtrain_kernels import of_operators
 
 GIB = 2**30
-
-
 LAUNCH_US = 1.6
 """Least time of a kernel in a recorded step."""
 REACHED = {"convolutions": 0.50, "matrix products": 0.52, "attention": 0.385, "attention, backward": 0.29}
@@ -251,9 +249,10 @@ def meta_step(
 
 
 def count(
-    name: str, family: Family, shape: Architecture, subjects: int, targets: Iterable[str], recompute: bool = False
-) -> Counts:
-    """The exact counts of a step. Raises ConfigError where a step needs real numbers, which the meta device lacks."""
+    name: str, family: Family, shape: Architecture, subjects: int, targets: Iterable[str], recompute: bool = False,
+    fused: bool = True,
+) -> Counts:  # fmt: skip
+    """The exact counts of a step; see `meta_step`. Raises ConfigError where a step needs real numbers, which the meta device lacks."""
     quiet_libraries()
     if family.guide is not None:
         raise ConfigError(f"{name}: a model that enlarges pictures is not counted")
@@ -261,7 +260,7 @@ def count(
     # ragged captions reads on the host.
     for mask in (None, "meta", "cpu"):
         try:
-            step = meta_step(_masked(family, mask), shape, subjects, targets, recompute=recompute)
+            step = meta_step(_masked(family, mask), shape, subjects, targets, recompute=recompute, fused=fused)
             with flash(), _Costs() as costs:
                 loss, kept = _with_kept(step.forward)
                 forward = costs.operations // (2 * subjects)

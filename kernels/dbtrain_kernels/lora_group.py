@@ -19,7 +19,7 @@ from dbtrain_kernels.lora import FLOATS, MAX_RANK, SPLIT, by_row
 LAUNCHES = {
     "lora_group": lambda *_: 2,
     "lora_group_backward": lambda grad, small_NTG, x, down, up, scale, of_x, *rest: (
-        3 + (of_x is not None) + 2 * (small_NTG.shape[1] > SPLIT)
+        2 + (of_x is not None) + (small_NTG.shape[1] > SPLIT)
     ),
 }
 """Kernels that each operator starts, however many layers there are."""
@@ -29,7 +29,7 @@ def lora_group(
     x: Tensor, weight: Tensor, bias: Tensor | None, down_NGD: Tensor, up_NOR: Tensor, scale_N: Tensor,
     widths: Sequence[int], into: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """What `reference.lora_group` is; on a GPU one product and two launches, four to six and one product in backward.
+    """What `reference.lora_group` is; on a GPU one product and two launches, two to four and one product in backward.
 
     into: tensors of the matrices' shapes, each row contiguous, to which the matrices' gradients are added; autograd then
     sees none for them. x has the dtype of the weight.

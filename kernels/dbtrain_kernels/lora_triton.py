@@ -94,15 +94,14 @@ def expand(
 
 
 @triton.jit
-def outer(
-    small, wide, out, starts, tokens, width, rank, deep, blocks, out_part_stride, out_stride, out_width_stride,
-    out_rank_stride, PRODUCTS: tl.constexpr, PRECISION: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr,
-    SPLIT: tl.constexpr, LAYERS: tl.constexpr, ALIGN: tl.constexpr, ADD: tl.constexpr,
+def outer_block(
+    small, wide, out, starts, block, me, tile, part, tokens, width, rank, deep, out_part_stride, out_stride,
+    out_width_stride, out_rank_stride, PRODUCTS: tl.constexpr, PRECISION: tl.constexpr, RANK: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, LAYERS: tl.constexpr, ALIGN: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """out[split, n, w, r] = sum over a split's tokens of wide[n, t, w] small[n, t, c], added to what is there if ADD."""
-    part, me, block = tl.program_id(1), (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
+    """out[part, n, w, r] = sum over a part's tokens of wide[n, t, w] small[n, t, c], added to what is there if ADD."""
     first, end = columns_of(starts, block, width, LAYERS, ALIGN)
-    w = first + tl.program_id(0) * TILE + tl.arange(0, TILE)
+    w = first + tile * TILE + tl.arange(0, TILE)
     c = block * rank + tl.arange(0, RANK)
     live = (tl.arange(0, RANK) < rank) & (c < deep)
     r = tl.arange(0, RANK) if LAYERS else c
@@ -123,13 +122,51 @@ def outer(
 
 
 @triton.jit
-def add_parts(parts, out, count, elements, out_stride, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """out[n] = the sum of `count` parts, one after another in fp32, in out's dtype; added to what is there if ADD."""
-    me, place = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    whole = tl.cast(tl.num_programs(1), tl.int64) * elements
+def outer(
+    grad_small, x, of_down, small, grad, of_up, starts, tokens, width, out_width, deep, down_rank, rank, down_blocks,
+    layers, down_part_stride, down_stride, up_part_stride, up_stride, PRODUCTS: tl.constexpr, PRECISION: tl.constexpr,
+    DOWN_RANK: tl.constexpr, RANK: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, LAYERS: tl.constexpr,
+    ALIGN: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """The gradients of A [N, G, D] (the first blocks) and of B [N, O, R] (the others), which need the same loop."""
+    tile, part, blocks = tl.program_id(0), tl.program_id(1), down_blocks + layers
+    me, block = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks
+    if block < down_blocks:
+        if tile * TILE < width:
+            outer_block(
+                grad_small, x, of_down, starts, block, me, tile, part, tokens, width, down_rank, deep,
+                down_part_stride, down_stride, 1, width, PRODUCTS, PRECISION, DOWN_RANK, TILE, SPLIT, False, 1, ADD,
+            )  # fmt: skip
+    elif tile * TILE < out_width:
+        outer_block(
+            small, grad, of_up, starts, block - down_blocks, me, tile, part, tokens, out_width, rank, deep,
+            up_part_stride, up_stride, rank, 1, PRODUCTS, PRECISION, RANK, TILE, SPLIT, LAYERS, ALIGN, ADD,
+        )  # fmt: skip
+
+
+@triton.jit
+def add_parts(
+    downs, of_down, ups, of_up, count, down_elements, up_elements, down_stride, up_stride, BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """Each gradient is the sum of its `count` parts, one after another in fp32; added to what is there if ADD."""
+    me, block, subjects = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.cast(tl.num_programs(1), tl.int64)
+    of_downs = tl.cdiv(down_elements, BLOCK)
+    if block < of_downs:
+        add_block(downs, of_down, block, me, subjects, count, down_elements, down_stride, BLOCK, ADD)
+    else:
+        add_block(ups, of_up, block - of_downs, me, subjects, count, up_elements, up_stride, BLOCK, ADD)
+
+
+@triton.jit
+def add_block(
+    parts, out, block, me, subjects, count, elements, out_stride, BLOCK: tl.constexpr, ADD: tl.constexpr
+):  # fmt: skip
+    """A block of a row of one of them."""
+    place = block * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
     for part in range(count):
-        at = parts + tl.cast(part, tl.int64) * whole + me * elements + place
+        at = parts + (tl.cast(part, tl.int64) * subjects + me) * elements + place
         sums += tl.load(at, mask=place < elements, other=0.0)
     at = out + me * out_stride + place
     if ADD:
@@ -201,8 +238,7 @@ def backward(
     grad_NTG = shrunk(grad, up_NOR, scale_N, deep, layers, (rank, 1))
     if of_x is not None:
         expanded(grad_NTG, down_NGD, of_x if add else None, of_x, Blocks(deep, 1, width, scale_N), (1, width))
-    outer_sum(grad_NTG, x, of_down, dense(deep, width, scale_N), (1, width), add, split)
-    outer_sum(small_NTG, grad, of_up, layers, (rank, 1), add, split)
+    outer_sums(grad_NTG, x, of_down, small_NTG, grad, of_up, layers, add, split)
 
 
 def shrunk(
@@ -232,22 +268,28 @@ def expanded(
     )  # fmt: skip
 
 
-def outer_sum(
-    small_NTG: Tensor, wide: Tensor, out: Tensor, blocks: Blocks, strides: tuple[int, int], add: bool, split: int
-) -> None:
-    """out = wide^T @ small, or out + that: parts of `split` tokens, then the sum of the parts."""
+def outer_sums(
+    grad_NTG: Tensor, x: Tensor, of_down: Tensor, small_NTG: Tensor, grad: Tensor, of_up: Tensor, layers: Blocks,
+    add: bool, split: int,
+) -> None:  # fmt: skip
+    """of_down = grad_small^T @ x and of_up = grad^T @ small, or that added to them: parts of `split` tokens, then the
+    sum of the parts."""
     subjects, tokens, deep = small_NTG.shape
-    width, parts, tile = wide.shape[-1], triton.cdiv(tokens, split), TILES[wide.dtype]
-    whole = out if parts == 1 else out.new_empty((parts, *out.shape), dtype=torch.float32)
-    outer[(triton.cdiv(blocks.widest, tile), parts, subjects * blocks.count)](
-        small_NTG, wide, whole, blocks.starts, tokens, width, blocks.rank, deep, blocks.count,
-        whole.stride(0), whole.stride(-3), *strides, RANK=_padded(blocks.rank), TILE=tile, SPLIT=split,
-        ADD=add and parts == 1, **blocks.chosen, **_products(wide.dtype),
+    width, out_width, tile, parts = x.shape[-1], grad.shape[-1], TILES[x.dtype], triton.cdiv(tokens, split)
+    downs = dense(deep, width, layers.starts)
+    into = of_down, of_up
+    if parts > 1:
+        into = tuple(one.new_empty((parts, *one.shape), dtype=torch.float32) for one in into)  # type: ignore[assignment]
+    strides = [stride for one in into for stride in (one.stride(0), one.stride(-3))]
+    outer[(triton.cdiv(max(width, layers.widest), tile), parts, subjects * (downs.count + layers.count))](
+        grad_NTG, x, into[0], small_NTG, grad, into[1], layers.starts, tokens, width, out_width, deep, downs.rank,
+        layers.rank, downs.count, layers.count, *strides, DOWN_RANK=_padded(downs.rank), RANK=_padded(layers.rank),
+        TILE=tile, SPLIT=split, ADD=add and parts == 1, **layers.chosen, **_products(x.dtype),
     )  # fmt: skip
     if parts > 1:
-        elements = out[0].numel()
-        add_parts[(triton.cdiv(elements, BLOCK), subjects)](
-            whole, out, parts, elements, out.stride(0), BLOCK=BLOCK, ADD=add
+        elements = of_down[0].numel(), of_up[0].numel()
+        add_parts[(sum(triton.cdiv(each, BLOCK) for each in elements), subjects)](
+            into[0], of_down, into[1], of_up, parts, *elements, of_down.stride(0), of_up.stride(0), BLOCK=BLOCK, ADD=add
         )
 
 

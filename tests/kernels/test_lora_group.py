@@ -8,6 +8,7 @@ import torch
 from dbtrain.bench.operators import Operators
 from dbtrain_kernels import reference
 from dbtrain_kernels.cases import Case
+from dbtrain_kernels.lora import SPLIT
 from dbtrain_kernels.lora_group import inputs, lora_group
 from tests.kit.operations import on
 
@@ -18,7 +19,7 @@ def cases():
         "plain": {},
         "one layer": {"widths": (5,), "bias": True},
         "many layers": {"subjects": 1, "samples": 1, "tokens": 5, "wide": 20, "widths": (16, 32) * 9, "rank": 16},
-        "several parts": {"samples": 1, "tokens": 1024 + 65, "wide": 5, "widths": (3, 70), "rank": 2, "bias": True},
+        "several parts": {"samples": 1, "tokens": SPLIT + 65, "wide": 5, "widths": (3, 70), "rank": 2, "bias": True},
         "bf16": {"tokens": 65, "wide": 40, "widths": (48, 80), "rank": 4, "dtype": torch.bfloat16,
                  "matrices": torch.bfloat16},
     }  # fmt: skip
