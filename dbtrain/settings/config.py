@@ -266,9 +266,10 @@ class PackedConfig(Section):
 class EngineConfig(Section):
     """What executes the training step."""
 
-    kind: Literal["zero", "packed"] = "zero"
+    kind: Literal["zero", "packed", "auto"] = "zero"
     """`zero` is DeepSpeed, one subject at a time on one process or many; `packed` trains the adapters of many subjects
-    at once in one process."""
+    at once in one process; `auto` is a pack of one subject where a LoRA trains in one process, whose step a GPU can
+    record, and `zero` where there are several processes or a setting that a pack lacks."""
     zero: ZeroConfig = ZeroConfig()
     packed: PackedConfig = PackedConfig()
     capture: Literal["auto", "graph", "compile", "compiled_graph", "off"] = "auto"
