@@ -1,6 +1,6 @@
 """Linear layers that read one x as one operation: their frozen product and the stacked LoRA update of each.
 
-The gradients of the matrices are added where they belong, such as into a pack's arena; autograd makes no copies of them.
+The matrices' gradients are added where they belong, such as into a pack's arena; autograd makes no copies of them.
 """
 
 import math
@@ -31,8 +31,8 @@ def lora_group(
 ) -> Tensor:  # fmt: skip
     """What `reference.lora_group` is; on a GPU one product and two launches, two to four and one product in backward.
 
-    into: tensors of the matrices' shapes, each row contiguous, to which the matrices' gradients are added; autograd then
-    sees none for them. x has the dtype of the weight.
+    into: tensors of the matrices' shapes, each row contiguous, to which their gradients are added; autograd then sees
+    none for them. x has the dtype of the weight.
     """
     return _LoraGroup.apply(x, weight, bias, down_NGD, up_NOR, scale_N, tuple(widths), *(into or (None, None)))
 
@@ -130,12 +130,19 @@ def _flops(y: Any, x: Any, down: Any, up: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x[:-1]) * (down[1] * down[2] + up[1] * up[2])
 
 
-def _backward_flops(grad: Any, small: Any, x: Any, down: Any, up: Any, scale: Any, of_x: Any, *_: Any, **__: Any) -> int:
+def _backward_flops(
+    grad: Any, small: Any, x: Any, down: Any, up: Any, scale: Any, of_x: Any, *_: Any, **__: Any
+) -> int:  # fmt: skip
+    """The same of the gradients' products."""
     return 2 * _flops(grad, x, down, up) - (2 * math.prod(x) * down[1] if of_x is None else 0)
 
 
 FLOPS = {"lora_group": _flops, "lora_group_backward": _backward_flops}
 """Floating-point operations of each operator, by the shapes of its arguments."""
+
+
+SELF_ATTENTION = {"SD1.5 q, k, v, 8": (8, 4096, 320), "SDXL q, k, v, 2": (2, 1024, 1280)}
+"""Subjects, tokens of an image, and width."""
 
 
 def inputs(
@@ -160,7 +167,7 @@ def inputs(
 def work() -> list[Case]:
     """q, k and v in bf16. Bytes: x, the output thrice, dy thrice, dx twice and x again; all matrices three times."""
     made = []
-    for name, (subjects, tokens, width) in {"SD1.5 q, k, v, 8": (8, 4096, 320), "SDXL q, k, v, 2": (2, 1024, 1280)}.items():
+    for name, (subjects, tokens, width) in SELF_ATTENTION.items():
         call = partial(inputs, subjects, 2, tokens, width, 3 * (width,), 16, torch.bfloat16, torch.bfloat16)
         moved = subjects * (2 * tokens * width * 2 * (3 * 6 + 4) + 6 * 16 * width * 2 * 3)
         made.append(Case(name, call, torch.bfloat16, moved))

@@ -4,8 +4,8 @@ Rows of x and y are tokens of one adapter's segment; a program works on one adap
 the dtype of the tokens in registers, so that no cast is launched and the tensor cores are used.
 
 Several layers that read one x lie side by side: A is [N, G, D] with G the sum of their ranks, B is [N, O, R] with O the
-sum of their widths. Products with A are dense, in blocks of at most MAX_BLOCK of the G columns. Products with B are made
-layer by layer (`LAYERS`): block b is layer b, whose columns of the output begin at `starts[b]`.
+sum of their widths. Products with A are dense, in blocks of at most MAX_BLOCK of the G columns. Products with B are
+made layer by layer (`LAYERS`): block b is layer b, whose columns of the output begin at `starts[b]`.
 """
 
 from collections.abc import Sequence

@@ -209,5 +209,6 @@ def lora_group(
     the G rows each. up_NOR: their B.
     """
     rank = up_NOR.shape[2]
-    layers = zip(F.linear(x, weight, bias).split(list(widths), -1), down_NGD.split(rank, 1), up_NOR.split(list(widths), 1))
+    bases, ups = F.linear(x, weight, bias).split(list(widths), -1), up_NOR.split(list(widths), 1)
+    layers = zip(bases, down_NGD.split(rank, 1), ups)
     return torch.cat([lora(x, base, down_NRD, up_NDR, scale_N) for base, down_NRD, up_NDR in layers], -1)

@@ -32,7 +32,8 @@ def test_every_subject_of_a_fused_pack_is_as_if_alone(fused, up_ratio):
     """With one arena, and with LoRA+, where A and B lie in two."""
     cases = [Case(**{**vars(case), "up_ratio": up_ratio}) for case in CASES]
     states, _, pack = train_pack(cases, torch.float64, size=2)
-    assert sorted(own.widths for own in pack.fused) == [[8], [8], [8], [8, 8]]  # k and v together; the convolution apart
+    # k and v together; the convolution apart.
+    assert sorted(own.widths for own in pack.fused) == [[8], [8], [8], [8, 8]]
     for case in cases:
         assert distance(states[case.name], train_alone(case, torch.float64)) < EXACT, case.name
 
@@ -44,14 +45,15 @@ def test_neighbours_slot_and_order_change_no_bit(fused):
 
 
 @pytest.mark.parametrize(
-    "chosen, device, together", [("auto", "cuda", True), ("auto", "cpu", False), ("on", "cpu", True), ("off", "cuda", False)]
+    "chosen, device, together",
+    [("auto", "cuda", True), ("auto", "cpu", False), ("on", "cpu", True), ("off", "cuda", False)],
 )
 def test_the_setting_decides(chosen, device, together):
     assert fuses(EngineConfig(fused_projections=chosen), device) == together
 
 
 def unet(subjects=2, dtype=torch.float64):
-    """A small U-Net of the real classes with filled adapters: 4 attention blocks of 8 linear layers and a convolution."""
+    """A small U-Net of the real classes with filled adapters: 4 blocks, each of 8 linear layers and a convolution."""
     torch.manual_seed(0)
     model = UNet2DConditionModel(
         sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=8, norm_num_groups=8,
@@ -68,7 +70,8 @@ def unet(subjects=2, dtype=torch.float64):
 
 def passed(model, groups, prepare=lambda model: None):
     """(output, gradients by name, counts) of a step of a model whose layers of these groups compute together."""
-    arena = Arena(side_by_side({n: p for n, p in model.named_parameters() if p.requires_grad}, groups), False, torch.float32)
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    arena = Arena(side_by_side(trained, groups), False, torch.float32)
     with torch.no_grad():  # an arena begins with zeros; in training a seat fills it
         torch.manual_seed(1)
         for name in sorted(arena.params):
@@ -113,12 +116,14 @@ def test_a_unet_gives_the_same_and_adds_nothing_by_autograd(plain):
 
 def test_recomputed_blocks_give_the_same(plain):
     model = unet()
-    assert_equal(passed(model, groups_of(model, False), lambda net: net.enable_gradient_checkpointing(RECOMPUTED)), plain)
+    got = passed(model, groups_of(model, False), lambda net: net.enable_gradient_checkpointing(RECOMPUTED))
+    assert_equal(got, plain)
 
 
 def test_compiled_blocks_give_the_same(plain):
     model = unet()
-    got = passed(model, groups_of(model, False), lambda net: compile_regions(net, ("BasicTransformerBlock",), "aot_eager"))
+    regions = ("BasicTransformerBlock",)
+    got = passed(model, groups_of(model, False), lambda net: compile_regions(net, regions, "aot_eager"))
     torch._dynamo.reset()
     assert_equal(got, plain)
 

@@ -111,7 +111,8 @@ def test_auto_is_a_pack_of_one_with_the_same_result(job, solo, capsys):
         assert (record["engine"], record["pack_size"]) == ("packed", 1)
         assert record["run"] == solo[0][name]["run"]
         assert gap(adapter(job / "auto-kind", name), adapter(solo[1], name)) < SINGLE, name
-        logs = [(root / "subjects" / name / "log.jsonl").read_text().splitlines() for root in (job / "auto-kind", solo[1])]
+        files = [root / "subjects" / name / "log.jsonl" for root in (job / "auto-kind", solo[1])]
+        logs = [file.read_text().splitlines() for file in files]
         for ours, theirs in zip(*[[json.loads(line) for line in lines] for lines in logs], strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     train_manifest(job / "photos.csv", small_config(*words(job, *more)), job / "auto-kind", ["ben"])
