@@ -37,7 +37,6 @@ MODELS = architectures()
 TARGETS = ("attn*.to_q", "attn*.to_k", "attn*.to_v", "attn*.to_out.0")
 
 
-
 @contextmanager
 def operations(fused: bool) -> Iterator[None]:
     """The step with its kernels, or with the plain form of each."""
@@ -54,8 +53,8 @@ def operations(fused: bool) -> Iterator[None]:
 
 
 def our_step(name: str, subjects: int) -> Callable[[], None]:
-    """One step of a pack of so many subjects."""
-    made = meta_step(*MODELS[name], subjects, TARGETS, RANK)
+    """One step of a pack of so many subjects, layer by layer; benchmarks/fused_projections.py counts the other way."""
+    made = meta_step(*MODELS[name], subjects, TARGETS, RANK, fused=False)
     return lambda: made.backward(made.forward())
 
 

@@ -31,6 +31,7 @@ from dbtrain.models.adapters import attach
 from dbtrain.models.architectures import Architecture
 from dbtrain.models.base_check import read_json
 from dbtrain.models.family import Family, Models
+from dbtrain.models.fused_projections import FusedProjections, groups_of, side_by_side
 from dbtrain.models.load import quiet_libraries
 from dbtrain.objective.noise import Schedule, discrete_schedule, flow_schedule
 from dbtrain.settings import recipes
@@ -41,8 +42,6 @@ from dbtrain.values import Batch, Conditioning
 from dbtrain_kernels import of_operators
 
 GIB = 2**30
-
-
 LAUNCH_US = 1.6
 """Least time of a kernel in a recorded step."""
 REACHED = {"convolutions": 0.50, "matrix products": 0.52, "attention": 0.385, "attention, backward": 0.29}
@@ -208,9 +207,11 @@ class MetaStep:
 
 
 def meta_step(
-    family: Family, shape: Architecture, subjects: int, targets: Iterable[str], rank: int = 16, recompute: bool = False
-) -> MetaStep:
-    """What `packing.pack.Pack.advance` does but for its statistics, in bf16, latents and captions cached."""
+    family: Family, shape: Architecture, subjects: int, targets: Iterable[str], rank: int = 16, recompute: bool = False,
+    fused: bool = True,
+) -> MetaStep:  # fmt: skip
+    """What `packing.pack.Pack.advance` does but for its statistics, in bf16, latents and captions cached. fused: with
+    `engine.fused_projections`."""
     denoiser = shape.blank("meta")
     params = sum(param.numel() for param in denoiser.parameters())
     layers = attach(denoiser, targets, subjects, rank, rank)
@@ -219,7 +220,10 @@ def meta_step(
     config = RunConfig(train=TrainConfig(precision="bf16"))
     trained = {key: param for key, param in denoiser.named_parameters() if param.requires_grad}
     number = sum(param.numel() for param in trained.values()) // subjects
-    engine = packed.PackedEngine([ParamGroup(trained, 1e-4)], config.train, 1000, torch.bfloat16)
+    together = groups_of(denoiser, all_captions=not recompute) if fused else []
+    groups = [ParamGroup(side_by_side(trained, together), 1e-4)]
+    engine = packed.PackedEngine(groups, config.train, 1000, torch.bfloat16)
+    projections = [FusedProjections(own) for own in together]
     is_flow = family.schedule.__module__.endswith(".flow")
     schedule = flow_schedule() if is_flow else discrete_schedule(ALPHA_BAR, "epsilon")
     models = Models(denoiser, {}, {}, VAE, None, schedule, "meta")  # type: ignore[arg-type]
@@ -233,6 +237,8 @@ def meta_step(
     batch = batch_of(shape, subjects)
 
     def forward() -> Any:
+        for own in projections:
+            own.forget()
         return module(batch, engine.step_N)
 
     def backward(loss: Any) -> None:
@@ -243,9 +249,10 @@ def meta_step(
 
 
 def count(
-    name: str, family: Family, shape: Architecture, subjects: int, targets: Iterable[str], recompute: bool = False
-) -> Counts:
-    """The exact counts of a step. Raises ConfigError where a step needs real numbers, which the meta device lacks."""
+    name: str, family: Family, shape: Architecture, subjects: int, targets: Iterable[str], recompute: bool = False,
+    fused: bool = True,
+) -> Counts:  # fmt: skip
+    """The exact counts of a `meta_step`. Raises ConfigError where it needs real numbers, which the meta device lacks."""
     quiet_libraries()
     if family.guide is not None:
         raise ConfigError(f"{name}: a model that enlarges pictures is not counted")
@@ -253,7 +260,7 @@ def count(
     # ragged captions reads on the host.
     for mask in (None, "meta", "cpu"):
         try:
-            step = meta_step(_masked(family, mask), shape, subjects, targets, recompute=recompute)
+            step = meta_step(_masked(family, mask), shape, subjects, targets, recompute=recompute, fused=fused)
             with flash(), _Costs() as costs:
                 loss, kept = _with_kept(step.forward)
                 forward = costs.operations // (2 * subjects)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ class StackedLora(nn.Module):
         self.up_NDR = nn.Parameter(torch.zeros(subjects, out_features, rank, device=device))
         self.register_buffer("scale_N", torch.full((subjects,), scale, device=device), persistent=False)
         self.rows: slice | Tensor = ALL_ROWS
+        self.fused: tuple[Any, int] | None = None
+        """The `FusedProjections` that computes this layer in training, and this layer's place there."""
 
     @property
     def in_features(self) -> int:
@@ -57,6 +60,8 @@ class StackedLora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, of the base layer's shape."""
+        if self.fused and self.rows is ALL_ROWS and torch.is_grad_enabled() and self.fused[0].takes(x):
+            return self.fused[0].output(self.fused[1], x)
         base = self.base(x)
         down_NRD, up_NDR, scale_N = self.down_NRD, self.up_NDR, self.scale_N
         if isinstance(self.rows, Tensor):

@@ -19,6 +19,7 @@ from dbtrain.engines.loss_scale import DTYPES
 from dbtrain.engines.packed import PackedEngine, RowSettings
 from dbtrain.models.adapters import layers
 from dbtrain.models.family import Family, Models, Tokens, low_side
+from dbtrain.models.fused_projections import FusedProjections, fuses, groups_of, side_by_side
 from dbtrain.randomness import stream_key
 from dbtrain.results.checkpoint import Checkpoint
 from dbtrain.settings.config import DataConfig, RunConfig
@@ -85,17 +86,25 @@ class Pack:
         groups = make_stack(family, models, stack, size)
         device = next(iter(groups[0].params.values())).device
         self.device = str(device)
+        choice, together = choose_capture(config.engine, device.type), []
+        if fuses(config.engine, device.type):
+            by_block = config.train.gradient_checkpointing or choice.mode.startswith("compile")
+            components = trained_components(family, models, config).values()
+            together = [one for module in components for one in groups_of(module, all_captions=not by_block)]
+            groups = [replace(group, params=side_by_side(group.params, together)) for group in groups]
         self.engine = PackedEngine(groups, config.train, steps, DTYPES[config.train.precision])
         self.key_N2 = torch.zeros(size, 2, dtype=torch.long, device=device)
         self.prior_N = torch.zeros(size, device=device)
         self.captions = _blank(example, size * self.room)
         self.module = TrainingStep(family, models, config, self.key_N2, self.captions, self.prior_N)
+        casts = config.train.precision != "fp32" and self.module.half is None
+        self.fused = [] if casts else [FusedProjections(layers) for layers in together]
         self.module.scale_N = None if self.engine.scales is None else self.engine.scales.scale_N
         self.subject_B = torch.arange(size, device=device).repeat_interleave(self.roles * config.train.batch)
         self.sums_NV = torch.zeros(size, len(MEASURED) + 1, dtype=torch.float64, device=device)
         self.average_N = torch.zeros(size, dtype=torch.float64, device=device)
         self.parts: list[Batch | None] = [None] * size
-        self.runner = make_runner(choose_capture(config.engine, device.type), models.denoiser, family.regions)
+        self.runner = make_runner(choice, models.denoiser, family.regions)
 
     @torch.no_grad()
     def seat(self, row: int, start: Start) -> None:
@@ -163,6 +172,8 @@ class Pack:
     def advance(self, batch: Batch) -> None:
         """One optimizer step of every live row."""
         engine = self.engine
+        for projections in self.fused:
+            projections.forget()
         loss = self.module(batch, engine.step_N)
         loss.loss.backward()
         with torch.no_grad():

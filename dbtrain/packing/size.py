@@ -1,4 +1,4 @@
-"""How many subjects a pack holds: the fastest size that fits, of sizes whose memory and time were measured here."""
+"""How many subjects a pack holds: the fastest size that fits, by memory and time of two sizes measured here."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from dbtrain.training.session import Base, Watch
 
 GAIN = 0.97
 """A pack of twice the size is worth it if a subject's step takes less than this share of the time."""
+SECOND = (4, 2)
+"""Sizes of the second probe; the first that surely fits is taken. Four tells a slope from noise better than two."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +34,16 @@ class Probe:
         return self.seconds / self.size
 
 
-def fit(probes: Sequence[Probe]) -> tuple[float, float]:
-    """(a, b) of bytes = a + b * size, through the first and the last probe."""
-    first, last = probes[0], probes[-1]
-    slope = (last.bytes - first.bytes) / (last.size - first.size)
-    return first.bytes - slope * first.size, slope
-
-
-def expected_bytes(probes: Sequence[Probe], size: int) -> float:
-    """Bytes that a pack of a size will take: by the line through the probes, or in proportion if there is one probe."""
-    if len(probes) == 1:
-        return probes[0].bytes * size / probes[0].size
-    start, slope = fit(probes)
-    return start + slope * size
+def line(first: Probe, second: Probe, value: Callable[[Probe], float]) -> Callable[[int], float]:
+    """A value (bytes, seconds) of packs of any size: the line through two probes. Both grow with the samples of a step,
+    over what a step costs whatever its size."""
+    slope = (value(second) - value(first)) / (second.size - first.size)
+    return lambda size: value(first) + slope * (size - first.size)
 
 
 def choose_size(probe: Callable[[int], Probe | None], settings: PackedConfig, free: int, most: int) -> tuple[int, str]:
-    """(size, the reason in one line): doubled while memory allows it and a subject's step gets cheaper.
+    """(size, the reason in one line), by at most two probes: doubled while the lines through them say that memory
+    allows it and a subject's step gets cheaper.
 
     probe: measures a size; None where memory ran out. free: bytes that there are. most: subjects that there are.
     """
@@ -59,24 +54,27 @@ def choose_size(probe: Callable[[int], Probe | None], settings: PackedConfig, fr
             f"engine.packed.size: a single subject does not fit {free / 2**30:.2f} GiB; "
             "lower train.batch or data.resolution, or set train.gradient_checkpointing=true"
         )
-    probes = [first]
-    why = "no more subjects" if most < settings.largest else "engine.packed.largest"
-    while probes[-1].size * 2 <= ceiling:
-        size = probes[-1].size * 2
-        if (wanted := expected_bytes(probes, size)) > budget:
-            why = f"{size} would need {wanted / 2**30:.2f} of {budget / 2**30:.2f} GiB"
+    end = "no more subjects" if most < settings.largest else "engine.packed.largest"
+    # One subject's bytes times the size is more than a pack takes: the fixed part is counted again for each.
+    sizes = [size for size in SECOND if size <= ceiling and size * first.bytes <= budget]
+    if not sizes:
+        needed = f"2 may need {2 * first.bytes / 2**30:.2f} of {budget / 2**30:.2f} GiB"
+        return 1, f"1 subject a pack ({end if ceiling < 2 else needed})"
+    second = probe(sizes[0])
+    if second is None:
+        return 1, f"1 subject a pack (memory ran out at {sizes[0]})"
+    taken, seconds = (line(first, second, value) for value in (lambda one: one.bytes, lambda one: one.seconds))
+    size = 1
+    while size * 2 <= ceiling:
+        if taken(size * 2) > budget:
+            end = f"{size * 2} would need {taken(size * 2) / 2**30:.2f} of {budget / 2**30:.2f} GiB"
             break
-        measured = probe(size)
-        if measured is None:
-            why = f"memory ran out at {size}"
+        if seconds(size * 2) / 2 > GAIN * seconds(size):
+            end = f"{size * 2} would be no faster"
             break
-        probes.append(measured)
-        if probes[-1].seconds_a_subject > GAIN * probes[-2].seconds_a_subject:
-            why = f"{size} was no faster"
-            break
-    best = min(probes, key=lambda each: each.seconds_a_subject)
-    steps = ", ".join(f"{each.size}: {1e3 * each.seconds_a_subject:.1f} ms" for each in probes)
-    return best.size, f"{best.size} subjects a pack ({why}; step of a subject at {steps})"
+        size *= 2
+    steps = ", ".join(f"{each.size}: {1e3 * each.seconds_a_subject:.1f} ms" for each in (first, second))
+    return size, f"{size} subjects a pack ({end}; step of a subject at {steps})"
 
 
 def measured_size(

@@ -266,15 +266,19 @@ class PackedConfig(Section):
 class EngineConfig(Section):
     """What executes the training step."""
 
-    kind: Literal["zero", "packed"] = "zero"
+    kind: Literal["zero", "packed", "auto"] = "zero"
     """`zero` is DeepSpeed, one subject at a time on one process or many; `packed` trains the adapters of many subjects
-    at once in one process."""
+    at once in one process; `auto` is a pack of one subject where a LoRA trains in one process, whose step a GPU can
+    record, and `zero` where there are several processes or a setting that a pack lacks."""
     zero: ZeroConfig = ZeroConfig()
     packed: PackedConfig = PackedConfig()
     capture: Literal["auto", "graph", "compile", "compiled_graph", "off"] = "auto"
     """How a step is run: `graph` records it once as a CUDA graph (packed engine), `compile` compiles the denoiser's
     repeated blocks, `compiled_graph` compiles the blocks and then records the step, `off` does neither, `auto` is
     `graph` where a graph can be recorded and `off` elsewhere."""
+    fused_projections: Literal["auto", "on", "off"] = "auto"
+    """In a pack, compute adapted layers that read the same input as one operation, such as an attention's q, k and v,
+    with gradients that go straight into the optimizer's arena; `auto` does on a GPU and not on a CPU."""
     channels_last: bool = False
     """Keep the denoiser's convolutions in the channels-last layout, which tensor cores read without reordering. For
     compiled steps: each GroupNorm of a step that is not compiled copies its input to the other layout and back."""

@@ -55,10 +55,19 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
         ),
         ("lora.init", config.lora.init is not None and train.method != "lora", "is set, but train.method is not lora"),
     ]
-    rules += _packed_rules(config) if config.engine.kind == "packed" else _zero_rules(config)
+    kind = config.engine.kind
+    if kind == "auto":  # as far as one process goes; see `engines.kind`
+        kind = "zero" if pack_conflicts(config) else "packed"
+    rules += _packed_rules(config) if kind == "packed" else _zero_rules(config)
     stages = zip(stage_names(config), upscalers(config))
     of_stages = [("stages", f"{name}: {key}: {why}") for name, own in stages for key, why in cross_field_findings(own)]
     return [(key, message) for key, wrong, message in rules if wrong] + of_stages
+
+
+def pack_conflicts(config: RunConfig) -> list[tuple[str, str]]:
+    """(dotted key, message) for each setting, of any stage, that keeps a run from being a pack."""
+    stages = (config, *upscalers(config))
+    return [(key, message) for stage in stages for key, wrong, message in _packed_rules(stage) if wrong]
 
 
 def _zero_rules(config: RunConfig) -> list[tuple[str, bool, str]]:

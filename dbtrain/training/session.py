@@ -16,6 +16,7 @@ from dbtrain.data.index import Index
 from dbtrain.engines.capture import choose_capture, release
 from dbtrain.engines.deterministic import choose_algorithms
 from dbtrain.engines.engine import BatchPlan, keeps_whole, plan_batches
+from dbtrain.engines.kind import resolved_engine
 from dbtrain.engines.loss_scale import DTYPES, resolved_precision
 from dbtrain.engines.world import World, from_first, start_world, together
 from dbtrain.engines.zero import load_in_parts
@@ -297,6 +298,9 @@ def join_run(settings: RunConfig, watch: Watch) -> Base:
     """The base for training, whose denoiser `Base.ready` loads. From its return on, signals to stop are kept in
     `watch.stop`."""
     world = start_world()
+    settings, why = resolved_engine(settings, world.size)
+    if why and world.first:
+        watch.say(f"engine.kind: auto: {why}")
     plan_batches(settings.train.batch, settings.train.micro_batch, world.size)  # refuses before anything is loaded
     with watch.clock.stage("load"):
         base = Base.load(settings, world, late=True)

@@ -63,6 +63,15 @@ OPS = {
         flops="dbtrain_kernels.lora:FLOPS",
         differentiable=("x", "base", "down_NRD", "up_NDR"),
     ),
+    "lora_group": Op(
+        reference="dbtrain_kernels.reference:lora_group",
+        cases="tests.kernels.test_lora_group:cases",
+        fused="dbtrain_kernels.lora_group:lora_group",
+        work="dbtrain_kernels.lora_group:work",
+        launches="dbtrain_kernels.lora_group:LAUNCHES",
+        flops="dbtrain_kernels.lora_group:FLOPS",
+        differentiable=("x", "down_NGD", "up_NOR"),
+    ),
 }
 """Every operation by name. A row gets the contract tests and the benchmark for free."""
 

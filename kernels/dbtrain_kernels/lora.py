@@ -14,18 +14,18 @@ from dbtrain_kernels.dispatch import choose, dtype_problem
 FLOATS = (torch.float32, torch.bfloat16)
 MAX_RANK = 128
 """Largest rank whose tile stays in the registers of a program."""
-SPLIT = 1024
-"""Tokens that one program of a sum over tokens takes: a constant, so that the order depends on the length only."""
+SPLIT = 2048
+"""Tokens that one program of a sum over tokens takes: a constant, so that the order depends on the length only. Two
+samples of SDXL's inner layers are one part; their programs fill an H200 as they are."""
 LAUNCHES = {
     "lora": lambda *_: 2,
-    "lora_backward": lambda grad, small_NTR, *rest: 3 + rest[-1] + 2 * (small_NTR.shape[1] > SPLIT),
+    "lora_backward": lambda grad, small_NTR, *rest: 2 + rest[-1] + (small_NTR.shape[1] > SPLIT),
 }
-"""Kernels that each operator starts. The gradient of x takes one; sums over more than SPLIT tokens, one for each
-matrix, take one more each."""
+"""Kernels that each operator starts. The gradient of x takes one, and sums over more than SPLIT tokens one more."""
 
 
 def lora(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Tensor) -> Tensor:
-    """What `reference.lora` is; on a GPU in two launches and three to six in backward, fp32 masters read as they are.
+    """What `reference.lora` is; on a GPU in two launches and two to four in backward, fp32 masters read as they are.
 
     Sums are fp32, in a fixed order; the gradients of fp32 matrices are never rounded.
     """
@@ -48,7 +48,8 @@ def lora_op(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: 
     """
     from dbtrain_kernels.lora_triton import forward
 
-    return forward(x, base, down_NRD, up_NDR, scale_N)
+    out = torch.empty_like(base)
+    return out, forward(x, base, out, down_NRD, up_NDR, scale_N, (base.shape[-1],))
 
 
 def by_row(matrices: Tensor) -> Tensor:
@@ -73,14 +74,22 @@ def lora_backward_op(
     """
     from dbtrain_kernels.lora_triton import backward
 
-    return backward(grad, small_NTR, x, down_NRD, up_NDR, scale_N, by_x, SPLIT)
+    of_x, of_down, of_up = _gradients(x, down_NRD, up_NDR, by_x)
+    into = of_x if by_x else None, of_down, of_up
+    backward(grad, small_NTR, x, down_NRD, up_NDR, scale_N, (grad.shape[-1],), *into, False, SPLIT)
+    return of_x, of_down, of_up
+
+
+def _gradients(x: Tensor, down_NRD: Tensor, up_NDR: Tensor, by_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of x, or an empty tensor, and of both matrices."""
+    matrices = [torch.empty_like(like, memory_format=torch.contiguous_format) for like in (down_NRD, up_NDR)]
+    of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if by_x else x.new_empty(0)
+    return of_x, matrices[0], matrices[1]
 
 
 @lora_backward_op.register_fake
 def _(grad, small_NTR, x, down_NRD, up_NDR, scale_N, by_x):
-    matrices = [torch.empty_like(like, memory_format=torch.contiguous_format) for like in (down_NRD, up_NDR)]
-    of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if by_x else x.new_empty(0)
-    return of_x, *matrices
+    return _gradients(x, down_NRD, up_NDR, by_x)
 
 
 def _keep(ctx, inputs, output):

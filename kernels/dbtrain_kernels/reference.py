@@ -3,10 +3,11 @@
 Each works in the dtype of its inputs, so that float64 inputs give the oracle. Shape letters as in `dbtrain.values`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dbtrain_kernels.philox import Key, normal, philox, uniform
@@ -196,3 +197,18 @@ def lora(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Ten
     x_NTD = x.to(base.dtype).reshape(len(scale_N), -1, x.shape[-1])
     delta_NTO = (x_NTD @ down_NRD.mT.to(base.dtype)) @ up_NDR.mT.to(base.dtype)
     return base + (delta_NTO * scale_N.to(base.dtype)[:, None, None]).reshape(base.shape)
+
+
+def lora_group(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down_NGD: Tensor, up_NOR: Tensor, scale_N: Tensor,
+    widths: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """The outputs [..., O], side by side, of linear layers that all read x, each with its stacked LoRA update.
+
+    weight [O, D] and bias [O]: of the frozen layers, `widths[k]` rows of them layer k's. down_NGD: their A, `rank` of
+    the G rows each. up_NOR: their B.
+    """
+    rank = up_NOR.shape[2]
+    bases, ups = F.linear(x, weight, bias).split(list(widths), -1), up_NOR.split(list(widths), 1)
+    layers = zip(bases, down_NGD.split(rank, 1), ups)
+    return torch.cat([lora(x, base, down_NRD, up_NDR, scale_N) for base, down_NRD, up_NDR in layers], -1)

@@ -9,7 +9,7 @@ from dbtrain.bench.operators import Operators
 from dbtrain_kernels import lora as module
 from dbtrain_kernels.cases import Case
 from dbtrain_kernels.dispatch import Choice
-from dbtrain_kernels.lora import MAX_RANK, by_row, inputs, lora
+from dbtrain_kernels.lora import MAX_RANK, SPLIT, by_row, inputs, lora
 from tests.kit.operations import on
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -24,8 +24,8 @@ def cases():
         "exact tiles": {"subjects": 2, "samples": 1, "tokens": 64, "wide": 64, "out": 64, "rank": 16},
         "a high rank": {"subjects": 1, "rank": 33},
         "a rank in two parts": {"subjects": 1, "samples": 1, "rank": 70},
-        "several parts": {"subjects": 2, "samples": 1, "tokens": 1024 + 65, "wide": 5, "out": 3, "rank": 2},
-        "bf16 copies": {"samples": 1, "tokens": 1024 + 3, "dtype": torch.bfloat16, "matrices": torch.bfloat16},
+        "several parts": {"subjects": 2, "samples": 1, "tokens": SPLIT + 65, "wide": 5, "out": 3, "rank": 2},
+        "bf16 copies": {"samples": 1, "tokens": SPLIT + 3, "dtype": torch.bfloat16, "matrices": torch.bfloat16},
         "bf16": {"subjects": 2, "tokens": 65, "wide": 40, "out": 66, "rank": 4, "dtype": torch.bfloat16},
     }
     return [Case(name, partial(inputs, **call), call.get("dtype", torch.float32)) for name, call in calls.items()]

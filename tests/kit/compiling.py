@@ -47,6 +47,12 @@ PROJECTIONS = {
 }
 """Tokens of a sample, features in and features out of adapted layers."""
 
+GROUPS = {
+    "SD1.5 q, k, v": (4096, 320, (320, 320, 320)),
+    "SD1.5 captions of all layers": (77, 768, (320, 320, 640, 640, 1280, 1280) * 5),
+}
+"""Tokens of a sample, features in, and features out of each layer, of layers that read one input."""
+
 FORMS = {
     "pack": (torch.bfloat16, torch.bfloat16),
     "solo": (torch.bfloat16, torch.float32),
@@ -87,6 +93,10 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{form}, {name}, rank 16", partial(update, tokens, matrices, 16, *sides)
         for name in ("SD1.5 self", "SD1.5 captions") if form == "fp32" else ("SD1.5 self",):
             yield f"{form}, {name}, rank 128", partial(update, tokens, matrices, 128, *PROJECTIONS[name])
+    for name, (tokens, wide, widths) in GROUPS.items():
+        yield f"pack, {name}, rank 16", partial(update_group, torch.bfloat16, 16, tokens, wide, widths)
+    yield "pack, SD1.5 q, k, v, rank 128", partial(update_group, torch.bfloat16, 128, *GROUPS["SD1.5 q, k, v"])
+    yield "fp32, SD1.5 q, k, v, rank 16", partial(update_group, torch.float32, 16, *GROUPS["SD1.5 q, k, v"])
     times = {"t by words": {}, "t in strata": {"strata": 4}, "noise offset": {"noise_offset": 0.1}}
     for channels in (4, 16):
         for name, options in times.items():
@@ -107,8 +117,22 @@ def update(dtype: torch.dtype, matrices: torch.dtype, rank: int, tokens: int, wi
     down, up = down.view(subjects, rank, wide), up.view(subjects, out, rank)
     x, base = (made(2 * subjects, tokens, side, dtype=dtype) for side in (wide, out))
     scale_N = made(subjects)
-    _, small_NTR = lora_triton.forward(x, base, down, up, scale_N)
-    lora_triton.backward(base, small_NTR, x, down, up, scale_N, True, SPLIT)
+    small_NTR = lora_triton.forward(x, base, torch.empty_like(base), down, up, scale_N, (out,))
+    into = (torch.empty_like(like, memory_format=torch.contiguous_format) for like in (x, down, up))
+    lora_triton.backward(base, small_NTR, x, down, up, scale_N, (out,), *into, False, SPLIT)
+
+
+def update_group(dtype: torch.dtype, rank: int, tokens: int, wide: int, widths: tuple[int, ...]) -> None:
+    """Layers that read one input, forward and backward; matrices and gradients are views of arenas."""
+    arenas = [torch.empty(8, 3_188_736, device="meta", dtype=dtype) for _ in "ab"]
+    deep, out = rank * len(widths), sum(widths)
+    (down, up), into = (
+        (arena[:, : deep * wide].view(8, deep, wide), arena[:, : out * rank].view(8, out, rank)) for arena in arenas
+    )
+    x, y = (torch.empty(16, tokens, side, device="meta", dtype=dtype) for side in (wide, out))
+    scale_N = torch.empty(8, device="meta")
+    small_NTG = lora_triton.forward(x, y, y, down, up, scale_N, widths)
+    lora_triton.backward(y, small_NTG, x, down, up, scale_N, widths, torch.empty_like(x), *into, True, SPLIT)
 
 
 def noise(shape: tuple[int, ...], **options: Any) -> None:

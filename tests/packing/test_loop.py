@@ -103,6 +103,22 @@ def test_a_packed_run_gives_what_solo_runs_give(solo, packed):
         assert sum(norm > 0.02 for norm in norms) > len(norms) / 2
 
 
+def test_auto_is_a_pack_of_one_with_the_same_result(job, solo, capsys):
+    """And goes on from, and to, what DeepSpeed's engine left: one digest names both."""
+    more = ("engine.kind=auto", "train.schedule=cosine")
+    records = train(job, "auto-kind", *more, names=["tom", "ben"])
+    for name, record in records.items():
+        assert (record["engine"], record["pack_size"]) == ("packed", 1)
+        assert record["run"] == solo[0][name]["run"]
+        assert gap(adapter(job / "auto-kind", name), adapter(solo[1], name)) < SINGLE, name
+        files = [root / "subjects" / name / "log.jsonl" for root in (job / "auto-kind", solo[1])]
+        logs = [file.read_text().splitlines() for file in files]
+        for ours, theirs in zip(*[[json.loads(line) for line in lines] for lines in logs], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    train_manifest(job / "photos.csv", small_config(*words(job, *more)), job / "auto-kind", ["ben"])
+    assert "engine.kind: auto: packed: a LoRA in one process" in capsys.readouterr().err
+
+
 def test_captions_of_each_photo_train_in_a_pack_as_alone(job, tmp_path):
     shutil.copytree(job / "rex", tmp_path / "rex")
     for number, text in enumerate(("{subject} on a shelf", "[trigger] asleep")):

@@ -6,7 +6,7 @@ import torch
 from dbtrain.engines.world import World
 from dbtrain.errors import EngineError
 from dbtrain.models.adapters import layers
-from dbtrain.packing.size import Probe, choose_size, fit, free_bytes, measured_size, sample_shape, used_bytes
+from dbtrain.packing.size import Probe, choose_size, free_bytes, line, measured_size, sample_shape, used_bytes
 from dbtrain.settings.config import PackedConfig
 from dbtrain.training.session import Base, Watch
 from tests.kit.main_job import small_config
@@ -32,26 +32,30 @@ def test_a_gpus_free_memory_includes_what_pytorch_keeps_for_later(monkeypatch):
     assert free_bytes("cuda:0") == 1000
 
 
-def test_the_line_goes_through_first_and_last():
-    assert fit([Probe(1, 150, 1.0), Probe(2, 999, 1.0), Probe(4, 300, 1.0)]) == (100.0, 50.0)
+def test_the_line_goes_through_both_probes():
+    taken = line(Probe(1, 150, 1.0), Probe(4, 300, 1.0), lambda probe: probe.bytes)
+    assert [taken(size) for size in (1, 2, 4, 8)] == [150, 200, 300, 500]
 
 
 @pytest.mark.parametrize(
     "free, most, seconds, size, probed, reason",
     [
-        (10_000, 64, {1: 1, 2: 1.2, 4: 1.6, 8: 3.3}, 4, [1, 2, 4, 8], "8 was no faster"),
-        (1_000, 64, {1: 1, 2: 1.1, 4: 1.2, 8: 1.3}, 4, [1, 2, 4], "8 would need 0.88 of 0.78 GiB"),
+        (10_000, 64, {1: 1, 4: 2.8}, 16, [1, 4], "32 would be no faster"),  # 0.4 + 0.6 N seconds
+        (10_000, 64, {1: 1, 4: 1.003}, 64, [1, 4], "engine.packed.largest"),
+        (2_000, 64, {1: 1, 4: 1.1}, 8, [1, 4], "16 would need 1.66 of 1.56 GiB"),
         (10_000, 3, {1: 1, 2: 1.1}, 2, [1, 2], "no more subjects"),
-        (10_000, 64, {1: 1, 2: 2.2}, 1, [1, 2], "2 was no faster"),
-        (400, 64, {1: 1}, 1, [1], "2 would need 0.39 of 0.31 GiB"),
-        (10_000, 64, {1: 1, 2: 1.1, 4: None}, 2, [1, 2, 4], "memory ran out at 4"),
+        (10_000, 1, {1: 1}, 1, [1], "no more subjects"),
+        (10_000, 64, {1: 1, 4: 4.1}, 1, [1, 4], "2 would be no faster"),
+        (600, 64, {1: 1, 2: 1.1}, 2, [1, 2], "4 would need 0.49 of 0.47 GiB"),
+        (400, 64, {1: 1}, 1, [1], "2 may need 0.39 of 0.31 GiB"),
+        (10_000, 64, {1: 1, 4: None}, 1, [1, 4], "memory ran out at 4"),
     ],
 )
-def test_doubling_ends_for_one_reason_which_is_told(free, most, seconds, size, probed, reason):
+def test_two_probes_choose_a_size_for_one_reason_which_is_told(free, most, seconds, size, probed, reason):
     """100 MiB and 100 more a subject; four fifths of the free memory may be used."""
     seen: list[int] = []
     got, why = choose_size(machine(100, 100, seconds, seen), PackedConfig(), free * MIB, most)
-    assert (got, seen) == (size, probed)
+    assert (got, seen) == (size, probed), why
     assert reason in why and "\n" not in why
 
 

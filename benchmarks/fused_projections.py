@@ -1,0 +1,86 @@
+"""What `engine.fused_projections` saves: kernels of a pack's step, exact, and modelled milliseconds; no GPU is used.
+
+    python benchmarks/fused_projections.py [--out benchmarks/results/fused-projections_cpu_202611]
+
+The same architecture is counted with adapted layers one by one, and with those that read one input together.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from dbtrain.bench import commit  # noqa: E402
+from dbtrain.bench.cards import CARDS  # noqa: E402
+from dbtrain.bench.roofline import architectures, count, modelled, targets_of  # noqa: E402
+
+PACKS = {"sd15": 8, "sdxl": 2, "flux1": 1, "zimage": 1}
+"""Subjects of a pack, by architecture; one photo and one prior each, rank 16, the layers of the shipped recipe."""
+CARD = "H200"
+
+
+def row(name: str, fused: bool) -> dict[str, Any]:
+    """Counts of a step and its modelled time."""
+    family, shape = architectures()[name]
+    counts = count(name, family, shape, PACKS[name], targets_of(family), fused=fused)
+    found = modelled(counts, CARDS[CARD])
+    kept = {key: found[key] for key in ("kernels", "gb", "tflop", "floor_ms", "modelled_ms", "a_subject_ms")}
+    parts = {part: (*counts.parts[part].sums[:2], found["parts"][part]["ms"]) for part in counts.parts}
+    return {"model": name, "subjects": PACKS[name], "layers": counts.layers, "fused": fused, **kept, "parts": parts}
+
+
+def launches(one: dict[str, Any]) -> int:
+    """Operators that compute or copy, ours as the kernels that they start; copies of layouts, which cuDNN makes inside
+    a convolution, are left out."""
+    return one["kernels"] - one["parts"].get("layout of convolutions", (0,))[0]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    heads = "| model | subjects | adapted layers | together | launches | GB moved | modelled ms | a subject, ms |"
+    lines = [heads, "|" + "---|" * heads.count(" | ") + "---|"]
+    for one in rows:
+        lines.append(
+            f"| {one['model']} | {one['subjects']} | {one['layers']} | {'yes' if one['fused'] else 'no'} "
+            f"| {launches(one):,} | {one['gb']:,.0f} | {one['modelled_ms']:,.1f} | {one['a_subject_ms']:,.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
+    parser.add_argument("--models", nargs="+", choices=list(PACKS), default=list(PACKS))
+    arguments = parser.parse_args()
+    rows = []
+    for name in arguments.models:
+        for fused in (False, True):
+            rows.append(row(name, fused))
+            shown = {key: value for key, value in rows[-1].items() if key != "parts"}
+            print(shown, file=sys.stderr, flush=True)
+    print(table(rows))
+    if arguments.out:
+        made = {"command": f"python benchmarks/fused_projections.py --out {arguments.out}", "commit": commit()}
+        made |= {"torch": torch.__version__, "python": platform.python_version(), "card": CARD}
+        arguments.out.with_suffix(".json").write_text(json.dumps({**made, "rows": rows}, indent=1) + "\n", "utf-8")
+        text = f"""# Adapted layers that read one input, together and one by one: counted and modelled, no GPU used
+
+Launches are exact, but for operators of PyTorch that start several kernels, such as a norm's backward; milliseconds are the
+roofline's model of an {CARD}, which no GPU has confirmed. bf16, rank 16, latents and captions cached, no recomputing.
+
+{table(rows)}
+
+Command: `{made["command"]}`. torch {made["torch"]}, Python {made["python"]}, commit {made["commit"]}.
+"""
+        arguments.out.with_suffix(".md").write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
