@@ -281,7 +281,8 @@ def read_row(folder: Path, class_noun: str) -> Row:
     record, scores = finished_record(folder), read_json(folder / RESULT)["scores"]
     cost = sum(record["stages_s"].get(stage, 0.0) for stage in OWN_STAGES)
     values = {name: cell["value"] for name, cell in scores.items() if cell["value"] is not None}
-    return Row(folder.parent.parent.name, folder.name, class_noun, cost, values, record["steps"], record.get("begun_at", 0))
+    steps, begun_at = record["steps"], record.get("begun_at", 0)
+    return Row(folder.parent.parent.name, folder.name, class_noun, cost, values, steps, begun_at)
 
 
 def even_costs(rows: Sequence[Row]) -> list[Row]:
