@@ -56,7 +56,7 @@ PILOTS = {
 many drawings, as the demo's are: where a class has two drawings, it is near its subject from the start."""
 BEFORE = {"base model": "base model", "with prior": "250 steps, before"}
 """Variants that are taken over from `--before`, and what they are called here."""
-SHORT, TURNS = (4, 16), 2
+SHORT, TURNS = (4, 16), 1
 """Steps of the two trainings by which the cost of a recipe is measured, and how often."""
 SCORES = {
     "identity": "identity",
@@ -180,20 +180,30 @@ def by_subject(rows: list[dict], recipe: str, score: str) -> list[float]:
     return [statistics.fmean(values[subject]) for subject in sorted(values)]
 
 
-def table(rows: list[dict], cost: dict[str, float]) -> list[str]:
-    """Cost and scores of each recipe, the most expensive first, with intervals over subjects."""
+def summary(rows: list[dict], cost: dict[str, float]) -> list[dict]:
+    """Cost and scores of each recipe, the base model first and then the most expensive, with intervals over subjects.
+
+    share: of the most expensive recipe's cost. closed: how much of the identity gap to the photos.
+    """
     names, cost = list(dict.fromkeys(row["recipe"] for row in rows)), {BASE: 0.0, **cost}
     names.sort(key=lambda name: (name != BASE, -cost[name]))
-    first = names[1]
+    base, real, found = by_subject(rows, BASE, "identity"), by_subject(rows, BASE, "real_identity"), []
+    for name in names:
+        scores = {score: mean_interval(by_subject(rows, name, score)).row() for score in SCORES
+                  if name != BASE or score != "pres"}  # fmt: skip
+        closed = closed_share(base, by_subject(rows, name, "identity"), real).row() if name != BASE else None
+        share = round(cost[name] / max(cost.values()), 3)
+        found.append({"recipe": name, "cpu_s": round(cost[name], 1), "share": share, "closed": closed, **scores})
+    return found
+
+
+def table(found: list[dict]) -> list[str]:
+    """The summary as a table."""
     lines = ["| recipe | CPU-s | share | gap closed | " + " | ".join(SCORES.values()) + " |"]
     lines.append("|---" * (len(SCORES) + 4) + "|")
-    base, real = by_subject(rows, BASE, "identity"), by_subject(rows, BASE, "real_identity")
-    for name in names:
-        closed = shown(closed_share(base, by_subject(rows, name, "identity"), real).row()) if name != BASE else ""
-        cells = [shown(mean_interval(by_subject(rows, name, score)).row()) if name != BASE or score != "pres" else ""
-                 for score in SCORES]  # fmt: skip
-        share = f"{cost[name] / cost[first]:.3f}" if name != BASE else ""
-        lines.append(f"| {name} | {cost[name]:.0f} | {share} | {closed} | " + " | ".join(cells) + " |")
+    for one in found:
+        cells = [shown(one[key]) if one.get(key) else "" for key in ("closed", *SCORES)]
+        lines.append(f"| {one['recipe']} | {one['cpu_s']:.0f} | {one['share']:.3f} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -215,7 +225,8 @@ def main() -> None:
     rows = measure(options, recipes, manifest)
     before = {BEFORE["with prior"]: shlex.split(options.before_recipe)} if options.before else {}
     cost = costs(options, {**before, **recipes}, manifest)
-    lines = table(rows, cost)
+    found = summary(rows, cost)
+    lines = table(found)
     print("\n".join(lines))
     if options.name:
         target = RESULTS / f"{options.name}_cpu_{time.strftime('%Y%m')}"
@@ -228,10 +239,10 @@ def main() -> None:
             "seeds": options.seeds,
             "images": options.images,
             "placed": options.placed,
-            "cost_s": {name: round(seconds, 1) for name, seconds in cost.items()},
         }
-        target.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-        heads = [f"- {key}: {value}" for key, value in about.items() if key not in ("recipes", "cost_s")]
+        whole = {**about, "summary": found, "rows": rows}
+        target.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        heads = [f"- {key}: {value}" for key, value in about.items() if key != "recipes"]
         heads += [f"- {name}: `{words}`" for name, words in about["recipes"].items()]
         target.with_suffix(".md").write_text("\n".join(["# Recipes", "", *heads, "", *lines, ""]), encoding="utf-8")
 
