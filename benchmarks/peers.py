@@ -51,6 +51,7 @@ def ours(method: str, steps: int, work: Path, subject: str) -> list[str]:
     shutil.rmtree(out, ignore_errors=True)
     return [sys.executable, "-m", "dbtrain", "train", str(DEMO), "--subject", subject, "--config", recipe,
             "--out", str(out), f"train.steps={steps}", f"train.batch={BATCH}", f"train.lr={lr}", f"lora.rank={RANK}",
+            "train.schedule=constant", "objective.timesteps=uniform",
             "lora.targets=[attn*.to_q, attn*.to_k, attn*.to_v, attn*.to_out.0]", f"prior.images={PRIORS}",
             f"prior.store={work / 'priors'}", "sample.images=0", "track.tensorboard=false", "train.ema=null",
             "publish.dtype=fp32"]

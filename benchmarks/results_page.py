@@ -152,6 +152,22 @@ def paper_shape(result: Result) -> Figures:
     ]
 
 
+def recipe_quality(result: Result) -> Figures:
+    """Cost and main scores of each recipe."""
+    names = {"closed": "share of the identity gap closed", "identity": "identity", "placed identity": "placed identity",
+             "scene accuracy": "scenes kept", "pres": "PRES, lower is better"}  # fmt: skip
+    figures: Figures = []
+    for row in result["summary"]:
+        if row["cpu_s"]:
+            figures.append((f"{row['recipe']}: ten subjects", f"{row['cpu_s']:.0f} processor seconds"))
+        figures += [
+            (f"{row['recipe']}: {what}", "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[key]))
+            for key, what in names.items()
+            if row.get(key)
+        ]
+    return figures
+
+
 def masks_and_captions(result: Result) -> Figures:
     """Every score of the arms' differences, and of the arms themselves."""
     names = {"scene": "scene drawn as asked", "leak": "a scene of the photos instead",
@@ -283,6 +299,7 @@ MEASUREMENTS = {
     "tiny-quality": Measurement("The embedded base", tiny_quality, "python benchmarks/tiny_quality.py"),
     "paper-shape": Measurement("The shape of the paper's tables on the embedded base", paper_shape, f"{PAPER_SHAPE} 8"),
     "paper-shape-60-steps": Measurement("The same with 60 steps and three seeds", paper_shape, SIXTY_STEPS),
+    "recipe-quality": Measurement("What recipes of the embedded base buy", recipe_quality),
     "masks-and-captions": Measurement("Masks, and captions of each photo, on the embedded base", masks_and_captions),
 }
 """How each result is shown, by the part of its file's name before the device, in the page's order."""

@@ -193,6 +193,9 @@ class PackedRun:
         rows = self.pack.observe()
         self.clock.lap("train", self.seating.shares, self.size)
         sound = [seat for seat in self.seating if not rows[seat.row].failed]
+        for seat in sound:
+            if seat.due.end and seat.due.checkpoint:
+                self._checkpoint(seat, rows[seat.row])
         ended = {seat.row: self._last_state(seat) for seat in sound if not rows[seat.row].live}
         sheets = self._draw([seat for seat in sound if seat.row in ended or seat.due.sample], ended)
         shown = []

@@ -42,7 +42,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     from safetensors.torch import save_file
 
     root.mkdir(parents=True, exist_ok=True)
-    final = root / f"step-{checkpoint.step:08d}"
+    final = checkpoint_folder(root, checkpoint.step)
     sweep(root)
     flat = {f"{kind}/{name}": tensor for kind, group in checkpoint.state.items() for name, tensor in group.items()}
     about: dict[str, Any] = {"step": checkpoint.step, "run": checkpoint.run, "average": checkpoint.average}
@@ -119,9 +119,19 @@ def verify_checkpoint(folder: Path) -> str | None:
     return None
 
 
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """The folder of the checkpoint after so many steps, whether it is there or not."""
+    return root / f"step-{step:08d}"
+
+
 def newest_step(root: Path) -> int:
     """The step of the newest checkpoint, by its name; 0 where there is none. Whether it verifies is not looked at."""
-    return int(folders[0].name.removeprefix("step-")) if (folders := checkpoint_folders(root)) else 0
+    return step_of(folders[0]) if (folders := checkpoint_folders(root)) else 0
+
+
+def step_of(folder: Path) -> int:
+    """The steps made by a checkpoint, by its folder's name."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -294,6 +294,8 @@ class CheckpointConfig(Section):
 
     every_steps: Count = 200
     """Steps between checkpoints; 0 writes none before the end."""
+    last: bool = False
+    """Keep the state after the last step too, so that a longer training goes on from there and repeats no step."""
     keep: Positive = 2
     """Newest checkpoints kept."""
     resume: Annotated[str, Field(pattern=r"^(latest|step-[0-9]{8})$")] = "latest"

@@ -24,8 +24,9 @@ SHOWN = ("dino", "clip_t_plain", "pres", "div")
 
 @dataclass(frozen=True)
 class Row:
-    """A variant on a subject. cost_s: device-seconds of the subject's own training, of `steps` steps. scores: by their
-    names in evaluation.json."""
+    """A variant on a subject. cost_s: device-seconds of the subject's own training, of `steps` steps. begun_at: steps
+    that another training made for it, whose seconds are not in a new row's. scores: by their names in evaluation.json.
+    """
 
     variant: str
     subject: str
@@ -33,6 +34,7 @@ class Row:
     cost_s: float
     scores: Mapping[str, float]
     steps: int = 1
+    begun_at: int = 0
 
     def value(self, name: str) -> float:
         """A score, or the cost; NaN where it was not measured."""

@@ -25,11 +25,12 @@ from dbtrain.evaluate.together import draw_together
 from dbtrain.models.sampling import sampling_mode
 from dbtrain.priors.draw import make_priors
 from dbtrain.priors.store import IMPORTED, prior_key
+from dbtrain.results.checkpoint import checkpoint_folder
 from dbtrain.results.record import RECORD, finished_record
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import LOCK, held, write_file
 from dbtrain.study.findings import Goal, Row, worse
-from dbtrain.study.variants import Design, Group, Variant, own_values
+from dbtrain.study.variants import Design, Group, Variant, own_values, shorter, waves
 from dbtrain.subjects.finding import refuse
 from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.registry import REGISTRY
@@ -115,11 +116,29 @@ class Study:
 
     def train_group(self, base: Base, group: Group, subjects: Sequence[Subject]) -> list[Row]:
         """The rows of a group on some of the pilots, trained and scored."""
-        work = self.open(base, group, subjects)
+        work, steps = self.open(base, group, subjects), waves(group.variants)
         self.draw_priors(base, work, subjects)
-        train_subjects(base, work, self.watch, self.ended(work))
+        for variants in steps:
+            for variant in variants:
+                self.hand_over(shorter(variant, group.variants), variant, subjects)
+            names = {variant.name for variant in variants}
+            rows = [row for row in work.subjects if work.folder(row).parent.parent.name in names]
+            settings = base.settings.replaced("checkpoint.last", len(steps) > 1)
+            train_subjects(replace(base, settings=settings), replace(work, subjects=rows), self.watch, self.ended(work))
         how = self.protocol
         return self.score(base, work, warm_judge(how.identity, how.clip, base.world.device, how.distance))
+
+    def hand_over(self, before: Variant | None, variant: Variant, subjects: Sequence[Subject]) -> None:
+        """Give a variant the state in which a shorter one ended, subject by subject: with a constant rate the longer
+        training passes through it."""
+        for subject in subjects if before else ():
+            ended, own = (
+                checkpoint_folder(folder_of(self.out, one.name, subject.id) / "checkpoints", before.config.train.steps)
+                for one in (before, variant)
+            )
+            if ended.exists() and not own.exists():
+                own.parent.mkdir(parents=True, exist_ok=True)
+                ended.rename(own)
 
     def drop(self, rows: Sequence[Row], variants: Sequence[Variant]) -> None:
         """Drop the variants that are clearly worse than another, and say so."""
@@ -262,16 +281,18 @@ def read_row(folder: Path, class_noun: str) -> Row:
     record, scores = finished_record(folder), read_json(folder / RESULT)["scores"]
     cost = sum(record["stages_s"].get(stage, 0.0) for stage in OWN_STAGES)
     values = {name: cell["value"] for name, cell in scores.items() if cell["value"] is not None}
-    return Row(folder.parent.parent.name, folder.name, class_noun, cost, values, record["steps"])
+    steps, begun_at = record["steps"], record.get("begun_at", 0)
+    return Row(folder.parent.parent.name, folder.name, class_noun, cost, values, steps, begun_at)
 
 
 def even_costs(rows: Sequence[Row]) -> list[Row]:
     """The rows of a group with its whole cost shared out by steps.
 
-    A step of a pack costs each of its rows the same. What single rows were charged also depends on what else the
-    machine did in their time, and that is no difference between recipes.
+    A step of a pack costs each of its rows the same, those too that a shorter training made for a longer one. What
+    single rows were charged also depends on what else the machine did in their time, and that is no difference between
+    recipes.
     """
-    seconds, steps = sum(row.cost_s for row in rows), sum(row.steps for row in rows)
+    seconds, steps = sum(row.cost_s for row in rows), sum(row.steps - row.begun_at for row in rows)
     return [replace(row, cost_s=seconds * row.steps / steps) for row in rows]
 
 

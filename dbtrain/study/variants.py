@@ -100,6 +100,28 @@ class Design:
         return key in OWN
 
 
+def shorter(variant: Variant, variants: Sequence[Variant]) -> Variant | None:
+    """The variant whose training this one goes on from: of those that differ in fewer steps alone, the one of the most.
+    None where there is none, or where a step depends on how many follow it, or is followed by none."""
+    train = variant.config.train
+    if train.schedule != "constant" or train.stop_loss is not None:
+        return None
+    alike = [one for one in variants if one.config.replaced("train.steps", train.steps) == variant.config]
+    before = [one for one in alike if one.config.train.steps < train.steps]
+    return max(before, key=lambda one: one.config.train.steps, default=None)
+
+
+def waves(variants: Sequence[Variant]) -> list[list[Variant]]:
+    """The variants in the order of their training: what a variant goes on from is in an earlier wave."""
+
+    def depth(variant: Variant) -> int:
+        before = shorter(variant, variants)
+        return 0 if before is None else 1 + depth(before)
+
+    depths = [depth(variant) for variant in variants]
+    return [[one for one, at in zip(variants, depths) if at == number] for number in range(max(depths) + 1)]
+
+
 def own_values(variant: Variant) -> dict[str, Any]:
     """The fields of a `Subject` by which a row trains as the variant says."""
     keys = [key for key, _ in variant.changes if key in OWN and _given(variant, key)]

@@ -9,7 +9,8 @@ from dbtrain.settings.config import RunConfig
 
 @dataclass(frozen=True)
 class Due:
-    """What is due after a step. A last step is logged, and needs neither a checkpoint nor samples on the way."""
+    """What is due after a step. A last step is logged, needs no samples on the way, and a checkpoint only where one
+    was asked for."""
 
     log: bool
     checkpoint: bool
@@ -31,7 +32,7 @@ def due(done: int, config: RunConfig) -> Due:
 
     return Due(
         log=end or at(config.track.every_steps),
-        checkpoint=not end and at(config.checkpoint.every_steps),
+        checkpoint=config.checkpoint.last if end else at(config.checkpoint.every_steps),
         sample=not end and at(config.sample.every_steps),
         end=end,
     )

@@ -27,7 +27,7 @@ from dbtrain.models.load import base_digest
 from dbtrain.models.sampling import Chain, draw_samples, make_enlarger, make_pipeline, sampling_mode
 from dbtrain.randomness import stream_key
 from dbtrain.results.card import publish_card
-from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
+from dbtrain.results.checkpoint import Checkpoint, save_checkpoint, step_of
 from dbtrain.results.finished import chained
 from dbtrain.results.identity import Identity
 from dbtrain.results.record import LAST_SHEET, finished_record, write_record
@@ -187,10 +187,10 @@ class Job:
         return values
 
     def after_step(self, engine: Engine, done: int, stop: bool) -> None:
-        """Save a checkpoint and draw samples when they are due, or when asked to stop; the last step needs neither."""
+        """Save a checkpoint and draw samples when they are due, or when asked to stop; after the last step it is too
+        late to stop."""
         now, clock = due(done, self.config), self.watch.clock
-        if now.end:
-            return
+        stop = stop and not now.end
         if stop or now.checkpoint:
             with clock.stage("save"):
                 snapshot = self.snapshot(engine, done)
@@ -286,6 +286,7 @@ class Job:
             "data_digest": data_digest([item.sample for item in instances]),
             "method": config.train.method,
             "steps": config.train.steps,
+            "begun_at": step_of(self.claim.checkpoint) if self.claim.checkpoint else 0,
             "seed": config.seed,
             "lr": config.train.lr,
             "loss": values["loss"],

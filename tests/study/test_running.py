@@ -21,6 +21,7 @@ from tests.kit.main_job import sd_folder, write_job
 
 SINGLE = 2e-5
 """float32, products summed in another order; relative to how far the weights moved."""
+QUICK = Protocol(class_images=1)
 VARY = (("train.lr", ("1e-3", "4e-3")), ("train.batch", ("2",)))
 
 
@@ -34,7 +35,7 @@ def done(tmp_path_factory):
     """A finished study of three variants of two subjects, and what it came to."""
     folder = tmp_path_factory.mktemp("study")
     write_job(folder)
-    study = Study(design(folder), folder / "photos.csv", folder / "out", Protocol(class_images=1), Watch(True))
+    study = Study(design(folder), folder / "photos.csv", folder / "out", QUICK, Watch(True))
     return folder, study, study.run()
 
 
@@ -69,6 +70,26 @@ def test_a_row_is_what_training_it_alone_gives(done, name, words):
         for key, value in theirs.items():
             assert torch.equal(ours[key], value) or not exact, key
             assert (ours[key] - value).norm() <= SINGLE * value.norm(), key
+
+
+def test_step_counts_are_met_by_one_training_and_each_is_what_training_it_alone_gives(done, tmp_path):
+    folder, study, _ = done
+    varied = (("train.steps", ("2", "3")), ("lora.rank", ("1",)))
+    one = replace(study, design=replace(study.design, vary=varied, grid=True), out=tmp_path / "out", protocol=QUICK)
+    (tmp_path / "photos.csv").write_text(f"subject,class,images\ntom,cat,{folder / 'tom'}\n")
+    one = replace(one, manifest=tmp_path / "photos.csv")
+    longer = replace(one, design=replace(one.design, vary=(("train.steps", ("2", "3", "4")), varied[1]), grid=True))
+    one.run()
+    rows = {row.variant: row for row in longer.run()}
+    assert longer.failed == {} and [(row.steps, row.begun_at) for row in rows.values()] == [(2, 0), (3, 2), (4, 3)]
+    assert len({row.cost_s / row.steps for row in rows.values()}) == 1
+    for name, row in rows.items():
+        words = [*study.design.overrides, "lora.rank=1", f"train.steps={row.steps}", "engine.kind=packed"]
+        config = load(study.design.recipe, [*words, f"prior.store={tmp_path / 'out' / 'priors'}"])
+        _, failed = train_manifest(tmp_path / "photos.csv", config, tmp_path / name, ["tom"], quiet=True)
+        theirs = weights(tmp_path / name / "subjects" / "tom")
+        ours = weights(folder_of(tmp_path / "out", name, "tom"))
+        assert not failed and all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
 def test_again_is_nothing_and_a_lost_row_alone_is_made_anew(done):

@@ -3,7 +3,7 @@
 import pytest
 
 from dbtrain.errors import ConfigError
-from dbtrain.study.variants import RECIPE, Design, name_of, own_values, read_vary
+from dbtrain.study.variants import RECIPE, Design, name_of, own_values, read_vary, shorter, waves
 from dbtrain.training.identity import subject_config
 from dbtrain.values import Subject
 
@@ -39,6 +39,17 @@ def test_variants_share_a_pack_where_rows_may_differ():
             subject = Subject("rex", "dog", (), **own_values(variant))
             trained = subject_config(group.config, subject)
             assert trained == variant.config.model_copy(update={"engine": trained.engine})
+
+
+def test_a_training_goes_on_from_the_longest_one_that_is_shorter_where_its_rate_stays():
+    vary = (("train.steps", ("20", "60", "40")), ("train.lr", ("1e-3", "2e-3")))
+    variants = Design("tiny_packed", (), vary, grid=True).variants()
+    told = [[variant.title.replace("train.", "") for variant in wave] for wave in waves(variants)]
+    assert told == [[f"steps={steps} lr={rate}" for rate in ("1e-3", "2e-3")] for steps in (20, 40, 60)]
+    assert shorter(variants[2], variants) == variants[4] and shorter(variants[4], variants) == variants[0]
+    for word in ("train.schedule=linear", "train.stop_loss=0.1"):
+        alone = Design("tiny_packed", (word,), vary, grid=True).variants()
+        assert waves(alone) == [alone]
 
 
 def test_a_recipe_of_one_subject_at_a_time_is_packed_and_a_whole_model_is_not():

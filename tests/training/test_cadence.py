@@ -24,3 +24,5 @@ def test_never_is_nought_and_the_end_is_always_logged():
     assert [due(done, config) for done in (1, 2, 3)] == [NOTHING] * 3 and not NOTHING.anything
     assert due(4, config) == Due(True, False, False, False)
     assert due(5, config) == due(6, config) == Due(True, False, False, True)
+    kept = config.replaced("checkpoint.last", True)
+    assert due(5, kept) == Due(True, True, False, True) and due(4, kept) == due(4, config)

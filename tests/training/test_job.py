@@ -1,6 +1,7 @@
 """One subject's training: its step on any rank, and what follows a step."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -69,7 +70,7 @@ def job(tmp_path):
 
 
 def test_what_follows_a_step(job):
-    """A checkpoint at its interval, and at once when asked to stop; nothing after the last step."""
+    """A checkpoint at its interval, and at once when asked to stop; after the last step only where it is asked for."""
     states = []
 
     def state(row):
@@ -86,3 +87,5 @@ def test_what_follows_a_step(job):
     folders = sorted((job.folder / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-00000002", "step-00000003"]
     assert read_checkpoint(folders[1]).run == job.identity.run
+    replace(job, config=job.config.replaced("checkpoint.last", True)).after_step(engine, 4, stop=True)
+    assert [folder.name for folder in sorted((job.folder / "checkpoints").iterdir())][-1] == "step-00000004"
