@@ -21,7 +21,7 @@ def run(*words):
     assert done.exit_code == 0, done.output
 
 
-TARGETS = dict.fromkeys(("zimage", "ideogram4"), ["lora.targets=[attention.to_q,attention.to_v]"])
+TARGETS = {name: ["lora.targets=[attention.to_q,attention.to_v]"] for name in ("zimage", "ideogram4")}
 """Of families whose layers have other names than the setting's default."""
 CASES = [("sd3", "zero"), ("sd3", "packed in bf16"), ("flux", "zero in bf16"), ("flux", "packed")]
 CASES += [("flux2_klein", "packed in bf16"), ("flux2", "packed"), ("zimage", "packed in bf16")]
