@@ -56,7 +56,7 @@ PILOTS = {
 many drawings, as the demo's are: where a class has two drawings, it is near its subject from the start."""
 BEFORE = {"base model": "base model", "with prior": "250 steps, before"}
 """Variants that are taken over from `--before`, and what they are called here."""
-SHORT, TURNS = (4, 16), 1
+SHORT, TURNS = (4, 16), 2
 """Steps of the two trainings by which the cost of a recipe is measured, and how often."""
 SCORES = {
     "identity": "identity",
@@ -98,6 +98,8 @@ def costs(options, recipes: dict[str, list[str]], manifest: Path) -> dict[str, f
     Measured by short trainings of all recipes in turn, so that other work on the machine meets all of them alike.
     """
     spent: dict[str, list[float]] = {name: [] for name in recipes}
+    name, words = next(iter(recipes.items()))
+    short_cost(options, f"{name} warm", words, manifest, 1)  # the first training of a process also warms it up
     for turn in range(TURNS):
         for name, words in recipes.items():
             short, long = (short_cost(options, f"{name} {turn}", words, manifest, steps) for steps in SHORT)
