@@ -33,7 +33,7 @@ def run(*words):
     assert done.exit_code == 0, done.output
 
 
-TARGETS = dict.fromkeys(("zimage", "ideogram4"), ["lora.targets=[attention.to_q,attention.to_v]"])
+TARGETS = {name: ["lora.targets=[attention.to_q,attention.to_v]"] for name in ("zimage", "ideogram4")}
 """Of families whose layers have other names than the setting's default."""
 CASES = [(name, engine) for name in ("sd3", "flux", "flux2_klein") for engine in ENGINES]
 CASES += [("flux2", "packed"), ("zimage", "packed in bf16"), ("qwen_image", "zero in bf16"), ("qwen_image", "packed")]
