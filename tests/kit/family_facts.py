@@ -1,5 +1,6 @@
 """What the tests of a family know of its stock pipeline, and what no row says: a row of facts for each family."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -38,7 +39,8 @@ class Facts:
     take none, and `test_super.py` compares with them. targets: of adapters that its pipeline loads.
     idle: denoiser layers whose outputs nothing of a prediction depends on, so that an adapter there has no gradient.
     tolerance: of conditioning and prediction, where the pipeline pads captions to another length than we do.
-    least: fewest steps that the scheduler can sample with; a stretch to a last noise level divides by zero at 1.
+    first: the noise level of pure noise to its pipeline. least: fewest steps that the scheduler can sample with; a
+    stretch to a last noise level divides by zero at 1.
     """
 
     text: Callable[[Any, Sequence[str]], Text]
@@ -54,6 +56,7 @@ class Facts:
     listed: bool = False
     tolerance: float = 0.0
     least: int = 1
+    first: float = 1.0
     stock: bool = True
     targets: tuple[str, ...] = ("att*", "ff*", "feed_forward*", "img_mlp*", "proj_mlp")
 
@@ -215,6 +218,7 @@ FACTS = {
         given=_klein_native,
         mean=True,
         sign=-1,
+        first=1 - 1 / (1 + math.exp(9)),  # its noise levels are cut there
         tolerance=1e-7,  # the pipeline sends states through float32
     ),
     "krea2": Facts(_masked, _flux_native, _flux_ours, sample="hidden_states", side=8, film=True),
