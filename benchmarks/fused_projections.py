@@ -69,11 +69,12 @@ def main() -> None:
     if arguments.out:
         made = {"command": f"python benchmarks/fused_projections.py --out {arguments.out}", "commit": commit()}
         made |= {"torch": torch.__version__, "python": platform.python_version(), "card": CARD}
-        arguments.out.with_suffix(".json").write_text(json.dumps({**made, "rows": rows}, indent=1) + "\n", "utf-8")
+        record = json.dumps({**made, "rows": rows}, indent=1) + "\n"
+        arguments.out.with_suffix(".json").write_text(record, "utf-8")
         text = f"""# Adapted layers that read one input, together and one by one: counted and modelled, no GPU used
 
-Launches are exact, but for operators of PyTorch that start several kernels, such as a norm's backward; milliseconds are the
-roofline's model of an {CARD}, which no GPU has confirmed. bf16, rank 16, latents and captions cached, no recomputing.
+Launches are exact, but for operators of PyTorch that start several kernels, such as a norm's backward. Milliseconds are
+the roofline's model of an {CARD}, which no GPU has confirmed. bf16, rank 16, latents and captions cached, no recomputing.
 
 {table(rows)}
 

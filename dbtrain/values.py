@@ -12,11 +12,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
+
+ALIGNED = 16
+"""Bytes to which tensors that are sent together are aligned."""
 
 SUBJECT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """What a subject's id may look like. The id becomes the name of a folder and a part of shard keys."""
@@ -87,8 +93,13 @@ class Tensors:
         return self.map(moved)
 
     def sent(self, device):
-        """The same value on a device; see the function `sent`."""
-        return self.map(lambda tensor: sent(tensor, device))
+        """The same value on a device; all that the host holds goes to a GPU in one copy. See the function `sent`."""
+        if not str(device).startswith("cuda"):
+            return self.map(lambda tensor: sent(tensor, device))
+        present = (getattr(self, own.name) for own in fields(self))
+        host = [tensor for tensor in present if tensor is not None and tensor.device.type == "cpu"]
+        moved = dict(zip(map(id, host), sent_together(host, device)))
+        return self.map(lambda tensor: moved.get(id(tensor), tensor))
 
     def __getitem__(self, index):
         """The rows of every tensor at an index."""
@@ -109,6 +120,22 @@ def sent(tensor: Tensor, device: object) -> Tensor:
     if tensor.device.type == "cpu" and str(device).startswith("cuda"):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def sent_together(tensors: Sequence[Tensor], device: object) -> list[Tensor]:
+    """The tensors on a device, as views of one buffer, by one copy; the buffer is pinned where there is a GPU."""
+    import torch  # tables of settings use this module without it
+
+    places = [0, *accumulate(-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors)]
+    buffer = torch.empty(places[-1], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+
+    def views(whole: Tensor) -> list[Tensor]:
+        parts = (whole[place : place + tensor.nbytes] for place, tensor in zip(places, tensors))
+        return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors)]
+
+    for place, tensor in zip(views(buffer), tensors):
+        place.copy_(tensor)
+    return views(buffer.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)

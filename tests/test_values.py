@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dbtrain.values import SUBJECT_ID, Batch, Conditioning
+from dbtrain.values import SUBJECT_ID, Batch, Conditioning, sent_together
 
 
 def batch(count):
@@ -23,6 +23,14 @@ def test_all_tensors_are_moved_together():
     moved = Conditioning(torch.ones(1, 2, 3), torch.ones(1, 3)).to(torch.float64)
     assert (moved.states_BTD.dtype, moved.pooled_BD.dtype) == (torch.float64, torch.float64)
     assert batch(2).to("meta").size_B6.device.type == "meta"
+
+
+def test_tensors_that_are_sent_together_are_views_of_one_buffer():
+    tensors = [torch.rand(3, 5), torch.arange(7), torch.tensor([True, False, True]), torch.zeros(0, 4)]
+    sent = sent_together(tensors, "cpu")
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(sent, tensors))
+    assert len({one.untyped_storage().data_ptr() for one in sent}) == 1
+    assert all(one.data_ptr() % 16 == 0 for one in sent)
 
 
 @pytest.mark.parametrize("name", ["rex", "9", "a_b-9", "x" * 64])

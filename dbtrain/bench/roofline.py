@@ -252,7 +252,7 @@ def count(
     name: str, family: Family, shape: Architecture, subjects: int, targets: Iterable[str], recompute: bool = False,
     fused: bool = True,
 ) -> Counts:  # fmt: skip
-    """The exact counts of a `meta_step`. Raises ConfigError where it needs numbers, which the meta device lacks."""
+    """The exact counts of a `meta_step`. Raises ConfigError where it needs real numbers, which `meta` lacks."""
     quiet_libraries()
     if family.guide is not None:
         raise ConfigError(f"{name}: a model that enlarges pictures is not counted")

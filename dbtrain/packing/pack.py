@@ -104,6 +104,7 @@ class Pack:
         self.sums_NV = torch.zeros(size, len(MEASURED) + 1, dtype=torch.float64, device=device)
         self.average_N = torch.zeros(size, dtype=torch.float64, device=device)
         self.parts: list[Batch | None] = [None] * size
+        self.drawn: dict[int, tuple[Bank, int, Batch]] = {}
         self.runner = make_runner(choice, models.denoiser, family.regions)
 
     @torch.no_grad()
@@ -144,15 +145,23 @@ class Pack:
     def batch(self, banks: Sequence[tuple[int, Bank, int]]) -> Batch:
         """The samples of (row, bank, step) for each subject that trains; a row without a subject gets its last samples
         again."""
-        slots = range(self.config.train.batch)
         for row, bank, step in banks:
-            self.parts[row] = bank.draw(step, slots)
+            drawn = self.drawn.pop(row, None)
+            is_next = drawn is not None and drawn[0] is bank and drawn[1] == step
+            self.parts[row] = drawn[2] if drawn is not None and is_next else self._draw(bank, step)
         known = [part for part in self.parts if part is not None]
         joined = join_batches([part or known[0] for part in self.parts])
         if self.masked and joined.mask_B1HW is None:
             joined = replace(joined, mask_B1HW=self._no_mask(joined.images_BCHW))
         joined = joined.sent(self.device)
         return replace(joined, caption_B=joined.caption_B + self.room * self.subject_B, subject_B=self.subject_B)
+
+    def draw_ahead(self, banks: Iterable[tuple[int, Bank, int]]) -> None:
+        """Draw what the next `batch` will ask for, while the device is busy with the last one."""
+        self.drawn = {row: (bank, step, self._draw(bank, step)) for row, bank, step in banks}
+
+    def _draw(self, bank: Bank, step: int) -> Batch:
+        return bank.draw(step, range(self.config.train.batch))
 
     def _no_mask(self, images_BCHW: Tensor) -> Tensor:
         """Factors of 1 for these samples, moments or pixels."""

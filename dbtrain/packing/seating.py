@@ -67,6 +67,9 @@ class Seating:
         self.pack.step(batch)
         for seat in seats:
             seat.step, seat.wait_s = seat.step + 1, seat.wait_s + wait_s
+        # A GPU is still busy. What is due now may wait for it, and would leave it idle while a batch is drawn.
+        going = (seat for seat in seats if seat.step < seat.job.config.train.steps)
+        self.pack.draw_ahead((seat.row, seat.job.bank, seat.step) for seat in going)
 
     def log(self, seat: Seat, seen: Observed) -> dict[str, float]:
         """The interval's values, after they were written to the subject's sinks."""

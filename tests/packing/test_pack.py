@@ -198,6 +198,17 @@ def test_every_batch_of_a_masked_pack_has_factors():
     assert make_pack(torch.float32, 2, 2, 3).batch(seats).mask_B1HW is None
 
 
+def test_what_was_drawn_ahead_is_used_for_its_own_bank_and_step_alone():
+    pack, bank, other = make_pack(torch.float64, 1, 2, 12), *(FixedBank(case, torch.float64) for case in CASES[:2])
+    pack.seat(0, start(pack, CASES[0], torch.float64))
+    pack.draw_ahead([(0, bank, 5)])
+    drawn = pack.drawn[0][2]
+    for asked, used in ((bank, 5), True), ((other, 5), False), ((bank, 6), False):
+        pack.drawn = {0: (bank, 5, drawn)}
+        pack.batch([(0, *asked)])
+        assert (pack.parts[0] is drawn) == used and not pack.drawn
+
+
 def test_nothing_of_a_pack_is_left_when_it_is_dropped():
     """Probes of larger and larger packs, and a graph's memory, must not wait for the garbage collector."""
     pack = make_pack(torch.float32, 2, 2, 3)

@@ -29,6 +29,9 @@ class Pack:
     def step(self, batch):
         pass
 
+    def draw_ahead(self, banks):
+        self.ahead = list(banks)
+
     def forget(self, rows):
         self.forgotten += rows
 
@@ -89,3 +92,10 @@ def test_who_leaves_makes_room_and_who_is_given_up_does_not_touch_the_device(sea
     assert list(seating.seats) == [2] and seating.pack.released == [0] and rex.sinks[0].file.closed
     seating.close()
     assert tom.job.closed == ["tom"] and seating.pack.released == [0] and not rex.job.closed
+
+
+def test_the_next_batch_is_drawn_while_the_device_is_busy_but_not_past_the_end(seating):
+    ends = seating.seats[0].job.config.train.steps
+    for _ in range(ends):
+        seating.step()
+    assert seating.pack.ahead == ([(2, "tom", 3 + ends)] if 3 + ends < 9 else [])
