@@ -14,7 +14,7 @@ from dbtrain.families import FAMILIES
 from dbtrain.results.record import SHEET
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import write_file
-from dbtrain.tiny import EMBEDDED
+from dbtrain.tiny import BASE, NAMED
 
 FIXED = "variance_type='fixed_small'"
 OLDEST, NEWEST = "0.33.1", "0.42.1"
@@ -127,8 +127,10 @@ def _load(record: Mapping[str, Any], name: str, folder: str) -> Loaded:
     source = f"{kind}.from_pretrained({base!r})"
     if record.get("method") == "full":
         source = f"{kind}.from_pretrained({folder + '/model'!r})"
-    elif base == EMBEDDED:
-        imports, source = ["from dbtrain.tiny import BASE"], f"{kind}.from_pretrained(BASE, safety_checker=None)"
+    elif base in NAMED:
+        shipped = "BASE" if NAMED[base] == BASE else "UPSCALER"
+        imports = [f"from dbtrain.tiny import {shipped}"]
+        source = f"{kind}.from_pretrained({shipped}, safety_checker=None)"
     elif base.endswith(".safetensors"):
         family = FAMILIES.get(str(record.get("family")))
         kind = family.pipeline if family else kind
