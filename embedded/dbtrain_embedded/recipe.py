@@ -1,8 +1,8 @@
 """`PYTHONPATH=embedded python -m dbtrain_embedded.recipe STAGE --work DIR [--minutes M]` makes the embedded base.
 
 Stages, in order: atlas, demo (both read downloaded sources), pool, tokenizer, clip, vae, identity, latents, unet,
-decoder, vision, export, upscaler. decoder and vision can run at the same time as unet. The same command again resumes a training
-stage from its checkpoint in DIR; more minutes continue a finished stage. `restore`, run after pool, replaces the stages
+decoder, vision, upscaler, export. decoder, vision and upscaler can run at the same time as unet. The same command again
+resumes a training stage from its checkpoint in DIR; more minutes continue a finished stage. `restore`, run after pool, replaces the stages
 from clip to latents: the later stages then train on from the shipped weights. Training uses an accelerator where there
 is one.
 """
