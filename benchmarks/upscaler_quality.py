@@ -112,16 +112,16 @@ def report(result: dict) -> str:
     lines = [
         "# Quality of the embedded upscaler",
         "",
-        f"{result['machine']}; commit {result['commit']}; {result['bytes'] / 1e6:.1f} MB; "
+        f"{result['machine']}; commit {result['commit']}; {result['bytes'] / 1e6:.1f} MB;",
         f"{result['per_picture_s']:.2f} s of processor time a picture, on a machine that other work used too.",
-        "Held-out art, 64 to 128 pixels; mean over the scenes [95 % interval]. PSNR in dB and patch distance (quarter by "
-        "quarter) are to the scene rendered at 128 pixels. Differences are to bicubic, scene by scene.",
+        "Held-out art, 64 to 128 pixels; mean over the scenes [95 % interval]. PSNR in dB and patch distance (quarter",
+        "by quarter) are to the scene rendered at 128 pixels. Differences are to bicubic, scene by scene.",
         "",
     ]
     for name, found in result["found"].items():
         plain = found["bicubic"]
-        lines += [f"## {name} ({len(plain['PSNR'])} scenes)", "", "| way | PSNR | more than bicubic | patch distance |"
-                  " less than bicubic |", "|---|---|---|---|---|"]  # fmt: skip
+        names = ("way", "PSNR", "more than bicubic", "patch distance", "less than bicubic")
+        lines += [f"## {name} ({len(plain['PSNR'])} scenes)", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         for way, values in found.items():
             cells = []
             for measured, sign in (("PSNR", 1), ("patch distance", -1)):
@@ -130,8 +130,11 @@ def report(result: dict) -> str:
                 cells += ["" if way == "bicubic" else shown(mean_interval(gained).row())]
             lines.append(f"| {way} | {' | '.join(cells)} |")
         lines.append("")
-    lines += ["The picture beside this file, four scenes of each set: small, bicubic, upscaler, true. Then what the base",
-              "draws: small, bicubic, upscaler.", ""]  # fmt: skip
+    lines += [
+        "The picture beside this file, four scenes of each set: small, bicubic, upscaler, true. Then what the base",
+        "draws: small, bicubic, upscaler.",
+        "",
+    ]
     return "\n".join(lines)
 
 

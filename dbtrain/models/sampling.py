@@ -26,8 +26,9 @@ def make_pipeline(family: Family, models: Models, sampler: str | None = None) ->
 
 class Enlarger(NamedTuple):
     """A pipeline that enlarges pictures, and what it is told. times: sides of a large picture for one of a small one.
-    bicubic: whether it is given them in the large size already. sized: whether it is told the size. level: noise of the small pictures, which must be that of its training. row_of:
-    its adapter of each row that `generate` is given; None where they are the same."""
+    bicubic: whether it is given them in the large size already. sized: whether it is told the size. level: noise of the
+    small pictures, which must be that of its training. row_of: its adapter of each row that `generate` is given; None
+    where they are the same."""
 
     pipeline: Any
     times: int

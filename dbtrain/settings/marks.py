@@ -78,7 +78,7 @@ def absolute(path: str | None) -> str | None:
 
 
 def absolute_name(name: str | None) -> str | None:
-    """A name as `absolute` if a file or folder of this name exists; a hub id and a name of what ships with dbtrain as they are."""
+    """A name as `absolute` if a file or folder of this name exists; what ships and a hub id as they are."""
     return name if name is None or name in NAMED or not Path(name).expanduser().exists() else absolute(name)
 
 

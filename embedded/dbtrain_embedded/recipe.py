@@ -2,9 +2,9 @@
 
 Stages, in order: atlas, demo (both read downloaded sources), pool, tokenizer, clip, vae, identity, latents, unet,
 decoder, vision, upscaler, export. decoder, vision and upscaler can run at the same time as unet. The same command again
-resumes a training stage from its checkpoint in DIR; more minutes continue a finished stage. `restore`, run after pool, replaces the stages
-from clip to latents: the later stages then train on from the shipped weights. Training uses an accelerator where there
-is one.
+resumes a training stage from its checkpoint in DIR; more minutes continue a finished stage. `restore`, run after pool,
+replaces the stages from clip to latents: the later stages then train on from the shipped weights. Training uses an
+accelerator where there is one.
 """
 
 import argparse

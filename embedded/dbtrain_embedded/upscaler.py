@@ -35,7 +35,7 @@ CROP, MARGIN = 36, 4
 EVERY = 50
 """Steps between two lines of the log."""
 FILTERS = (Image.Resampling.LANCZOS, Image.Resampling.BOX, Image.Resampling.BICUBIC)
-"""How a low picture may be reduced; PIL widens each of these filters, so none of them aliases. dbtrain's is the first."""
+"""How a low picture may be reduced; PIL widens each filter, so none of them aliases. dbtrain's is the first."""
 
 
 def build(width: int = WIDTH):
@@ -114,7 +114,8 @@ def steadying(unet) -> list:
     pair, width = [-2, -1], unet.conv_in.out_channels
     values, both = torch.tensor([CONSTANT, -CONSTANT]), [width - 2, width - 1, -2, -1]
     parts: list = []
-    for layer in (unet.conv_in, *(block.conv1 for block in (first, *others)), *(block.conv_shortcut for block in others)):
+    layers = [unet.conv_in, *(block.conv1 for block in (first, *others)), *(block.conv_shortcut for block in others)]
+    for layer in layers:
         parts += [(layer.weight, pair, 0), (layer.bias, pair, values)]
     for block in (first, *others):
         parts += [(block.conv2.weight, pair, 0), (block.conv2.bias, pair, 0)]
@@ -133,7 +134,7 @@ def hold(parts: list) -> None:
 
 
 def build_text():
-    """The base's text encoder, frozen; captions are padded to `TOKENS`, so its last position stands for those beyond."""
+    """The base's text encoder, frozen; captions are padded to `TOKENS`: its last position stands for those beyond."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     base = CLIPTextModel.from_pretrained(BASE / "text_encoder")

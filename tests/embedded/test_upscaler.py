@@ -1,4 +1,4 @@
-"""The upscaler: it begins as its guide, its norms do not see the picture, its pipeline shows it what it is trained on."""
+"""The upscaler begins as its guide, its norms do not see the picture, and its pipeline shows what it is trained on."""
 
 import numpy as np
 import pytest
