@@ -40,6 +40,12 @@ class Enlarger(NamedTuple):
     row_of: dict[int, int] | None = None
 
 
+def told_of_small(settings: RunConfig) -> dict[str, int | None]:
+    """How a pipeline must be shown small pictures: their noise level, and their side where they are enlarged before."""
+    side = settings.data.resolution if settings.super.enlarge == "bicubic" else None
+    return {"level": settings.super.level, "enlarged_to": side}
+
+
 class Chain(NamedTuple):
     """Pipelines that work one after another, in place of one. first: the one that draws, or pictures that are there, of
     one size; they are taken in turn."""

@@ -24,7 +24,7 @@ from dbtrain.engines.world import together
 from dbtrain.engines.zero import ZeroEngine
 from dbtrain.errors import DbtrainError, EngineError, StopRequested
 from dbtrain.models.load import base_digest
-from dbtrain.models.sampling import Chain, draw_samples, make_enlarger, make_pipeline, sampling_mode
+from dbtrain.models.sampling import Chain, draw_samples, make_enlarger, make_pipeline, sampling_mode, told_of_small
 from dbtrain.randomness import stream_key
 from dbtrain.results.card import publish_card
 from dbtrain.results.checkpoint import Checkpoint, save_checkpoint
@@ -296,14 +296,8 @@ class Job:
             "capture": capture._asdict(),
             "attention": base.models.attention.row() if base.models.attention else None,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            **(_of_guide(config) if base.family.guide else {}),
+            **(told_of_small(config) if base.family.guide else {}),
         }
-
-
-def _of_guide(config: RunConfig) -> dict[str, int | None]:
-    """How a pipeline must be shown small pictures: their noise level, and their side where they are enlarged before."""
-    side = config.data.resolution if config.super.enlarge == "bicubic" else None
-    return {"level": config.super.level, "enlarged_to": side}
 
 
 def train_step(

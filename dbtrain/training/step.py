@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -33,11 +32,11 @@ GUIDE_PURPOSES = (PURPOSES[0], int(Purpose.AUGMENT), PURPOSES[2], int(Purpose.LE
 """The same for the guide of a denoiser that enlarges; of these, its noise and its level are used."""
 
 
-def enlarged(low_BCHW: Tensor, size: Sequence[int], how: str) -> Tensor:
-    """Small pictures in a larger size (height, width), as `super.enlarge` says. `bicubic` is PIL's filter."""
+def enlarged(low_BCHW: Tensor, like_BCHW: Tensor, how: str) -> Tensor:
+    """Small pictures in the size of large ones, as `super.enlarge` says. `bicubic` is PIL's filter."""
     if how == "aligned":
-        return F.interpolate(low_BCHW, size, mode="bilinear", align_corners=True)
-    return F.interpolate(low_BCHW, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        return F.interpolate(low_BCHW, like_BCHW.shape[2:], mode="bilinear", align_corners=True)
+    return F.interpolate(low_BCHW, like_BCHW.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 class TrainingStep(nn.Module):
@@ -148,7 +147,7 @@ class TrainingStep(nn.Module):
         low, levels = batch.low_BCHW, self.levels
         assert low is not None and levels is not None, "a bank without low-resolution pictures"
         if self.family.guide.enlarged:
-            low = enlarged(low, noisy.shape[2:], self.config.super.enlarge)
+            low = enlarged(low, noisy, self.config.super.enlarge)
         drawn = noising(
             exactly(low),
             *self.names(batch, step),
