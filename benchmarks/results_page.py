@@ -247,6 +247,17 @@ def tiny_quality(result: Result) -> Figures:
 
 
 
+def upscaler_quality(result: Result) -> Figures:
+    """The first set: its first two ways are bicubic and the upscaler as it is used."""
+    bicubic, ours = list(next(iter(result["found"].values())).values())[:2]
+    mean = {name: [sum(way[name]) / len(way[name]) for way in (bicubic, ours)] for name in bicubic}
+    return [
+        ("held-out art, PSNR to the truth, bicubic; upscaler", "{:.1f}; {:.1f} dB".format(*mean["PSNR"])),
+        ("patch distance to the truth, bicubic; upscaler", "{:.4f}; {:.4f}".format(*mean["patch distance"])),
+        ("size", f"{result['bytes'] / 1e6:.1f} MB"),
+    ]
+
+
 def packed_drawing(result: Result) -> Figures:
     figures = []
     for row in result["rows"]:
@@ -297,6 +308,9 @@ MEASUREMENTS = {
     "multinode": Measurement("A fleet over two hosts, one of them lost", multinode, "python benchmarks/multinode.py"),
     "report": Measurement("The report of 10,000 subjects", report),
     "tiny-quality": Measurement("The embedded base", tiny_quality, "python benchmarks/tiny_quality.py"),
+    "upscaler-quality": Measurement(
+        "The embedded upscaler", upscaler_quality, "python benchmarks/upscaler_quality.py --count 16"
+    ),
     "paper-shape": Measurement("The shape of the paper's tables on the embedded base", paper_shape, f"{PAPER_SHAPE} 8"),
     "paper-shape-60-steps": Measurement("The same with 60 steps and three seeds", paper_shape, SIXTY_STEPS),
     "recipe-quality": Measurement("What recipes of the embedded base buy", recipe_quality),

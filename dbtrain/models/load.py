@@ -22,21 +22,21 @@ from dbtrain.models.texts import Texts
 from dbtrain.objective.noise import discrete_schedule
 from dbtrain.settings.config import ModelConfig
 from dbtrain.storage.atomic import file_digest
-from dbtrain.tiny import BASE, EMBEDDED
+from dbtrain.tiny import NAMED
 
 A_HUB_ID = "a hub id (fetched once; without network it must be in the hub's cache)"
 
 
 def source_of(path: str) -> str:
-    """Where a model is read from: `embedded` is the base that ships with dbtrain."""
-    return str(BASE) if path == EMBEDDED else str(Path(path).expanduser()) if path.startswith("~") else path
+    """Where a model is read from: `embedded` and `embedded-upscaler` ship with dbtrain."""
+    return str(NAMED[path]) if path in NAMED else str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def refuse_base(family: Family, config: ModelConfig) -> None:
     """Raise ConfigError where small files, or the path itself, show that a base cannot be used as this family's."""
     try:
         source = source_of(config.path)
-        problem = path_problem(config.path) if config.path != EMBEDDED else None
+        problem = path_problem(config.path) if config.path not in NAMED else None
         problem = problem or base_problem(family, source, config.variant)
     except DataError as error:
         problem = str(error)

@@ -9,7 +9,7 @@ from dbtrain.models.base_check import REFUSED, base_problem, path_problem, read_
 from dbtrain.models.family import is_local
 from dbtrain.models.load import index_path, mind_the_network, refuse_base, source_of
 from dbtrain.settings.config import ModelConfig, RunConfig, StageConfig
-from dbtrain.tiny import EMBEDDED
+from dbtrain.tiny import NAMED
 
 AUTO = "auto"
 FEW_STEPS = re.compile(r"(?<![A-Za-z])(?i:turbo|schnell|lightning|hyper|lcm|tcd|dmd2?|klein(?=-[0-9]b))(?![a-z])")
@@ -48,7 +48,7 @@ def _settled_stage(stage: StageConfig) -> StageConfig:
 def family_of(config: ModelConfig) -> str:
     """The family whose base lies here. Raises ConfigError where no row of `FAMILIES` is it, with the reason."""
     source = source_of(config.path)
-    if config.path != EMBEDDED and (problem := path_problem(config.path)):
+    if config.path not in NAMED and (problem := path_problem(config.path)):
         raise ConfigError(f"model.path: {problem}")
     try:
         if is_local(source):

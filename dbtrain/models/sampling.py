@@ -26,16 +26,24 @@ def make_pipeline(family: Family, models: Models, sampler: str | None = None) ->
 
 class Enlarger(NamedTuple):
     """A pipeline that enlarges pictures, and what it is told. times: sides of a large picture for one of a small one.
-    sized: whether it is told the size. level: noise of the small pictures, which must be that of its training. row_of:
-    its adapter of each row that `generate` is given; None where they are the same."""
+    bicubic: whether it is given them in the large size already. sized: whether it is told the size. level: noise of the
+    small pictures, which must be that of its training. row_of: its adapter of each row that `generate` is given; None
+    where they are the same."""
 
     pipeline: Any
     times: int
+    bicubic: bool
     sized: bool
     level: int
     sample: SampleConfig
     precision: str
     row_of: dict[int, int] | None = None
+
+
+def told_of_small(settings: RunConfig) -> dict[str, int | None]:
+    """How a pipeline must be shown small pictures: their noise level, and their side where they are enlarged before."""
+    side = settings.data.resolution if settings.super.enlarge == "bicubic" else None
+    return {"level": settings.super.level, "enlarged_to": side}
 
 
 class Chain(NamedTuple):
@@ -50,7 +58,8 @@ def make_enlarger(family: Family, models: Models, settings: RunConfig) -> Enlarg
     """What enlarges pictures with these models, as `settings` trained and sample it."""
     assert family.guide is not None
     times, level = settings.data.resolution // low_side(settings), settings.super.level
-    told = (times, family.guide.enlarged, level, settings.sample, settings.train.precision)
+    bicubic = family.guide.enlarged and settings.super.enlarge == "bicubic"
+    told = (times, bicubic, family.guide.enlarged, level, settings.sample, settings.train.precision)
     return Enlarger(make_pipeline(family, models), *told)
 
 
@@ -117,6 +126,8 @@ def enlarged(
     if enlarger.sized:
         width, height = pictures[0].size
         told |= {"height": height * enlarger.times, "width": width * enlarger.times}
+    if enlarger.bicubic:
+        pictures = [one.resize((told["width"], told["height"]), Image.Resampling.BICUBIC) for one in pictures]
     for drawn, kept in _parts(len(prompts), batch, rows):
         own = told | words(pipeline, [prompts[i] for i in drawn], negative, sample.guidance)
         own["image"] = [pictures[i] for i in drawn]

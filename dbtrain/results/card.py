@@ -14,7 +14,7 @@ from dbtrain.families import FAMILIES
 from dbtrain.results.record import SHEET
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import write_file
-from dbtrain.tiny import EMBEDDED
+from dbtrain.tiny import BASE, NAMED
 
 FIXED = "variance_type='fixed_small'"
 OLDEST, NEWEST = "0.33.1", "0.42.1"
@@ -95,15 +95,22 @@ def python_snippet(record: Mapping[str, Any], folder: str, image: str) -> str:
     imports = dict.fromkeys(line for part in (first, *then) for line in part.imports)
     lines = [*imports, "", *first.lines]
     if first.told:
-        given = "image=Image.open('small.png'), " if "level" in record else ""
+        given = f"image=Image.open('small.png'){_enlarged(record)}, " if "level" in record else ""
         lines += [f"image = pipe({caption}, {given}{first.told}).images[0]"]
     elif then:
         lines += [f"image = pipe({caption}).images[0]"]
-    for part in then:
-        lines += [*part.lines, f"image = {part.name}({caption}, image=image, {part.told}).images[0]"]
+    for part, stage in zip(then, _stages(record), strict=True):
+        given = f"image=image{_enlarged(stage)}"
+        lines += [*part.lines, f"image = {part.name}({caption}, {given}, {part.told}).images[0]"]
     if first.told or then:
         return "\n".join([*lines, f"image.save({image!r})"])
     return "\n".join([*lines, f"pipe({caption}).images[0].save({image!r})"])
+
+
+def _enlarged(record: Mapping[str, Any]) -> str:
+    """What enlarges a picture for a pipeline that must be given it in the large size; PIL's default is bicubic."""
+    side = record.get("enlarged_to")
+    return f".resize(({side}, {side}))" if isinstance(side, int) else ""
 
 
 class Loaded(NamedTuple):
@@ -127,8 +134,10 @@ def _load(record: Mapping[str, Any], name: str, folder: str) -> Loaded:
     source = f"{kind}.from_pretrained({base!r})"
     if record.get("method") == "full":
         source = f"{kind}.from_pretrained({folder + '/model'!r})"
-    elif base == EMBEDDED:
-        imports, source = ["from dbtrain.tiny import BASE"], f"{kind}.from_pretrained(BASE, safety_checker=None)"
+    elif base in NAMED:
+        shipped = "BASE" if NAMED[base] == BASE else "UPSCALER"
+        imports = [f"from dbtrain.tiny import {shipped}"]
+        source = f"{kind}.from_pretrained({shipped}, safety_checker=None)"
     elif base.endswith(".safetensors"):
         family = FAMILIES.get(str(record.get("family")))
         kind = family.pipeline if family else kind

@@ -216,6 +216,10 @@ class SuperConfig(Section):
     """Train at levels drawn uniformly from `level` to this one; null trains at `level` alone."""
     low_resolution: Annotated[int, Field(ge=8, le=4096)] | None = None
     """Side of the small picture, in pixels; null is a quarter of `data.resolution`."""
+    enlarge: Literal["aligned", "bicubic"] = "aligned"
+    """How the small picture gets the large one's size, for families that are shown it in that size. `aligned` is what
+    the pipelines do: linear between pixels whose corners are aligned, which moves the picture by up to half a pixel.
+    `bicubic` moves nothing; it is for a base that was trained so, and pipelines must be given the enlarged picture."""
 
 
 class PriorConfig(Section):

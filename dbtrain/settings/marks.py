@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 from pydantic_core import CoreSchema, core_schema
 
-from dbtrain.tiny import EMBEDDED
+from dbtrain.tiny import NAMED
 
 Tree = TypeVar("Tree", bound=BaseModel)
 
@@ -78,8 +78,8 @@ def absolute(path: str | None) -> str | None:
 
 
 def absolute_name(name: str | None) -> str | None:
-    """A name as `absolute` if a file or folder of this name exists; a hub id and `embedded` as they are."""
-    return name if name is None or name == EMBEDDED or not Path(name).expanduser().exists() else absolute(name)
+    """A name as `absolute` if a file or folder of this name exists; what ships and a hub id as they are."""
+    return name if name is None or name in NAMED or not Path(name).expanduser().exists() else absolute(name)
 
 
 ANCHORS: dict[Mark, Callable[[str | None], str | None]] = {Mark.PATH: absolute, Mark.PATH_OR_NAME: absolute_name}

@@ -6,10 +6,14 @@ Every path is a `pathlib.Path` inside the installed package; nothing is loaded, 
 from pathlib import Path
 
 EMBEDDED = "embedded"
-"""What settings and options call these models; no path, whatever lies in the folder."""
+"""What settings and options call these models, and the base among them; no path, whatever lies in the folder."""
 ASSETS = Path(__file__).parent / "assets"
 BASE = ASSETS / "base"
 """The pipeline folder: `StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)`."""
+UPSCALER = ASSETS / "upscaler"
+"""The pipeline folder of what enlarges the base's pictures to 128 pixels: `IFSuperResolutionPipeline`."""
+NAMED = {EMBEDDED: BASE, f"{EMBEDDED}-upscaler": UPSCALER}
+"""The pipeline folders by what settings and options call them."""
 CLIP = ASSETS / "clip"
 """The CLIP-style pair of the evaluation protocol (`CLIPModel` and its image processor)."""
 IDENTITY = ASSETS / "identity"

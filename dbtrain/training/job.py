@@ -24,7 +24,7 @@ from dbtrain.engines.world import together
 from dbtrain.engines.zero import ZeroEngine
 from dbtrain.errors import DbtrainError, EngineError, StopRequested
 from dbtrain.models.load import base_digest
-from dbtrain.models.sampling import Chain, draw_samples, make_enlarger, make_pipeline, sampling_mode
+from dbtrain.models.sampling import Chain, draw_samples, make_enlarger, make_pipeline, sampling_mode, told_of_small
 from dbtrain.randomness import stream_key
 from dbtrain.results.card import publish_card
 from dbtrain.results.checkpoint import Checkpoint, save_checkpoint, step_of
@@ -50,7 +50,7 @@ from dbtrain.values import Batch, Role, Sample, StepLoss, Subject
 
 Finished = Callable[[Subject, dict[str, Any] | DbtrainError], None]
 """Called with a subject that has ended, and its record or the error that ended it."""
-OF_STAGE = ("family", "base", "base_digest", "method", "steps", "loss", "run", "level")
+OF_STAGE = ("family", "base", "base_digest", "method", "steps", "loss", "run", "level", "enlarged_to")
 """What the record of the first stage says of each that enlarges."""
 REMEDY = "Lower train.lr, set train.clip_norm, or train in fp32"
 
@@ -261,7 +261,8 @@ class Job:
         artefacts = publish_weights(self.results, self.base.family, self.base.models, self.config, record, state)
         stages = {name: finished_record(self.folder / name) for name in stage_names(self.config)}
         if stages:
-            record["stages"] = [{"folder": name, **{key: of[key] for key in OF_STAGE}} for name, of in stages.items()]
+            told = {name: {key: of.get(key) for key in OF_STAGE} for name, of in stages.items()}
+            record["stages"] = [{"folder": name, **of} for name, of in told.items()]
         # Where results are sent is nobody's business who gets one.
         publish = self.config.publish.model_copy(update={"to": None})
         publish_card(self.results, record, self.config, render(self.config.model_copy(update={"publish": publish})))
@@ -299,7 +300,7 @@ class Job:
             "capture": capture._asdict(),
             "attention": base.models.attention.row() if base.models.attention else None,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            **({"level": config.super.level} if base.family.guide else {}),
+            **(told_of_small(config) if base.family.guide else {}),
         }
 
 

@@ -32,6 +32,13 @@ GUIDE_PURPOSES = (PURPOSES[0], int(Purpose.AUGMENT), PURPOSES[2], int(Purpose.LE
 """The same for the guide of a denoiser that enlarges; of these, its noise and its level are used."""
 
 
+def enlarged(low_BCHW: Tensor, like_BCHW: Tensor, how: str) -> Tensor:
+    """Small pictures in the size of large ones, as `super.enlarge` says. `bicubic` is PIL's filter."""
+    if how == "aligned":
+        return F.interpolate(low_BCHW, like_BCHW.shape[2:], mode="bilinear", align_corners=True)
+    return F.interpolate(low_BCHW, like_BCHW.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
+
+
 class TrainingStep(nn.Module):
     """A denoiser, and the text encoders if they train, as the module that an engine runs.
 
@@ -140,7 +147,7 @@ class TrainingStep(nn.Module):
         low, levels = batch.low_BCHW, self.levels
         assert low is not None and levels is not None, "a bank without low-resolution pictures"
         if self.family.guide.enlarged:
-            low = F.interpolate(low, noisy.shape[2:], mode="bilinear", align_corners=True)
+            low = enlarged(low, noisy, self.config.super.enlarge)
         drawn = noising(
             exactly(low),
             *self.names(batch, step),

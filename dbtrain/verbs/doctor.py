@@ -21,7 +21,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from dbtrain.errors import ConfigError, DataError
-from dbtrain.tiny import BASE, EMBEDDED
+from dbtrain.tiny import NAMED
 from dbtrain_launchers.ray_head import is_loopback, token_file_finding, token_path
 
 MIN_DISK_GIB = 10.0
@@ -253,7 +253,7 @@ def check_ray_head(address: str, ask: Callable[[str], tuple[bool, str]] = probe)
 def check_base(model: str) -> list[Check]:
     """Whether a base can be used, what it needs, and what a step of it would cost, where its files say."""
     found = check_model(model)
-    place = BASE if model == EMBEDDED else Path(model).expanduser()
+    place = NAMED.get(model) or Path(model).expanduser()
     family = re.search(r"model\.family=(\w+)", found.detail)
     if found.state == "fail" or not family or not place.is_dir():
         return [found]
@@ -292,8 +292,8 @@ def check_model(model: str) -> Check:
     from dbtrain.models.base_check import base_problem, path_problem
     from dbtrain.models.recognition import distilled, nearest
 
-    if model == EMBEDDED:
-        return check_model(str(BASE))
+    if model in NAMED:
+        return check_model(str(NAMED[model]))
     problem = path_problem(model)
     place = Path(model).expanduser()
     if problem:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dbtrain.tiny import BASE, CLIP, IDENTITY
-from dbtrain_embedded import autoencoder, denoiser, encoders
+from dbtrain_embedded import autoencoder, denoiser, encoders, upscaler
 from dbtrain_embedded.loops import device, weights
 
 
@@ -83,6 +83,9 @@ def export(work: Path) -> None:
     _load_as_fp32(BASE / "text_encoder")
     pipe.save_config(BASE)
     export_encoders(work, tokenizer)
+    if weights(work, "upscaler") is not None:
+        upscaler.export(work)
+        _load_as_fp32(upscaler.UPSCALER / "text_encoder")
 
 
 def restore(work: Path) -> None:
@@ -98,6 +101,7 @@ def restore(work: Path) -> None:
         "clip": CLIPModel.from_pretrained(CLIP),
         "identity": ViTModel.from_pretrained(IDENTITY, add_pooling_layer=False),
         "unet": UNet2DConditionModel.from_pretrained(BASE / "unet"),
+        "upscaler": UNet2DConditionModel.from_pretrained(upscaler.UPSCALER / "unet"),
     }
     for stage, model in shipped.items():
         torch.save(model.state_dict(), work / f"{stage}-start.pt")

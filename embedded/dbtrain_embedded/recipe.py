@@ -1,10 +1,10 @@
 """`PYTHONPATH=embedded python -m dbtrain_embedded.recipe STAGE --work DIR [--minutes M]` makes the embedded base.
 
 Stages, in order: atlas, demo (both read downloaded sources), pool, tokenizer, clip, vae, identity, latents, unet,
-decoder, vision, export. decoder and vision can run at the same time as unet. The same command again resumes a training
-stage from its checkpoint in DIR; more minutes continue a finished stage. `restore`, run after pool, replaces the stages
-from clip to latents: the later stages then train on from the shipped weights. Training uses an accelerator where there
-is one.
+decoder, vision, upscaler, export. decoder, vision and upscaler can run at the same time as unet. The same command again
+resumes a training stage from its checkpoint in DIR; more minutes continue a finished stage. `restore`, run after pool,
+replaces the stages from clip to latents: the later stages then train on from the shipped weights. Training uses an
+accelerator where there is one.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dbtrain.tiny import ASSETS, BASE
 
-MINUTES = {"clip": 8.0, "vae": 25.0, "identity": 6.0, "vision": 12.0, "unet": 60.0, "decoder": 20.0}
+MINUTES = {"clip": 8.0, "vae": 25.0, "identity": 6.0, "vision": 12.0, "unet": 60.0, "decoder": 20.0, "upscaler": 10.0}
 """Default minutes of the training stages; enough on two CPU cores that nothing else uses."""
 
 
@@ -53,7 +53,7 @@ def _tokenizer(options) -> None:
 
 
 def _train(options) -> None:
-    from dbtrain_embedded import autoencoder, denoiser, encoders
+    from dbtrain_embedded import autoencoder, denoiser, encoders, upscaler
     from dbtrain_embedded.loops import with_crew
 
     minutes, tokenizer = options.minutes or MINUTES[options.stage], str(BASE / "tokenizer")
@@ -64,6 +64,7 @@ def _train(options) -> None:
         "identity": (encoders.train_identity, [minutes]),
         "unet": (denoiser.train, [minutes, tokenizer]),
         "decoder": (autoencoder.train_decoder, [minutes]),
+        "upscaler": (upscaler.train, [minutes]),
     }
     stage, arguments = stages[options.stage]
     if options.lr:
@@ -102,6 +103,7 @@ STAGES = {
     "restore": _restore,
     "unet": _train,
     "decoder": _train,
+    "upscaler": _train,
     "export": _export,
 }
 

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,6 +117,29 @@ def test_pictures_are_enlarged_at_the_level_that_was_trained(loaded, seen):
     ((shown, _, level),) = seen
     assert level.tolist() == [7, 7]
     assert shown[0, -3:].mean() < -0.8 and shown[1, -3:].mean() > 0.4, "each its own picture, behind x_t"
+
+
+@pytest.mark.parametrize("name", PIXELS[1:])
+@torch.no_grad()
+def test_bicubic_guides_are_the_same_in_training_and_in_sampling(name, model_folders, monkeypatch):
+    """PIL rounds twice to 8 bits, so a guide of the pipeline is within two of 255 shades."""
+    family, models = model_of(name, model_folders)
+    told = settings(0).model_copy(update={"super": SuperConfig(enlarge="bicubic"), "sample": SampleConfig(steps=1)})
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (LOW, LOW, 3), dtype=np.uint8))
+    low = to_pixels(np.asarray(small))[None]
+    given = []
+    enlarger = make_enlarger(family, models, told)
+
+    def called(self, **call):
+        given.append(call["image"])
+        return SimpleNamespace(images=call["image"])
+
+    monkeypatch.setattr(type(enlarger.pipeline), "__call__", called)
+    list(generate(Chain([small], (enlarger,)), CAPTIONS[:1], [1], 4 * LOW, 1, 1.0))
+    shown = to_pixels(np.asarray(given[0][0]))[None]
+    ours = steps.enlarged(low, shown, "bicubic")
+    assert shown.shape == ours.shape and (shown - ours).abs().max() < 2 / 127.5
+    assert (steps.enlarged(low, shown, "aligned") - ours).abs().max() > 0.1
 
 
 @torch.no_grad()
