@@ -4,6 +4,7 @@ import ast
 import statistics
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -140,10 +141,17 @@ def texts() -> list[tuple[Path, str]]:
     return found
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file, which several rules read."""
+    return ast.parse(path.read_text("utf-8"))
+
+
+@cache
 def functions(path: Path) -> list[tuple[str, int, int]]:
     """Name, length and limit of each function; its decorators and docstring are not counted."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
             is_kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
@@ -172,7 +180,7 @@ def namesake(module: Path) -> Path:
 
 def private_names(files: list[Path]) -> list[str]:
     """A line for every private name of one file that another file imports, or reads as an attribute."""
-    trees = {path: ast.parse((ROOT / path).read_text("utf-8")) for path in files}
+    trees = {path: parsed(ROOT / path) for path in files}
     named = (ast.FunctionDef, ast.ClassDef)
     own = {path: {node.name for node in ast.walk(tree) if isinstance(node, named)} for path, tree in trees.items()}
     for path, tree in trees.items():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, vmap
 
@@ -96,7 +96,7 @@ def test_padding_of_smaller_ranks_stays_exactly_zero():
                 assert (rest == 0).all(), (case.name, kind, name)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_random_packs(data):
     size = data.draw(st.integers(1, 3))
