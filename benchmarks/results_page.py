@@ -158,13 +158,9 @@ def recipe_quality(result: Result) -> Figures:
              "scene accuracy": "scenes kept", "pres": "PRES, lower is better"}  # fmt: skip
     figures: Figures = []
     for row in result["summary"]:
-        if row["cpu_s"]:
-            figures.append((f"{row['recipe']}: ten subjects", f"{row['cpu_s']:.0f} processor seconds"))
-        figures += [
-            (f"{row['recipe']}: {what}", "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[key]))
-            for key, what in names.items()
-            if row.get(key)
-        ]
+        figures.append((f"{row['recipe']}: ten subjects", f"{row['cpu_s']:.0f} processor seconds"))
+        known, form = {key: what for key, what in names.items() if row.get(key)}, "{value:.3f} [{low:.3f}, {high:.3f}]"
+        figures += [(f"{row['recipe']}: {what}", form.format(**row[key])) for key, what in known.items()]
     return figures
 
 

@@ -131,7 +131,9 @@ class Study:
     def hand_over(self, before: Variant | None, variant: Variant, subjects: Sequence[Subject]) -> None:
         """Give a variant the state in which a shorter one ended, subject by subject: with a constant rate the longer
         training passes through it."""
-        for subject in subjects if before else ():
+        if before is None:
+            return
+        for subject in subjects:
             ended, own = (
                 checkpoint_folder(folder_of(self.out, one.name, subject.id) / "checkpoints", before.config.train.steps)
                 for one in (before, variant)
