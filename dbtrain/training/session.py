@@ -192,6 +192,8 @@ def _load_models(settings: RunConfig, world: World, apart: bool) -> Models:
     choose_algorithms(settings.engine)
     choose_capture(settings.engine, torch.device(world.device).type)  # refuses before anything is loaded
     refuse_impossible(family, settings)
+    if world.device != "cpu" and settings.train.precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False  # else convolutions round what they multiply to 10 bits
     models = load_models(family, settings.model, apart)
     if settings.model.quantize != "none":
         models.digests = {**models.digests, "quantize": settings.model.quantize}  # it draws other class images
@@ -205,8 +207,6 @@ def _place(models: Models, settings: RunConfig, world: World) -> None:
     compute precision."""
     device, family = torch.device(world.device), FAMILIES[settings.model.family]
     models.to(device)
-    if device.type == "cuda" and settings.train.precision == "fp32":
-        torch.backends.cudnn.allow_tf32 = False  # else convolutions round what they multiply to 10 bits
     if settings.engine.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
     attention, precision = settings.model.attention, settings.train.precision
@@ -355,6 +355,7 @@ def make_class_priors(classes: Iterable[str], settings: RunConfig, store: Path) 
     prior, drawn = settings.prior, {}
     keys = {noun: prior_key(settings, base.models, noun) for noun in sorted(set(classes))}
     base.ready(drawn_texts(base, [key.prompt for key in keys.values()], prior.guidance))
-    for noun, key in keys.items():
-        drawn[noun] = make_priors(store, key, prior.images, base.family, base.models, base.world, prior.batch)
+    with base.whole():
+        for noun, key in keys.items():
+            drawn[noun] = make_priors(store, key, prior.images, base.family, base.models, base.world, prior.batch)
     return drawn

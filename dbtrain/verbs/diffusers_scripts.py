@@ -43,8 +43,8 @@ class Script:
     targets: tuple[str, ...] = ()
     flow: str | None = None
     dynamic: bool = False
-    direct: bool = False
     notes: tuple[str, ...] = ()
+    direct: bool = False
 
 
 GUIDED = "the script trains with --guidance_scale {guidance_scale}, dbtrain with 1, as the model's authors advise"

@@ -54,7 +54,7 @@ def row_of(place, text):
 def flags_of(text):
     """(script, flags) by argparse, of a command whose variables are put in by hand."""
     for name, value in re.findall(r"^export (\w+)=[\"'](.*)[\"']$", text, re.M):
-        text = text.replace(f"${name}", value)
+        text = text.replace(f"${name}", value.replace('"', r"\""))
     line = " ".join(line for line in text.replace("\\\n", " ").splitlines() if not line.startswith("export"))
     words = shlex.split(line)
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
@@ -141,6 +141,7 @@ def test_what_differs_is_said():
     assert "trains with --guidance_scale 3.5, dbtrain with 1" in notes("")
     assert "dbtrain with 1" not in notes("--guidance_scale 1")
     assert "its sign is turned" in notes("--weighting_scheme logit_normal --logit_mean 1")
+    assert "its sign is turned" not in notes("--weighting_scheme logit_normal --logit_mean 1", "lora_ideogram4")
     assert "captions have 77 tokens" in notes("", "lora_sd3")
     assert "10 20 30" in notes("", "lora_flux2_klein")
     assert "leaves out the shift" in notes("") and "leaves out the shift" not in notes("", "lora_sd3")
