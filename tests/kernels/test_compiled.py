@@ -21,7 +21,7 @@ from dbtrain_kernels import adamw_triton, lora_triton, loss_triton, noising_trit
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (adamw_triton, lora_triton, loss_triton, noising_triton)
 REGISTERS = {
-    "shrink": 176,
+    "shrink": 184,
     "expand": 176,
     "outer": 240,
     "add_parts": 40,
