@@ -73,8 +73,9 @@ def main() -> None:
         arguments.out.with_suffix(".json").write_text(record, "utf-8")
         text = f"""# Adapted layers that read one input, together and one by one: counted and modelled, no GPU used
 
-Launches are exact, but for operators of PyTorch that start several kernels, such as a norm's backward. Milliseconds are
-the roofline's model of an {CARD}, which no GPU has confirmed. bf16, rank 16, latents and captions cached.
+Launches are exact, but for operators of PyTorch that start several kernels, such as a norm's backward. Milliseconds
+are the roofline's model of an {CARD}, which no GPU has confirmed. bf16, rank 16, latents and captions cached, nothing
+recomputed.
 
 {table(rows)}
 

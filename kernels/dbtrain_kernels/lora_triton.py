@@ -263,7 +263,7 @@ def expanded(
     width, tile, rank = out.shape[-1], TILES[out.dtype], _padded(blocks.rank)
     expand[(triton.cdiv(tokens, tile), triton.cdiv(blocks.widest, tile), subjects * blocks.count)](
         small_NTG, matrix, out if base is None else base, out, blocks.starts, tokens, width, blocks.rank, deep,
-        blocks.count, matrix.stride(0), *strides, RANK=rank, DEEP=min(rank, DEEPEST[out.dtype]), TILE=tile,
+        blocks.count, matrix.stride(0), *strides, RANK=rank, DEEP=_depth(rank, out.dtype), TILE=tile,
         ADD=base is not None, **blocks.chosen, **_products(out.dtype),
     )  # fmt: skip
 
@@ -306,6 +306,12 @@ def _products(dtype: torch.dtype) -> dict[str, Any]:
         return {"PRODUCTS": tl.bfloat16, "PRECISION": "ieee"}
     backend = triton.runtime.driver.active.get_current_target().backend
     return {"PRODUCTS": tl.float32, "PRECISION": "tf32x3" if backend == "cuda" else "ieee"}
+
+
+def _depth(rank: int, dtype: torch.dtype) -> int:
+    """Columns that one product of `expand` sums. Where bf16 takes several, their loads are pipelined, and the shared
+    memory of sm_86 and sm_89 does not hold three stages of 128."""
+    return 64 if dtype == torch.bfloat16 and rank > DEEPEST[dtype] else min(rank, DEEPEST[dtype])
 
 
 def _padded(rank: int) -> int:
