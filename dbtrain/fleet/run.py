@@ -64,7 +64,8 @@ def _run(
         from dbtrain.fleet.entry import enter_run, tell
         from dbtrain.fleet.forgetting import end_forgetting, told
 
-        if (done := end_forgetting(out, ledger)).removed:
+        done = end_forgetting(out, ledger)
+        if done.removed or done.refused:
             tell("\n".join(told(out, done)))
 
         say: Callable[[str], None] = (lambda line: None) if options.quiet else tell
