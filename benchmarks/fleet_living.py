@@ -25,8 +25,9 @@ BEGIN INSERT INTO reopened VALUES (NEW.position); END;
 """
 """Has the ledger itself count how often each finished subject is opened again, for more photos or steps."""
 TWICE = (
-    "SELECT count(*) FROM (SELECT position, count(*) AS times FROM attempts WHERE outcome='finished' GROUP BY position) "
-    "AS done WHERE times != 1 + (SELECT count(*) FROM reopened WHERE reopened.position=done.position)"
+    "SELECT count(*) FROM (SELECT position, count(*) AS times FROM attempts WHERE outcome='finished' "
+    "GROUP BY position) AS done "
+    "WHERE times != 1 + (SELECT count(*) FROM reopened WHERE reopened.position=done.position)"
 )
 """How many subjects were finished more or less often than they were opened."""
 

@@ -68,8 +68,8 @@ class Forgotten:
 def forget(out: Path, ids: Sequence[str]) -> Forgotten | None:
     """What was removed of these subjects of a run; None where the driver at work was asked to do it.
 
-    With no ids, a forgetting that was interrupted is ended, and copies that a store kept are tried again. Raises DataError for ids that the run does not have, and
-    while a training is at work that takes no requests.
+    With no ids, a forgetting that was interrupted is ended, and copies that a store kept are tried again. Raises
+    DataError for ids that the run does not have, and while a training is at work that takes no requests.
     """
     folder = find_ledger(out)
     fleet = has_ledger(out)
