@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 from fleet_kills import Campaign, ask, audit, quantiles, start_driver
 
+from dbtrain.subjects.registry import REGISTRY
+
 MORE_STEPS = "train.steps=6"
 HEAD = "subject,class,images\n"
 WATCHED = """
@@ -185,6 +187,8 @@ def living(options: argparse.Namespace) -> dict:
     campaign.inbox, campaign.photos = inbox, work / "photos"
     stormy_s = campaign.run()
     begin = time.monotonic()
+    (work / "whole").mkdir()  # an identifier depends on who had one before, so it is given the ones of those who joined
+    shutil.copy(work / "out" / REGISTRY, work / "whole" / REGISTRY)
     whole = start_driver(job, work / "whole", ["--workers", str(options.workers), "--hang", "60", MORE_STEPS])
     if whole.wait():
         raise SystemExit(f"the run that knew everything failed; see {work / 'whole'}.log")
