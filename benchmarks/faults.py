@@ -232,9 +232,9 @@ half-written left. Compared is every file but locks and those that hold times ({
 one of two subjects in a pack, whose banks and results two more threads take care of, so that the order of operations
 varies; its writer goes on after a checkpoint that failed, so that after an error no checkpoints are compared. Damage
 at rest must be named by `verify`, and reading must raise or give the very bytes; a damaged checkpoint must be passed
-over for the one before. `forget` removes a person from a finished run: done again, no byte of the person's photos,
-pictures and weights, no name and no digest of them may be found in any file, also not in tars, pictures or the ledger's
-free pages, and the others' files must have every bit.
+over for the one before. `forget` removes a person from a finished run, and the copy of it that was uploaded: done
+again, no byte of the person's photos, pictures and weights, no name and no digest of them may be found in any file,
+also not in tars, pictures or the ledger's free pages, and the others' files must have every bit.
 
 {table(tallies)}
 

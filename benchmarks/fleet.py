@@ -3,6 +3,7 @@
     python benchmarks/fleet.py kills --subjects 1000 --kills 300 --seed 0
     python benchmarks/fleet.py soak --subjects 1000 --kills 2000      # the same under a result of its own
     python benchmarks/fleet.py scale --subjects 10000
+    python benchmarks/fleet.py start --rounds 5
     python benchmarks/fleet.py watch --subjects 120 --minutes 5
     python benchmarks/fleet.py living --subjects 100 --kills 60
 
@@ -13,6 +14,7 @@ seen. It reports subjects lost, duplicated and blamed, adapters on the disk that
 throughput kept, how many kills were answered and how soon, and what survives each kill.
 `watch` is a service: subjects come to `batch run --watch` at random moments, with a restart halfway. `living` is
 `kills` while rows, photos and steps join the run, compared with a run that knew everything from the start.
+`start` measures what a driver's start and an actor's replacement cost each process, which a shared machine blurs least.
 `scale` measures what the fleet itself costs at 10,000 subjects: no subject is trained.
 """
 
@@ -129,21 +131,23 @@ def write(name: str, found: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kills", "soak", "scale", "watch", "living"])
+    parser.add_argument("what", choices=["kills", "soak", "scale", "start", "watch", "living"])
     parser.add_argument("--subjects", type=int, default=60)
     parser.add_argument("--kills", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--gang", type=int, default=1)
     parser.add_argument("--pause", type=float, help="Mean seconds between kills; by default they fill the run.")
+    parser.add_argument("--rounds", type=int, default=5, help="Deaths of each kind, for `start`.")
     parser.add_argument("--minutes", type=float, default=5, help="How long subjects keep coming, for `watch`.")
     parser.add_argument("--work", help="Folder for scratch files.")
     parser.add_argument("--keep", action="store_true", help="Keep the scratch files.")
     parser.add_argument("--dry", action="store_true", help="Print only; leave the result files as they are.")
     options = parser.parse_args()
     from fleet_living import living, watch
+    from fleet_start import start
 
-    measures = {"kills": kills, "soak": kills, "scale": scale, "watch": watch, "living": living}
+    measures = {"kills": kills, "soak": kills, "scale": scale, "start": start, "watch": watch, "living": living}
     found = measures[options.what](options)
     if options.dry:
         print(json.dumps(found, indent=1))

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from dbtrain.fleet.processes import born as start_of
 from dbtrain.storage.atomic import file_digest
-from tests.kit.fleet_run import descendants
+from tests.kit.fleet_run import descendants, processes
 
 ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS = {"trainer": 80, "warm parent": 6, "actor": 6, "driver": 4}
-"""How often each kind of process is chosen, relative to the others; what is not there then is not chosen."""
+WEIGHTS = {"trainer": 80, "warm parent": 6, "actor": 6, "driver": 4, "host": 2}
+"""How often each kind of process is chosen, relative to the others; what is not there then is not chosen. `host` is the
+machine's warm parent, which forks those of the workers."""
 LOG = re.compile(r".*/logs/(worker-(\d+))(-\d+)?\.log")
 """What a warm parent and its trainers write to: (worker, its number, its place in a gang)."""
 
@@ -38,16 +39,11 @@ def start_driver(job: tuple[Path, Path], out: Path, words: list[str]) -> subproc
 
 
 def processes_of(driver: int) -> dict[str, list[int]]:
-    """The living processes of a run by kind: driver, actor, warm parent, trainer, and all the others as `ray`."""
-    found: dict[str, list[int]] = {"driver": [driver], "actor": [], "warm parent": [], "trainer": [], "ray": []}
-    below = descendants(driver)
-    warm = {pid for pid in below if b"fleet.warm_parent" in command_of(pid)}
-    for pid, parent in below.items():
-        if pid in warm:
-            found["trainer" if parent in warm else "warm parent"].append(pid)
-            continue
-        found["actor" if command_of(pid).startswith(b"ray::Actor") else "ray"].append(pid)
-    return found
+    """The living processes of a run by kind: driver, actor, host, warm parent, trainer, and all the others as `ray`."""
+    below, found = processes(driver), {"driver": [driver]}
+    found |= {kind: below[kind] for kind in ("actor", "host", "warm parent", "trainer")}
+    known = {pid for pids in found.values() for pid in pids}
+    return {**found, "ray": [pid for pid in below["all"] if pid not in known]}
 
 
 def command_of(pid: int) -> bytes:
@@ -155,7 +151,8 @@ class Campaign:
         """SIGKILL, and a note of when."""
         numbers = [found for one in processes_of(driver.pid)["warm parent"] if (found := worker_of(one))]
         hit = worker_of(pid)
-        below = [(one, start_of(one), command_of(one)) for one in descendants(pid)]
+        left = kind != "host"  # what a machine's warm parent has forked lives on, and works on
+        below = [(one, start_of(one), command_of(one)) for one in descendants(pid) if left]
         resumable = self.resumable(hit[1]) if hit else 0
         try:
             os.kill(pid, signal.SIGKILL)
@@ -166,6 +163,8 @@ class Campaign:
         )
         self.done[self.names.get(kind, kind)] += 1
         self.with_a_checkpoint += resumable
+        if not left:
+            return
         highest = max((int(found[2]) for found in numbers), default=0)
         self.waiting.append(
             Kill(kind, time.time(), self.drivers, hit[1] if hit and kind != "actor" else None, highest)

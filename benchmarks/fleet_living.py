@@ -7,6 +7,7 @@ import argparse
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import tempfile
 import time
@@ -15,8 +16,22 @@ from pathlib import Path
 import psutil
 from fleet_kills import Campaign, ask, audit, quantiles, start_driver
 
+from dbtrain.subjects.registry import REGISTRY
+
 MORE_STEPS = "train.steps=6"
 HEAD = "subject,class,images\n"
+WATCHED = """
+CREATE TABLE reopened (position INTEGER);
+CREATE TRIGGER reopening AFTER UPDATE OF state ON subjects WHEN OLD.state='finished' AND NEW.state='waiting'
+BEGIN INSERT INTO reopened VALUES (NEW.position); END;
+"""
+"""Has the ledger itself count how often each finished subject is opened again, for more photos or steps."""
+TWICE = (
+    "SELECT count(*) FROM (SELECT position, count(*) AS times FROM attempts WHERE outcome='finished' "
+    "GROUP BY position) AS done "
+    "WHERE times != 1 + (SELECT count(*) FROM reopened WHERE reopened.position=done.position)"
+)
+"""How many subjects were finished more or less often than they were opened."""
 
 
 class Inbox:
@@ -124,6 +139,9 @@ class LivingCampaign(Campaign):
         inbox.join(len(inbox.rows) // 5)
         each = -(-(len(inbox.rows) - len(inbox.came)) // self.kills)
         driver = start_driver(self.job, self.out, self.words)
+        wait_for(lambda: ask(self.out, "SELECT 1 FROM subjects"), driver)
+        with sqlite3.connect(self.out / "ledger.sqlite", timeout=60) as db:
+            db.executescript(WATCHED)
         while sum(self.done.values()) < self.kills:
             if driver.poll() is not None:
                 raise SystemExit(f"the run ended with {driver.returncode}; see {self.out}.log")
@@ -169,16 +187,21 @@ def living(options: argparse.Namespace) -> dict:
     campaign.inbox, campaign.photos = inbox, work / "photos"
     stormy_s = campaign.run()
     begin = time.monotonic()
+    (work / "whole").mkdir()  # an identifier depends on who had one before, so it is given the ones of those who joined
+    shutil.copy(work / "out" / REGISTRY, work / "whole" / REGISTRY)
     whole = start_driver(job, work / "whole", ["--workers", str(options.workers), "--hang", "60", MORE_STEPS])
     if whole.wait():
         raise SystemExit(f"the run that knew everything failed; see {work / 'whole'}.log")
+    audited = audit(work / "out", work / "whole", options.subjects)
+    audited["duplicated"] = ask(work / "out", TWICE)[0][0]
+    audited.pop("trained_to_the_end_more_than_once")  # a subject that gets more steps is, and shall be
     found = {
         "subjects": options.subjects, "workers": options.workers, "seed": options.seed,
         "kills": dict(campaign.done), "kills_total": sum(campaign.done.values()),
         "first_instant_kills": campaign.first_instant,
         "rows_that_joined": len(inbox.rows) - len(inbox.rows) // 5,
         "photos_that_joined": len(list((work / "photos").glob("*/1.jpg"))), "steps": "4, then 6",
-        **audit(work / "out", work / "whole", options.subjects),
+        "opened_again": ask(work / "out", "SELECT count(*) FROM reopened")[0][0], **audited,
         "disturbed_s": round(stormy_s, 1), "whole_at_once_s": round(time.monotonic() - begin, 1),
         "recovery_s": campaign.recovery(), "survivors_5_s_after_a_kill": campaign.survivors,
     }  # fmt: skip

@@ -98,6 +98,12 @@ def fleet(result: Result) -> Figures:
         one = result[key]
         gang = f", gangs of {one['gang']}" if one["gang"] > 1 else ""
         figures += kills(f"{one['subjects']:,} subjects{gang}, {one['kills_total']:,} SIGKILLs", one)
+    if one := result.get("living"):
+        title = f"{one['subjects']:,} subjects that join with photos and steps, {one['kills_total']:,} SIGKILLs"
+        figures += [(f"{title}: lost, finished twice, adapters unlike a run's that knew all", unharmed(one))]
+    for key in [key for key in ("start before", "start") if key in result]:
+        spent = ", ".join(f"{kind} {result[key][f'cpu_s_after_a_{kind}s_death']:.1f}" for kind in ("driver", "actor"))
+        figures += [(f"processor seconds from a death until work goes on, at {result[key]['about']['commit']}", spent)]
     return figures
 
 
@@ -300,6 +306,10 @@ MEASUREMENTS = {
     "fused-projections": Measurement("Layers that read one input, counted without a GPU", fused_projections),
     "family-costs": Measurement("What each family costs, counted without a GPU", family_costs),
     "faults": Measurement("Kills, power cuts, full disks and damage", faults),
+    "faults-forget": Measurement(
+        "Forgetting a person, struck at every one of its file operations",
+        lambda result: [("no byte of the person is left, and every bit of the others", campaign(result, ("",)))],
+    ),
     "fleet": Measurement("The fleet under kills, and at size", fleet),
     "multinode": Measurement("A fleet over two hosts, one of them lost", multinode, "python benchmarks/multinode.py"),
     "report": Measurement("The report of 10,000 subjects", report),

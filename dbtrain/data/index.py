@@ -13,7 +13,6 @@ from pathlib import Path
 
 from dbtrain.data.location import place_of
 from dbtrain.errors import DataError, shown
-from dbtrain.randomness import permutation
 from dbtrain.storage.atomic import write_file
 from dbtrain.storage.sealed import seal, unseal
 from dbtrain.values import SUBJECT_ID, Role
@@ -143,6 +142,8 @@ def order(count: int, start: int, n: int, seed: int, subject: str, role: Role = 
     Draw p belongs to epoch p // count, and an epoch is one keyed permutation: every sample exactly once. It depends on
     nothing but its arguments, so that resuming and ranks need no state.
     """
+    from dbtrain.randomness import permutation  # loads torch, which a driver does without
+
     if count < 1:
         raise DataError(f"subject {subject}: has no {role.name.lower()} samples to draw from")
     epochs = {

@@ -13,9 +13,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import BinaryIO
 
-from webdataset.handlers import reraise_exception
-from webdataset.tariterators import group_by_keys, tar_file_expander
-
 from dbtrain.data import tar
 from dbtrain.data.images import picture_size
 from dbtrain.data.index import INDEX_NAME, SHARD_NAME, TAR_END, Entry, Index, Shard
@@ -37,6 +34,9 @@ def read_samples(directory: Path | str, entries: Iterable[Entry], schemes: Colle
     A DataError names the shard and the sample that is missing, damaged, or not what the index says; the samples before
     it have come out by then, and they are sound.
     """
+    from webdataset.handlers import reraise_exception  # loads torch, which a fleet's driver does without
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
     place = place_of(directory, schemes)
     ordered = sorted(set(entries), key=lambda entry: (entry.shard, entry.offset))
     sources = ({"url": run[0].shard, "stream": _RangeReader(_verified(place, run))} for run in _runs(ordered))

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dbtrain.data.index import Index
 from dbtrain.data.shards import grow_shards
 from dbtrain.errors import DataError
 from dbtrain.fleet.ledger import ENTER, Ledger, encode_subject
 from dbtrain.fleet.living import stored_photos, with_identifiers
-from dbtrain.models.load import load_tokenizer
 from dbtrain.settings.config import RunConfig
 from dbtrain.subjects.finding import Finding, defects, notes
 from dbtrain.subjects.forgotten import not_forgotten
@@ -47,7 +48,6 @@ class Arrivals:
 
     def __init__(self, manifest: Path, config: RunConfig, out: Path, say: Callable[[str], None]):
         self.manifest, self.config, self.out, self.say = manifest, config, out, say
-        self.tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
         self.registry = Path(config.identifier.registry or out / REGISTRY)
         self.stamps: dict[Path, tuple[int, int]] = {}
         self.read: dict[Path, tuple[int, int]] = {}
@@ -56,6 +56,13 @@ class Arrivals:
         self.taken: dict[str, str] = {}
         """The file of each id, in small letters."""
         self.said: set[str] = set()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that identifiers are chosen in, loaded for the first subject that joins."""
+        from dbtrain.models.load import load_tokenizer  # loads torch, which takes a restart seconds
+
+        return load_tokenizer(self.config.model.single_file_layout or self.config.model.path)
 
     def take(self, ledger: Ledger, index: Index) -> tuple[Index, list[tuple[str, int]]]:
         """(the index, (class, position) of each subject that has joined and waits now).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from dbtrain.fleet.processes import release, start_guard
 
 STORE_BYTES = 100 * 2**20
 """Object store of an embedded Ray; nothing large goes through it."""
+UNUSED = ("start_monitor", "start_log_monitor", "start_api_server")
+"""What a node of Ray starts that an embedded one needs not: the autoscaler, a reader of logs, a server for requests."""
 
 
 @contextmanager
@@ -25,6 +28,8 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
     No runtime_env is set: a worker inherits its node's environment, and others could read a job's settings.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would make its workers, and so all trainers, give way to every other process of the machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if address is not None:
         try:
             ray.init(address=address, namespace="dbtrain", log_to_driver=False, configure_logging=False)
@@ -46,10 +51,7 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="dbtrain-ray-"))
     guard = start_guard(folder)
     try:
-        ray.init(
-            address="local", num_cpus=cpus, include_dashboard=False, namespace="dbtrain",
-            log_to_driver=False, configure_logging=False, object_store_memory=STORE_BYTES, _temp_dir=str(folder),
-        )  # fmt: skip
+        start_embedded(cpus, folder)
         close_token()
         if not ray.util.get_node_ip_address().startswith("127."):
             raise FleetError("embedded Ray: listens beyond this machine, because ray was imported before the fleet was")
@@ -57,6 +59,35 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
     finally:
         ray.shutdown()
         release(guard)
+
+
+def start_embedded(cpus: int, folder: Path) -> None:
+    """Start a Ray of this machine alone. FleetError where it does not come up in the 30 s that Ray gives itself."""
+    try:
+        with lean():
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, namespace="dbtrain",
+                log_to_driver=False, configure_logging=False, object_store_memory=STORE_BYTES, _temp_dir=str(folder),
+            )  # fmt: skip
+    except Exception as error:  # Ray raises a bare one, and others of libraries below it
+        raise FleetError(
+            f"embedded Ray: did not start ({first_line(error)}); give the machine air, then run the same command again"
+        ) from error
+
+
+@contextmanager
+def lean() -> Iterator[None]:
+    """Let a node of Ray start without `UNUSED`, which `ray.init` has no words for; each costs more than a second, and
+    one is waited for. A Ray that names them otherwise starts them as ever."""
+    kind = getattr(sys.modules.get("ray._private.node"), "Node", None)
+    real = {name: getattr(kind, name) for name in UNUSED if hasattr(kind, name)}
+    for name in real:
+        setattr(kind, name, lambda self, **_: setattr(self, "_webui_url", ""))
+    try:
+        yield
+    finally:
+        for name, method in real.items():
+            setattr(kind, name, method)
 
 
 def close_token() -> None:

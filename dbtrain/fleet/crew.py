@@ -51,6 +51,8 @@ class Shape:
     gpus: float
     cpus: float
     hang_s: float
+    host: str = ""
+    """Name of a machine's warm parent."""
 
 
 class Actor(Worker):
@@ -96,7 +98,7 @@ class Crew:
             scheduling_strategy=place,
         )  # fmt: skip
         name = self.name if self.group is None else f"{self.name}-{rank}"
-        return maker.remote(name, self.task.out, self.shape.hang_s)
+        return maker.remote(name, self.task.out, self.shape.hang_s, self.shape.host)
 
     def _call(self, method: Any, rank: int, then: Callable, *arguments: Any) -> None:
         self.pending[method.remote(*arguments)] = (then, rank, time.monotonic())

@@ -34,8 +34,9 @@ from dbtrain.fleet.options import Options
 from dbtrain.fleet.run_folder import mark
 from dbtrain.fleet.schedule import Idle, Limits, schedule
 from dbtrain.fleet.status import Screen, summarize
+from dbtrain.fleet.warm_parent import new_name
 from dbtrain.machine import take_signals
-from dbtrain.priors.store import BLOCK
+from dbtrain.priors import BLOCK
 from dbtrain.results.checkpoint import newest_step
 from dbtrain.results.uploading import Uploads
 from dbtrain.settings.config import RunConfig
@@ -57,7 +58,9 @@ NO_START = ("killed", "stopped", "disk", "unmounted")
 class Driver:
     """One run under way."""
 
-    def __init__(self, ledger: Ledger, index: Index, config: RunConfig, out: Path, options: Options):
+    def __init__(
+        self, ledger: Ledger, index: Index, config: RunConfig, out: Path, options: Options, host: str | None = None
+    ):
         self.ledger, self.index, self.config, self.out, self.options = ledger, index, config, out.resolve(), options
         self.token = mark(self.out)
         self.screen, self.gauges = Screen(out, options.quiet), Gauges()
@@ -65,7 +68,7 @@ class Driver:
         self.pack = rows_of_packs(config, options, ledger)
         """Rows of a pack; None until a trainer has measured it."""
         self.books = Books(ledger, limits_of(config, options, self.pack or 1), options.asked, self.screen)
-        self.shape = Shape(options.gang, 0, options.cpus, options.hang_s)
+        self.shape = Shape(options.gang, 0, options.cpus, options.hang_s, host or new_name())
         self.crews: dict[str, Crew] = {}
         self.flights: dict[int, Flight] = {}
         self.names, self.numbers = count(1), count(1)

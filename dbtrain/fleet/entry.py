@@ -19,7 +19,6 @@ from dbtrain.fleet.living import (
     take_in,
     with_identifiers,
 )
-from dbtrain.models.load import load_tokenizer
 from dbtrain.results.identity import Relation
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.marks import deciding
@@ -64,6 +63,8 @@ def enter_run(
         refuse(findings)
     if run is not None:
         refuse_changed_rows(ledger, subjects, out)
+    from dbtrain.models.load import load_tokenizer  # loads torch, which a restart does without
+
     tokenizer = load_tokenizer(config.model.single_file_layout or config.model.path)
     registry = Path(config.identifier.registry or out / REGISTRY)
     if run is not None and (folder / INDEX_NAME).exists():

@@ -26,13 +26,16 @@ from dbtrain.fleet.inbox import INBOX
 from dbtrain.fleet.lease import Lease, find_ledger, has_ledger, is_driven
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.results.record import drop_record
-from dbtrain.results.upload import delete_uploads, uploads_of
+from dbtrain.results.upload import delete_copy, uploads_of
+from dbtrain.results.uploading import PAUSES_S
 from dbtrain.storage.atomic import LOCK, held, sweep, sync_folder, write_file
 from dbtrain.subjects.forgotten import Tombstones, bury, change_pending, read_pending, read_tombstones
 from dbtrain.subjects.registry import REGISTRY, forget_identifiers
 from dbtrain.values import SUBJECT_ID
 
 REPORT = "report"
+COPIES = "forgetting-copies.json"
+"""The addresses of forgotten subjects' uploaded copies, from before their folders are removed until the copies are."""
 WAIT_S = 30.0
 """How long to wait for a trainer that was killed to let go of a subject."""
 ERASE = (
@@ -49,9 +52,11 @@ TEXTS = (("subjects", "reason"), ("attempts", "reason"), ("spent", "reason"), ("
 
 @dataclass
 class Forgotten:
-    """What a forgetting has removed, and where copies may be that it cannot reach; a line each."""
+    """What a forgetting has removed, what its stores did not delete (why, by address), and where copies may be that it
+    cannot reach."""
 
     removed: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
     elsewhere: list[str] = field(default_factory=list)
 
     def note(self, number: int, what: str) -> None:
@@ -63,8 +68,8 @@ class Forgotten:
 def forget(out: Path, ids: Sequence[str]) -> Forgotten | None:
     """What was removed of these subjects of a run; None where the driver at work was asked to do it.
 
-    With no ids, a forgetting that was interrupted is ended. Raises DataError for ids that the run does not have, and
-    while a training is at work that takes no requests.
+    With no ids, a forgetting that was interrupted is ended, and copies that a store kept are tried again. Raises
+    DataError for ids that the run does not have, and while a training is at work that takes no requests.
     """
     folder = find_ledger(out)
     fleet = has_ledger(out)
@@ -127,6 +132,7 @@ def end_forgetting(out: Path, ledger: Ledger | None) -> Forgotten:
     ledger's lease."""
     pending, done = read_pending(out), Forgotten()
     if not pending:
+        _delete_copies(out, done)
         return done
     names = sorted(pending)
     done.elsewhere = _elsewhere(out, ledger)
@@ -137,7 +143,7 @@ def end_forgetting(out: Path, ledger: Ledger | None) -> Forgotten:
             _withdraw_requests(find_ledger(out) / INBOX, names)
         _remove_samples(out / "shards", names, done)
         for name in names:
-            _remove_folder(out / "subjects" / name, done)
+            _remove_folder(out, name, done)
         done.note(forget_identifiers(out / REGISTRY, names), f"lines of {REGISTRY}")
         _scrub_texts(out, pending, done)
         _scrub_summary(out, pending, done)
@@ -146,6 +152,7 @@ def end_forgetting(out: Path, ledger: Ledger | None) -> Forgotten:
             if place.is_dir():
                 done.note(len(sweep(place)), f"remains of unfinished writes in {place.name}")
                 sync_folder(place)
+    _delete_copies(out, done)
     change_pending(out, {}, names)
     return done
 
@@ -212,9 +219,10 @@ def _remove_samples(folder: Path, names: Sequence[str], done: Forgotten) -> None
         done.note(1, f"entries of {SKIPPED}")
 
 
-def _remove_folder(folder: Path, done: Forgotten) -> None:
+def _remove_folder(out: Path, name: str, done: Forgotten) -> None:
     """Remove a subject's folder: adapter, samples, checkpoints, log, scores, card. The record goes first, so that no
-    reader takes the rest for a finished subject."""
+    reader takes the rest for a finished subject; where its uploaded copies are is noted before."""
+    folder = out / "subjects" / name
     if folder.is_symlink():
         done.elsewhere.insert(0, f"{folder.resolve()}: {folder.name} was a link to it")
         folder.unlink()
@@ -227,7 +235,10 @@ def _remove_folder(folder: Path, done: Forgotten) -> None:
             if time.monotonic() > until:
                 raise SubjectTaken(f"{folder}: a process still works on this subject; stop it, then run this again")
             time.sleep(0.05)
-        _withdraw_uploads(folder, done)
+        try:
+            _note_copies(out, {*_read_copies(out), *uploads_of(folder)})
+        except DataError as error:
+            done.elsewhere.insert(0, first_line(error))
         files = sum(path.is_file() for path in folder.rglob("*"))
         drop_record(folder)
         shutil.rmtree(folder)
@@ -235,16 +246,38 @@ def _remove_folder(folder: Path, done: Forgotten) -> None:
     sync_folder(folder.parent)
 
 
-def _withdraw_uploads(folder: Path, done: Forgotten) -> None:
-    """Delete the copies that were uploaded from a subject's folder. One that its store does not give up is told."""
-    try:
-        done.note(len(delete_uploads(folder)), "uploaded copies")
-    except Exception as error:  # of a store's own library, too
-        with suppress(DataError):
-            why = f"not deleted there ({first_line(error)})"
-            done.elsewhere[:0] = [f"{address}: {why}" for address in uploads_of(folder)]
-        if not any("not deleted there" in line for line in done.elsewhere):
-            done.elsewhere.insert(0, first_line(error))
+def _read_copies(out: Path) -> list[str]:
+    path = out / COPIES
+    return list(json.loads(path.read_text())) if path.exists() else []
+
+
+def _note_copies(out: Path, addresses: Collection[str]) -> None:
+    """Keep which copies are to be deleted; the note of none is removed."""
+    path, left = out / COPIES, sorted(addresses)
+    if left == _read_copies(out):
+        return
+    if left:
+        write_file(path, json.dumps(left).encode())
+    else:
+        path.unlink()
+        sync_folder(out)
+
+
+def _delete_copies(out: Path, done: Forgotten) -> None:
+    """Delete uploaded copies. Those that a store keeps are tried three times now, and by each later forgetting."""
+    noted = left = _read_copies(out)
+    for pause_s in (0.0, *PAUSES_S):
+        if left:
+            time.sleep(pause_s)
+        done.refused = {}
+        for address in left:
+            try:
+                delete_copy(address)
+            except DataError as error:
+                done.refused[address] = first_line(error)
+        left = list(done.refused)
+    _note_copies(out, left)
+    done.note(len(noted) - len(left), "uploaded copies")
 
 
 def _scrub_texts(out: Path, pending: Mapping[str, Sequence[str]], done: Forgotten) -> None:
@@ -330,4 +363,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 def told(out: Path, done: Forgotten) -> list[str]:
     """What a person is told of a forgetting, a line each."""
     removed = [f"removed: {line}" for line in done.removed] or [f"{named(out.name)}: nothing was left to remove"]
-    return [*removed, *(f"a copy may still be in: {line}" for line in done.elsewhere)]
+    refused = [f"{why}; `dbtrain forget --out {out}` tries it again" for why in done.refused.values()]
+    return [*removed, *refused, *(f"a copy may still be in: {line}" for line in done.elsewhere)]

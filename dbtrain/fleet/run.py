@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from dbtrain.errors import ConfigError, DataError, DbtrainError, FleetError
@@ -11,6 +12,7 @@ from dbtrain.fleet.inbox import take_requests
 from dbtrain.fleet.lease import WHERE, Lease, ledger_folder
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.options import Options, anchored_options, check_after
+from dbtrain.fleet.warm_parent import hosting
 from dbtrain.results.uploading import refuse_address
 from dbtrain.settings.config import RunConfig
 from dbtrain.settings.marks import anchored
@@ -60,36 +62,47 @@ def _run(
             ledger.take_over()
         # Apply requests that the previous driver did not read.
         take_requests(ledger, folder)
-        from dbtrain.fleet.arrivals import Arrivals, wait_for_first
-        from dbtrain.fleet.entry import enter_run, tell
-        from dbtrain.fleet.forgetting import end_forgetting, told
-
-        if (done := end_forgetting(out, ledger)).removed:
-            tell("\n".join(told(out, done)))
-
-        say: Callable[[str], None] = (lambda line: None) if options.quiet else tell
-        if options.watch:
-            wait_for_first(manifest, config, say)
-        index = enter_run(ledger, manifest, config, out, say, options.skip_bad or options.watch)
-        opened()
-        if options.address is None:
-            # Ray reads this when it is imported: a node of its own then listens on the loopback interface only.
-            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        from dbtrain.fleet.cluster import connected
-        from dbtrain.fleet.driver import Driver
-
-        driver = Driver(ledger, index, config, out, options)
-        driver.uploads.add(out / "subjects" / row["id"] for row in ledger.rows() if row["state"] == "finished")
-        if options.watch:
-            driver.arrivals = Arrivals(manifest, config, out, driver.screen.say)
-        if options.watch or not driver.books.view.empty:
-            with connected(options.address, options.local_cpus):
-                driver.drive()
-        if "evaluate" in options.after:
-            sum_up(ledger, out)
-        return driver.uploads.finish(lambda: driver.stopping is not None)
+        work = options.watch or ledger.run() is None or ledger.counts()["waiting"] > 0
+        warm = work and not options.address
+        with hosting(out / "logs" / "warm-parent.log", options.cpus) if warm else nullcontext("") as host:
+            return _drive(manifest, config, out, options, ledger, host, opened)
     finally:
         ledger.close()
+
+
+def _drive(
+    manifest: Path, config: RunConfig, out: Path, options: Options, ledger: Ledger, host: str,
+    opened: Callable[[], object],
+) -> dict[str, DbtrainError]:  # fmt: skip
+    from dbtrain.fleet.arrivals import Arrivals, wait_for_first
+    from dbtrain.fleet.entry import enter_run, tell
+    from dbtrain.fleet.forgetting import end_forgetting, told
+
+    done = end_forgetting(out, ledger)
+    if done.removed or done.refused:
+        tell("\n".join(told(out, done)))
+
+    say: Callable[[str], None] = (lambda line: None) if options.quiet else tell
+    if options.watch:
+        wait_for_first(manifest, config, say)
+    index = enter_run(ledger, manifest, config, out, say, options.skip_bad or options.watch)
+    opened()
+    if options.address is None:
+        # Ray reads this when it is imported: a node of its own then listens on the loopback interface only.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    from dbtrain.fleet.cluster import connected
+    from dbtrain.fleet.driver import Driver
+
+    driver = Driver(ledger, index, config, out, options, host)
+    driver.uploads.add(out / "subjects" / row["id"] for row in ledger.rows() if row["state"] == "finished")
+    if options.watch:
+        driver.arrivals = Arrivals(manifest, config, out, driver.screen.say)
+    if options.watch or not driver.books.view.empty:
+        with connected(options.address, options.local_cpus):
+            driver.drive()
+    if "evaluate" in options.after:
+        sum_up(ledger, out)
+    return driver.uploads.finish(lambda: driver.stopping is not None)
 
 
 def sum_up(ledger: Ledger, out: Path) -> None:

@@ -22,7 +22,7 @@ from dbtrain.fleet.messages import Beat, Died, Failed, Finished, Leaving, Messag
 from dbtrain.fleet.processes import kill
 from dbtrain.fleet.run_folder import cause_of, trouble_of
 from dbtrain.fleet.trainer import STOPPED
-from dbtrain.fleet.warm_parent import WarmParent
+from dbtrain.fleet.warm_parent import WarmParent, new_name
 from dbtrain.machine import oom_kills
 from dbtrain.results.record import drop_record, finished_record
 
@@ -47,11 +47,12 @@ class Worker:
     killed_before  `oom_kills()` when the trainer was last given work; if it is more after a death by SIGKILL, the
                    kernel killed the trainer for memory
     token          what DIR/fleet.token must hold, else DIR is not mounted here
+    host           name of the machine's warm parent, which forks this worker's
     lock           held while link, trainer and generation change
     """
 
-    def __init__(self, name: str, out: str, hang_s: float):
-        self.name, self.out, self.hang_s = name, Path(out), hang_s
+    def __init__(self, name: str, out: str, hang_s: float, host: str = ""):
+        self.name, self.out, self.hang_s, self.host = name, Path(out), hang_s, host or new_name()
         self.parent: WarmParent | None = None
         self.link: Connection | None = None
         self.trainer = self.generation = self.least = self.killed_before = 0
@@ -96,7 +97,7 @@ class Worker:
         if trouble := trouble_of(self.out, self.token):
             return End(cause_of(trouble), trouble)
         try:
-            self.parent = self.parent or WarmParent(self.out / "logs" / f"{self.name}.log")
+            self.parent = self.parent or WarmParent(self.out / "logs" / f"{self.name}.log", self.host)
         except Exception as error:
             return refusal(error) or End("error", f"{type(error).__name__}: {error}")
         return None

@@ -25,14 +25,13 @@ from dbtrain.data.stream import read_samples, verify
 from dbtrain.errors import DataError
 from dbtrain.models.family import Models
 from dbtrain.models.load import base_digest
+from dbtrain.priors import BLOCK
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import held, sweep, write_file
 from dbtrain.storage.kept_tensors import kept_tensor, tensor_damage
 from dbtrain.subjects.prompts import fill, slug
 from dbtrain.values import Role, Sample
 
-BLOCK = 16
-"""Images of a block: enough to keep a device busy, few enough to lose little when a run is stopped."""
 IMPORTED = "imported"
 """The sampler of a user's own class images."""
 KEY_FILE = "key.json"

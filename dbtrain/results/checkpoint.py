@@ -11,12 +11,14 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dbtrain.engines.engine import EngineState
 from dbtrain.errors import DataError
 from dbtrain.results.identity import About, Identity, Relation, difference, relation
 from dbtrain.storage.atomic import file_digest, hidden, sweep, whole_folder
+
+if TYPE_CHECKING:  # loads torch, which a fleet's driver does without
+    from dbtrain.engines.engine import EngineState
 
 STATE, ABOUT, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 STEP_FOLDER = re.compile(r"step-[0-9]{8}")

@@ -188,28 +188,15 @@ def uploads_of(folder: Path) -> dict[str, list[str]]:
         raise DataError(f"{folder / NOTE}: is damaged ({error}); remove it once you know where copies are") from error
 
 
-def delete_uploads(folder: Path) -> list[str]:
-    """The addresses at which a subject's copies were, now deleted: all that `upload` has ever sent from this folder,
-    the record first. For whoever forgets a subject; call it before the folder itself is removed.
-
-    The note of a copy is dropped when the copy is gone, so that a call that failed can be repeated. Raises DataError
-    where a store refuses.
-    """
-    notes = uploads_of(folder)
-    gone = list(notes)
-    for address in gone:
-        try:
-            copy = copy_at(address)
-            copy.remove(RECORD)
-            copy.clear()
-        except Exception as error:  # any library's
-            raise DataError(
-                f"{address}: a copy was not deleted ({first_line(error)}); run the same command again, or delete it "
-                f"yourself and then {folder / NOTE}"
-            ) from error
-        del notes[address]
-        write_file(folder / NOTE, json.dumps(notes, indent=1).encode())
-    return gone
+def delete_copy(address: str) -> None:
+    """Delete a subject's copy at an address, the record first; one that is gone is no error. Raises DataError where a
+    store refuses."""
+    try:
+        copy = copy_at(address)
+        copy.remove(RECORD)
+        copy.clear()
+    except Exception as error:  # any library's
+        raise DataError(f"{address}: the copy was not deleted ({first_line(error)})") from error
 
 
 def _named(record: dict[str, Any]) -> set[str]:

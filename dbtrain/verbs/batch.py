@@ -179,7 +179,7 @@ def forget_verb(
 
     It cannot be undone. The other subjects keep every bit. Killed at any moment, it is run again and ends its work.
     """
-    from dbtrain.fleet.forgetting import forget, told
+    from dbtrain.fleet.forgetting import COPIES, forget, told
 
     done = forget(out, ids or ())
     if done is None:
@@ -190,6 +190,9 @@ def forget_verb(
 
         rebuild(out)
     print_json(asdict(done)) if as_json else typer.echo("\n".join(told(out, done)))
+    if done.refused:
+        raise DataError(f"{len(done.refused)} uploaded copies are still there; run the same command again, or delete "
+                        f"them yourself and then {out / COPIES}")  # fmt: skip
 
 
 def export_verb(

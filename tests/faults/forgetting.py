@@ -1,20 +1,31 @@
 """Forgetting struck at its file operations: what is left of the person, and of the others, after the same again."""
 
+import json
+import shutil
 from pathlib import Path
 
 from dbtrain.data.stream import verify
 from dbtrain.fleet.forgetting import forget
+from dbtrain.results.upload import NOTE
 from dbtrain.subjects.forgotten import PENDING
 from tests.faults.campaigns import ENDS, Tally, half_written
 from tests.faults.kit import Fault, forked, trace
 from tests.kit.forgettable import PERSON, fresh, make_forgettable, needles, neighbours, traces
 
 
+def begin(template: Path, run: Path) -> None:
+    """Make a copy of a run, and beside it the copy of its person that was uploaded."""
+    place, store = fresh(template, run) / "subjects" / PERSON, run.parent / "store" / PERSON
+    shutil.rmtree(store, ignore_errors=True)
+    shutil.copytree(place, store)
+    (place / NOTE).write_text(json.dumps({str(store): ["0" * 64]}))
+
+
 def forget_under_faults(folder: Path, action: str, stride: int = 1, first: int = 1, forever: bool = False) -> Tally:
     """Strike at every `stride`-th operation of a forgetting, from the `first`; then forget again, undisturbed.
 
-    Good: the strike ended the work as it must, and afterwards nothing of the person is found, the others' files have
-    every bit, and nothing half-written is left.
+    Good: the strike ended the work as it must, and afterwards nothing of the person is found, also of a copy that was
+    uploaded, the others' files have every bit, and nothing half-written is left.
     """
     template = make_forgettable(folder)
     wanted, kept, run = needles(template, folder / "input"), neighbours(template), folder / "copy" / "run"
@@ -23,14 +34,14 @@ def forget_under_faults(folder: Path, action: str, stride: int = 1, first: int =
     def work():
         forget(run, [PERSON])
 
-    fresh(template, run)
+    begin(template, run)
     tally.operations = len(trace(work, run.parent))
     for at in range(first, tally.operations + 1, stride):
-        fresh(template, run)
+        begin(template, run)
         struck = forked(work, Fault(action, at, forever=forever), run.parent)
         ended = struck.code in ENDS.get(action, (0, 3)) and "Traceback" not in struck.stderr
         again = forked(work, None, run.parent)
-        left, same = traces(run, wanted), neighbours(run) == kept
+        left, same = traces(run.parent, wanted), neighbours(run) == kept
         clean = not half_written(run) and not verify(run / "shards") and not (run / PENDING).exists()
         good = ended and again.code == 0 and not left and same and clean
         last = struck.operations[-1] if struck.operations else "?"

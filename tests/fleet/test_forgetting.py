@@ -8,7 +8,8 @@ import pytest
 from dbtrain.data.index import Index
 from dbtrain.data.stream import verify
 from dbtrain.errors import DataError
-from dbtrain.fleet.forgetting import end_forgetting, forget, told
+from dbtrain.fleet import forgetting
+from dbtrain.fleet.forgetting import COPIES, end_forgetting, forget, told
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.status import read_rows
 from dbtrain.report.building import rebuild
@@ -87,8 +88,10 @@ def test_a_run_of_train_is_forgotten_without_a_ledger(run, made):
     assert traces(run, made[1]) == [] and neighbours(run) == made[2] and (run / TOMBSTONES).exists()
 
 
-def test_uploaded_copies_are_deleted_and_a_store_that_refuses_is_told(run, tmp_path, monkeypatch):
-    place = run / "subjects" / PERSON
+@pytest.fixture
+def copies(run, tmp_path, monkeypatch):
+    """(addresses of a person's two uploaded copies, the errors that the second one's store still has to give)."""
+    place, errors = run / "subjects" / PERSON, [PermissionError(13, "no right to delete")] * 4
     copies = [tmp_path / "store" / PERSON, tmp_path / "far" / PERSON]
     for copy in copies:
         shutil.copytree(place, copy)
@@ -97,15 +100,49 @@ def test_uploaded_copies_are_deleted_and_a_store_that_refuses_is_told(run, tmp_p
     real = upload.copy_at
 
     def refusing(address):
-        if "far" in address:
-            raise PermissionError(13, "no right to delete")
+        if "far" in address and errors:
+            raise errors.pop()
         return real(address)
 
     monkeypatch.setattr(upload, "copy_at", refusing)
+    monkeypatch.setattr(forgetting, "PAUSES_S", (0.0, 0.0))
+    return copies, errors
+
+
+def test_uploaded_copies_are_deleted_and_one_that_a_store_keeps_is_tried_by_the_next_command(run, tmp_path, copies):
+    (near, far), _ = copies
     done = forget(run, [PERSON])
-    assert not copies[0].exists() and (tmp_path / "store" / "rex-one").is_dir() and copies[1].exists()
-    assert any(str(copies[1]) in line and "not deleted there" in line for line in done.elsewhere), done.elsewhere
-    assert not any(str(copies[0]) in line for line in done.elsewhere) and not place.exists()
+    assert not near.exists() and (tmp_path / "store" / "rex-one").is_dir() and far.exists()
+    assert list(done.refused) == [str(far)] and "uploaded copies: 1" in done.removed
+    assert f"{far}: the copy was not deleted ([Errno 13] no right to delete)" in "\n".join(told(run, done))
+    assert not (run / "subjects" / PERSON).exists() and not (run / PENDING).exists()
+    again = forget(run, [])
+    assert (again.refused, again.removed) == ({}, ["uploaded copies: 1"])
+    assert not far.exists() and not (run / COPIES).exists() and PERSON not in str(list(run.rglob("*")))
+
+
+def test_a_store_that_refuses_for_a_moment_is_tried_again_at_once(run, copies, made):
+    (near, far), errors = copies
+    del errors[2:]
+    done = forget(run, [PERSON])
+    assert (done.refused, near.exists(), far.exists()) == ({}, False, False)
+    assert traces(run, made[1]) == []
+
+
+def test_where_copies_are_is_known_until_they_are_deleted_whenever_a_kill_comes(run, copies, monkeypatch):
+    (near, far), errors = copies
+    errors.clear()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forgetting.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        forget(run, [PERSON])
+    assert near.exists() and far.exists() and json.loads((run / COPIES).read_text()) == sorted([str(near), str(far)])
+    monkeypatch.undo()
+    forget(run, [])
+    assert not near.exists() and not far.exists() and not (run / COPIES).exists()
 
 
 def test_a_link_in_place_of_a_subject_is_unlinked_and_its_target_is_told(run, tmp_path):

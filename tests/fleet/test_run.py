@@ -4,18 +4,23 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
 import pyarrow.parquet
 import pytest
 
+from dbtrain.errors import FleetError
+from dbtrain.fleet import cluster
 from dbtrain.fleet.processes import born
 from dbtrain.fleet.status import read_rows
 from dbtrain.results.record import finished_record
 from tests.kit.fleet_run import (
     ask,
     batch,
+    command,
     digests,
     finish,
     processes,
@@ -26,7 +31,7 @@ from tests.kit.fleet_run import (
     wait_for,
     write_small,
 )
-from tests.kit.main_job import inside
+from tests.kit.main_job import environment, inside
 
 SUBJECTS = " ".join(f"s{number}:{noun}" for number, noun in enumerate(["dog", "cat"] * 5))
 CANARY = "hf_canary0123456789"
@@ -57,6 +62,10 @@ def test_storm(tmp_path):
     calm, out = tmp_path / "calm", tmp_path / "out"
     quiet_run = start(words, calm, HF_TOKEN=CANARY)
     wait_for(lambda: "running" in states(calm).values(), quiet_run, calm)
+    below = processes(quiet_run.pid)
+    assert not [line for pid in below["all"] if b"monitor.py" in (line := command(pid)) or b"dashboard.py" in line]
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in below["trainer"]} == {os.getpriority(os.PRIO_PROCESS, 0)}
+    assert len(below["host"]) == 1 and len(below["warm parent"]) == 2
     second = batch("run", *words, "--out", calm)
     assert second.returncode == 5 and "another driver (pid" in second.stderr
     finish(quiet_run, calm)
@@ -290,3 +299,23 @@ def test_finished_subjects_are_published_though_the_driver_is_killed(tmp_path):
     for name in "abc":
         assert finished_record(far / name) == finished_record(out / "subjects" / name)
     assert "uploaded to" in said(out)
+
+
+def test_a_driver_that_goes_on_loads_no_torch():
+    """It takes seconds of each start. `dbtrain.models.load` is for manifests that have changed."""
+    parts = "verbs.batch fleet.run fleet.entry fleet.arrivals fleet.forgetting fleet.driver fleet.cluster".split()
+    code = f"import sys, {', '.join(f'dbtrain.{part}' for part in parts)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_an_embedded_ray_that_does_not_come_up_is_one_line(monkeypatch):
+    """On a machine with twenty times more work than cores it was a traceback."""
+
+    def late(**_):
+        raise Exception("The current node timed out during startup.\nThis could happen")
+
+    monkeypatch.setattr(cluster.ray, "init", late)
+    told = "embedded Ray: did not start \\(The current node timed out during startup"
+    with pytest.raises(FleetError, match=told), cluster.connected(None, 1):
+        raise AssertionError("it is not up")

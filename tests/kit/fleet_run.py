@@ -98,12 +98,14 @@ def descendants(pid: int) -> dict[int, int]:
 
 
 def processes(driver: int) -> dict[str, list[int]]:
-    """Warm parents, trainers and actors below a driver."""
+    """Processes below a driver by kind: the machine's warm parent (`host`), its forks for workers, theirs, actors."""
     below = descendants(driver)
     names = {pid: command(pid) for pid in below}
     warm = {pid for pid, name in names.items() if b"fleet.warm_parent" in name}
-    parents = [pid for pid in warm if below[pid] not in warm]
+    hosts = [pid for pid in warm if below[pid] not in warm]
+    parents = [pid for pid in warm if below[pid] in hosts]
     return {
+        "host": hosts,
         "warm parent": parents,
         "trainer": [pid for pid, parent in below.items() if parent in parents],
         "actor": [pid for pid, name in names.items() if name.startswith(b"ray::Actor")],

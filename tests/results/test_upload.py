@@ -11,7 +11,7 @@ import pytest
 
 from dbtrain.errors import ConfigError, DataError
 from dbtrain.results.record import finished_record
-from dbtrain.results.upload import NOTE, copy_at, delete_uploads, upload, uploads_of
+from dbtrain.results.upload import NOTE, copy_at, delete_copy, upload, uploads_of
 from tests.faults.kit import Fault, forked, trace
 from tests.kit.object_store import BUCKET, kill_at, object_store
 from tests.kit.published import make_result
@@ -163,14 +163,16 @@ def test_a_longer_training_replaces_its_own_and_takes_old_files_away(result, mem
     assert len(uploads_of(result)["memory://all/rex"]) == 2
 
 
-def test_copies_are_deleted_everywhere(result, tmp_path, memory):
-    for url in ("memory://all", str(tmp_path / "far"), "memory://more/of"):
-        upload(result, url)
+def test_copies_are_deleted_where_they_are_and_nowhere_else(result, tmp_path, memory):
+    addresses = ["memory://all/rex", f"{tmp_path}/far/rex", "memory://more/of/rex"]
+    for address in addresses:
+        upload(result, address.removesuffix("/rex"))
+    assert list(uploads_of(result)) == addresses
     upload(make_result(tmp_path / "out" / "tom"), "memory://all")
-    assert delete_uploads(result) == ["memory://all/rex", f"{tmp_path}/far/rex", "memory://more/of/rex"]
-    assert not (tmp_path / "far" / "rex").exists() and uploads_of(result) == {}
+    for address in (*addresses, *addresses):
+        delete_copy(address)
+    assert not (tmp_path / "far" / "rex").exists()
     assert {name.split("/")[2] for name in memory.find("/")} == {"tom"}
-    assert delete_uploads(result) == []
 
 
 def test_a_copy_that_was_only_begun_is_deleted_too(result, store):
@@ -178,17 +180,15 @@ def test_a_copy_that_was_only_begun_is_deleted_too(result, store):
     with pytest.raises(OSError):
         upload(result, f"s3://{BUCKET}/all")
     assert in_store(store) and "record.json" not in in_store(store)
-    assert delete_uploads(result) == [f"s3://{BUCKET}/all/rex"] and store.objects() == {}
+    delete_copy(f"s3://{BUCKET}/all/rex")
+    assert store.objects() == {}
 
 
-def test_a_copy_that_cannot_be_deleted_is_named_and_deleted_by_the_next_call(result, store):
+def test_a_copy_that_cannot_be_deleted_is_named(result, store):
     upload(result, f"s3://{BUCKET}/all")
     store.behave = lambda number, environ: 503
-    with pytest.raises(DataError, match=f"s3://{BUCKET}/all/rex: a copy was not deleted"):
-        delete_uploads(result)
-    assert list(uploads_of(result)) == [f"s3://{BUCKET}/all/rex"]
-    store.behave = lambda number, environ: None
-    assert delete_uploads(result) and store.objects() == {}
+    with pytest.raises(DataError, match=f"s3://{BUCKET}/all/rex: the copy was not deleted"):
+        delete_copy(f"s3://{BUCKET}/all/rex")
 
 
 def struck(result, far):
