@@ -270,9 +270,8 @@ def count(
             why = first_line(error) or "it wants a mask of its captions"
     else:
         raise ConfigError(f"{name}: cannot be counted without real numbers: {why}")
-    parts = dict(sorted(costs.parts.items()))
     sizes = (step.layers, step.params, step.trained)
-    return Counts(name, subjects, *sizes, costs.operations, forward, kept, parts)
+    return Counts(name, subjects, *sizes, costs.operations, forward, kept, dict(sorted(costs.parts.items())))
 
 
 def _masked(family: Family, device: str | None) -> Family:

@@ -110,7 +110,7 @@ def steadying(unet) -> list:
     The last two channels of everything that a norm sees are opposite constants, so much larger than all others that
     they alone make its deviation. Behind a norm they are zero. Layers that see them otherwise have zeros for them.
     """
-    first, *others = unet.down_blocks[0].resnets[0], *unet.up_blocks[0].resnets
+    first, others = unet.down_blocks[0].resnets[0], [*unet.up_blocks[0].resnets]
     pair, width = [-2, -1], unet.conv_in.out_channels
     values, both = torch.tensor([CONSTANT, -CONSTANT]), [width - 2, width - 1, -2, -1]
     parts: list = []

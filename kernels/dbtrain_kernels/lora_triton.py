@@ -177,12 +177,12 @@ def add_block(
 class Blocks(NamedTuple):
     """How the columns of a low-rank factor are shared by programs.
 
-    rank: columns of a block, of `count` blocks. widest: most columns of the wide side that one has. starts, LAYERS,
+    rank: columns of a block, of `number` blocks. widest: most columns of the wide side that one has. starts, LAYERS,
     ALIGN: what the kernels take; without layers `starts` is not read.
     """
 
     rank: int
-    count: int
+    number: int
     widest: int
     starts: Tensor
     LAYERS: bool = False
@@ -248,8 +248,8 @@ def shrunk(
     subjects, width = len(scale_N), wide.shape[-1]
     tokens, tile = wide.numel() // width // subjects, TILES[wide.dtype]
     small_NTG = wide.new_empty((subjects, tokens, deep), dtype=torch.float32)
-    shrink[(triton.cdiv(tokens, tile), subjects * blocks.count)](
-        wide, matrix, scale_N, small_NTG, blocks.starts, tokens, width, blocks.rank, deep, blocks.count,
+    shrink[(triton.cdiv(tokens, tile), subjects * blocks.number)](
+        wide, matrix, scale_N, small_NTG, blocks.starts, tokens, width, blocks.rank, deep, blocks.number,
         matrix.stride(0), *strides, RANK=_padded(blocks.rank), TILE=tile, **blocks.chosen, **_products(wide.dtype),
     )  # fmt: skip
     return small_NTG
@@ -261,9 +261,9 @@ def expanded(
     """out = base + small @ matrix^T; strides are (width, rank) of the matrix."""
     subjects, tokens, deep = small_NTG.shape
     width, tile, rank = out.shape[-1], TILES[out.dtype], _padded(blocks.rank)
-    expand[(triton.cdiv(tokens, tile), triton.cdiv(blocks.widest, tile), subjects * blocks.count)](
+    expand[(triton.cdiv(tokens, tile), triton.cdiv(blocks.widest, tile), subjects * blocks.number)](
         small_NTG, matrix, out if base is None else base, out, blocks.starts, tokens, width, blocks.rank, deep,
-        blocks.count, matrix.stride(0), *strides, RANK=rank, DEEP=_depth(rank, out.dtype), TILE=tile,
+        blocks.number, matrix.stride(0), *strides, RANK=rank, DEEP=_depth(rank, out.dtype), TILE=tile,
         ADD=base is not None, **blocks.chosen, **_products(out.dtype),
     )  # fmt: skip
 
@@ -281,9 +281,9 @@ def outer_sums(
     if parts > 1:
         into = tuple(one.new_empty((parts, *one.shape), dtype=torch.float32) for one in into)  # type: ignore[assignment]
     strides = [stride for one in into for stride in (one.stride(0), one.stride(-3))]
-    outer[(triton.cdiv(max(width, layers.widest), tile), parts, subjects * (downs.count + layers.count))](
+    outer[(triton.cdiv(max(width, layers.widest), tile), parts, subjects * (downs.number + layers.number))](
         grad_NTG, x, into[0], small_NTG, grad, into[1], layers.starts, tokens, width, out_width, deep, downs.rank,
-        layers.rank, downs.count, layers.count, *strides, DOWN_RANK=_padded(downs.rank), RANK=_padded(layers.rank),
+        layers.rank, downs.number, layers.number, *strides, DOWN_RANK=_padded(downs.rank), RANK=_padded(layers.rank),
         TILE=tile, SPLIT=split, ADD=add and parts == 1, **layers.chosen, **_products(x.dtype),
     )  # fmt: skip
     if parts > 1:

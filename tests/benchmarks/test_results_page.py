@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import results_page
+from benchmarks import results_figures, results_page
 
 
 def test_both_pages_are_up_to_date():
@@ -34,4 +34,4 @@ def test_a_result_says_its_machine_commit_and_command():
 
 @pytest.mark.parametrize("ratio, said", [(1.25, "1.25 times less"), (0.8, "1.25 times more")])
 def test_a_ratio_is_said_in_words(ratio, said):
-    assert results_page.times(ratio) == said
+    assert results_figures.times(ratio) == said
