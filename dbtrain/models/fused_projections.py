@@ -82,8 +82,10 @@ def _stacked(params: Sequence[nn.Parameter]) -> Tensor:
 def joined(matrices: Sequence[Tensor]) -> Tensor:
     """Matrices [N, S, W] that lie one after another in the rows of an arena, as one view [N, sum of S, W]."""
     first, place = matrices[0], matrices[0].storage_offset()
+    rows = int(len(first) == 1)  # one row's stride says nothing, and may be any number
     for matrix in matrices:
-        assert matrix.storage_offset() == place and matrix.stride() == first.stride(), "not side by side in an arena"
+        alike = matrix.storage_offset() == place and matrix.stride()[rows:] == first.stride()[rows:]
+        assert alike, "not side by side in an arena"
         place += matrix[0].numel()
     shape = (len(first), sum(matrix.shape[1] for matrix in matrices), first.shape[2])
     return first.as_strided(shape, first.stride(), first.storage_offset())

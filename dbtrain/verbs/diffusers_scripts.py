@@ -57,7 +57,7 @@ EDM = ("the script's loss is the error of the clean image; dbtrain's is EDM's ow
        "weighs clean levels more")  # fmt: skip
 WHOLE = (
     "bases in few bits (nf4, SDNQ) are not read: set model.path to a folder of the whole weights in bf16; captions of "
-    "JSON lose their braces in a recipe, so keep them beside the photos"
+    "JSON are not taken, since braces stand for placeholders: write them as plain text"
 )
 MIRRORED = "the script mirrors the noise levels that it draws; here they are those of the model's scheduler"
 

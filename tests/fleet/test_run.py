@@ -13,7 +13,6 @@ import pyarrow.parquet
 import pytest
 
 from dbtrain.errors import FleetError
-from dbtrain.fleet import cluster
 from dbtrain.fleet.processes import born
 from dbtrain.fleet.status import read_rows
 from dbtrain.results.record import finished_record
@@ -315,6 +314,7 @@ def test_an_embedded_ray_that_does_not_come_up_is_one_line(monkeypatch):
     def late(**_):
         raise Exception("The current node timed out during startup.\nThis could happen")
 
+    cluster = pytest.importorskip("dbtrain.fleet.cluster", exc_type=ImportError)
     monkeypatch.setattr(cluster.ray, "init", late)
     told = "embedded Ray: did not start \\(The current node timed out during startup"
     with pytest.raises(FleetError, match=told), cluster.connected(None, 1):

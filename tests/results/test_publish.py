@@ -191,7 +191,7 @@ def drawing(family, pipeline):
     """The pipeline; of one that enlarges, after a small picture."""
     if family.guide is None:
         return pipeline
-    enlarger = Enlarger(pipeline, 4, family.guide.enlarged, 0, SampleConfig(steps=2), "fp32")
+    enlarger = Enlarger(pipeline, 4, False, family.guide.enlarged, 0, SampleConfig(steps=2), "fp32")
     return Chain([Image.effect_mandelbrot((16, 16), (-2, -1, 1, 1), 50).convert("RGB")], (enlarger,))
 
 
