@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 ALIGNED = 16
 """Bytes to which tensors that are sent together are aligned."""
@@ -185,3 +185,12 @@ class StepLoss:
     loss: Tensor
     per_sample_B: Tensor
     weight_B: Tensor
+
+
+class Parts(NamedTuple):
+    """A denoiser's weights on disk. make() -> the denoiser, its weights as they come. names: its tensors on disk.
+    tensor(name) -> one of them, on the CPU."""
+
+    make: Callable[[], nn.Module]
+    names: Sequence[str]
+    tensor: Callable[[str], Tensor]

@@ -21,8 +21,8 @@ from dbtrain.engines.engine import BatchPlan, EngineState, ParamGroup
 from dbtrain.engines.loss_scale import KIND, LossScales
 from dbtrain.engines.world import BACKENDS, World
 from dbtrain.errors import ConfigError, EngineError
-from dbtrain.models.family import Parts
 from dbtrain.settings.config import RunConfig
+from dbtrain.values import Parts
 
 
 def zero_keys() -> set[str]:

@@ -35,7 +35,7 @@ PEER = struct.Struct("3i")
 """pid, uid and gid of a socket's other end, as SO_PEERCRED gives them."""
 MOST = 2**20
 """Bytes of an environment."""
-ANSWER_S = 30.0
+ANSWER_S = 120.0
 """Seconds for the machine's warm parent to take connections (it does so before it imports anything)."""
 LINGER_S = 10.0
 

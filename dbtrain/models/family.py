@@ -20,19 +20,10 @@ from dbtrain.models.attention import Attention, engage_attention
 from dbtrain.models.texts import Texts
 from dbtrain.objective.noise import Schedule
 from dbtrain.settings.config import ModelConfig, RunConfig
-from dbtrain.values import Batch, Conditioning
+from dbtrain.values import Batch, Conditioning, Parts
 
 Tokens = tuple[Tensor, ...]
 """Token ids [B, T], one tensor a text encoder, and then the masks that a family needs."""
-
-
-class Parts(NamedTuple):
-    """A denoiser's weights on disk. make() -> the denoiser, its weights as they come. names: its tensors on disk.
-    tensor(name) -> one of them, on the CPU."""
-
-    make: Callable[[], nn.Module]
-    names: Sequence[str]
-    tensor: Callable[[str], Tensor]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from dbtrain.engines.unit_scale import drop_unit_divisions
 from dbtrain.errors import ConfigError, DataError, first_line
 from dbtrain.models.architectures import class_of
 from dbtrain.models.base_check import base_problem, marks_of, path_problem
-from dbtrain.models.family import Family, Models, Parts, encode_texts, is_local
+from dbtrain.models.family import Family, Models, encode_texts, is_local
 from dbtrain.models.parts import parts_of
 from dbtrain.models.schedules import changed
 from dbtrain.models.texts import Texts
@@ -23,6 +23,7 @@ from dbtrain.objective.noise import discrete_schedule
 from dbtrain.settings.config import ModelConfig
 from dbtrain.storage.atomic import file_digest
 from dbtrain.tiny import NAMED
+from dbtrain.values import Parts
 
 A_HUB_ID = "a hub id (fetched once; without network it must be in the hub's cache)"
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dbtrain.models.base_check import read_header, weight_files
-from dbtrain.models.family import Parts
+from dbtrain.values import Parts
 
 
 def parts_of(loader: Any, folder: Path, variant: str | None) -> Parts:

@@ -317,7 +317,8 @@ def test_diffusers_predicts_alike_from_a_published_adapter(loaded, tmp_path):
     pipeline.load_lora_weights(tmp_path)
     theirs = predict()
     pipeline.unload_lora_weights()
-    assert (ours - theirs).abs().max() == 0
+    # Equal to the bit on most processors; on some, a product of other shapes rounds otherwise.
+    assert (ours - theirs).abs().max() <= 2**-18
     assert (ours - plain).abs().max() > 1e-3 and torch.equal(plain, predict())
 
 
