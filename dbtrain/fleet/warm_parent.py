@@ -35,8 +35,11 @@ PEER = struct.Struct("3i")
 """pid, uid and gid of a socket's other end, as SO_PEERCRED gives them."""
 MOST = 2**20
 """Bytes of an environment."""
-ANSWER_S = 120.0
-"""Seconds for the machine's warm parent to take connections (it does so before it imports anything)."""
+START_S = 120.0
+"""Seconds for the machine's warm parent to take connections. It does so before it imports anything, but a machine may
+have more work than cores."""
+ANSWER_S = 30.0
+"""Seconds for a process to say or do what it does at once."""
 LINGER_S = 10.0
 
 
@@ -106,7 +109,7 @@ def peer(link: socket.socket) -> tuple[int, int]:
 
 def connect(host: str, log: Path) -> socket.socket:
     """A socket to the machine's warm parent of this name. OSError if there is none and none can be started."""
-    process, until = None, time.monotonic() + ANSWER_S
+    process, until = None, time.monotonic() + START_S
     while True:
         link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
