@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dbtrain.tiny import ASSETS, BASE, CLIP, IDENTITY
-from dbtrain_embedded import autoencoder, denoiser, encoders, export, pool
+from dbtrain_embedded import autoencoder, denoiser, encoders, export, pool, upscaler
 
 
 def test_shipped_weights_can_be_trained_on_without_their_checkpoints(tmp_path, monkeypatch):
@@ -24,8 +24,10 @@ def test_shipped_weights_can_be_trained_on_without_their_checkpoints(tmp_path, m
     for folder in (BASE, CLIP, IDENTITY):
         monkeypatch.setattr(export, folder.name.upper(), tmp_path / folder.name)
     export.export(tmp_path)
+    upscaler.train(tmp_path, 0)
+    upscaler.export(tmp_path, tmp_path / "upscaler")
     files = [path.relative_to(ASSETS) for path in ASSETS.rglob("*.safetensors")]
-    assert len(files) == 5
+    assert len(files) == 7
     for file in files:
         written, shipped = load_file(tmp_path / file), load_file(ASSETS / file)
         assert written.keys() == shipped.keys() and all(torch.equal(written[k], shipped[k]) for k in shipped), file
