@@ -58,17 +58,16 @@ def doubled(self, batch, step, noisy):
     return replace(batch, guide_BCHW=noisy, level_B=self.noised(batch, step).index_B)
 
 
-def tuned(arm: str, options: argparse.Namespace) -> Path:
-    """The folder of the subjects' folders, all trained with an arm's settings by dbtrain."""
-    out = options.out / arm.replace(" ", "-").replace("'", "")
+def tuned(arm: str, subject: str, options: argparse.Namespace) -> Path:
+    """The pipeline folder of a subject, trained with an arm's settings by dbtrain."""
     settings = [f"train.steps={options.steps}", "train.batch=2", f"train.lr={options.lr}"]
     settings += [f"super.level={ARMS[arm][0]}", "sample.images=1", "sample.prompts=['a photo of {subject}']"]
-    photos = demo.write(options.out / "photos", tuple(options.subjects), upscaler.SIDE)
+    photos = demo.write(options.out / "photos" / subject, (subject,), upscaler.SIDE)
     with patch.object(TrainingStep, "guided", doubled) if arm == FAULT else nullcontext():
-        done = dbtrain.train_manifest(photos, out, "tiny_upscaler", settings)
+        done = dbtrain.train_manifest(photos, options.out / subject / arm.replace(" ", "-"), "tiny_upscaler", settings)
     if done.failed:
         raise SystemExit(f"{arm}: {done.failed}")
-    return out / "subjects"
+    return done.results[0].folder / "model"
 
 
 def enlarged_by(arm: str, folder: Path, low: list, prompt: str) -> torch.Tensor:
@@ -78,24 +77,21 @@ def enlarged_by(arm: str, folder: Path, low: list, prompt: str) -> torch.Tensor:
     guide = upscaler.to_tensor([upscaler.enlarged(picture) for picture in low])
     if arm == "bicubic":
         return guide
-    pipe = IFSuperResolutionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = IFSuperResolutionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return upscaler.sample(pipe, guide, [prompt] * len(low), ARMS[arm][1])
 
 
-def measure(arm: str, options: argparse.Namespace, identity) -> dict:
-    """Subject -> {"PSNR", "patch distance"}: one value a picture, to its truth."""
-    place, found = tuned(arm, options) if ARMS[arm][0] is not None else None, {}
-    for subject in options.subjects:
-        truth = demo.pictures(subject, PLACES, upscaler.SIDE, first=50)
-        low = [upscaler.reduced(picture) for picture in truth]
-        folder = place / subject / "model" if place else UPSCALER
-        made = enlarged_by(arm, folder, low, f"a photo of a {demo.SUBJECTS[subject][0]}")
-        found[subject] = {
-            "PSNR": upscaler.psnr(made, upscaler.to_tensor(truth)).tolist(),
-            "patch distance": [tile_distance(identity, a, b) for a, b in zip(to_images(made), truth, strict=True)],
-        }
-    return found
+def measure(arm: str, subject: str, options: argparse.Namespace, identity) -> dict:
+    """{"PSNR", "patch distance"} of one subject: one value a picture, to its truth."""
+    folder = UPSCALER if ARMS[arm][0] is None else tuned(arm, subject, options)
+    truth = demo.pictures(subject, PLACES, upscaler.SIDE, first=50)
+    low = [upscaler.reduced(picture) for picture in truth]
+    made = enlarged_by(arm, folder, low, f"a photo of a {demo.SUBJECTS[subject][0]}")
+    return {
+        "PSNR": upscaler.psnr(made, upscaler.to_tensor(truth)).tolist(),
+        "patch distance": [tile_distance(identity, a, b) for a, b in zip(to_images(made), truth, strict=True)],
+    }
 
 
 def means(found: dict, measured: str) -> list:
@@ -105,23 +101,24 @@ def means(found: dict, measured: str) -> list:
 
 def report(result: dict) -> str:
     """The results as Markdown."""
-    names = ("way", "PSNR", f"more than {UNTUNED}", "patch distance", f"less than {UNTUNED}")
+    names = ("way", "subjects", "PSNR", f"more than {UNTUNED}", "1,000 patch distance", f"less than {UNTUNED}")
     about = "; ".join(f"{key} {value}" for key, value in result["about"].items())
     lines = [
         "# The embedded upscaler, tuned on a subject",
         "",
         f"{about}.",
-        f"{len(result['subjects'])} subjects: {', '.join(result['subjects'])}. Each has five photos of 128 pixels,",
-        f"and {len(PLACES)} pictures in other places, reduced to 64 pixels and enlarged again. Mean over subjects",
-        "[95 % interval over subjects]; PSNR in dB and patch distance, quarter by quarter, to the true picture.",
+        f"Each subject has five photos of 128 pixels to train on, and {len(PLACES)} pictures in other places, reduced",
+        "to 64 pixels and enlarged again. Mean over subjects [95 % interval over subjects]; PSNR in dB and patch",
+        "distance, quarter by quarter, to the true picture. Differences are of the same subjects.",
         "",
         f"| {' | '.join(names)} |",
         "|---" * len(names) + "|",
     ]
     for arm, found in result["arms"].items():
-        cells = []
-        for measured, sign in (("PSNR", 1), ("patch distance", -1)):
-            own, base = means(found, measured), means(result["arms"][UNTUNED], measured)
+        cells = [str(len(found))]
+        for measured, sign, scale in (("PSNR", 1, 1), ("patch distance", -1, 1000)):
+            same = {subject: result["arms"][UNTUNED][subject] for subject in found}
+            own, base = ([scale * value for value in means(each, measured)] for each in (found, same))
             gained = [sign * (a - b) for a, b in zip(own, base, strict=True)]
             cells += [shown(mean_interval(own).row()), "" if arm == UNTUNED else shown(mean_interval(gained).row())]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
@@ -129,32 +126,34 @@ def report(result: dict) -> str:
 
 
 def main() -> None:
-    """Measure what is missing, arm by arm, and write the two files."""
+    """Measure what is missing, subject by subject, and write the two files after each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="trainings and scores, kept")
+    parser.add_argument("--out", type=Path, required=True, help="trainings and scores, kept; one folder for one setup")
     parser.add_argument("--subjects", nargs="+", default=["dog-tan", "robot-white", "backpack-red"])
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the files are written")
     options = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
-    identity, arms, options.out = load_identity(), {}, options.out.resolve()
+    options.out = options.out.resolve()
     about = {"machine": f"{platform.machine()}, 1 thread", "torch": torch.__version__, "commit": commit(),
              "diffusers": diffusers.__version__, "steps": options.steps, "batch": 2, "lr": options.lr}  # fmt: skip
-    for arm in ARMS:
-        kept = options.out / f"{arm.replace(' ', '-')}.json"
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_file(kept, json.dumps(measure(arm, options, identity)).encode())
-        arms[arm] = json.loads(kept.read_text(encoding="utf-8"))
-        print(arm, [round(value, 2) for value in means(arms[arm], "PSNR")], flush=True)
-        if UNTUNED not in arms:
-            continue
-        result = {"about": about, "subjects": options.subjects, "arms": arms}
-        target = options.results / f"second-stage_cpu_{time.strftime('%Y%m')}"
-        target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        target.with_suffix(".md").write_text(report(result), encoding="utf-8")
+    identity, arms = load_identity(), {}
+    for arm in sorted({UNTUNED, *options.arms}, key=[UNTUNED, *ARMS].index):
+        arms[arm] = {}
+        for subject in options.subjects:
+            kept = options.out / subject / f"{arm.replace(' ', '-')}.json"
+            if not kept.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_file(kept, json.dumps(measure(arm, subject, options, identity)).encode())
+            arms[arm][subject] = json.loads(kept.read_text(encoding="utf-8"))
+            print(arm, subject, means({subject: arms[arm][subject]}, "PSNR"), flush=True)
+            result = {"about": about, "arms": arms}
+            target = options.results / f"second-stage_cpu_{time.strftime('%Y%m')}"
+            target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            target.with_suffix(".md").write_text(report(result), encoding="utf-8")
 
 
 if __name__ == "__main__":
