@@ -245,6 +245,16 @@ def upscaler_quality(result: Result) -> Figures:
     ]
 
 
+def second_stage(result: Result) -> Figures:
+    """Each arm's mean over subjects of their pictures."""
+    figures = []
+    for arm, found in result["arms"].items():
+        values = [[sum(one[what]) / len(one[what]) for one in found.values()] for what in ("PSNR", "patch distance")]
+        told = "{:.2f} dB; {:.4f}".format(*(sum(each) / len(each) for each in values))
+        figures.append((f"{len(found)} subjects, {arm}: PSNR and patch distance to the truth", told))
+    return figures
+
+
 def packed_drawing(result: Result) -> Figures:
     figures = []
     for row in result["rows"]:
@@ -289,6 +299,9 @@ MEASUREMENTS = {
     "tiny-quality": Measurement("The embedded base", tiny_quality, "python benchmarks/tiny_quality.py"),
     "upscaler-quality": Measurement(
         "The embedded upscaler", upscaler_quality, "python benchmarks/upscaler_quality.py --count 16"
+    ),
+    "second-stage": Measurement(
+        "The embedded upscaler, tuned on a subject", second_stage, "python benchmarks/second_stage.py"
     ),
     "paper-shape": Measurement("The shape of the paper's tables on the embedded base", paper_shape, f"{PAPER_SHAPE} 8"),
     "paper-shape-60-steps": Measurement("The same with 60 steps and three seeds", paper_shape, SIXTY_STEPS),

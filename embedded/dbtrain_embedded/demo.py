@@ -35,25 +35,35 @@ def find(noun: str, vendor: str, name: str, split: str = "heldout") -> int:
     return next(i for i, row in enumerate(rows) if (row.noun, row.vendor, row.name) == (noun, vendor, name))
 
 
-def pictures(subject: str, places: tuple = SCENES) -> list:
-    """One 64 x 64 picture of a drawn subject in each place; size, direction and position differ from place to place."""
+def pictures(subject: str, places: tuple = SCENES, side: int = world.SIDE, first: int = 0) -> list:
+    """One `side` x `side` picture of a drawn subject in each place; size, direction and position differ.
+
+    The layout of picture i is that of number `first` + i of the subject's hundred; it is the same at 64 and at 128
+    pixels. The demo's own pictures are the first of them.
+    """
     noun, vendor, name = SUBJECTS[subject]
-    sprite, seed = find(noun, vendor, name), 50_000 + 100 * list(SUBJECTS).index(subject)
+    sprite, seed = find(noun, vendor, name), 50_000 + 100 * list(SUBJECTS).index(subject) + first
     return [
-        world.render(Facts(noun, sprite, place), world.stream(seed + i), "heldout") for i, place in enumerate(places)
+        world.render(Facts(noun, sprite, place), world.stream(seed + i), "heldout", side)
+        for i, place in enumerate(places)
     ]
+
+
+def write(folder: Path, subjects: tuple = tuple(SUBJECTS), side: int = world.SIDE) -> Path:
+    """Write `folder`/<subject>/*.png of drawn subjects and `folder`/subjects.csv; the manifest's path."""
+    lines = ["subject,class,images"]
+    for subject in subjects:
+        (folder / subject).mkdir(parents=True, exist_ok=True)
+        for index, picture in enumerate(pictures(subject, side=side)):
+            picture.save(folder / subject / f"{index:02d}.png", optimize=True)
+        lines.append(f"{subject},{SUBJECTS[subject][0]},{subject}")
+    (folder / "subjects.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "subjects.csv"
 
 
 def build_drawn() -> None:
     """Write assets/demo/<subject>/*.png and assets/demo/subjects.csv."""
-    lines = ["subject,class,images"]
-    for subject, (noun, _, _) in SUBJECTS.items():
-        folder = ASSETS / "demo" / subject
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(pictures(subject)):
-            picture.save(folder / f"{index:02d}.png", optimize=True)
-        lines.append(f"{subject},{noun},{subject}")
-    (ASSETS / "demo" / "subjects.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write(ASSETS / "demo")
 
 
 def build_real(dataset: Path, side: int = 160) -> None:
