@@ -376,8 +376,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-SIZES = {"cross_attention_dim": "width", "joint_attention_dim": "width", "pooled_projection_dim": "pooled",
-         "cap_feat_dim": "width", "caption_channels": "width", "sample_size": "latent_side"}  # fmt: skip
+WIDTHS = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "caption_channels", "llm_features_dim")
+SIZES = dict.fromkeys(WIDTHS, "width") | {"pooled_projection_dim": "pooled", "sample_size": "latent_side"}
 """Entries of a denoiser's configuration that say how large captions are, and the latents of a U-Net."""
 
 

@@ -100,7 +100,8 @@ def test_the_table_names_what_bounds(counts):
     assert "attention, backward" not in table([row, row])
 
 
-COUNTED = [name for name, family in FAMILIES.items() if family.shapes and family.guide is None]
+COUNTED = [name for name, family in FAMILIES.items() if family.shapes and family.guide is None and name != "ideogram4"]
+"""Ideogram's denoiser asks for autocast on the device of its positions, which the meta device does not have."""
 
 
 def test_what_is_not_counted_says_so(model_folders):

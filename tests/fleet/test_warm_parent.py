@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from contextlib import contextmanager
 from multiprocessing import Pipe
@@ -115,10 +116,10 @@ def test_what_a_killed_machines_warm_parent_forked_works_on_and_the_next_worker_
 def test_two_that_start_a_machines_warm_parent_at_once_share_one(tmp_path):
     name = new_name()
     processes = [start_host(name, tmp_path / "log") for _ in range(2)]
-    link = connect(name, tmp_path / "log")
-    wait_for(lambda: sum(process.poll() is None for process in processes) == 1)
-    assert peer(link)[0] in {process.pid for process in processes}
-    link.close()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+        wait_for(lambda: link.connect_ex(f"\0{name}") == 0)
+        wait_for(lambda: sum(process.poll() is None for process in processes) == 1)
+        assert peer(link)[0] in {process.pid for process in processes}
     for process in processes:
         process.kill()
         process.wait()
