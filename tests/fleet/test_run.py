@@ -65,7 +65,9 @@ def test_storm(tmp_path):
     assert not [line for pid in below["all"] if b"monitor.py" in (line := command(pid)) or b"dashboard.py" in line]
     assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in below["trainer"]} == {os.getpriority(os.PRIO_PROCESS, 0)}
     assert len(below["host"]) == 1 and len(below["warm parent"]) == 2
+    quiet_run.send_signal(signal.SIGSTOP)  # so that it is still there when the second one looks
     second = batch("run", *words, "--out", calm)
+    quiet_run.send_signal(signal.SIGCONT)
     assert second.returncode == 5 and "another driver (pid" in second.stderr
     finish(quiet_run, calm)
     assert set(states(calm).values()) == {"finished"}
