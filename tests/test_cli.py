@@ -1,9 +1,9 @@
 """The command line: quick help with examples, exit codes, and no traceback unless it is asked for."""
 
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import typer
@@ -54,11 +54,12 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path):
     cached["PYTHONPYCACHEPREFIX"] = str(tmp_path)  # compiled files, as a user has them, but not in the sources
     took_s = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=60, env=cached)
-        took_s.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took_s.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
         assert done.stdout.splitlines()[-1] == "[]"
-    assert min(took_s) < 0.5  # the best of three: the machine may be busy with something else
+    assert min(took_s) < 0.5  # of the processor, which may be busy with something else
 
 
 @pytest.mark.parametrize("kind", [errors.DbtrainError, *errors.DbtrainError.__subclasses__()])

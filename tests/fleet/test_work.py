@@ -18,13 +18,14 @@ from tests.kit.fleet_run import ask, finish, processes, said, start, states, wai
 
 def test_charges_sum_to_the_time_that_passed():
     for slots in (1, 2, 3):
-        begin = time.monotonic()
+        before = time.monotonic()
         charges = Charges(["a", "b", "c"], slots)
-        costs = []
+        begun, costs = time.monotonic(), []
         for name in ("b", "a", "c"):
             time.sleep(0.02)
+            ended = time.monotonic()
             costs.append(charges.end(name))
-        assert sum(costs) == pytest.approx(time.monotonic() - begin, abs=0.005)
+        assert ended - begun <= sum(costs) + 1e-9 and sum(costs) <= time.monotonic() - before + 1e-9
         assert slots > 1 or costs[0] == 0.0
 
 
