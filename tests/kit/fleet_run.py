@@ -15,7 +15,7 @@ import psutil
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.fleet.processes import born
 from dbtrain.values import Subject
-from tests.kit.main_job import ROOT, environment, inside, write_job
+from tests.kit.main_job import ROOT, environment, heed_ctrl_c, inside, write_job
 
 SMALL = ["data.resolution=16", "train.steps=2", "train.batch=1", "lora.rank=1", "prior.images=2", "prior.steps=1",
          "sample.images=0"]  # fmt: skip
@@ -36,7 +36,9 @@ def start(words: list[str], out: Path, *more: str, poison: bool = False, **varia
     surroundings = {**environment(), "PYTHONPATH": os.pathsep.join(paths), **variables}
     command = [sys.executable, "-m", "dbtrain", "batch", "run", *map(str, words), "--out", str(out), *map(str, more)]
     with open(f"{out}.err", "ab") as log:
-        return subprocess.Popen(command, env=surroundings, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            command, env=surroundings, stdout=log, stderr=log, start_new_session=True, preexec_fn=heed_ctrl_c
+        )
 
 
 def batch(*words: object) -> SimpleNamespace:

@@ -90,11 +90,15 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": roots, "PATH": binaries, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def heed_ctrl_c() -> None:
+    """For a process that begins: a shell's background jobs ignore Ctrl-C, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(words: list[str], **options) -> subprocess.Popen:
     """`dbtrain WORDS` as a process of its own."""
     command = [sys.executable, "-m", "dbtrain", *map(str, words)]
-    # A shell's background jobs ignore Ctrl-C, and their children inherit that.
-    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    options.setdefault("preexec_fn", heed_ctrl_c)
     return subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
