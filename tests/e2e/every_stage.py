@@ -17,7 +17,12 @@ def train_all(entries: list[dict]) -> None:
         assert not failed, failed
 
 
-if __name__ == "__main__":
+def train_plan(plan: Path) -> None:
+    """Train a plan's entries as a rank of the world that the environment names."""
     start_world()
-    train_all(json.loads(Path(sys.argv[-1]).read_text()))
+    train_all(json.loads(plan.read_text()))
     stop_world()
+
+
+if __name__ == "__main__":
+    train_plan(Path(sys.argv[-1]))

@@ -9,7 +9,8 @@ import pytest
 
 from dbtrain.results.checkpoint import file_digest
 from dbtrain.results.publish import LORA_FILE
-from tests.kit.main_job import dbtrain, start, write_job
+from tests.kit.forked import dbtrain, start
+from tests.kit.main_job import write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SUBJECTS = "rex:dog tom:cat ben:dog ada:cat"

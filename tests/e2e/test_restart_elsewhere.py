@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.every_stage import train_all
-from tests.e2e.test_launcher import LOSS_REL, ROOT, STEADY, WEIGHT_ABS, launch, log, run, weights
+from tests.e2e.every_stage import train_all, train_plan
+from tests.e2e.test_launcher import LOSS_REL, STEADY, WEIGHT_ABS, free_port, log, weights
+from tests.kit.forked import ranks
 from tests.kit.main_job import small_config, write_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -41,14 +42,14 @@ def start_at(folder: Path, source: str, target: str, step: int) -> None:
     shutil.copytree(folder / source / name, folder / target / name)
 
 
-def train_at(folder: Path, ranks: int, entries: list[dict]) -> None:
+def train_at(folder: Path, count: int, entries: list[dict]) -> None:
     """Train a plan at so many ranks; one rank is this process."""
-    if ranks == 1:
+    if count == 1:
         train_all(entries)
         return
     plan = folder / "plan.json"
     plan.write_text(json.dumps(entries))
-    run(launch([ROOT / "tests/e2e/every_stage.py", plan], "--num_gpus", str(ranks)))
+    ranks(count, free_port(), train_plan, plan)
 
 
 @pytest.fixture(scope="module")

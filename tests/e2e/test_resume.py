@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dbtrain.storage.atomic import file_digest
-from tests.kit.main_job import dbtrain, inside, start, write_job
+from tests.kit.forked import dbtrain, start
+from tests.kit.main_job import inside, write_job
 
 # Seconds each on an idle machine; a busy one has shown thirty times that.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

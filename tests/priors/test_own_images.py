@@ -18,7 +18,8 @@ from dbtrain.priors.store import (
 )
 from dbtrain.values import Role
 from tests.kit.class_images import ALONE, CONFIG, FAMILY
-from tests.kit.main_job import dbtrain, inside, photo, small_config, write_job
+from tests.kit.forked import dbtrain
+from tests.kit.main_job import inside, photo, small_config, write_job
 
 
 def test_own_images_are_imported_once_and_grow(tmp_path, photos):
