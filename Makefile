@@ -8,9 +8,10 @@ BIN := $(VENV)/bin
 # none of its CUDA operators.
 PIP := env DS_IGNORE_CUDA_DETECTION=1 $(BIN)/python -m pip --disable-pip-version-check --no-input install -q --progress-bar off -c constraints.txt
 RUN := env HF_HUB_OFFLINE=1
-# One process a core, at most 8 because each takes a GiB. Each has one thread: more threads make small models slower.
-CORES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
-PYTEST = $(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -q -n $(CORES) --dist worksteal -m "not gpu"
+# One process more than cores, since tests of fleets and launchers wait for others half of their time; at most 8, because
+# each takes two GiB. Each has one thread: more threads make small models slower.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n + 1 : 8)))
+PYTEST = $(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -q -n $(JOBS) --dist worksteal -m "not gpu"
 BENCH ?= benchmarks/tiny_quality.py benchmarks/paper_shape.py
 
 .PHONY: help demo test browser lint gpu compat bench results install clean
@@ -23,10 +24,10 @@ demo: $(VENV)/.installed  ## personalize the embedded base for a few subjects, i
 	$(RUN) $(BIN)/dbtrain demo --out demo
 
 # tests/faults fork their own process. A fork has none of its parent's threads, so a process that has trained before
-# may hang: these tests get processes of their own.
+# may hang: these tests get processes of their own, and run also where others have failed.
 test: $(VENV)/.installed  ## every test that needs no GPU
-	$(PYTEST) $(if $(filter tests,$(TESTS)),--ignore tests/faults) $(TESTS)
-	$(if $(filter tests,$(TESTS)),$(PYTEST) tests/faults)
+	$(PYTEST) $(if $(filter tests,$(TESTS)),--ignore tests/faults) $(TESTS); code=$$?; \
+	$(if $(filter tests,$(TESTS)),$(PYTEST) tests/faults &&) exit $$code
 
 browser:  ## a headless Chromium for tests/web, which are skipped without one
 	@for name in chromium-headless-shell chromium chromium-browser google-chrome; do \
