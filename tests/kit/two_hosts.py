@@ -121,6 +121,7 @@ def two_hosts(**variables: str) -> Iterator[tuple[Host, Host]]:
 
 
 QUICK_RAY = {
+    "RAY_worker_niceness": "0",
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "2000",
