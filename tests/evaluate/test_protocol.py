@@ -21,7 +21,8 @@ from dbtrain.evaluate.photos import read_photos
 from dbtrain.evaluate.protocol import PROTOCOLS, Protocol, evaluate_finished, shots
 from dbtrain.families import FAMILIES
 from dbtrain.models.load import load_models
-from tests.kit.main_job import small_config, start
+from tests.kit.forked import start
+from tests.kit.main_job import small_config
 
 SMALL = ("--protocol", "dreambooth", "--images", "2", "--class-images", "3", "--batch", "4")
 SAME = 1e-6  # float32 rows from the encoder; its batches differ from ours

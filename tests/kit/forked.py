@@ -48,6 +48,9 @@ class Forked:
         self.process.start()
         self.pid = self.process.pid
 
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
     def poll(self) -> int | None:
         return self.process.exitcode
 
