@@ -9,7 +9,7 @@ of published peaks in `REACHED`. Nothing of it was measured here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,8 +155,9 @@ PARTS = {
 
 @contextmanager
 def flash() -> Iterator[None]:
-    """Attention as a GPU runs it, one operator; on the meta device PyTorch would take it apart."""
-    kept = F.scaled_dot_product_attention
+    """Attention as a GPU runs it, one operator; on the meta device PyTorch would take it apart. Nor has that device
+    autocast, not even to switch it off, as Ideogram 4 does for its places."""
+    kept, autocast = F.scaled_dot_product_attention, torch.autocast
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         groups = query.shape[1] // key.shape[1]  # heads that share keys and values
@@ -164,11 +165,14 @@ def flash() -> Iterator[None]:
             key, value = (shared.repeat_interleave(groups, 1) for shared in (key, value))
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
-    F.scaled_dot_product_attention = attention
+    def unless_meta(device_type: str, *rest: Any, **words: Any) -> AbstractContextManager[Any]:
+        return nullcontext() if device_type == "meta" else autocast(device_type, *rest, **words)
+
+    F.scaled_dot_product_attention, torch.autocast = attention, unless_meta  # type: ignore[misc,assignment]
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = kept
+        F.scaled_dot_product_attention, torch.autocast = kept, autocast  # type: ignore[misc]
 
 
 ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)

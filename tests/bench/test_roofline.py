@@ -100,8 +100,7 @@ def test_the_table_names_what_bounds(counts):
     assert "attention, backward" not in table([row, row])
 
 
-COUNTED = [name for name, family in FAMILIES.items() if family.shapes and family.guide is None and name != "ideogram4"]
-"""Ideogram's denoiser asks for autocast on the device of its positions, which the meta device does not have."""
+COUNTED = [name for name, family in FAMILIES.items() if family.shapes and family.guide is None]
 
 
 def test_what_is_not_counted_says_so(model_folders):
