@@ -9,7 +9,7 @@ of published peaks in `REACHED`. Nothing of it was measured here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,8 +155,8 @@ PARTS = {
 
 @contextmanager
 def flash() -> Iterator[None]:
-    """Attention as a GPU runs it, one operator; on the meta device PyTorch would take it apart. Nor has that device
-    autocast, not even to switch it off, as Ideogram 4 does for its places."""
+    """Attention as a GPU runs it, one operator, which the meta device would take apart; nor can that switch autocast
+    off, as Ideogram 4 does for its places."""
     kept, autocast = F.scaled_dot_product_attention, torch.autocast
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -165,10 +165,10 @@ def flash() -> Iterator[None]:
             key, value = (shared.repeat_interleave(groups, 1) for shared in (key, value))
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
-    def unless_meta(device_type: str, *rest: Any, **words: Any) -> AbstractContextManager[Any]:
-        return nullcontext() if device_type == "meta" else autocast(device_type, *rest, **words)
-
-    F.scaled_dot_product_attention, torch.autocast = attention, unless_meta  # type: ignore[misc,assignment]
+    F.scaled_dot_product_attention = attention
+    torch.autocast = lambda device_type, **rest: (  # type: ignore
+        nullcontext() if device_type == "meta" else autocast(device_type, **rest)
+    )
     try:
         yield
     finally:
@@ -332,10 +332,8 @@ def targets_of(family: Family) -> tuple[str, ...]:
 def measure(
     names: Sequence[str], sizes: Sequence[int], cards: Sequence[str], recompute: bool, say: Callable[[Any], None]
 ) -> list[dict[str, Any]]:
-    """A row for each architecture, pack size and card, and each row told as it is made.
-
-    names: of architectures, or of families for all of theirs. Raises ConfigError for names that are not known.
-    """
+    """A row for each architecture, pack size and card, and each row told as it is made. names: of architectures, or of
+    families for all of theirs. Raises ConfigError for names that are not known."""
     known = architectures()
     chosen = {own: known[own] for name in names for own in known if name in (own, known[own][0].name)}
     for wrong in [name for name in names if not any(name in (own, row[0].name) for own, row in known.items())]:
@@ -347,16 +345,14 @@ def measure(
         for size in sizes:
             counts = count(name, family, shape, size, targets_of(family), recompute)
             for card in cards:
-                about = {"model": name, "subjects": size, "card": card, "recompute": recompute}
-                row = {**about, **_sizes(counts), **modelled(counts, CARDS[card])}
+                row = {
+                    "model": name, "subjects": size, "card": card, "recompute": recompute, "params": counts.params,
+                    "layers": counts.layers, "trained": counts.trained, "forward_tflop": counts.forward / 1e12,
+                    "kept_gib": counts.kept / GIB / (2 * size), **modelled(counts, CARDS[card]),
+                }  # fmt: skip
                 say(row)
                 rows.append(row)
     return rows
-
-
-def _sizes(counts: Counts) -> dict[str, Any]:
-    return {"params": counts.params, "layers": counts.layers, "trained": counts.trained,
-            "forward_tflop": counts.forward / 1e12, "kept_gib": counts.kept / GIB / (2 * counts.subjects)}  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
