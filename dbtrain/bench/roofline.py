@@ -387,7 +387,7 @@ def shape_of(family: Family, folder: Path) -> Architecture:
     told = {key: value for key, value in read_json(folder / family.denoiser / "config.json").items() if key[0] != "_"}
     told = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
     if not family.shapes:
-        raise ConfigError(f"{family.name} has no published shape in its row")
+        raise ConfigError(f"{family.name}: the sizes of its published models are not known here")
     like = max(family.shapes.values(), key=lambda shape: sum(told.get(k) == v for k, v in shape.config.items()))
     sizes = {field: told[key] for key, field in SIZES.items() if isinstance(told.get(key), int)}
     if "num_text_layers" in told:  # layers side by side
