@@ -174,9 +174,9 @@ def test_the_attention_that_is_asked_for_runs_in_every_layer_of_this_model_alone
             with Ran() as ran, found if pools else nullcontext(), engaged.watched():
                 drawn[choice] = family.denoise(models.denoiser, x, *seen)
             assert pools or (ran.kernels and ran.kernels <= MAY_RUN[choice])
+            assert _AttentionBackendRegistry.get_active_backend() == default
     finally:
         engage_attention(models.denoiser, "sdpa", "cpu")
     assert [type(layer.processor) for layer in attention_layers(models.denoiser).values()] == classes
-    assert _AttentionBackendRegistry.get_active_backend() == default
     for other in (drawn["flash"], drawn["sdpa"]):  # float32 softmaxes in another order
         assert (drawn["math"] - other).abs().max() < 1e-4 * drawn["math"].abs().max()
