@@ -163,7 +163,10 @@ def test_the_attention_that_is_asked_for_runs_in_every_layer_of_this_model_alone
     """Told by the operators. diffusers' own setter changes the default of every model, and some models ignore it."""
     family, models, _ = loaded
     x = torch.randn(2, family.codec.channels, 16, 16, generator=torch.Generator().manual_seed(0))
-    seen = (torch.tensor([10, 700]), conditioning(family, models, ["a dog", "a cat"]), shown(family, batch_of(2), x))
+    told = conditioning(family, models, ["a dog", "a cat"])
+    mask = told.mask_BT if told.mask_BT is None else told.mask_BT[:, :40]
+    told = replace(told, states_BTD=told.states_BTD[:, :40], mask_BT=mask)  # most of the time would go there
+    seen = (torch.tensor([10, 700]), told, shown(family, batch_of(2), x))
     drawn, default = {}, _AttentionBackendRegistry.get_active_backend()
     classes = [type(layer.processor) for layer in attention_layers(models.denoiser).values()]
     try:

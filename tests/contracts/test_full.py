@@ -19,6 +19,7 @@ def test_all_weights_take_a_step(name, stage, model_folders):
         before = made.state()["master"]
         (values,) = made.steps(0, 1)
         after = made.state()["master"]
-        names = {f"{FAMILIES[name].denoiser}.{path}" for path, _ in made.engine.deepspeed.module.denoiser.named_parameters()}
+        parameters = made.engine.deepspeed.module.denoiser.named_parameters()
+        names = {f"{FAMILIES[name].denoiser}.{path}" for path, _ in parameters}
     assert math.isfinite(values["loss"]) and values["grad_norm"] > 0
     assert after.keys() == names and not [path for path, value in after.items() if value.equal(before[path])]
