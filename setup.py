@@ -44,7 +44,7 @@ REQUIRES = [
 EXTRAS = {
     # setuptools builds the wheel that tests/test_packaging.py looks into; triton brings its CPU interpreter; playwright
     # drives the browser of tests/web, which `make browser` installs; moto with flask is an S3 server for s3fs; without
-    # pillow-heif no test would see a HEIC.
+    # pillow-heif no test would see a HEIC; without torchao (3 MB, nothing below it) none would see a base in 8 bits.
     "test": [
         "flask>=3",
         "flask-cors>=5",
@@ -59,6 +59,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "s3fs>=2024.6",
         "setuptools>=77",
+        "torchao>=0.15",
         "triton>=3.6",
     ],
     # Reads HEIC, the format of phones' photos.

@@ -30,7 +30,8 @@ PUBLISHED = {
     "flux1": ("12B", "24 GB, base in int8, blocks recomputed (ai-toolkit)"),
     "flux2_klein_4b": ("4B", ""), "flux2_klein_9b": ("9B", ""), "flux2_dev": ("32B", ""),
     "zimage": ("6B", ""), "qwen_image": ("20B", "42 GB in bf16, 30 GB in fp8 (musubi-tuner, docs/qwen_image.md)"),
-    "krea2": ("12B", ""), "if_i": ("4.3B", "28 GB, LoRA (diffusers, dreambooth/README.md)"),
+    "krea2": ("12B", ""), "lumina2": ("2.6B", ""), "sana_1600m": ("1.6B", ""),
+    "if_i": ("4.3B", "28 GB, LoRA (diffusers, dreambooth/README.md)"),
 }  # fmt: skip
 """Parameters of the denoiser and memory of a LoRA's training as the authors or a trainer's documents say."""
 

@@ -9,7 +9,7 @@ of published peaks in `REACHED`. Nothing of it was measured here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,8 +155,9 @@ PARTS = {
 
 @contextmanager
 def flash() -> Iterator[None]:
-    """Attention as a GPU runs it, one operator; on the meta device PyTorch would take it apart."""
-    kept = F.scaled_dot_product_attention
+    """Attention as a GPU runs it, one operator, which the meta device would take apart; nor can that switch autocast
+    off, as Ideogram 4 does for its places."""
+    kept, autocast = F.scaled_dot_product_attention, torch.autocast
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         groups = query.shape[1] // key.shape[1]  # heads that share keys and values
@@ -165,10 +166,13 @@ def flash() -> Iterator[None]:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
     F.scaled_dot_product_attention = attention
+    torch.autocast = lambda device_type, **rest: (  # type: ignore
+        nullcontext() if device_type == "meta" else autocast(device_type, **rest)
+    )
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = kept
+        F.scaled_dot_product_attention, torch.autocast = kept, autocast  # type: ignore[misc]
 
 
 ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
@@ -328,10 +332,8 @@ def targets_of(family: Family) -> tuple[str, ...]:
 def measure(
     names: Sequence[str], sizes: Sequence[int], cards: Sequence[str], recompute: bool, say: Callable[[Any], None]
 ) -> list[dict[str, Any]]:
-    """A row for each architecture, pack size and card, and each row told as it is made.
-
-    names: of architectures, or of families for all of theirs. Raises ConfigError for names that are not known.
-    """
+    """A row for each architecture, pack size and card, and each row told as it is made. names: of architectures, or of
+    families for all of theirs. Raises ConfigError for names that are not known."""
     known = architectures()
     chosen = {own: known[own] for name in names for own in known if name in (own, known[own][0].name)}
     for wrong in [name for name in names if not any(name in (own, row[0].name) for own, row in known.items())]:
@@ -343,16 +345,14 @@ def measure(
         for size in sizes:
             counts = count(name, family, shape, size, targets_of(family), recompute)
             for card in cards:
-                about = {"model": name, "subjects": size, "card": card, "recompute": recompute}
-                row = {**about, **_sizes(counts), **modelled(counts, CARDS[card])}
+                row = {
+                    "model": name, "subjects": size, "card": card, "recompute": recompute, "params": counts.params,
+                    "layers": counts.layers, "trained": counts.trained, "forward_tflop": counts.forward / 1e12,
+                    "kept_gib": counts.kept / GIB / (2 * size), **modelled(counts, CARDS[card]),
+                }  # fmt: skip
                 say(row)
                 rows.append(row)
     return rows
-
-
-def _sizes(counts: Counts) -> dict[str, Any]:
-    return {"params": counts.params, "layers": counts.layers, "trained": counts.trained,
-            "forward_tflop": counts.forward / 1e12, "kept_gib": counts.kept / GIB / (2 * counts.subjects)}  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -387,7 +387,7 @@ def shape_of(family: Family, folder: Path) -> Architecture:
     told = {key: value for key, value in read_json(folder / family.denoiser / "config.json").items() if key[0] != "_"}
     told = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
     if not family.shapes:
-        raise ConfigError(f"{family.name} has no published shape in its row")
+        raise ConfigError(f"{family.name}: the sizes of its published models are not known here")
     like = max(family.shapes.values(), key=lambda shape: sum(told.get(k) == v for k, v in shape.config.items()))
     sizes = {field: told[key] for key, field in SIZES.items() if isinstance(told.get(key), int)}
     if "num_text_layers" in told:  # layers side by side

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from dbtrain.families import flow
 from dbtrain.families.flux_names import kohya
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.values import Batch, Conditioning
 
@@ -108,7 +107,6 @@ CHROMA = Family(
     call=partial(flow.call, LENGTH),
     embeds=embeds,
     recompute=recompute,
-    attend=keep_attention,
     trains_text=False,
     shapes={"chroma": HD},
 )

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.families import flow
-from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Guide, Models, Tokens, exactly
 from dbtrain.models.schedules import changed, diffusion
 from dbtrain.models.unet import UNET
@@ -86,7 +85,6 @@ _SHARED: dict[str, Any] = {
     "kohya": None,
     "regions": ("ResnetBlock2D",),
     "call": call,
-    "attend": keep_attention,
     "trains_text": False,
     "shapes": {},
 }

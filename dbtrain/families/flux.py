@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from dbtrain.families import flow
 from dbtrain.families.flux_names import kohya
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.values import Batch, Conditioning
 
@@ -107,7 +106,6 @@ FLUX = Family(
     shift=flow.shift_of,
     call=call,
     avoided=flow.nothing,
-    attend=keep_attention,
     trains_text=False,
     negative=False,
     base_version="flux1",

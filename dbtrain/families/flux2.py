@@ -65,7 +65,6 @@ FLUX2 = Family(
     shift=flow.shift_of,
     call=FLUX2_KLEIN.call,  # here the guidance is embedded
     avoided=flow.nothing,
-    attend=FLUX2_KLEIN.attend,
     trains_text=False,
     negative=False,
     shapes={"flux2_dev": size(8, 48, 48, 15360, guidance_embeds=True)},

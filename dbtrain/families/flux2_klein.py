@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from dbtrain.families import flow
 from dbtrain.families.flux_names import kohya
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.values import Batch, Conditioning
 
@@ -109,7 +108,6 @@ FLUX2_KLEIN = Family(
     regions=("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
     shift=flow.shift_of,
     call=partial(flow.call, LENGTH),
-    attend=keep_attention,
     trains_text=False,
     negative=False,
     shapes={"flux2_klein_4b": size(5, 20, 24, 7680), "flux2_klein_9b": size(8, 24, 32, 12288)},

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dbtrain.families import flow
 from dbtrain.families.flux2_klein import FLUX2_KLEIN
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.models.texts import Texts
 from dbtrain.values import Batch, Conditioning
@@ -127,7 +126,6 @@ IDEOGRAM4 = Family(
     call=call,
     avoided=flow.nothing,
     hear=hear,
-    attend=keep_attention,
     trains_text=False,
     negative=False,
     shapes={

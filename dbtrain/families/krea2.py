@@ -11,7 +11,6 @@ from dbtrain.errors import ConfigError
 from dbtrain.families import flow
 from dbtrain.families.qwen_image import ANSWER, INSTRUCTION, INSTRUCTION_TOKENS
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.values import Batch, Conditioning
 
@@ -102,7 +101,6 @@ KREA2 = Family(
     shift=flow.shift_of,
     call=partial(flow.call_added, LENGTH),
     embeds=embeds,
-    attend=keep_attention,
     trains_text=False,
     shapes={"krea2": RAW},
 )

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from dbtrain.families import flow
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.values import Batch, Conditioning
 
@@ -85,7 +84,6 @@ LUMINA2 = Family(
     shift=flow.shift_of,
     call=partial(flow.call, LENGTH),
     embeds=embeds,
-    attend=keep_attention,
     trains_text=False,
     shapes={"lumina2": IMAGE},
 )

@@ -65,6 +65,6 @@ PLAYGROUND = replace(
     denoise=denoise,
     samplers={},
     edm=True,
-    shapes={},
+    shapes={"playground_v25": sdxl.XL},
     base_version="unknown",
 )

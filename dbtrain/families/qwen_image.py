@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from dbtrain.families import flow
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.values import Batch, Conditioning
 
@@ -113,7 +112,6 @@ QWEN_IMAGE = Family(
     call=call,
     embeds=embeds,
     avoided=avoided,
-    attend=keep_attention,
     trains_text=False,
     shapes={"qwen_image": IMAGE},
 )

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from dbtrain.families import flow
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.values import Batch, Conditioning
 
@@ -106,7 +105,6 @@ SANA = Family(
     shift=flow.shift_of,
     call=call,
     embeds=embeds,
-    attend=keep_attention,
     trains_text=False,
     shapes={"sana_1600m": LARGE},
 )

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dbtrain.families import flow
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.values import Batch, Conditioning
 
@@ -110,7 +109,6 @@ SD3 = Family(
     regions=("JointTransformerBlock",),
     shift=flow.shift_of,
     call=partial(flow.call, T5_LENGTH),
-    attend=keep_attention,
     trains_text=False,
     shapes={"sd35_large": LARGE, "sd35_medium": MEDIUM},
 )

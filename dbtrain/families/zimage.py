@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dbtrain.families import flow
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.attention import keep_attention
 from dbtrain.models.family import Codec, Family, Models, Tokens
 from dbtrain.values import Batch, Conditioning
 
@@ -82,7 +81,6 @@ ZIMAGE = Family(
     shift=flow.shift_of,
     call=partial(flow.call_added, LENGTH),
     embeds=embeds,
-    attend=keep_attention,
     trains_text=False,
     unstackable={"cap_embedder.1": "it reads the captions of all samples as one sequence"},
     shapes={"zimage": BASE},

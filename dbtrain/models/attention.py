@@ -1,4 +1,9 @@
-"""Attention: what computes softmax(Q K^T / sqrt(d)) V in a U-Net, by name or by measurement, proved by what ran."""
+"""Attention: what computes softmax(Q K^T / sqrt(d)) V in a denoiser, by name or by measurement, proved by what ran.
+
+The U-Nets of Stable Diffusion and SDXL get another processor. Each layer of another denoiser keeps the computation of
+its own processor, with one of PyTorch's backends allowed: `set_attention_backend` of diffusers would set the default of
+every model in the process, and some transformers ignore it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, partial, wraps
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -41,6 +46,9 @@ MAY_RUN = {
 }
 """The kernels that a choice may end in. `sdpa` is PyTorch's own pick."""
 
+NONE_FITS = ("No available kernel", "No viable backend")
+"""What PyTorch says where the backends that are allowed cannot compute an attention, on a GPU and on a CPU."""
+
 CANDIDATES = ("sdpa", "flash", "cudnn", "xformers")
 """What `auto` compares on a GPU, in the order in which ties go."""
 
@@ -66,22 +74,27 @@ class Attention:
     """What runs in every layer of a denoiser, and why. shapes: those that `auto` has met, with the winner of each.
 
     ran: the kernels that computed the first real step; empty before it. PyTorch's own pick depends on the shape, so the
-    small proof at the start cannot tell them.
+    small proof at the start cannot tell them. must: the kernels that alone may run then; empty where all may.
     """
 
     name: str
     reason: str
     shapes: dict[Shape, str] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
+    must: frozenset[str] = frozenset()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Record which kernels compute attention inside the block, once; later blocks cost nothing."""
+        """Record which kernels compute attention inside the block, once; later blocks cost nothing. Raises ConfigError
+        where others ran than must."""
         if self.ran:
             yield
             return
-        with Ran() as ran:
+        with explained(f"{self.name} cannot run here", *NONE_FITS) if self.must else nullcontext(), Ran() as ran:
             yield
+        if self.must and (not ran.kernels or ran.kernels - self.must):
+            found = " and ".join(sorted(ran.kernels)) or "no known kernel"
+            raise ConfigError(f"model.attention: asked for {self.name}, but {found} runs; use model.attention=auto")
         self.ran |= ran.kernels
 
     def row(self) -> dict[str, Any]:
@@ -94,12 +107,15 @@ class Attention:
 
 
 def engage_attention(denoiser: nn.Module, choice: str, device_type: str, precision: str = "fp32") -> Attention:
-    """What now runs in every attention layer of a U-Net; raises ConfigError, and changes nothing, when it cannot.
+    """What now runs in every attention layer of a denoiser; raises ConfigError, and changes nothing, when it cannot.
 
-    A choice is believed only after a small forward pass of every kind of layer: the operators that ran say who
-    computed it. precision: the compute precision of training.
+    A choice is believed only after a small forward pass of every kind of layer of a U-Net: the operators that ran say
+    who computed it. Layers of other denoisers take too many kinds of input; `Attention.watched` finds out there.
+    precision: the compute precision of training.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    if not all(isinstance(layer.processor, exchangeable()) for layer in attention_layers(denoiser).values()):
+        return _engage_backend(denoiser, choice, device_type, dtype)
     before = denoiser.attn_processors
     if choice == "auto":
         return _engage_auto(denoiser, device_type, precision)
@@ -113,17 +129,20 @@ def engage_attention(denoiser: nn.Module, choice: str, device_type: str, precisi
     return Attention(choice, f"asked for; {' and '.join(sorted(ran))} ran in every kind of layer")
 
 
-def keep_attention(denoiser: nn.Module, choice: str, device_type: str, precision: str = "fp32") -> Attention:
-    """What runs in a transformer's attention, which is left as it is: its processors call PyTorch's own pick.
-
-    diffusers' `set_attention_backend` sets the default of every model in the process, and some transformers ignore it,
-    so other choices raise ConfigError.
-    """
-    if choice not in ("auto", "sdpa"):
+def _engage_backend(denoiser: nn.Module, choice: str, device_type: str, dtype: torch.dtype) -> Attention:
+    if choice == "xformers":
         raise ConfigError(
-            f"model.attention: {type(denoiser).__name__} runs PyTorch's own pick alone, got {choice}; use auto or sdpa"
+            f"model.attention: xformers is for the U-Nets of Stable Diffusion and SDXL, got {type(denoiser).__name__}; "
+            "use flash, cudnn or auto"
         )
-    return Attention("sdpa", f"{choice}: a transformer's processors call PyTorch's own pick")
+    _require(choice, device_type, dtype)
+    limited = choice in BACKENDS
+    for layer in attention_layers(denoiser).values():
+        own: Any = getattr(layer.processor, "own", type(layer.processor))
+        layer.processor = (limited_to(own, choice) if limited else own)()
+    if not limited:
+        return Attention("sdpa", f"{choice}: its own processors call PyTorch's own pick")
+    return Attention(choice, "asked for; its own processors may call nothing else", must=frozenset(MAY_RUN[choice]))
 
 
 def _engage_auto(denoiser: nn.Module, device_type: str, precision: str) -> Attention:
@@ -173,25 +192,41 @@ def xformers_problem() -> str | None:
     return None
 
 
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH,
+}  # fmt: skip
 """Choices that are one backend of PyTorch's SDPA."""
 
 
 @cache
-def processor_of(name: str) -> Any:
-    """The diffusers processor that asks for an implementation; one object serves all layers."""
-    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+def limited_to(kind: Any, name: str) -> Any:
+    """A class of processors that calls PyTorch's SDPA as `kind` does, with one of its backends allowed and no other."""
 
-    class OneBackend(AttnProcessor2_0):
-        """PyTorch's SDPA with one of its backends allowed and no other."""
+    class OneBackend(kind):
+        own = kind
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        @wraps(kind.__call__)  # diffusers hands a processor the arguments that its signature names
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
             with sdpa_kernel(BACKENDS[name]):
                 return super().__call__(*args, **kwargs)
 
-    if name in BACKENDS:
-        return OneBackend()
+    return OneBackend
+
+
+@cache
+def processor_of(name: str) -> Any:
+    """The diffusers processor of a U-Net that asks for an implementation; one object serves all layers."""
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+
+    if name in ("flash", "cudnn"):
+        return limited_to(AttnProcessor2_0, name)()
     return {"sdpa": AttnProcessor2_0, "math": AttnProcessor, "xformers": XFormersAttnProcessor}[name]()
+
+
+@cache
+def exchangeable() -> tuple[type, ...]:
+    """The processors that stand in for each other."""
+    return (*(type(processor_of(name)) for name in ("sdpa", "math", "xformers")), Fastest)
 
 
 class Ran(TorchDispatchMode):
@@ -235,18 +270,26 @@ def _ran_in(layer: nn.Module, name: str, device_type: str, dtype: torch.dtype) -
     x = torch.zeros(1, 16, layer.to_q.in_features, device=weight.device, dtype=weight.dtype)
     told = x.new_zeros(1, 16, layer.to_k.in_features) if layer.is_cross_attention else None
     autocast = torch.autocast(device_type, dtype) if dtype != weight.dtype else nullcontext()
-    with warnings.catch_warnings(record=True) as reasons, torch.no_grad(), autocast, Ran() as ran:
+    width = layer.to_q.out_features // layer.heads
+    what = f"{name} cannot run {layer.heads} heads of {width} in {dtype} on {device_type}"
+    with explained(what), torch.no_grad(), autocast, Ran() as ran:
+        layer(x, encoder_hidden_states=told)
+    return ran.kernels
+
+
+@contextmanager
+def explained(what: str, *signs: str) -> Iterator[None]:
+    """Raise ConfigError with a library's own reasons where it cannot do what it should. signs: of its error, one of
+    which must be in the text; none where any error is meant."""
+    with warnings.catch_warnings(record=True) as reasons:
         warnings.simplefilter("always")
         try:
-            layer(x, encoder_hidden_states=told)
+            yield
         except (RuntimeError, NotImplementedError, ValueError) as error:
+            if signs and not any(sign in str(error) for sign in signs):
+                raise
             why = "; ".join(str(one.message) for one in reasons) or first_line(error)
-            width = layer.to_q.out_features // layer.heads
-            raise ConfigError(
-                f"model.attention: {name} cannot run {layer.heads} heads of {width} in {dtype} on {device_type}: "
-                f"{why}; use model.attention=auto"
-            ) from error
-    return ran.kernels
+            raise ConfigError(f"model.attention: {what}: {why}; use model.attention=auto") from error
 
 
 class Fastest:
@@ -331,7 +374,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 CORES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "sdpa": _sdpa,
-    **{name: partial(_by_backend, name) for name in BACKENDS},
+    **{name: partial(_by_backend, name) for name in ("flash", "cudnn")},
     "xformers": _xformers,
 }
 """Attention of [B, T, H, D] tensors by each of `CANDIDATES`, as their processors compute it, for measurements."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dbtrain.errors import ConfigError
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.attention import Attention, engage_attention
+from dbtrain.models.attention import Attention
 from dbtrain.models.texts import Texts
 from dbtrain.objective.noise import Schedule
 from dbtrain.settings.config import ModelConfig, RunConfig
@@ -191,7 +191,6 @@ class Family:
     with prompts. companions: names of models that drawing needs and training does not.
     recompute(denoiser, checkpoint): lets the denoiser's blocks be computed again in backward, by a function such as
     `torch.utils.checkpoint.checkpoint`.
-    attend(denoiser, choice, device, precision) -> what now computes its attention, as `engage_attention`.
 
     kohya(component, path) -> a layer in kohya's files; None for a family whose adapters no reader takes by such names.
     regions: class names of the blocks that repeat in the denoiser, which are compiled one by one. shapes: published
@@ -226,7 +225,6 @@ class Family:
     hear: Callable[[Any, Texts], None] | None = None
     companions: tuple[str, ...] = ()
     recompute: Callable[[nn.Module, Callable[..., Any]], None] = recompute
-    attend: Callable[[nn.Module, str, str, str], Attention] = engage_attention
     trains_text: bool = True
     frees_text: bool = True
     negative: bool = True

@@ -65,8 +65,8 @@ class ModelConfig(Section):
     its adapters drift off the subject. Such a base is for sampling."""
     attention: Annotated[Literal["auto", "sdpa", "xformers", "flash", "cudnn", "math"], Mark.NO_RESULT] = "auto"
     """Attention implementation: `sdpa` is the one that PyTorch picks, `flash` only its FlashAttention, `cudnn` only
-    cuDNN's, `auto` the fastest for each shape by a short measurement on a GPU, `sdpa` on a CPU. A choice that cannot
-    run is an error."""
+    cuDNN's, `auto` the fastest for each shape by a short measurement on a GPU, `sdpa` on a CPU and for transformers,
+    `xformers` for the U-Nets of Stable Diffusion and SDXL alone. A choice that cannot run is an error."""
 
 
 class DataConfig(Section):

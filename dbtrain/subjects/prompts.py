@@ -1,9 +1,10 @@
 """Captions and prompts: templates and how they are filled, the paper's evaluation prompts, its applications.
 
 A template holds `{identifier}` and `{class}`, or `{subject}` for both together; `[trigger]`, ai-toolkit's placeholder,
-is the identifier. The rest of a template stays as it is: no article is added or changed. The sets are files in
-`configs/prompts`. In them `paper` holds the prompts of google/dreambooth, and `more` others. In both, `all` is for
-every class, `live` and `object` for one kind of class.
+is the identifier. The rest of a template stays as it is: no article is added or changed. Other braces are those of
+JSON, as Ideogram 4 is told pictures: a quote begins what is in them. The sets are files in `configs/prompts`. In them
+`paper` holds the prompts of google/dreambooth, and `more` others. In both, `all` is for every class, `live` and
+`object` for one kind of class.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from dbtrain.settings import yaml12
 from dbtrain.settings.config import NAMING
 from dbtrain.settings.recipes import configs_dir
 
-_PLACE = re.compile(r"\{(\w*)\}|\[trigger\]")
 PLACES = re.compile(r"\{(identifier|class|subject)\}|\[trigger\]")
 """The placeholders of captions and prompts."""
+_ODD = re.compile(r'\{(?!\s*"|(?:identifier|class|subject)\})(?:[^{}]|\{[^{}]*\})*\}?')
 _LIVE_CLASSES = """
     cat dog
     baby bear bird boy child cow deer duck elephant fish fox frog girl goat hamster horse kitten lion lizard man
@@ -112,15 +113,14 @@ def fill(template: str, *, identifier: str | None = None, class_noun: str) -> st
     Raises ConfigError for an unknown placeholder, and for `{identifier}` or `[trigger]` where identifier is None.
     """
     values = {"identifier": identifier, "class": class_noun, "subject": subject_phrase(identifier, class_noun)}
+    if odd := unknown_place(template):
+        raise ConfigError(
+            f"caption or prompt {template!r}: unknown placeholder {odd}, want {{identifier}}, {{class}}, {{subject}} "
+            "or [trigger]; of other braces only JSON's are text, which a quote follows"
+        )
 
     def value(place: re.Match[str]) -> str:
-        name = "identifier" if place[1] is None else place[1]
-        if name not in values:
-            raise ConfigError(
-                f"caption or prompt {template!r}: unknown placeholder {place[0]}, "
-                "want {identifier}, {class}, {subject} or [trigger]"
-            )
-        filled = values[name]
+        filled = values["identifier" if place[1] is None else place[1]]
         if filled is None:
             raise ConfigError(
                 f"caption or prompt {template!r}: {place[0]} has no value, because the class as such "
@@ -128,7 +128,13 @@ def fill(template: str, *, identifier: str | None = None, class_noun: str) -> st
             )
         return filled
 
-    return _PLACE.sub(value, template)
+    return PLACES.sub(value, template)
+
+
+def unknown_place(template: str) -> str | None:
+    """The first brace of a template, with what is in it, that begins neither a placeholder nor an object of JSON."""
+    found = _ODD.search(template)
+    return found and found[0]
 
 
 def names_subject(template: str, identifier: str | None = None) -> bool:

@@ -24,8 +24,8 @@ from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
 from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
-from dbtrain.models.attention import keep_attention
-from dbtrain.models.family import Family, Models, refuse_impossible
+from dbtrain.models.attention import engage_attention
+from dbtrain.models.family import Family, Models, encode_texts, refuse_impossible
 from dbtrain.models.load import frozen, load_models, modules_of
 from dbtrain.models.quantize import quantize
 from dbtrain.models.texts import Group, set_aside
@@ -37,8 +37,9 @@ from dbtrain.subjects.finding import Finding
 from dbtrain.subjects.registry import REGISTRY, recorded_identifiers
 from dbtrain.subjects.sharding import shard_subjects
 from dbtrain.training.clock import Clock
+from dbtrain.training.step import TrainingStep
 from dbtrain.training.stopping import STOPS, Stop, stop_now
-from dbtrain.values import Sample, Subject
+from dbtrain.values import Batch, Sample, Subject
 
 CLASSES = 8
 """Classes whose priors a pack keeps encoded on the device; the subjects under way keep their own in any case."""
@@ -132,7 +133,7 @@ class Base:
         comes whole: what computes its attention is proved on its layers."""
         settings = self.settings
         shared = self.world.size > 1 and not keeps_whole(settings.engine) and settings.train.method == "full"
-        return shared and self.models.parts is not None and self.family.attend is keep_attention
+        return shared and self.models.parts is not None and self.family.denoiser != "unet"
 
     def share(self, plan: BatchPlan) -> None:
         """Load the denoiser in parts, if it is to come so."""
@@ -141,7 +142,7 @@ class Base:
             assert models.parts is not None
             module = load_in_parts(models.parts(), self.settings, plan, self.world)
             models.denoiser = frozen(family, {family.denoiser: module})[family.denoiser]
-            models.attention = family.attend(module, self.settings.model.attention, self.world.device, "")
+            _attend(models, self.settings, self.world.device)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -209,11 +210,33 @@ def _place(models: Models, settings: RunConfig, world: World) -> None:
     models.to(device)
     if settings.engine.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
-    attention, precision = settings.model.attention, settings.train.precision
-    models.attention = family.attend(models.denoiser, attention, device.type, precision)
-    if settings.train.method == "lora" and precision != "fp32":
-        cast(models.denoiser, DTYPES[precision])
+    _attend(models, settings, world.device)
+    if settings.train.method == "lora" and settings.train.precision != "fp32":
+        cast(models.denoiser, DTYPES[settings.train.precision])
     quantize(models.denoiser, family, settings.model.quantize)
+    _try_attention(models, settings, world.device)
+
+
+def _attend(models: Models, settings: RunConfig, device: str) -> None:
+    choice, kind = settings.model.attention, torch.device(device).type
+    models.attention = engage_attention(models.denoiser, choice, kind, settings.train.precision)
+
+
+def _try_attention(models: Models, settings: RunConfig, device: str) -> None:
+    """Let a denoiser whose attention is not proved yet see a small picture, so that what cannot be what was asked for
+    is refused before any work. Without a text at hand the first step proves it."""
+    family, attention = FAMILIES[settings.model.family], models.attention
+    told = next(iter(models.texts.kept.values()), None) if models.texts else None
+    if attention is None or not attention.must or family.guide:
+        return
+    if models.text_encoders:
+        told = encode_texts(family, models, models.text_encoders, [""], device)
+    if told is not None:
+        rows = torch.zeros(1, dtype=torch.long, device=device)
+        batch = Batch(rows, rows, rows, rows, torch.zeros(1, 6, device=device))
+        step = TrainingStep(family, models, settings, (0, 0), told.to(device))
+        with torch.no_grad(), attention.watched():
+            step.prediction(batch, torch.zeros(1, family.codec.channels, 16, 16, device=device), rows + 500)
 
 
 def cast(denoiser: nn.Module, dtype: torch.dtype) -> None:

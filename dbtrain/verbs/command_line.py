@@ -197,7 +197,7 @@ def suit_family(command: Command, row: Any) -> None:
         command.drop(flag, f"diffusers loads no adapter of some text encoder of {row.name}")
     if row.denoiser != "unet" and settings.get("model.attention") == "xformers":
         del settings["model.attention"]
-        command.drop("xformers", f"{row.name} has PyTorch's attention alone")
+        command.drop("xformers", f"xformers is for U-Nets; {row.name} takes PyTorch's own pick")
     if row.denoiser != "unet" and settings.get("train.precision") == "fp16":
         settings["train.precision"] = "bf16"
         command.notes.append(f"fp16 becomes bf16, the format of {row.name}'s published weights; T5 overflows in fp16")

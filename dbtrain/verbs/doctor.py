@@ -21,6 +21,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from dbtrain.errors import ConfigError, DataError
+from dbtrain.settings.recipes import load, recipe_names
 from dbtrain.tiny import NAMED
 from dbtrain_launchers.ray_head import is_loopback, token_file_finding, token_path
 
@@ -257,7 +258,9 @@ def check_base(model: str) -> list[Check]:
     family = re.search(r"model\.family=(\w+)", found.detail)
     if found.state == "fail" or not family or not place.is_dir():
         return [found]
-    return [found, *check_cost(family[1], place)]
+    ours = (name for name in recipe_names() if name.endswith("_lora") and load(name).model.family == family[1])
+    begin = [] if model in NAMED else [ok("model recipe", f"begin with --config {next(ours)} model.path={model}")]
+    return [found, *begin, *check_cost(family[1], place)]
 
 
 def check_cost(name: str, place: Path) -> list[Check]:
@@ -268,7 +271,7 @@ def check_cost(name: str, place: Path) -> list[Check]:
 
     family = FAMILIES[name]
     parts = {part: sum(file.stat().st_size for file in (place / part).glob("*.safetensors"))
-             for part in (family.denoiser, *family.text_encoders, "vae")}  # fmt: skip
+             for part in (family.denoiser, *family.companions, *family.text_encoders, "vae")}  # fmt: skip
     held = ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size)
     try:
         shape = shape_of(family, place)

@@ -1,11 +1,15 @@
 """Contract of a family on a random model of its real layout: load, tell, encode, denoise."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
+from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
+from dbtrain.models.attention import MAY_RUN, Ran, attention_layers, engage_attention
 from dbtrain.models.load import base_digest, digests_of, load_models
 from dbtrain.models.sampling import make_pipeline
 from dbtrain.settings.config import ModelConfig
@@ -152,3 +156,30 @@ def test_regions_are_blocks_of_the_denoiser(loaded):
     family, models, _ = loaded
     kinds = [type(module).__name__ for module in models.denoiser.modules()]
     assert family.regions and all(kinds.count(region) > 1 for region in family.regions)
+
+
+@torch.no_grad()
+def test_the_attention_that_is_asked_for_runs_in_every_layer_of_this_model_alone(loaded):
+    """Told by the operators. diffusers' own setter changes the default of every model, and some models ignore it."""
+    family, models, _ = loaded
+    x = torch.randn(2, family.codec.channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    told = conditioning(family, models, ["a dog", "a cat"])
+    mask = told.mask_BT if told.mask_BT is None else told.mask_BT[:, :40]
+    told = replace(told, states_BTD=told.states_BTD[:, :40], mask_BT=mask)  # most of the time would go there
+    seen = (torch.tensor([10, 700]), told, shown(family, batch_of(2), x))
+    drawn, default = {}, _AttentionBackendRegistry.get_active_backend()
+    classes = [type(layer.processor) for layer in attention_layers(models.denoiser).values()]
+    try:
+        for choice in ("math", "flash", "sdpa"):
+            engaged = engage_attention(models.denoiser, choice, "cpu")
+            pools = family.name.startswith("if_") and choice == "flash"  # its text, by a softmax of its own
+            found = pytest.raises(ConfigError, match="asked for flash, but flash and math runs")
+            with Ran() as ran, found if pools else nullcontext(), engaged.watched():
+                drawn[choice] = family.denoise(models.denoiser, x, *seen)
+            assert pools or (ran.kernels and ran.kernels <= MAY_RUN[choice])
+            assert _AttentionBackendRegistry.get_active_backend() == default
+    finally:
+        engage_attention(models.denoiser, "sdpa", "cpu")
+    assert [type(layer.processor) for layer in attention_layers(models.denoiser).values()] == classes
+    for other in (drawn["flash"], drawn["sdpa"]):  # float32 softmaxes in another order
+        assert (drawn["math"] - other).abs().max() < 1e-4 * drawn["math"].abs().max()

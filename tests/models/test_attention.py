@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
@@ -140,6 +141,51 @@ def test_a_kernel_that_cannot_run_gives_its_reason(denoiser, monkeypatch):
     monkeypatch.setattr(attention, "sdpa_kernel", lambda _: real(attention.SDPBackend.EFFICIENT_ATTENTION))
     with pytest.raises(ConfigError, match="flash cannot run .* heads of .* on cpu: .*; use model.attention=auto"):
         engage_attention(denoiser, "flash", "cpu")
+
+
+@pytest.fixture
+def transformer():
+    """A transformer of one block."""
+    config = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16,
+              "joint_attention_dim": 16, "pooled_projection_dim": 16, "sample_size": 16, "in_channels": 4}  # fmt: skip
+    return SD3Transformer2DModel(**config, pos_embed_max_size=8)
+
+
+@pytest.mark.parametrize(
+    "device, precision, choice, why",
+    [
+        ("cuda", "bf16", "xformers", "xformers is for the U-Nets of .*, got SD3Transformer2DModel; use flash, cudnn"),
+        ("cuda", "fp32", "flash", "flash needs bf16 on a GPU"),
+        ("cpu", "bf16", "cudnn", "cudnn needs a CUDA device, and this run is on cpu"),
+    ],
+)
+def test_a_transformer_refuses_the_impossible_and_keeps_what_it_had(transformer, device, precision, choice, why):
+    engage_attention(transformer, "math", "cpu")
+    before = [layer.processor for layer in attention_layers(transformer).values()]
+    with pytest.raises(ConfigError, match=rf"model\.attention: {why}"):
+        engage_attention(transformer, choice, device, precision)
+    assert [layer.processor for layer in attention_layers(transformer).values()] == before
+
+
+def test_a_transformers_choice_is_held_against_what_runs(transformer, monkeypatch):
+    """Another backend than was asked for, and one that the device lacks."""
+    x, told, pooled = torch.randn(1, 4, 16, 16), torch.randn(1, 3, 16), torch.randn(1, 16)
+
+    def look(choice):
+        engaged = engage_attention(transformer, choice, "cpu")
+        with torch.no_grad(), engaged.watched():
+            transformer(x, told, pooled, torch.tensor([500]))
+        return engaged.row()
+
+    assert look("math")["ran"] == ["math"] and look("sdpa") == {
+        "name": "sdpa", "reason": "sdpa: its own processors call PyTorch's own pick", "ran": ["flash"],
+    }  # fmt: skip
+    monkeypatch.setitem(attention.BACKENDS, "flash", attention.SDPBackend.MATH)
+    with pytest.raises(ConfigError, match="model.attention: asked for flash, but math runs; use model.attention=auto"):
+        look("flash")
+    monkeypatch.setitem(attention.BACKENDS, "flash", attention.SDPBackend.EFFICIENT_ATTENTION)
+    with pytest.raises(ConfigError, match="model.attention: flash cannot run here: .*; use model.attention=auto"):
+        look("flash")
 
 
 DEVICES = {"sdpa": "cpu", "flash": "cpu", "cudnn": "cuda", "xformers": "cuda"}

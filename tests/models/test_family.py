@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from dbtrain.errors import ConfigError
@@ -51,13 +50,3 @@ def test_the_shift_is_the_models_or_the_settings():
     assert noise_shift(FAMILIES["sd"], models, loads("", "x", ["objective.timesteps=stratified"])) == 1
     with pytest.raises(ConfigError, match="stratified"):
         noise_shift(FAMILIES["sd3"], models, loads("", "x", ["objective.timesteps=stratified"]))
-
-
-@pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_a_transformers_attention_is_pytorchs_pick_or_refused(name):
-    denoiser = torch.nn.Linear(1, 1)
-    for choice in ("auto", "sdpa"):
-        assert FAMILIES[name].attend(denoiser, choice, "cpu", "fp32").name == "sdpa"
-    for choice in ("flash", "math", "xformers"):
-        with pytest.raises(ConfigError, match=f"model.attention: Linear .* got {choice}"):
-            FAMILIES[name].attend(denoiser, choice, "cuda", "bf16")

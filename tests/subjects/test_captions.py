@@ -71,10 +71,14 @@ BAD = {
     "control": ("p1.txt", b"a\x07b", "control character"),
     "latin": ("p1.txt", b"caf\xe9", "not UTF-8"),
     "binary": ("p1.txt", bytes(range(256)), "not UTF-8"),
-    "long": ("p1.txt", b"a" * 1001, "got 1001 characters"),
+    "long": ("p1.txt", b"a" * 4001, "got 4001 characters"),
     "huge": ("p1.caption", b"a" * (MAX_BYTES + 1), "larger than"),
-    "placeholder": ("p1.txt", b"a {who}", "placeholder 'who'"),
-    "alternatives": ("p1.txt", b"a {red|blue} cat", "placeholder 'red|blue'"),
+    "placeholder": ("p1.txt", b"a {who}", "placeholder '{who}'"),
+    "alternatives": ("p1.txt", b"a {red|blue} cat", "placeholder '{red|blue}'"),
+    "spaces": ("p1.txt", b"a { subject }", "placeholder '{ subject }'"),
+    "doubled": ("p1.txt", b"a {{subject}}", "placeholder '{{subject}}'"),
+    "no closing": ("p1.txt", b'{"a": "{subject"}', "paired braces"),
+    "in JSON": ("p1.txt", b'{"a": "{sbject}"}', "placeholder '{sbject}'"),
     "a brace": ("p1.txt", b"a } cat", "paired braces"),
     "no json": ("metadata.jsonl", b"file_name", "is no JSON"),
     "no column": ("metadata.jsonl", b'{"file": "p1.png"}', "holds no caption of a photo"),
@@ -93,7 +97,7 @@ def test_a_caption_that_is_none_is_a_finding_with_its_file(cats, name):
 
 def test_links_and_pipes_give_nothing_away_and_are_not_waited_for(cats):
     secret = cats.parent / "secret"
-    secret.write_text("root:x:0:0" + "x" * 2000)
+    secret.write_text("root:x:0:0" + "x" * 5000)
     place = cats.parent / "cat" / "p1.txt"
     links = [partial(place.symlink_to, secret), partial(place.symlink_to, "/dev/zero")]
     for make in (*links, partial(os.mkfifo, place), place.mkdir):

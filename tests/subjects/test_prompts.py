@@ -1,6 +1,7 @@
 """Templates, the shipped prompt sets, and the paper's prompts by count and by digest of the data set's own file."""
 
 import hashlib
+import json
 
 import pytest
 from hypothesis import given
@@ -90,6 +91,14 @@ def test_every_placeholder_is_filled():
     assert prompts.fill("a {subject} [x]", class_noun="dog") == "a dog [x]"
 
 
+def test_json_keeps_its_braces():
+    """As Ideogram 4 wants its captions."""
+    told = {"scene": {"text": "a {subject} on grass"}, "elements": [{"type": "obj"}, {"type": "{class}"}]}
+    for indent in (None, 1):
+        filled = json.loads(prompts.fill(json.dumps(told, indent=indent), identifier="sks", class_noun="dog"))
+        assert filled == {"scene": {"text": "a sks dog on grass"}, "elements": [{"type": "obj"}, {"type": "dog"}]}
+
+
 @pytest.mark.parametrize("template", ["a photo of {subject} here", "a photo of {identifier} {class} here",
                                       "a photo of [trigger] {class} here"])
 def test_the_identifier_leaves_no_gap(template):
@@ -102,6 +111,8 @@ def test_values_are_not_filled_in_again():
 
 @pytest.mark.parametrize(("template", "message"), [
     ("a {identifer} dog", "unknown placeholder {identifer}"), ("a {} dog", "unknown placeholder {}"),
+    ("a { class }", "unknown placeholder { class }"), ("a {{class}}", "unknown placeholder {{class}}"),
+    ("a {class", "unknown placeholder {class"), ("a {red|blue} dog", "only JSON's are text, which a quote follows"),
     ("a {identifier} dog", "{identifier} has no value"), ("a [trigger] dog", r"[trigger] has no value")])
 def test_wrong_templates_are_errors(template, message):
     with pytest.raises(ConfigError) as error:

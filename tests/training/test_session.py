@@ -5,6 +5,7 @@ import torch
 
 from dbtrain.data.index import Index
 from dbtrain.engines.world import World
+from dbtrain.errors import ConfigError
 from dbtrain.models.adapters import layers
 from dbtrain.training.clock import Clock
 from dbtrain.training.session import Base, ClassPriors, PriorCache, Watch, Work
@@ -69,3 +70,19 @@ def test_layers_that_diffusers_keeps_in_fp32_stay_there(model_folders):
     assert any(kept.values()) and not all(kept.values())
     for name, parameter in denoiser.named_parameters():
         assert parameter.dtype == (torch.float32 if kept[name] else torch.bfloat16), name
+
+
+def test_attention_that_is_proved_by_a_call_is_proved_before_any_work(model_folders):
+    """A denoiser sees a small picture when it is loaded. DeepFloyd's pools its text by a softmax of its own."""
+    small = ("objective.timesteps=logit_normal", "prior.sampler=auto", "model.attention=flash")
+
+    def words(name):
+        return small_config(*small, f"model.family={name}", f"model.path={model_folders[name]}")
+
+    base = Base.load(words("lumina2"), ALONE)
+    assert base.models.attention.row()["ran"] == ["flash"]
+    late = Base.load(words("lumina2"), ALONE, late=True)
+    late.ready([("a dog",)])
+    assert late.models.attention.row()["ran"] == ["flash"]
+    with pytest.raises(ConfigError, match="model.attention: asked for flash, but flash and math runs"):
+        Base.load(words("if_stage1"), ALONE)
