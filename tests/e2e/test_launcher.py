@@ -1,4 +1,4 @@
-"""The real `deepspeed` launcher, real processes, gloo: two ranks learn what one rank learns, at every ZeRO stage.
+"""Two ranks, real processes, gloo, learn what one rank learns, at every ZeRO stage; and by the real `deepspeed`.
 
 Tolerances. Two ranks add the same fp32 terms in another order, which changes a gradient by some roundings (2^-23) of
 its largest terms. With AdamW's eps at 1e-3 an update has slope at most lr / eps = 1 in the gradient, so weights stay
@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from dbtrain.results.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 from dbtrain.results.identity import Identity
-from tests.e2e.every_stage import train_all
+from tests.e2e.every_stage import train_all, train_plan
+from tests.kit.forked import ranks
 from tests.kit.main_job import ROOT, environment, sd_folder, small_config, write_job
 
 # Seconds each on an idle machine; a busy one has shown thirty times that.
@@ -41,15 +42,7 @@ def launch(words: list[str], *options: str) -> list[str]:
     return [sys.executable, str(script), *options, "--master_port", str(free_port()), *map(str, words)]
 
 
-def run(command: list[str], **extra) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command, env={**environment(), **extra}, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done
-
-
-def plan(folder: Path, ranks: int) -> list[dict]:
+def plan(folder: Path, count: int) -> list[dict]:
     """All stages and methods; sampling in mid-training and a checkpoint are on where they cost least."""
     entries = []
     for stage, method in COMBINATIONS:
@@ -59,7 +52,7 @@ def plan(folder: Path, ranks: int) -> list[dict]:
         entries.append(
             {
                 "manifest": str(folder / "photos.csv"),
-                "out": str(folder / f"out-{ranks}-{stage}-{method}"),
+                "out": str(folder / f"out-{count}-{stage}-{method}"),
                 "config": small_config(*words).model_dump(mode="json"),
             }
         )
@@ -72,7 +65,7 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("launcher")
     write_job(made, subjects="rex:dog")
     (made / "plan.json").write_text(json.dumps(plan(made, 2)))
-    run(launch([ROOT / "tests/e2e/every_stage.py", made / "plan.json"], "--num_gpus", "2"))
+    ranks(2, free_port(), train_plan, made / "plan.json")
     # One rank is this process, and needs no more than stage 0: test_zero.py shows that stages agree within a process.
     train_all([entry for entry in plan(made, 1) if "-0-" in entry["out"]])
     return made

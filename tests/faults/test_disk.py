@@ -16,7 +16,8 @@ from dbtrain.storage.trouble import disk_trouble
 from tests.faults.campaigns import Works, half_written, result_of
 from tests.faults.damage import as_nobody, read_only, small_disk
 from tests.faults.kit import Fault, forked
-from tests.kit.main_job import dbtrain, environment, start, write_job
+from tests.kit.forked import dbtrain
+from tests.kit.main_job import environment, start, write_job
 
 TINY = ("--config", "tiny")
 

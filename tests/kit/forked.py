@@ -19,10 +19,11 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.kit.imported"])
 
 
-def _begin(surroundings: dict[str, str], said: Path, work: Callable, arguments: Sequence) -> None:
-    """What a forked process does first: its own environment, its own output, signals as a shell gives them."""
+def _begin(place: str, surroundings: dict[str, str], said: Path, work: Callable, arguments: Sequence) -> None:
+    """What a forked process does first: its own folder, environment and output, signals as a shell gives them."""
     assert "tests.kit.imported" in sys.modules  # a server that cannot import it goes on without a word
     heed_ctrl_c()
+    os.chdir(place)
     os.environ.clear()
     os.environ.update(surroundings)
     for stream in (1, 2):
@@ -44,7 +45,7 @@ class Forked:
     def __init__(self, work: Callable, *arguments: object, **variables: str):
         self.said = Path(tempfile.mkdtemp(prefix="dbtrain-said-"))
         surroundings = {**environment(), **variables}
-        self.process = SERVER.Process(target=_begin, args=(surroundings, self.said, work, arguments))
+        self.process = SERVER.Process(target=_begin, args=(os.getcwd(), surroundings, self.said, work, arguments))
         self.process.start()
         self.pid = self.process.pid
 
