@@ -1,8 +1,9 @@
-"""What `engine.fused_projections` saves: kernels of a pack's step, exact, and modelled milliseconds; no GPU is used.
+"""What `engine.fused_projections` and `engine.fused_pointwise` save: kernels of a step, and modelled milliseconds.
 
     python benchmarks/fused_projections.py [--out benchmarks/results/fused-projections_cpu_202611]
 
-The same architecture is counted with adapted layers one by one, and with those that read one input together.
+No GPU is used. Each architecture is counted three times: plain; with adapted layers that read one input together; and
+with gates and norms as one kernel each as well.
 """
 
 import argparse
@@ -24,16 +25,18 @@ from dbtrain.bench.roofline import architectures, count, modelled, targets_of  #
 PACKS = {"sd15": 8, "sdxl": 2, "flux1": 1, "zimage": 1}
 """Subjects of a pack, by architecture; one photo and one prior each, rank 16, the layers of the shipped recipe."""
 CARD = "H200"
+FORMS = {"plain": (False, False), "+ projections": (True, False), "+ gates and norms": (True, True)}
+"""fused_projections and fused_pointwise, by name."""
 
 
-def row(name: str, fused: bool) -> dict[str, Any]:
+def row(name: str, form: str) -> dict[str, Any]:
     """Counts of a step and its modelled time."""
-    family, shape = architectures()[name]
-    counts = count(name, family, shape, PACKS[name], targets_of(family), fused=fused)
+    (family, shape), (fused, pointwise) = architectures()[name], FORMS[form]
+    counts = count(name, family, shape, PACKS[name], targets_of(family), fused=fused, pointwise=pointwise)
     found = modelled(counts, CARDS[CARD])
     kept = {key: found[key] for key in ("kernels", "gb", "tflop", "floor_ms", "modelled_ms", "a_subject_ms")}
     parts = {part: (*counts.parts[part].sums[:2], found["parts"][part]["ms"]) for part in counts.parts}
-    return {"model": name, "subjects": PACKS[name], "layers": counts.layers, "fused": fused, **kept, "parts": parts}
+    return {"model": name, "subjects": PACKS[name], "layers": counts.layers, "form": form, **kept, "parts": parts}
 
 
 def launches(one: dict[str, Any]) -> int:
@@ -44,11 +47,11 @@ def launches(one: dict[str, Any]) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    heads = "| model | subjects | adapted layers | together | launches | GB moved | modelled ms | a subject, ms |"
+    heads = "| model | subjects | adapted layers | form | launches | GB moved | modelled ms | a subject, ms |"
     lines = [heads, "|" + "---|" * heads.count(" | ") + "---|"]
     for one in rows:
         lines.append(
-            f"| {one['model']} | {one['subjects']} | {one['layers']} | {'yes' if one['fused'] else 'no'} "
+            f"| {one['model']} | {one['subjects']} | {one['layers']} | {one['form']} "
             f"| {launches(one):,} | {one['gb']:,.0f} | {one['modelled_ms']:,.1f} | {one['a_subject_ms']:,.1f} |"
         )
     return "\n".join(lines)
@@ -61,8 +64,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:
-        for fused in (False, True):
-            rows.append(row(name, fused))
+        for form in FORMS:
+            rows.append(row(name, form))
             shown = {key: value for key, value in rows[-1].items() if key != "parts"}
             print(shown, file=sys.stderr, flush=True)
     print(table(rows))
@@ -71,7 +74,7 @@ def main() -> None:
         made |= {"torch": torch.__version__, "python": platform.python_version(), "card": CARD}
         record = json.dumps({**made, "rows": rows}, indent=1) + "\n"
         arguments.out.with_suffix(".json").write_text(record, "utf-8")
-        text = f"""# Adapted layers that read one input, together and one by one: counted and modelled, no GPU used
+        text = f"""# Fused projections, gates and norms: counted and modelled, no GPU used
 
 Launches are exact, but for operators of PyTorch that start several kernels, such as a norm's backward. Milliseconds
 are the roofline's model of an {CARD}, which no GPU has confirmed. bf16, rank 16, latents and captions cached, nothing

@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from dbtrain.bench import commit  # noqa: E402
+from dbtrain.bench.gpu_forms import flash  # noqa: E402
 from dbtrain.bench.operators import Operators  # noqa: E402
-from dbtrain.bench.roofline import ALPHA_BAR, architectures, captions_of, flash, meta_step  # noqa: E402
+from dbtrain.bench.roofline import ALPHA_BAR, architectures, captions_of, meta_step  # noqa: E402
 from dbtrain.engines import packed  # noqa: E402
 from dbtrain.engines.unit_scale import restore_unit_divisions  # noqa: E402
 from dbtrain.models import adapters  # noqa: E402
