@@ -57,6 +57,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def by_parts(rows: list[dict[str, Any]]) -> str:
+    """Markdown: modelled milliseconds of a step by part, of the last form."""
+    last = [one for one in rows if one["form"] == [*FORMS][-1]]
+    names = sorted({part for one in last for part in one["parts"]})
+    lines = [f"| model | subjects | {' | '.join(names)} | step |", "|" + "---|" * (len(names) + 3)]
+    for one in last:
+        spent = (f"{one['parts'].get(part, (0, 0, 0))[2]:,.1f}" for part in names)
+        lines.append(f"| {one['model']} | {one['subjects']} | {' | '.join(spent)} | {one['modelled_ms']:,.1f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json as well")
@@ -81,6 +92,10 @@ are the roofline's model of an {CARD}, which no GPU has confirmed. bf16, rank 16
 recomputed.
 
 {table(rows)}
+
+Where the modelled milliseconds of a step are, in the last form:
+
+{by_parts(rows)}
 
 Command: `{made["command"]}`. torch {made["torch"]}, Python {made["python"]}, commit {made["commit"]}.
 """
