@@ -57,6 +57,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def others(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of other models in an earlier result of the same commit, so that models may be counted in turns."""
+    file, counted = out.with_suffix(".json"), {one["model"] for one in rows}
+    before = json.loads(file.read_text("utf-8")) if file.exists() else {"commit": None}
+    return [one for one in before["rows"] if one["model"] not in counted] if before["commit"] == commit() else []
+
+
 def by_parts(rows: list[dict[str, Any]]) -> str:
     """Markdown: modelled milliseconds of a step by part, of the last form."""
     last = [one for one in rows if one["form"] == [*FORMS][-1]]
@@ -81,6 +88,7 @@ def main() -> None:
             print(shown, file=sys.stderr, flush=True)
     print(table(rows))
     if arguments.out:
+        rows = sorted([*others(arguments.out, rows), *rows], key=lambda one: [*PACKS].index(one["model"]))
         made = {"command": f"python benchmarks/fused_projections.py --out {arguments.out}", "commit": commit()}
         made |= {"torch": torch.__version__, "python": platform.python_version(), "card": CARD}
         record = json.dumps({**made, "rows": rows}, indent=1) + "\n"
