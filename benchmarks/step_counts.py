@@ -55,7 +55,7 @@ def operations(fused: bool) -> Iterator[None]:
 
 def our_step(name: str, subjects: int) -> Callable[[], None]:
     """One step of a pack of so many subjects, layer by layer; benchmarks/fused_projections.py counts the other way."""
-    made = meta_step(*MODELS[name], subjects, TARGETS, RANK, fused=False)
+    made = meta_step(*MODELS[name], subjects, TARGETS, RANK, fused=False, pointwise=False)
     return lambda: made.backward(made.forward())
 
 
