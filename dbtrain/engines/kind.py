@@ -27,7 +27,7 @@ def resolved_engine(
     lacking = cross_field_findings(zero)
     own = next((subject.id for subject in subjects if config.prior.weight == 0 and subject.prior_weight), None)
     why = f"{ranks} processes share each subject" if ranks > 1 else ""
-    why = why or next((f"{key} {message}" for key, message in pack_conflicts(config)), "")
+    why = why or next((f"{key} {message.split(';')[0]}" for key, message in pack_conflicts(config)), "")
     why = why or (f"{own} has a prior_weight while prior.weight is 0" if own else "")
     if why:
         for key, message in lacking:
