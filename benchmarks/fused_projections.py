@@ -1,8 +1,9 @@
-"""What `engine.fused_projections` saves: kernels of a pack's step, exact, and modelled milliseconds; no GPU is used.
+"""What `engine.fused_projections` and `engine.fused_pointwise` save: kernels of a step, and modelled milliseconds.
 
     python benchmarks/fused_projections.py [--out benchmarks/results/fused-projections_cpu_202611]
 
-The same architecture is counted with adapted layers one by one, and with those that read one input together.
+No GPU is used. Each architecture is counted three times: plain; with adapted layers that read one input together; and
+with gates and norms as one kernel each as well.
 """
 
 import argparse
@@ -24,16 +25,18 @@ from dbtrain.bench.roofline import architectures, count, modelled, targets_of  #
 PACKS = {"sd15": 8, "sdxl": 2, "flux1": 1, "zimage": 1}
 """Subjects of a pack, by architecture; one photo and one prior each, rank 16, the layers of the shipped recipe."""
 CARD = "H200"
+FORMS = {"plain": (False, False), "+ projections": (True, False), "+ gates and norms": (True, True)}
+"""fused_projections and fused_pointwise, by name."""
 
 
-def row(name: str, fused: bool) -> dict[str, Any]:
+def row(name: str, form: str) -> dict[str, Any]:
     """Counts of a step and its modelled time."""
-    family, shape = architectures()[name]
-    counts = count(name, family, shape, PACKS[name], targets_of(family), fused=fused)
+    (family, shape), (fused, pointwise) = architectures()[name], FORMS[form]
+    counts = count(name, family, shape, PACKS[name], targets_of(family), fused=fused, pointwise=pointwise)
     found = modelled(counts, CARDS[CARD])
     kept = {key: found[key] for key in ("kernels", "gb", "tflop", "floor_ms", "modelled_ms", "a_subject_ms")}
     parts = {part: (*counts.parts[part].sums[:2], found["parts"][part]["ms"]) for part in counts.parts}
-    return {"model": name, "subjects": PACKS[name], "layers": counts.layers, "fused": fused, **kept, "parts": parts}
+    return {"model": name, "subjects": PACKS[name], "layers": counts.layers, "form": form, **kept, "parts": parts}
 
 
 def launches(one: dict[str, Any]) -> int:
@@ -44,13 +47,31 @@ def launches(one: dict[str, Any]) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    heads = "| model | subjects | adapted layers | together | launches | GB moved | modelled ms | a subject, ms |"
+    heads = "| model | subjects | adapted layers | form | launches | GB moved | modelled ms | a subject, ms |"
     lines = [heads, "|" + "---|" * heads.count(" | ") + "---|"]
     for one in rows:
         lines.append(
-            f"| {one['model']} | {one['subjects']} | {one['layers']} | {'yes' if one['fused'] else 'no'} "
+            f"| {one['model']} | {one['subjects']} | {one['layers']} | {one['form']} "
             f"| {launches(one):,} | {one['gb']:,.0f} | {one['modelled_ms']:,.1f} | {one['a_subject_ms']:,.1f} |"
         )
+    return "\n".join(lines)
+
+
+def others(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of other models in an earlier result of the same commit, so that models may be counted in turns."""
+    file, counted = out.with_suffix(".json"), {one["model"] for one in rows}
+    before = json.loads(file.read_text("utf-8")) if file.exists() else {"commit": None}
+    return [one for one in before["rows"] if one["model"] not in counted] if before["commit"] == commit() else []
+
+
+def by_parts(rows: list[dict[str, Any]]) -> str:
+    """Markdown: modelled milliseconds of a step by part, of the last form."""
+    last = [one for one in rows if one["form"] == [*FORMS][-1]]
+    names = sorted({part for one in last for part in one["parts"]})
+    lines = [f"| model | subjects | {' | '.join(names)} | step |", "|" + "---|" * (len(names) + 3)]
+    for one in last:
+        spent = (f"{one['parts'].get(part, (0, 0, 0))[2]:,.1f}" for part in names)
+        lines.append(f"| {one['model']} | {one['subjects']} | {' | '.join(spent)} | {one['modelled_ms']:,.1f} |")
     return "\n".join(lines)
 
 
@@ -61,23 +82,28 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:
-        for fused in (False, True):
-            rows.append(row(name, fused))
+        for form in FORMS:
+            rows.append(row(name, form))
             shown = {key: value for key, value in rows[-1].items() if key != "parts"}
             print(shown, file=sys.stderr, flush=True)
     print(table(rows))
     if arguments.out:
+        rows = sorted([*others(arguments.out, rows), *rows], key=lambda one: [*PACKS].index(one["model"]))
         made = {"command": f"python benchmarks/fused_projections.py --out {arguments.out}", "commit": commit()}
         made |= {"torch": torch.__version__, "python": platform.python_version(), "card": CARD}
         record = json.dumps({**made, "rows": rows}, indent=1) + "\n"
         arguments.out.with_suffix(".json").write_text(record, "utf-8")
-        text = f"""# Adapted layers that read one input, together and one by one: counted and modelled, no GPU used
+        text = f"""# Fused projections, gates and norms: counted and modelled, no GPU used
 
 Launches are exact, but for operators of PyTorch that start several kernels, such as a norm's backward. Milliseconds
 are the roofline's model of an {CARD}, which no GPU has confirmed. bf16, rank 16, latents and captions cached, nothing
 recomputed.
 
 {table(rows)}
+
+Where the modelled milliseconds of a step are, in the last form:
+
+{by_parts(rows)}
 
 Command: `{made["command"]}`. torch {made["torch"]}, Python {made["python"]}, commit {made["commit"]}.
 """

@@ -77,9 +77,12 @@ def parts() -> list[Part]:
                  "--turns", "1"),
         measured("step-sdxl", 60, "step", *SDXL, "--sizes", "2", "--capture", "off,graph", "--turns", "1"),
         measured("ops", 45, "ops"),
-        measured("step-compiled", 80, "step", *SD15, "--sizes", "8", "--capture", "compiled_graph", "--turns", "1"),
+        measured("step-unfused", 50, "step", *SD15, "--sizes", "8", "--capture", "graph", "--turns", "1",
+                 "engine.fused_projections=off", "engine.fused_pointwise=off"),
+        measured("step-compiled", 80, "step", *SD15, "--sizes", "8", "--capture", "compiled_graph", "--turns", "1",
+                 "engine.fused_pointwise=off"),
         measured("step-channels-last", 80, "step", *SD15, "--sizes", "8", "--capture", "compiled_graph", "--turns", "1",
-                 "engine.channels_last=true"),
+                 "engine.fused_pointwise=off", "engine.channels_last=true"),
     ]  # fmt: skip
 
 

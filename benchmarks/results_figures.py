@@ -204,12 +204,9 @@ def step_counts(result: Result) -> Figures:
     ]  # fmt: skip
 
 
-WAYS = {True: "layers together", False: "layers one by one"}
-
-
 def fused_projections(result: Result) -> Figures:
     return [
-        (f"{row['model']}, pack of {row['subjects']}, {WAYS[row['fused']]}: launches a step; modelled ms of a subject",
+        (f"{row['model']}, pack of {row['subjects']}, {row['form']}: launches a step; modelled ms of a subject",
          f"{row['kernels'] - row['parts'].get('layout of convolutions', [0])[0]:,}; {row['a_subject_ms']:.1f}")
         for row in result["rows"]
     ]  # fmt: skip
@@ -286,7 +283,7 @@ MEASUREMENTS = {
         "python benchmarks/peers.py --script lora=PATH --script full=PATH",
     ),
     "step-counts": Measurement("What a LoRA step launches on a GPU, counted without one", step_counts),
-    "fused-projections": Measurement("Layers that read one input, counted without a GPU", fused_projections),
+    "fused-projections": Measurement("Fused projections, gates and norms, counted without a GPU", fused_projections),
     "family-costs": Measurement("What each family costs, counted without a GPU", family_costs),
     "faults": Measurement("Kills, power cuts, full disks and damage", faults),
     "faults-forget": Measurement(

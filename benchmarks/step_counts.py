@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from dbtrain.bench import commit  # noqa: E402
+from dbtrain.bench.gpu_forms import flash  # noqa: E402
 from dbtrain.bench.operators import Operators  # noqa: E402
-from dbtrain.bench.roofline import ALPHA_BAR, architectures, captions_of, flash, meta_step  # noqa: E402
+from dbtrain.bench.roofline import ALPHA_BAR, architectures, captions_of, meta_step  # noqa: E402
 from dbtrain.engines import packed  # noqa: E402
 from dbtrain.engines.unit_scale import restore_unit_divisions  # noqa: E402
 from dbtrain.models import adapters  # noqa: E402
@@ -54,7 +55,7 @@ def operations(fused: bool) -> Iterator[None]:
 
 def our_step(name: str, subjects: int) -> Callable[[], None]:
     """One step of a pack of so many subjects, layer by layer; benchmarks/fused_projections.py counts the other way."""
-    made = meta_step(*MODELS[name], subjects, TARGETS, RANK, fused=False)
+    made = meta_step(*MODELS[name], subjects, TARGETS, RANK, fused=False, pointwise=False)
     return lambda: made.backward(made.forward())
 
 

@@ -81,7 +81,7 @@ def train_chosen(
             raise DataError(f"{out}: another run is working there; wait for it or stop it, or use another --out")
         watch = watch or Watch(quiet, opened=opened)
         watch = replace(watch, quiet=watch.quiet or not world.first)
-        base = join_run(config, watch)
+        base = join_run(config, watch, subjects)
         work = open_work(base, watch, subjects, findings, out, chosen, skip_bad)
         return _train_all(base, work, watch)
 

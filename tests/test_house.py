@@ -78,13 +78,13 @@ CORE = """
 WHEEL = "dbtrain/*.py dbtrain/*/*.py kernels/dbtrain_kernels/*.py launchers/dbtrain_launchers/*.py"
 BUDGETS = {
     "core": (3_860, CORE),
-    "verbs": (2_920, "dbtrain/verbs/*.py"),
+    "verbs": (2_960, "dbtrain/verbs/*.py"),
     "report": (1_750, "dbtrain/report/*.py"),
     "fleet": (4_300, "dbtrain/fleet/*.py"),
     "evaluate": (1_600, "dbtrain/evaluate/*.py"),
     "subjects and data": (4_110, "dbtrain/subjects/*.py dbtrain/data/*.py"),
-    "kernels": (1_720, "kernels/dbtrain_kernels/*.py"),
-    "wheel": (33_360, WHEEL),
+    "kernels": (1_870, "kernels/dbtrain_kernels/*.py"),
+    "wheel": (33_700, WHEEL),
 }
 """Most lines of each room, and its files. Raise a budget only in a commit that says why."""
 MAX_FAMILY_LINES = 150
@@ -93,6 +93,7 @@ COVERED = {
     "dbtrain/__main__.py": "tests/test_cli.py",
     "dbtrain/bench/cards.py": "tests/bench/test_roofline.py",
     "dbtrain/bench/flops.py": "tests/bench/test_operators.py",
+    "dbtrain/bench/gpu_forms.py": "tests/bench/test_roofline.py",
     "dbtrain/families/*.py": "tests/contracts/test_family.py",
     "dbtrain/models/adapter_names.py": "tests/models/test_adapters.py",
     "dbtrain/models/architectures.py": "tests/bench/test_operators.py",

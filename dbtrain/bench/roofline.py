@@ -8,20 +8,20 @@ of published peaks in `REACHED`. Nothing of it was measured here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dbtrain.bench.cards import CARDS, Card
+from dbtrain.bench.gpu_forms import bytes_of, flash, one_kernel_norms
 from dbtrain.bench.operators import Operators
 from dbtrain.engines import packed
 from dbtrain.engines.engine import ParamGroup
@@ -31,6 +31,7 @@ from dbtrain.models.adapters import attach
 from dbtrain.models.architectures import Architecture
 from dbtrain.models.base_check import read_json
 from dbtrain.models.family import Family, Models
+from dbtrain.models.fused_pointwise import fuse_pointwise
 from dbtrain.models.fused_projections import FusedProjections, groups_of, side_by_side
 from dbtrain.models.load import quiet_libraries
 from dbtrain.objective.noise import Schedule, discrete_schedule, flow_schedule
@@ -111,7 +112,7 @@ class _Costs(Operators):
         self.operations = 0
 
     def saw(self, func: Any, name: str, args: Any, kwargs: Any, result: Any, kernels: int) -> None:
-        moved = sum(_bytes(value) for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor))
+        moved = sum(bytes_of(value) for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor))
         operations = 0
         if func.namespace == "dbtrain" and name in self.ours:
             shapes = [value.shape if isinstance(value, Tensor) else value for value in args]
@@ -124,55 +125,29 @@ class _Costs(Operators):
             operations = operations * (width + -width % TILE) // width
         self.note(_part(name), kernels, moved, operations)
         if name == "convolution":  # cuDNN wants channels last, and copies what has them first: in, and out
-            self.note("layout of convolutions", 2, 2 * (_bytes(args[0]) + _bytes(result)), 0)
+            self.note("layout of convolutions", 2, 2 * (bytes_of(args[0]) + bytes_of(result)), 0)
         elif name == "convolution_backward":
-            self.note("layout of convolutions", 2, 2 * (_bytes(args[0]) + _bytes(args[1])), 0)
+            self.note("layout of convolutions", 2, 2 * (bytes_of(args[0]) + bytes_of(args[1])), 0)
 
     def note(self, part: str, kernels: int, moved: int, operations: int) -> None:
         """Add a row to a part."""
         self.parts.setdefault(part, Part()).rows.append((kernels, moved, operations))
 
 
-def _bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor in memory: an expanded one is read once."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-
-
 def _part(name: str) -> str:
     for part, words in PARTS.items():
         if any(word in name for word in words):
             return part
-    return "pointwise, norms, copies"
+    return POINTWISE
 
 
+POINTWISE = "pointwise, norms, copies"
 PARTS = {
     "attention, backward": ("attention_backward",), "attention": ("attention",), "convolutions": ("convolution",),
     "LoRA": ("lora", "shrink", "expand", "outer", "add_parts"), "update": ("adamw", "norms", "foreach"),
     "matrix products": ("mm", "matmul", "linear"),
 }  # fmt: skip
 """Parts of a step by a word in an operator's name; the first that fits."""
-
-
-@contextmanager
-def flash() -> Iterator[None]:
-    """Attention as a GPU runs it, one operator, which the meta device would take apart; nor can that switch autocast
-    off, as Ideogram 4 does for its places."""
-    kept, autocast = F.scaled_dot_product_attention, torch.autocast
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        groups = query.shape[1] // key.shape[1]  # heads that share keys and values
-        if groups > 1:
-            key, value = (shared.repeat_interleave(groups, 1) for shared in (key, value))
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-
-    F.scaled_dot_product_attention = attention
-    torch.autocast = lambda device_type, **rest: (  # type: ignore
-        nullcontext() if device_type == "meta" else autocast(device_type, **rest)
-    )
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention, torch.autocast = kept, autocast  # type: ignore[misc]
 
 
 ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
@@ -212,11 +187,13 @@ class MetaStep:
 
 def meta_step(
     family: Family, shape: Architecture, subjects: int, targets: Iterable[str], rank: int = 16, recompute: bool = False,
-    fused: bool = True,
+    fused: bool = True, pointwise: bool = True,
 ) -> MetaStep:  # fmt: skip
     """What `packing.pack.Pack.advance` does but for its statistics, in bf16, latents and captions cached. fused: with
-    `engine.fused_projections`."""
+    `engine.fused_projections`; pointwise: with `engine.fused_pointwise`."""
     denoiser = shape.blank("meta")
+    if pointwise:
+        fuse_pointwise(denoiser)
     params = sum(param.numel() for param in denoiser.parameters())
     layers = attach(denoiser, targets, subjects, rank, rank)
     if recompute:
@@ -254,7 +231,7 @@ def meta_step(
 
 def count(
     name: str, family: Family, shape: Architecture, subjects: int, targets: Iterable[str], recompute: bool = False,
-    fused: bool = True,
+    fused: bool = True, pointwise: bool = True,
 ) -> Counts:  # fmt: skip
     """The exact counts of a `meta_step`. Raises ConfigError where it needs real numbers, which `meta` lacks."""
     quiet_libraries()
@@ -264,8 +241,9 @@ def count(
     # ragged captions reads on the host.
     for mask in (None, "meta", "cpu"):
         try:
-            step = meta_step(_masked(family, mask), shape, subjects, targets, recompute=recompute, fused=fused)
-            with flash(), _Costs() as costs:
+            masked = _masked(family, mask)
+            step = meta_step(masked, shape, subjects, targets, recompute=recompute, fused=fused, pointwise=pointwise)
+            with flash(), _Costs() as costs, one_kernel_norms(partial(costs.note, POINTWISE)):
                 loss, kept = _with_kept(step.forward)
                 forward = costs.operations // (2 * subjects)
                 step.backward(loss)

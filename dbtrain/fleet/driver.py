@@ -18,6 +18,7 @@ from pathlib import Path
 import ray
 
 from dbtrain.data.index import Index
+from dbtrain.engines.kind import resolved_engine
 from dbtrain.errors import FleetError, StopRequested, reached
 from dbtrain.fleet.arrivals import LOOK_S, Arrivals
 from dbtrain.fleet.books import Books, Flight
@@ -353,6 +354,7 @@ class Driver:
 
 def rows_of_packs(config: RunConfig, options: Options, ledger: Ledger) -> int | None:
     """Subjects that a worker trains together; None where this is to be measured and was not yet."""
+    config = resolved_engine(config, options.gang, "cpu")[0]  # a pack of one, which a GPU may choose, has one row too
     if config.engine.kind != "packed" or options.gang > 1:
         return 1
     size = config.engine.packed.size

@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from dbtrain.engines.kind import engine_here
 from dbtrain.fleet.lease import find_ledger, has_ledger
 from dbtrain.fleet.ledger import Ledger
 from dbtrain.settings.config import RunConfig
@@ -14,9 +15,9 @@ from dbtrain.subjects.manifest import read_manifest, scan_manifest
 
 
 def plan_run(
-    manifest: Path, config: RunConfig, out: Path, measured: Path | None, skip_bad: bool = False
+    manifest: Path, config: RunConfig, out: Path, measured: Path | None, skip_bad: bool = False, gang: int = 1
 ) -> dict[str, Any]:
-    """subjects (by state), classes, photos, photo_bytes, prior_images, and `estimate`.
+    """subjects (by state), classes, photos, photo_bytes, prior_images, engine, and `estimate`.
 
     skip_bad: without the subjects whose rows have findings; what is wrong with photos shows when they are read. Photos
     are those of the manifest; ready-made shards are not looked into.
@@ -37,6 +38,7 @@ def plan_run(
         "photos": len(photos),
         "photo_bytes": sum(path.stat().st_size for path in photos),
         "prior_images": prior_images,
+        "engine": engine_here(config, gang),
         "estimate": estimate(measured or out, left, len(classes)),
     }
 
@@ -71,6 +73,7 @@ def describe(plan: dict[str, Any]) -> str:
         f"subjects: {states}, in {plan['classes']} classes",
         f"shards: {plan['photos']} photos, {plan['photo_bytes'] / 2**20:.1f} MiB",
         f"priors: {plan['prior_images']} images",
+        plan["engine"],
     ]
     if not cost["basis"]:
         lines.append("cost: not known, as nothing was measured; give --measured RUN, a run of a few subjects")

@@ -97,7 +97,7 @@ class PackedRun:
             if (config.prior.weight > 0) != (weight > 0):
                 raise ConfigError(
                     f"{subject.id}: prior_weight is {config.prior.weight} while prior.weight is 0, and the subjects of "
-                    "a pack have priors all or none; set prior.weight, or take the column out"
+                    "a pack have priors all or none; set prior.weight, take the column out, or set engine.kind=zero"
                 )
 
     def _complete_priors(self) -> None:

@@ -270,10 +270,10 @@ class PackedConfig(Section):
 class EngineConfig(Section):
     """What executes the training step."""
 
-    kind: Literal["zero", "packed", "auto"] = "zero"
+    kind: Literal["zero", "packed", "auto"] = "auto"
     """`zero` is DeepSpeed, one subject at a time on one process or many; `packed` trains the adapters of many subjects
-    at once in one process; `auto` is a pack of one subject where a LoRA trains in one process, whose step a GPU can
-    record, and `zero` where there are several processes or a setting that a pack lacks."""
+    at once in one process; `auto` is a pack of one subject where a LoRA trains in one process on a GPU, which can
+    record its step, or with a setting that only packs have, and `zero` elsewhere."""
     zero: ZeroConfig = ZeroConfig()
     packed: PackedConfig = PackedConfig()
     capture: Literal["auto", "graph", "compile", "compiled_graph", "off"] = "auto"
@@ -283,6 +283,9 @@ class EngineConfig(Section):
     fused_projections: Literal["auto", "on", "off"] = "auto"
     """In a pack, compute adapted layers that read the same input as one operation, such as an attention's q, k and v,
     with gradients that go straight into the optimizer's arena; `auto` does on a GPU and not on a CPU."""
+    fused_pointwise: Literal["auto", "on", "off"] = "auto"
+    """Compute each GEGLU and RMSNorm of the denoiser by one kernel forward and one backward; `auto` does on a GPU where
+    blocks are not compiled, and not on a CPU."""
     channels_last: bool = False
     """Keep the denoiser's convolutions in the channels-last layout, which tensor cores read without reordering. For
     compiled steps: each GroupNorm of a step that is not compiled copies its input to the other layout and back."""

@@ -141,8 +141,8 @@ def value_of(config: RunConfig, key: str) -> Any:
 
 
 def packed(config: RunConfig) -> RunConfig:
-    """The settings with the packed engine where adapters train: the engine decides no result."""
-    return config.replaced("engine.kind", "packed") if config.train.method == "lora" else config
+    """The settings with the packed engine where adapters train, else DeepSpeed's: the engine decides no result."""
+    return config.replaced("engine.kind", "packed" if config.train.method == "lora" else "zero")
 
 
 def read_vary(text: str) -> tuple[str, tuple[str, ...]]:

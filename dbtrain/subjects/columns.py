@@ -117,7 +117,7 @@ def _rank_conflicts(rank: int, config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _prior_conflicts(weight: float, config: RunConfig) -> Iterator[tuple[str, str]]:
-    if config.prior.weight == 0 and config.engine.kind != "zero":
+    if config.prior.weight == 0 and config.engine.kind == "packed":
         what = f"is {weight} while prior.weight is 0, and the subjects of a pack have priors all or none"
         yield what, "set prior.weight, or leave it empty"
     if config.prior.images == 0:

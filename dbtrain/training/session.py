@@ -26,6 +26,7 @@ from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
 from dbtrain.models.attention import engage_attention
 from dbtrain.models.family import Family, Models, encode_texts, refuse_impossible
+from dbtrain.models.fused_pointwise import fuse_pointwise, fuses_pointwise
 from dbtrain.models.load import frozen, load_models, modules_of
 from dbtrain.models.quantize import quantize
 from dbtrain.models.texts import Group, set_aside
@@ -210,6 +211,8 @@ def _place(models: Models, settings: RunConfig, world: World) -> None:
     models.to(device)
     if settings.engine.channels_last:
         models.denoiser.to(memory_format=torch.channels_last)
+    if fuses_pointwise(settings.engine, device.type):
+        fuse_pointwise(models.denoiser)
     _attend(models, settings, world.device)
     if settings.train.method == "lora" and settings.train.precision != "fp32":
         cast(models.denoiser, DTYPES[settings.train.precision])
@@ -317,11 +320,11 @@ class Watch:
         return replace(self, clock=Clock(self.beat))
 
 
-def join_run(settings: RunConfig, watch: Watch) -> Base:
+def join_run(settings: RunConfig, watch: Watch, subjects: Sequence[Subject] = ()) -> Base:
     """The base for training, whose denoiser `Base.ready` loads. From its return on, signals to stop are kept in
-    `watch.stop`."""
+    `watch.stop`. subjects: those of the manifest, where they are known."""
     world = start_world()
-    settings, why = resolved_engine(settings, world.size)
+    settings, why = resolved_engine(settings, world.size, torch.device(world.device).type, subjects)
     if why and world.first:
         watch.say(f"engine.kind: auto: {why}")
     plan_batches(settings.train.batch, settings.train.micro_batch, world.size)  # refuses before anything is loaded

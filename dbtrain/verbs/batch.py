@@ -81,7 +81,7 @@ def run_verb(
     if plan:
         from dbtrain.fleet.estimate import describe, plan_run
 
-        planned = plan_run(manifest, config, out, measured, skip_bad)
+        planned = plan_run(manifest, config, out, measured, skip_bad, gang)
         print_json(planned) if as_json else typer.echo(describe(planned))
         return
     from dbtrain.fleet.options import Options

@@ -20,7 +20,9 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from dbtrain.engines.kind import resolved_engine
 from dbtrain.errors import ConfigError, DataError
+from dbtrain.settings.config import RunConfig
 from dbtrain.settings.recipes import load, recipe_names
 from dbtrain.tiny import NAMED
 from dbtrain_launchers.ray_head import is_loopback, token_file_finding, token_path
@@ -52,7 +54,8 @@ ok, warn, fail = partial(Check, "ok"), partial(Check, "warn"), partial(Check, "f
 
 def examine(model: str | None = None) -> list[Check]:
     """Every check of this machine, in a fixed order; `model` is a path or hub id to look for as well."""
-    machine = [check_gpu(), check_compiler(), check_disk(Path.cwd()), check_memory()]
+    gpu = check_gpu()
+    machine = [gpu, check_engine(gpu), check_compiler(), check_disk(Path.cwd()), check_memory()]
     optional = [check_optional("torchvision"), check_xformers(), check_kernels_package()]
     around = [check_launcher(), check_hub(), *check_ray(), *(check_base(model) if model else [])]
     return [check_python(), *check_requirements(), *machine, *optional, *around]
@@ -119,6 +122,12 @@ def check_gpu() -> Check:
         return warn("gpu", f"none, as torch {version} is built for the CPU; runs use the CPU")
     remedy = "look at nvidia-smi and CUDA_VISIBLE_DEVICES; runs use the CPU meanwhile"
     return warn("gpu", f"none is visible to torch {version}, which is built for CUDA {cuda}", remedy)
+
+
+def check_engine(gpu: Check) -> Check:
+    """What trains a LoRA in one process here, as `engine.kind: auto` chooses. gpu: what `check_gpu` found."""
+    device_type = "cuda" if gpu.state == "ok" else "cpu"
+    return ok("engine", f"engine.kind: auto is {resolved_engine(RunConfig(), 1, device_type)[1]}")
 
 
 def check_compiler() -> Check:

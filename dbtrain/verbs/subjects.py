@@ -1,5 +1,6 @@
 """The verbs that work on subjects: preflight, train, generate, export, demo."""
 
+import os
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,7 @@ def train_verb(
     subjects: Annotated[str | None, typer.Option(help="`all` takes every row.")] = None,
     publish_to: PublishTo = None,
     skip_bad: SkipBad = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say which engine would train here, and why.")] = False,
     quiet: Quiet = False,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -100,6 +102,12 @@ def train_verb(
 
     overrides = with_address(overrides, publish_to)
     config = anchored(load_settled(recipe, overrides))
+    if plan:
+        from dbtrain.engines.kind import engine_here
+        from dbtrain.subjects.manifest import read_manifest
+
+        typer.echo(engine_here(config, int(os.environ.get("WORLD_SIZE", "1")), read_manifest(manifest)))
+        return
     from dbtrain.train import train_manifest
 
     opened = partial(keep_origin, out, "train", manifest, recipe, overrides, skip_bad)

@@ -72,6 +72,14 @@ OPS = {
         flops="dbtrain_kernels.lora_group:FLOPS",
         differentiable=("x", "down_NGD", "up_NOR"),
     ),
+    "geglu": Op(
+        reference="dbtrain_kernels.reference:geglu",
+        cases="tests.kernels.test_geglu:cases",
+        fused="dbtrain_kernels.geglu:geglu",
+        work="dbtrain_kernels.geglu:work",
+        launches="dbtrain_kernels.geglu:LAUNCHES",
+        differentiable=("x",),
+    ),
 }
 """Every operation by name. A row gets the contract tests and the benchmark for free."""
 

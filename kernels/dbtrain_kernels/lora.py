@@ -30,15 +30,16 @@ def lora(x: Tensor, base: Tensor, down_NRD: Tensor, up_NDR: Tensor, scale_N: Ten
 
     Sums are fp32, in a fixed order; the gradients of fp32 matrices are never rounded.
     """
-    problem = (
-        dtype_problem(FLOATS, x=x, base=base)
-        or dtype_problem(FLOATS, down_NRD=down_NRD, up_NDR=up_NDR)
-        or (f"the rank is {down_NRD.shape[1]}, over {MAX_RANK}" if down_NRD.shape[1] > MAX_RANK else None)
-    )
-    if not choose("lora", x.device.type, problem).fused:
+    if not choose("lora", x.device.type, lora_problem(up_NDR, x=x, base=base, down_NRD=down_NRD)).fused:
         return reference.lora(x, base, down_NRD, up_NDR, scale_N)
     matrices = by_row(down_NRD), by_row(up_NDR)
     return lora_op(x.to(base.dtype).contiguous(), base.contiguous(), *matrices, scale_N.float())[0]
+
+
+def lora_problem(up: Tensor, **tensors: Tensor) -> str | None:
+    """Why the kernels cannot take B [N, O, rank] and the other tensors of a call, or None."""
+    wide = f"the rank is {up.shape[2]}, over {MAX_RANK}" if up.shape[2] > MAX_RANK else None
+    return dtype_problem(FLOATS, **tensors, up=up) or wide
 
 
 @torch.library.custom_op("dbtrain::lora", mutates_args=())

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dbtrain_kernels.cases import Case, seeded
-from dbtrain_kernels.dispatch import choose, dtype_problem
-from dbtrain_kernels.lora import FLOATS, MAX_RANK, SPLIT, by_row
+from dbtrain_kernels.dispatch import choose
+from dbtrain_kernels.lora import SPLIT, by_row, lora_problem
 
 LAUNCHES = {
     "lora_group": lambda *_: 2,
@@ -41,11 +41,7 @@ class _LoraGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, down_NGD, up_NOR, scale_N, widths, into_down, into_up):
         y = F.linear(x, weight, bias)
-        problem = (
-            dtype_problem(FLOATS, x=x, down_NGD=down_NGD, up_NOR=up_NOR)
-            or (f"the rank is {up_NOR.shape[2]}, over {MAX_RANK}" if up_NOR.shape[2] > MAX_RANK else None)
-        )  # fmt: skip
-        ctx.fused = choose("lora_group", x.device.type, problem).fused
+        ctx.fused = choose("lora_group", x.device.type, lora_problem(up_NOR, x=x, down_NGD=down_NGD)).fused
         if ctx.fused:
             x, down_NGD, up_NOR = x.contiguous(), by_row(down_NGD), by_row(up_NOR)
         forward = lora_group_op if ctx.fused else plain_forward

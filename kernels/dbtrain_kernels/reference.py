@@ -212,3 +212,10 @@ def lora_group(
     bases, ups = F.linear(x, weight, bias).split(list(widths), -1), up_NOR.split(list(widths), 1)
     layers = zip(bases, down_NGD.split(rank, 1), ups)
     return torch.cat([lora(x, base, down_NRD, up_NDR, scale_N) for base, down_NRD, up_NDR in layers], -1)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """value * gelu(gate) [..., H] (arXiv 2002.05202, with the exact gelu), of x [..., 2H]: the values, then their
+    gates."""
+    value, gate = x.chunk(2, -1)
+    return value * F.gelu(gate)

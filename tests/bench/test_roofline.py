@@ -10,7 +10,8 @@ import torch
 from dbtrain.bench import roofline, to_nobody
 from dbtrain.bench.cards import CARDS
 from dbtrain.bench.flops import count_flops
-from dbtrain.bench.roofline import Part, count, flash, meta_step, modelled, shape_of, table, targets_of
+from dbtrain.bench.gpu_forms import flash, one_kernel_norms
+from dbtrain.bench.roofline import Part, count, meta_step, modelled, shape_of, table, targets_of
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
 
@@ -64,6 +65,14 @@ def test_bytes_of_a_product_by_hand():
     products, rest = costs.parts["matrix products"].rows, costs.parts["pointwise, norms, copies"].rows
     assert products == [(1, 2 * (15 + 35 + 21), 2 * 3 * 5 * 7)]
     assert rest == [(1, 2 * (15 + 15 + 15), 0)], "an expanded row is read from the memory of its tensor"
+
+
+def test_a_norm_is_one_kernel_each_way_by_hand():
+    costs, norm = roofline._Costs(), torch.nn.RMSNorm(5, device="meta", dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.empty(3, 5, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with costs, one_kernel_norms(lambda *row: costs.note("norms", *row)):
+        norm(x).backward(torch.empty_like(x))
+    assert costs.parts["norms"].rows == [(1, 2 * 15 * 2, 0), (1, 2 * 15 * 3, 0)] and [*costs.parts] == ["norms"]
 
 
 @pytest.mark.parametrize("row, bound, ms", [

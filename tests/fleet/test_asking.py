@@ -49,6 +49,7 @@ def test_a_plan_and_a_run_leave_out_what_is_bad(tmp_path):
     assert (done.returncode, "nowhere" in done.stderr) == (3, True), done.stderr
     done = batch("run", *words, "--out", out, "--plan", "--skip-bad")
     assert done.returncode == 0 and done.stdout.startswith("subjects: 3 waiting, in 2 classes\nshards: 6 photos")
+    assert "\nengine: auto here is " in done.stdout
     assert not out.exists()
     refused = batch("run", *words, "--out", out)
     assert (refused.returncode, "Traceback" in refused.stderr) == (3, False)

@@ -136,6 +136,7 @@ def test_packs_of_auto_have_one_size_which_is_measured_once(tmp_path):
 
 @pytest.mark.parametrize("overrides, gang, pack", [
     ((), 1, 1), (("engine.kind=packed", "engine.packed.size=6"), 1, 6), (("engine.kind=packed",), 2, 1),
+    (("engine.packed.size=4",), 1, 4), (("engine.packed.size=4", "train.method=full"), 1, 1),
 ])  # fmt: skip
 def test_packs_that_need_no_measuring(tmp_path, overrides, gang, pack):
     with run_of_dogs(tmp_path, 1) as ledger:

@@ -16,10 +16,10 @@ import pytest
 pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
-from dbtrain_kernels import adamw_triton, lora_triton, loss_triton, noising_triton
+from dbtrain_kernels import adamw_triton, geglu_triton, lora_triton, loss_triton, noising_triton
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = (adamw_triton, lora_triton, loss_triton, noising_triton)
+MODULES = (adamw_triton, geglu_triton, lora_triton, loss_triton, noising_triton)
 REGISTERS = {
     "shrink": 184,
     "expand": 176,
@@ -31,6 +31,8 @@ REGISTERS = {
     "squared_norms": 48,
     "row_factors": 72,
     "update_rows": 96,
+    "gate_forward": 48,
+    "gate_backward": 80,
 }
 """Most registers of a thread. A thread has 255; of 168, a multiprocessor of NVIDIA's holds three programs at once."""
 FP32_REGISTERS = {"shrink": 216, "expand": 240, "outer": 216}
@@ -39,7 +41,8 @@ SHARED = {"sm_80": 101_376, "sm_90": 116_224, "gfx942": 65_536}
 """Most bytes of shared memory of a program. sm_80's code runs on sm_86 and sm_89 too, where a program may have 99 KiB;
 half of what a multiprocessor of sm_90 has, so that two programs fit; all that gfx942 has."""
 PRODUCTS = ("shrink", "expand", "outer")
-WIDE = (*PRODUCTS, "add_parts", "loss_elements", "noise_latents", "squared_norms", "update_rows")
+WIDE = (*PRODUCTS, "add_parts", "loss_elements", "noise_latents", "squared_norms", "update_rows",
+        "gate_forward", "gate_backward")  # fmt: skip
 """Kernels that read or write arrays; the others handle a few numbers of a sample or row."""
 
 

@@ -25,8 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dbtrain.objective import PARAMETERIZATIONS
-from dbtrain_kernels import adamw_triton, lora_triton, loss_triton, noising_triton
+from dbtrain_kernels import adamw_triton, geglu_triton, lora_triton, loss_triton, noising_triton
 from dbtrain_kernels.adamw import inputs as adamw_inputs
+from dbtrain_kernels.geglu import LAYERS
+from dbtrain_kernels.geglu import inputs as geglu_inputs
 from dbtrain_kernels.lora import SPLIT
 from dbtrain_kernels.loss import inputs as loss_inputs
 from dbtrain_kernels.noising import inputs as noising_inputs
@@ -106,6 +108,9 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{parameterization}, {dtype}", partial(lose, parameterization, dtype)
     for options in ({}, {"ema": True}, {"compute": True}, {"ema": True, "compute": True}):
         yield f"AdamW, {' '.join(options) or 'plain'}", partial(advance, **options)
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, (samples, tokens, width) in LAYERS.items():
+            yield f"gate, {name}, {dtype}", partial(gate, (samples, tokens, 2 * width), dtype)
 
 
 def update(dtype: torch.dtype, matrices: torch.dtype, rank: int, tokens: int, wide: int, out: int) -> None:
@@ -155,6 +160,12 @@ def advance(**options: bool) -> None:
     given |= adamw_inputs(8, 3_188_736, device="meta", **options)
     given |= {name: given[name].double() for name in ("lr_N", "clip_N", "decay_N")}
     adamw_triton.launch(**given)
+
+
+def gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A feed-forward layer's gate, forward and backward."""
+    x = geglu_inputs(shape, dtype, device="meta")["x"]
+    geglu_triton.backward(geglu_triton.forward(x), x)
 
 
 def row(label: str, name: str, kernel: Any) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def test_none_does_nothing_and_what_cannot_run_is_refused(monkeypatch):
 
 def test_it_needs_a_pack():
     with pytest.raises(ConfigError, match="model.quantize.*: needs engine.kind=packed"):
-        recipes.load(None, ["model.quantize=int8"])
+        recipes.load(None, ["model.quantize=int8", "engine.kind=zero"])
     assert recipes.load(None, ["model.quantize=int8", "engine.kind=packed"])
 
 

@@ -18,7 +18,7 @@ def test_this_machine_is_examined_as_data(tmp_path):
     told = CliRunner().invoke(cli.app, ["doctor", "--json", "--model", str(tmp_path / "absent model")])
     rows = json.loads(told.stdout)
     assert told.exit_code == 1  # a failure stops, whatever else is only warned of
-    assert {"python", "gpu", "compiler", "disk", "memory", "torchvision", "xformers", "launcher", "hub"} <= {
+    assert {"python", "gpu", "engine", "compiler", "disk", "memory", "torchvision", "xformers", "launcher", "hub"} <= {
         row["name"] for row in rows
     }
     assert {row["state"] for row in rows} <= {"ok", "warn", "fail"}
@@ -39,6 +39,12 @@ def test_an_xformers_that_does_not_load_stops_every_run(broken, state, detail, m
     monkeypatch.setattr(doctor, "installed", lambda name: "0.0.35.1")
     check = doctor.check_xformers(lambda code: (not broken or broken not in code, "no"))
     assert (check.state, bool(check.remedy)) == (state, state != "ok") and detail in check.detail
+
+
+@pytest.mark.parametrize("state, engine", [("ok", "packed: a LoRA"), ("warn", "zero: one process on a CPU")])
+def test_the_engine_that_auto_is_here_is_told(state, engine):
+    check = doctor.check_engine(doctor.Check(state, "gpu", "one"))
+    assert (check.state, check.name) == ("ok", "engine") and f"engine.kind: auto is {engine}" in check.detail
 
 
 @pytest.mark.parametrize(

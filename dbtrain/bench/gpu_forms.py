@@ -1,0 +1,76 @@
+"""Operations as a GPU runs them, one operator each, where PyTorch takes them apart on the meta device; for counting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Note = Callable[[int, int, int], None]
+"""Told of kernels, the bytes that they move, and their operations."""
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Bytes of a tensor in memory: an expanded one is read once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+@contextmanager
+def flash() -> Iterator[None]:
+    """Attention as one operator, which the meta device would take apart; nor can that switch autocast off, as Ideogram 4
+    does for its places."""
+    kept, autocast = F.scaled_dot_product_attention, torch.autocast
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        groups = query.shape[1] // key.shape[1]  # heads that share keys and values
+        if groups > 1:
+            key, value = (shared.repeat_interleave(groups, 1) for shared in (key, value))
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+    F.scaled_dot_product_attention = attention
+    torch.autocast = lambda device_type, **rest: (  # type: ignore
+        nullcontext() if device_type == "meta" else autocast(device_type, **rest)
+    )
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, torch.autocast = kept, autocast  # type: ignore[misc]
+
+
+@contextmanager
+def one_kernel_norms(note: Note) -> Iterator[None]:
+    """RMSNorm as one kernel (PyTorch's `_fused_rms_norm`, which there is for CUDA alone), where x has the weight's
+    dtype."""
+    kept = F.rms_norm
+
+    def norm(x: Tensor, dim: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        mixed = weight is not None and weight.dtype != x.dtype
+        return kept(x, dim, weight, eps) if mixed else _Norm.apply(x, note)
+
+    F.rms_norm = norm  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.rms_norm = kept
+
+
+class _Norm(torch.autograd.Function):
+    """Shapes and costs of an RMSNorm with a frozen weight. Forward reads and writes x; backward reads x and the
+    gradient, and writes one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, note: Note) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.note = note
+        note(1, 2 * bytes_of(x), 0)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        ctx.note(1, 3 * bytes_of(x), 0)
+        return torch.empty_like(x), None
