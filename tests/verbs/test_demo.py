@@ -56,8 +56,10 @@ def test_the_demo_trains_judges_and_shows_both_stages(one_of_each, tmp_path):
         assert 0 < np.abs(plain - both).mean() < 12, "stage (b) enlarges what stage (a) drew"
 
 
-def test_a_demo_in_which_subjects_fail_fails_and_still_shows_what_there_is(one_of_each, tmp_path):
+def test_a_demo_in_which_subjects_fail_fails_and_still_shows_what_there_is(one_of_each, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "COUNTS", {DEMO_LARGE: 1, DEMO_REAL: 0})
     result = run("--out", tmp_path / "demo", *QUICK, "lora.alpha=1e38", "prior.weight=0")
     assert result.exit_code == 4, result.output
     assert "error: dog-tan: " in result.stderr and "failed: " in result.stdout and "look at" in result.stdout
     assert len(cells(Image.open(tmp_path / "demo" / "demo.png"))) == 2, "the photos alone"
+    assert not (tmp_path / "demo" / "real").exists(), "photographed subjects come with --all"
