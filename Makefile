@@ -20,7 +20,7 @@ BENCH ?= benchmarks/tiny_quality.py benchmarks/paper_shape.py
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-demo: $(VENV)/.installed  ## personalize the embedded base for a few subjects, into ./demo
+demo: $(VENV)/.installed  ## train both stages for eight subjects on the small models, into ./demo
 	$(RUN) $(BIN)/dbtrain demo --out demo
 
 # tests/faults fork their own process. A fork has none of its parent's threads, so a process that has trained before

@@ -300,6 +300,11 @@ MEASUREMENTS = {
     "second-stage": Measurement(
         "The embedded upscaler, tuned on a subject", second_stage, "python benchmarks/second_stage.py"
     ),
+    "second-stage-packed": Measurement(
+        "The same in a pack, as the demo trains it",
+        second_stage,
+        "python benchmarks/second_stage.py --name second-stage-packed",
+    ),
     "paper-shape": Measurement("The shape of the paper's tables on the embedded base", paper_shape, f"{PAPER_SHAPE} 8"),
     "paper-shape-60-steps": Measurement("The same with 60 steps and three seeds", paper_shape, SIXTY_STEPS),
     "recipe-quality": Measurement("What recipes of the embedded base buy", recipe_quality),

@@ -4,7 +4,8 @@ The paper's second stage is tuned on the subject, with less noise on the small p
 (section 4.3). Here drawn subjects are rendered at 128 pixels: five photos to train on, and further layouts of the same
 subject, in places that no photo shows, as the truth. Those are reduced to 64 pixels and enlarged by each arm's weights
 in the stock pipeline, at the arm's level. Trainings and scores that are in --out are not made again. Writes
-benchmarks/results/second-stage_cpu_<year and month>.{md,json}.
+benchmarks/results/second-stage_cpu_<year and month>.{md,json}. What the demo's own second stage buys, and whether it is
+the subject's: `--arms bicubic "adapters, as the demo trains them in a pack" "such adapters of another subject"`.
 """
 
 import argparse
@@ -27,9 +28,11 @@ from dbtrain.bench import commit
 from dbtrain.evaluate.features import load_identity
 from dbtrain.evaluate.intervals import shown
 from dbtrain.models.load import quiet_libraries
+from dbtrain.results.finished import own_pipeline
 from dbtrain.storage.atomic import write_file
 from dbtrain.tiny import UPSCALER
 from dbtrain.training.step import TrainingStep
+from dbtrain.verbs.demo import SECOND
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "embedded"))
 
@@ -39,6 +42,8 @@ RESULTS = Path(__file__).parent / "results"
 USUAL = 13
 """The level whose variance is 1e-3: the paper's, before it lowers the noise."""
 FAULT = "tuned with x_t as its own guide"
+PACK = "adapters, as the demo trains them in a pack"
+OTHER = "such adapters of another subject"
 ARMS = {
     "bicubic": (None, 0),
     "not tuned, level 0": (None, 0),
@@ -46,8 +51,10 @@ ARMS = {
     "tuned at level 0": (0, 0),
     f"tuned at level {USUAL}": (USUAL, USUAL),
     FAULT: (0, 0),
+    PACK: (0, 0),
+    OTHER: (0, 0),
 }
-"""Name -> (level of training, or None for the base; level of drawing). The last is what diffusers' script trains."""
+"""Name -> (level of training, or None for the base; level of drawing). `FAULT` is what diffusers' script trains."""
 UNTUNED = "not tuned, level 0"
 PLACES = ("jungle", "snow", "city", "mountain", "space", "sunset")
 """Places of the true pictures, none of which is in the photos; layouts 50 and on of the subject's hundred."""
@@ -58,8 +65,21 @@ def doubled(self, batch, step, noisy):
     return replace(batch, guide_BCHW=noisy, level_B=self.noised(batch, step).index_B)
 
 
+def adapted(subject: str, subjects: list, out: Path) -> Path:
+    """The folder of a subject, trained in one pack with all others as `dbtrain demo` trains its second stage."""
+    recipe, *settings = SECOND.split()
+    photos = demo.write(out / "photos" / "pack", tuple(subjects), upscaler.SIDE)
+    done = dbtrain.train_manifest(photos, out / "pack", recipe, [*settings, "sample.images=0"], pack=len(subjects))
+    if done.failed:
+        raise SystemExit(f"{PACK}: {done.failed}")
+    return out / "pack" / "subjects" / subject
+
+
 def tuned(arm: str, subject: str, options: argparse.Namespace) -> Path:
-    """The pipeline folder of a subject, trained with an arm's settings by dbtrain."""
+    """The pipeline folder of a subject, trained with an arm's settings by dbtrain; or its folder with an adapter."""
+    if arm in (PACK, OTHER):
+        known = options.subjects
+        return adapted(known[(known.index(subject) + (arm == OTHER)) % len(known)], known, options.out)
     settings = [f"train.steps={options.steps}", "train.batch=2", f"train.lr={options.lr}"]
     settings += [f"super.level={ARMS[arm][0]}", "sample.images=1", "sample.prompts=['a photo of {subject}']"]
     photos = demo.write(options.out / "photos" / subject, (subject,), upscaler.SIDE)
@@ -77,7 +97,8 @@ def enlarged_by(arm: str, folder: Path, low: list, prompt: str) -> torch.Tensor:
     guide = upscaler.to_tensor([upscaler.enlarged(picture) for picture in low])
     if arm == "bicubic":
         return guide
-    pipe = IFSuperResolutionPipeline.from_pretrained(folder, dtype=torch.float32)
+    whole = (folder / "model_index.json").exists()
+    pipe = IFSuperResolutionPipeline.from_pretrained(folder, dtype=torch.float32) if whole else own_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
     return upscaler.sample(pipe, guide, [prompt] * len(low), ARMS[arm][1])
 
@@ -133,6 +154,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--name", default="second-stage", help="what the result files are called")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the files are written")
     options = parser.parse_args()
     quiet_libraries()
@@ -140,6 +162,8 @@ def main() -> None:
     options.out = options.out.resolve()
     about = {"machine": f"{platform.machine()}, 1 thread", "torch": torch.__version__, "commit": commit(),
              "diffusers": diffusers.__version__, "steps": options.steps, "batch": 2, "lr": options.lr}  # fmt: skip
+    if PACK in options.arms:
+        about["adapters"] = SECOND
     identity, arms = load_identity(), {}
     for arm in sorted({UNTUNED, *options.arms}, key=[UNTUNED, *ARMS].index):
         arms[arm] = {}
@@ -151,7 +175,7 @@ def main() -> None:
             arms[arm][subject] = json.loads(kept.read_text(encoding="utf-8"))
             print(arm, subject, means({subject: arms[arm][subject]}, "PSNR"), flush=True)
             result = {"about": about, "arms": arms}
-            target = options.results / f"second-stage_cpu_{time.strftime('%Y%m')}"
+            target = options.results / f"{options.name}_cpu_{time.strftime('%Y%m')}"
             target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             target.with_suffix(".md").write_text(report(result), encoding="utf-8")
 

@@ -76,7 +76,7 @@ def _global(
     """
 
 
-THEMES = (settings, stores, importing, batch, bench, launch, subjects, evaluation, studying, reporting)
+THEMES = (subjects, evaluation, studying, reporting, settings, stores, importing, batch, bench, launch)
 for theme in THEMES:
     for name, group in getattr(theme, "APPS", {}).items():
         app.add_typer(group, name=name)

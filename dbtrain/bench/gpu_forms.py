@@ -21,8 +21,8 @@ def bytes_of(tensor: Tensor) -> int:
 
 @contextmanager
 def flash() -> Iterator[None]:
-    """Attention as one operator, which the meta device would take apart; nor can that switch autocast off, as Ideogram 4
-    does for its places."""
+    """Attention as one operator. Autocast is left alone on the meta device, which has none; Ideogram 4 switches it off
+    for its places."""
     kept, autocast = F.scaled_dot_product_attention, torch.autocast
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:

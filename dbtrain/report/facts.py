@@ -172,7 +172,7 @@ def row(facts: Facts, pictures: Mapping[str, Any]) -> dict[str, Any]:
         "rate": facts.rate,
         "loss": facts.loss,
         **{key: scores.get(key) for key in SHOWN},
-        "warnings": "; ".join(warning["kind"] or warning["text"] for warning in facts.warnings)[:200],
+        "warnings": "; ".join(dict.fromkeys(warning["kind"] or warning["text"] for warning in facts.warnings))[:200],
         "reason": text(facts.ledger.get("reason"), 300),
         "cause": text(facts.ledger.get("cause"), 80),
         "finished": facts.finished,

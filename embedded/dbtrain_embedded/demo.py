@@ -62,8 +62,9 @@ def write(folder: Path, subjects: tuple = tuple(SUBJECTS), side: int = world.SID
 
 
 def build_drawn() -> None:
-    """Write assets/demo/<subject>/*.png and assets/demo/subjects.csv."""
+    """Write assets/demo/<subject>/*.png and assets/demo/subjects.csv; in assets/demo/large, the same twice as large."""
     write(ASSETS / "demo")
+    write(ASSETS / "demo" / "large", side=2 * world.SIDE)
 
 
 def build_real(dataset: Path, side: int = 160) -> None:

@@ -8,9 +8,9 @@ from dbtrain_embedded import demo
 
 
 def test_demo_pictures_are_the_committed_ones():
-    for subject in ("dog-tan", "robot-white"):
-        for index, picture in enumerate(demo.pictures(subject)):
-            assert np.array_equal(picture, Image.open(ASSETS / "demo" / subject / f"{index:02d}.png"))
+    for subject, side, folder in (("dog-tan", 64, "demo"), ("robot-white", 64, "demo"), ("dog-tan", 128, "demo/large")):
+        for index, picture in enumerate(demo.pictures(subject, side=side)):
+            assert np.array_equal(picture, Image.open(ASSETS / folder / subject / f"{index:02d}.png"))
 
 
 def test_a_layout_is_the_same_at_twice_the_side(tmp_path):

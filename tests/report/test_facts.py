@@ -32,6 +32,12 @@ def test_every_field_of_a_wrong_kind_is_survived(tmp_path):
     assert row(facts, {})["finished"] == "3"
 
 
+def test_a_row_names_each_kind_of_warning_once():
+    warnings = [{"kind": "overfit", "text": "a"}, {"kind": "drift", "text": "b"}, {"kind": "overfit", "text": "c"}]
+    facts = Facts("rex", {}, {}, {"warnings": warnings}, [], {})
+    assert len(facts.warnings) == 3 and row(facts, {})["warnings"] == "overfit; drift"
+
+
 def test_the_ledger_counts_all_attempts_and_the_record_the_last():
     record = {"stages_s": {"train": 4.0, "save": 1.0}, "world_size": 2, "steps": 20, "loss": 0.5}
     alone = Facts("rex", record, {}, {}, [], {})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dbtrain.tiny import ASSETS, BASE, CLIP, DEMO, DEMO_REAL, IDENTITY
+from dbtrain.tiny import ASSETS, BASE, CLIP, DEMO, DEMO_LARGE, DEMO_REAL, IDENTITY
 
 SIZE_LIMIT = 27_000_000
 
@@ -115,7 +115,7 @@ def test_encoders_load_with_their_processors(folder):
     assert found.shape == (1, 128) and torch.isfinite(found).all()
 
 
-@pytest.mark.parametrize(("manifest", "subjects", "classes"), [(DEMO, 8, 5), (DEMO_REAL, 2, 2)])
+@pytest.mark.parametrize(("manifest", "subjects", "classes"), [(DEMO, 8, 5), (DEMO_LARGE, 8, 5), (DEMO_REAL, 2, 2)])
 def test_demo_manifests(manifest, subjects, classes):
     rows = list(csv.DictReader(manifest.open(encoding="utf-8")))
     assert len(rows) >= subjects and len({row["class"] for row in rows}) >= classes

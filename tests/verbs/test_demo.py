@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from dbtrain import cli
-from dbtrain.tiny import DEMO, DEMO_REAL
+from dbtrain.tiny import DEMO_LARGE, DEMO_REAL
 from dbtrain.verbs import demo
 
 QUICK = ["train.steps=2", "train.batch=1", "prior.images=1", "prior.steps=1", "sample.images=1", "sample.steps=1",
@@ -19,26 +21,45 @@ def run(*words):
 
 @pytest.fixture
 def one_of_each(monkeypatch):
-    """Two subjects instead of nine."""
-    monkeypatch.setattr(demo, "COUNTS", {DEMO: 1, DEMO_REAL: 1})
+    """Two subjects instead of eight: one of the manifest that the demo takes, one of that which `--all` adds."""
+    monkeypatch.setattr(demo, "COUNTS", {DEMO_LARGE: 1, DEMO_REAL: 1})
     monkeypatch.setattr(demo, "CLASS_IMAGES", 1)
+    monkeypatch.setattr(demo, "SECOND", demo.SECOND + " train.steps=2")
 
 
-def test_the_demo_trains_judges_and_shows(one_of_each, tmp_path):
+def cells(sheet):
+    """The pictures of the sheet's first row."""
+    return [np.asarray(sheet.crop((x, 20, x + 128, 148)), dtype=int) for x in range(4, sheet.width, 132)]
+
+
+def test_the_demo_trains_judges_and_shows_both_stages(one_of_each, tmp_path):
     result = run("--out", tmp_path / "demo", *QUICK)
     assert result.exit_code == 0, result.output
-    lines = [line for line in result.stdout.splitlines() if not line.startswith("[")]  # what DeepSpeed says
+    lines = result.stdout.splitlines()
     assert lines[0].startswith("subject") and lines[1].startswith("dog-tan") and lines[2].startswith("real-dog")
     assert sum(line.startswith("DINO  ") for line in lines) == 2  # a table for each run
     shown = [line.removeprefix("look at ") for line in lines if line.startswith("look at ")]
     places = [tmp_path / "demo", tmp_path / "demo" / "real"]
     assert shown == [str(p / "demo.png") for p in places] + [str(p / "report" / "index.html") for p in places]
     for place, name in zip(places, ("dog-tan", "real-dog")):
-        assert json.loads((place / "subjects" / name / "evaluation.json").read_text())["subject"] == name
+        folder = place / "subjects" / name
+        assert json.loads((folder / "evaluation.json").read_text())["subject"] == name
         assert name in (place / "report" / "index.html").read_text()
+        assert "upscaler/pytorch_lora_weights.safetensors" in json.loads((folder / "record.json").read_text())["files"]
+        *photos, plain, both = cells(Image.open(place / "demo.png"))
+        small, large = (
+            Image.open(folder / "samples" / sheet / "prompt-00-image-00.png") for sheet in ("stage-a", "samples")
+        )
+        assert len(photos) == 2 and small.size == (64, 64)
+        assert np.array_equal(plain, small.resize((128, 128), Image.Resampling.BICUBIC))
+        assert np.array_equal(both, large)
+        assert 0 < np.abs(plain - both).mean() < 12, "stage (b) enlarges what stage (a) drew"
 
 
-def test_a_demo_in_which_subjects_fail_fails_and_still_shows_what_there_is(one_of_each, tmp_path):
+def test_a_demo_in_which_subjects_fail_fails_and_still_shows_what_there_is(one_of_each, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "COUNTS", {DEMO_LARGE: 1, DEMO_REAL: 0})
     result = run("--out", tmp_path / "demo", *QUICK, "lora.alpha=1e38", "prior.weight=0")
     assert result.exit_code == 4, result.output
     assert "error: dog-tan: " in result.stderr and "failed: " in result.stdout and "look at" in result.stdout
+    assert len(cells(Image.open(tmp_path / "demo" / "demo.png"))) == 2, "the photos alone"
+    assert not (tmp_path / "demo" / "real").exists(), "photographed subjects come with --all"
