@@ -124,6 +124,21 @@ class IdentifierConfig(Section):
     """File that records each subject's identifier, to share among runs; null is `identifiers.jsonl` in the output."""
 
 
+class StopConfig(Section):
+    """When training ends before `train.steps`, and which weights are published."""
+
+    metric: Literal["none", "loss"] = "none"
+    """`loss` watches the error at fixed noise and timesteps, of a photo that training does not see (the last, where a
+    subject has four or more; else of all photos), and publishes the weights at which it was lowest. `none` watches
+    nothing and publishes the last weights."""
+    every: Positive = 20
+    """Steps between observations. Take a divisor of the steps: what is trained after the last one is not published."""
+    patience: Positive = 3
+    """Observations without a lower value after which training ends."""
+    samples: Positive = 16
+    """Pairs of noise and timestep of an observation, rounded up to whole forward passes."""
+
+
 class TrainConfig(Section):
     """Optimization of one subject."""
 
@@ -140,6 +155,7 @@ class TrainConfig(Section):
     stop_loss: Annotated[float, Field(gt=0)] | None = None
     """Mean squared error of a subject's photos, averaged over about 50 steps, below which its training ends early; null
     never ends it early. Needs engine.kind=packed."""
+    stop: Annotated[StopConfig, Mark.LATER] = StopConfig()
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after warm-up: constant, or decayed to 0 at the last step."""
     warmup_steps: Count = 0

@@ -21,6 +21,7 @@ from dbtrain.results.older_programs import suit_older_programs
 from dbtrain.results.publish import MODEL_FOLDER, adapter_file, publish_lora, read_lora
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import file_digest, whole_folder
+from dbtrain.training.held_out import BEST
 
 
 def trained_components(family: Family, models: Models, config: RunConfig) -> dict[str, nn.Module]:
@@ -143,8 +144,9 @@ def lora_alpha(config: RunConfig) -> float:
 
 
 def final_state(state: EngineState) -> dict[str, Tensor]:
-    """The weights to give away: the EMA, where one was kept, else the masters."""
-    return state.get("ema") or state["master"]
+    """The weights to give away: those that `train.stop` found best, else the EMA, where one was kept, else the masters.
+    """
+    return state.get(BEST) or state.get("ema") or state["master"]
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ def study_verb(
     grid: Annotated[bool, typer.Option("--grid", help="Every combination; else one key at a time.")] = False,
     random: Annotated[int | None, typer.Option(min=1, help="So many combinations, drawn at random.")] = None,
     halve: Annotated[bool, typer.Option("--halve", help="Drop on the way what is clearly worse.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Train by a fleet of so many workers.")] = None,
     good: Annotated[float | None, typer.Option(help="Identity (DINO) that a recipe must reach.")] = None,
     pres: Annotated[float | None, typer.Option(help="PRES that it must not exceed.")] = None,
     subjects: Annotated[int, typer.Option(min=1, help="Subjects of the runs to come, for their cost.")] = 1000,
@@ -66,7 +67,7 @@ def study_verb(
         raise ConfigError("--grid, --random: give one of them")
     scored_by = Protocol(protocol, images, class_images, identity, clip, distance=distance)
     design = Design(recipe, tuple(overrides or ()), tuple(map(read_vary, vary)), grid, random)
-    study = Study(design, manifest, out, scored_by, Watch(quiet), Goal(good, pres), halve)
+    study = Study(design, manifest, out, scored_by, Watch(quiet), Goal(good, pres), halve, workers)
     told = tell(study, subjects, classes)
     write_found(told)
     write_page(out / "study.html", told)
