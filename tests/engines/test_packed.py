@@ -129,8 +129,8 @@ def test_a_subject_that_is_done_computes_with_what_it_publishes():
         for param in group.params.values():
             param.grad.fill_(0.3)
     engine.update(torch.tensor([True, True]))
-    before, ema = engine.state(1), engine.state(0)["ema"]["unet.a"]
+    ema, beside = engine.state(0)["ema"]["unet.a"], made[0].params["unet.a"][1].clone()
     assert not torch.equal(made[0].params["unet.a"][0], ema[0])
     engine.put(0, engine.state(0)["ema"])
     assert torch.equal(made[0].params["unet.a"][0], ema[0])
-    assert torch.equal(engine.state(1)["master"]["unet.a"], before["master"]["unet.a"])
+    assert torch.equal(made[0].params["unet.a"][1], beside)

@@ -304,8 +304,9 @@ def test_a_loss_at_fixed_noise_is_that_of_the_subject_alone_and_changes_nothing(
         seen += [pack.fixed_losses(banks)[0], pack.fixed_losses({0: banks[0]})[0]]
         assert equal(pack.engine.state(0), before) and pack.engine.step_N.tolist() == [3, 3]
     assert len(set(seen)) == 1
+    models = models_of(torch.float64)
     with adapters_of(torch.float64):
-        (group,) = make_trainable(FAMILY, models := models_of(torch.float64), case.config, case.name)
+        (group,) = make_trainable(FAMILY, models, case.config, case.name)
     for name, param in group.params.items():
         param.data.copy_(before["master"][name])
     alone = TrainingStep(FAMILY, models, case.config, stream_key(case.seed, case.name), captions(case, torch.float64))
