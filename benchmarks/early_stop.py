@@ -75,13 +75,13 @@ def report(result: dict, tables: dict[str, list[Line]]) -> str:
     """The result file for people."""
     lines = ["# What `train.stop` buys on the embedded base", "",
              f"{result['machine']}; commit {result['commit']}. Means over {len(SUBJECTS)} pilots, with intervals.", "",
-             "| rate | variant | steps | device-s | of them watching | DINO | PRES |", "|---" * 7 + "|"]  # fmt: skip
+             "| rate | variant | steps | device-s | of them watching | DINO | CLIP-T-PLAIN | PRES |", "|---" * 8 + "|"]  # fmt: skip
     for rate, found in tables.items():
         for line in found:
             own = [row for row in result["rows"] if (row["rate"], row["variant"]) == (rate, line.variant.name)]
             steps, watching = (sum(row[key] for row in own) / len(own) for key in ("steps", "watching_s"))
-            cells = [f"{steps:.0f}", f"{line.cost:.1f}", f"{watching:.1f}", cell(line.means["dino"]),
-                     cell(line.means["pres"])]  # fmt: skip
+            shown = (cell(line.means[name]) for name in ("dino", "clip_t_plain", "pres"))
+            cells = [f"{steps:.0f}", f"{line.cost:.1f}", f"{watching:.1f}", *shown]
             lines.append(f"| {rate} | {line.variant.title} | " + " | ".join(cells) + " |")
     lines += ["", "| rate | subject | ended after | best loss after | DINO stopped | DINO after all steps |",
               "|---" * 6 + "|"]  # fmt: skip

@@ -24,6 +24,11 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             "is set beside train.stop.metric; give one of them",
         ),
         (
+            "train.stop.every",
+            train.stop.metric != "none" and train.stop.every > train.steps,
+            f"is {train.stop.every}, but train.steps is {train.steps}; nothing would be watched",
+        ),
+        (
             "train.text_encoder_lr",
             train.text_encoder_lr is not None and not train.text_encoder,
             "is set, but train.text_encoder is false, so it would have no effect",
