@@ -75,7 +75,8 @@ def report(result: dict, tables: dict[str, list[Line]]) -> str:
     """The result file for people."""
     lines = ["# What `train.stop` buys on the embedded base", "",
              f"{result['machine']}; commit {result['commit']}. Means over {len(SUBJECTS)} pilots, with intervals.", "",
-             "| rate | variant | steps | device-s | of them watching | DINO | CLIP-T-PLAIN | PRES |", "|---" * 8 + "|"]  # fmt: skip
+             "| rate | variant | steps | device-s | of them watching | DINO | CLIP-T-PLAIN | PRES |",
+             "|---" * 8 + "|"]  # fmt: skip
     for rate, found in tables.items():
         for line in found:
             own = [row for row in result["rows"] if (row["rate"], row["variant"]) == (rate, line.variant.name)]
