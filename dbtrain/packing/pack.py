@@ -153,13 +153,14 @@ class Pack:
         return self._joined(self.parts)
 
     def _joined(self, parts: Sequence[Batch | None]) -> Batch:
-        """The samples of all rows as a step takes them; a row without any gets those of another."""
+        """As many samples of each row as a step takes, or fewer; a row without any gets those of another."""
         known = [part for part in parts if part is not None]
         joined = join_batches([part or known[0] for part in parts])
         if self.masked and joined.mask_B1HW is None:
             joined = replace(joined, mask_B1HW=self._no_mask(joined.images_BCHW))
         joined = joined.sent(self.device)
-        return replace(joined, caption_B=joined.caption_B + self.room * self.subject_B, subject_B=self.subject_B)
+        subject_B = self.subject_B.view(self.size, -1)[:, : len(joined.slot_B) // self.size].reshape(-1)
+        return replace(joined, caption_B=joined.caption_B + self.room * subject_B, subject_B=subject_B)
 
     def draw_ahead(self, banks: Iterable[tuple[int, Bank, int]]) -> None:
         """Draw what the next `batch` will ask for, while the device is busy with the last one."""
@@ -213,15 +214,15 @@ class Pack:
     def fixed_losses(self, banks: Mapping[int, Bank]) -> list[float]:
         """The error of each row's watched photos at fixed noise. All rows are run, as a step does, so that none depends
         on which others are watched."""
-        passes = turns(self.config.train.stop.samples, self.roles * self.config.train.batch)
+        samples = self.config.train.stop.samples
         error_N, step_N = torch.zeros_like(self.average_N), torch.full_like(self.engine.step_N, FIXED)
-        for slots in passes:
+        for slots in turns(samples, self.roles * self.config.train.batch):
             parts = {row: fixed_samples(bank, slots) for row, bank in banks.items()}
             for projections in self.fused:
                 projections.forget()
             loss = self.module(self._joined([parts.get(row) for row in range(self.size)]), step_N)
-            error_N += loss.per_sample_B.double().view(self.size, -1).mean(1)
-        return (error_N / len(passes)).tolist()
+            error_N += loss.per_sample_B.double().view(self.size, -1).sum(1)
+        return (error_N / samples).tolist()
 
     def observe(self) -> list[Observed]:
         """The state of every row. Only this method waits for the device."""

@@ -136,7 +136,7 @@ class StopConfig(Section):
     patience: Positive = 3
     """Observations without a lower value after which training ends."""
     samples: Positive = 16
-    """Pairs of noise and timestep of an observation, rounded up to whole forward passes."""
+    """Pairs of noise and timestep of an observation."""
 
 
 class TrainConfig(Section):

@@ -44,8 +44,8 @@ def fixed_samples(bank: Bank, slots: range) -> Batch:
 
 
 def turns(samples: int, at_once: int) -> list[range]:
-    """The slots of each forward pass of an observation: whole passes, so that every pass has one shape."""
-    return [range(first, first + at_once) for first in range(0, samples, at_once)]
+    """The slots of each forward pass of an observation, which are the same slots however many are run at once."""
+    return [range(first, min(first + at_once, samples)) for first in range(0, samples, at_once)]
 
 
 @dataclass

@@ -202,8 +202,8 @@ class Job:
         with self.watch.clock.stage("stop"):
             passes = turns(stop.samples, plan.micro * len(self.bank.items) if len(self.bank.kinds) == 1 else 1)
             drawn = (fixed_samples(self.bank, slots).sent(device) for slots in passes)
-            errors = [engine.deepspeed.module(batch, FIXED).per_sample_B.double().mean() for batch in drawn]
-            loss = torch.stack(errors).mean().cpu()
+            errors = [engine.deepspeed.module(batch, FIXED).per_sample_B.double() for batch in drawn]
+            loss = torch.cat(errors).mean().cpu()
             dist.all_reduce(loss)
             ended = self.watched.observe(done, float(loss) / self.base.world.size, lambda: final_state(engine.state()))
         self.tell_end()
