@@ -128,9 +128,8 @@ class StopConfig(Section):
     """When training ends before `train.steps`, and which weights are published."""
 
     metric: Literal["none", "loss"] = "none"
-    """`loss` watches the error at fixed noise and timesteps, of a photo that training does not see (the last, where a
-    subject has four or more; else of all photos), and publishes the weights at which it was lowest. `none` watches
-    nothing and publishes the last weights."""
+    """`loss` watches the error at fixed noise of a photo that training does not see (the last, where a subject has four
+    or more; else of all photos), and publishes the weights at which it was lowest; `none` publishes the last ones."""
     every: Positive = 20
     """Steps between observations. Take a divisor of the steps: what is trained after the last one is not published."""
     patience: Positive = 3

@@ -11,23 +11,16 @@ from torch.func import functional_call, grad, vmap
 
 import dbtrain.engines.packed as packed_module
 from dbtrain.engines.packed import PackedEngine
-from dbtrain.randomness import stream_key
 from dbtrain.results.checkpoint import Checkpoint
-from dbtrain.training.held_out import FIXED
 from dbtrain.training.step import TrainingStep
-from dbtrain.training.trainables import make_trainable
 from dbtrain.values import StepLoss
 from tests.kit.small_pack import (
     BATCH,
-    FAMILY,
     Case,
     FixedBank,
-    adapters_of,
-    captions,
     distance,
     equal,
     make_pack,
-    models_of,
     start,
     train_alone,
     train_pack,
@@ -287,32 +280,6 @@ def test_an_early_stop_ends_at_its_step_and_holds_the_row(monkeypatch):
         pack.advance(pack.batch([(1, bank, step)]))
     assert pack.engine.step_N[1] == first + 1 and not pack.observe()[1].live
     assert distance(pack.engine.state(1), train_alone(case, steps=first + 1)) < EXACT
-
-
-def test_a_loss_at_fixed_noise_is_that_of_the_subject_alone_and_changes_nothing(monkeypatch):
-    """To the last bit the same, whatever trains beside it: `train.stop` ends a training by it."""
-    monkeypatch.setattr("dbtrain.packing.pack.fixed_samples", lambda bank, slots: bank.draw(0, slots))
-    seen, case = [], CASES[0]
-    for beside in CASES[1:3]:
-        pack, own = make_pack(torch.float64, 2, 2, 12), [case, replace(beside, rank=2)]
-        banks = {row: FixedBank(one, torch.float64) for row, one in enumerate(own)}
-        for row, one in enumerate(own):
-            pack.seat(row, start(pack, one, torch.float64))
-        for step in range(3):
-            pack.advance(pack.batch([(row, bank, step) for row, bank in banks.items()]))
-        before = pack.engine.state(0)
-        seen += [pack.fixed_losses(banks)[0], pack.fixed_losses({0: banks[0]})[0]]
-        assert equal(pack.engine.state(0), before) and pack.engine.step_N.tolist() == [3, 3]
-    assert len(set(seen)) == 1
-    models = models_of(torch.float64)
-    with adapters_of(torch.float64):
-        (group,) = make_trainable(FAMILY, models, case.config, case.name)
-    for name, param in group.params.items():
-        param.data.copy_(before["master"][name])
-    alone = TrainingStep(FAMILY, models, case.config, stream_key(case.seed, case.name), captions(case, torch.float64))
-    errors_B = alone(banks[0].draw(0, range(BATCH)), FIXED).per_sample_B
-    assert seen[0] == pytest.approx(errors_B.mean().item(), rel=EXACT)
-    assert seen[0] != pytest.approx(alone(banks[0].draw(0, range(BATCH)), 0).per_sample_B.mean().item(), rel=1e-3)
 
 
 def mean_over_the_pack(patch):
