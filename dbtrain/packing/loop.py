@@ -29,12 +29,11 @@ from dbtrain.results.checkpoint import Checkpoint
 from dbtrain.results.record import LAST_SHEET, looks_finished
 from dbtrain.storage.trouble import bare
 from dbtrain.training.bank import captions_of, complete_priors, stored_priors
-from dbtrain.training.held_out import BEST
 from dbtrain.training.identity import subject_config
 from dbtrain.training.job import REMEDY, Finished, Job, open_job, sampling_pipeline
 from dbtrain.training.session import Base, ClassPriors, Watch, Work
 from dbtrain.training.telemetry import Progress
-from dbtrain.training.trainables import final_state, fresh_adapter
+from dbtrain.training.trainables import BEST, final_state, fresh_adapter
 from dbtrain.values import Subject
 
 Prepared = tuple[Job, Start]

@@ -62,9 +62,9 @@ class Study:
     """One study: its design, its pilot subjects, where it works, how it scores, and what is good enough.
 
     halve: train on a few subjects first, and go on without the variants that are clearly worse; these are then in
-    `dropped`, with the reason. workers: of a fleet that trains the variants, each whole, before they are scored here;
-    None trains them here, as rows of common packs. subjects: those of the manifest, once it was read. failed: what
-    failed and why, by variant and subject.
+    `dropped`, with the reason. fleet: trains a manifest by a recipe into a folder, each variant whole, before all are
+    scored here; None trains them here, as rows of common packs. subjects: those of the manifest, once it was read.
+    failed: what failed and why, by variant and subject.
     """
 
     design: Design
@@ -74,7 +74,7 @@ class Study:
     watch: Watch
     goal: Goal = field(default_factory=Goal)
     halve: bool = False
-    workers: int | None = None
+    fleet: Callable[[Path, RunConfig, Path], object] | None = None
     dropped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     subjects: list[Subject] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Study:
         """
         if start_world().size > 1:
             raise ConfigError("study: works in one process; start it without deepspeed or torchrun")
-        if self.workers and self.halve:
+        if self.fleet and self.halve:
             raise ConfigError("--workers, --halve: a fleet trains every variant to its end; give one of them")
         variants = self.design.variants()
         subjects, findings = scan_manifest(self.manifest, variants[0].config.data.shards is None)
@@ -97,7 +97,7 @@ class Study:
         with signals_as_before(), ExitStack() as fence:
             if not fence.enter_context(held(self.out / LOCK)):
                 raise DataError(f"{self.out}: another study is working there; wait for it, or use another --out")
-            for variant in variants if self.workers else ():
+            for variant in variants if self.fleet else ():
                 self.train_by_fleet(variant)
             base = None
             for count in rounds(len(subjects)) if self.halve else [len(subjects)]:
@@ -113,11 +113,8 @@ class Study:
     def train_by_fleet(self, variant: Variant) -> None:
         """Train a variant as `dbtrain batch run` does, with the photos' identifiers and class images of the study, so
         that its rows are found finished here. What the fleet could not train is tried here once more."""
-        from dbtrain.fleet.options import Options
-        from dbtrain.fleet.run import run_batch
-
-        config, options = self.shared_settings(packed(variant.config)), Options(self.workers, quiet=self.watch.quiet)
-        run_batch(self.manifest, config, self.out / "variants" / variant.name, options)
+        assert self.fleet is not None
+        self.fleet(self.manifest, self.shared_settings(packed(variant.config)), self.out / "variants" / variant.name)
 
     def evened(self, rows: Mapping[tuple[str, str], Row], variants: Sequence[Variant]) -> list[Row]:
         """The rows in the order of variants and subjects, with the costs of each group shared out by steps."""

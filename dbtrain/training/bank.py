@@ -33,7 +33,6 @@ from dbtrain.randomness import Purpose, stream_key, uniforms
 from dbtrain.results.record import looks_finished
 from dbtrain.settings.config import DataConfig, PriorConfig, RunConfig
 from dbtrain.subjects.prompts import fill
-from dbtrain.training.held_out import held_out
 from dbtrain.training.identity import subject_config
 from dbtrain.training.session import Base, ClassPriors, Watch, Work, drawn_texts
 from dbtrain.values import OWN, Batch, Conditioning, Role, Sample, Subject, sent
@@ -316,7 +315,6 @@ def fill_bank(
         items[Role.PRIOR] = [Item(sample, key.prompt) for sample in priors.samples]
     codec, low = base.family.codec, low_side(config) if base.family.guide else 0
     bank = Bank(items, data, config.seed, subject.id, config.train.batch, codec.cell, codec.multiple, low)
-    bank.held = held_out(len(instances), config.train.stop)
     if data.cache_latents and data.crop == "center":
         with watch.clock.stage("encode"):
             for shape in bank.kinds:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from dbtrain.settings.config import StopConfig
+from dbtrain.training.trainables import BEST
 from dbtrain.values import Batch, Role
 
 if TYPE_CHECKING:
     from dbtrain.training.bank import Bank
 
-BEST = "best"
-"""Kind of an engine's state that holds the weights of the best observation; see `trainables.final_state`."""
 FEWEST = 4
 """Photos of which one is held out; of fewer, each is needed for training."""
 FIXED = 2**31 - 1

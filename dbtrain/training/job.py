@@ -40,13 +40,13 @@ from dbtrain.subjects.prompts import fill
 from dbtrain.training.bank import Bank, ClassImages, captions_of, complete_priors, fill_bank
 from dbtrain.training.cadence import due
 from dbtrain.training.claims import Claim, claim_subject, read_chosen
-from dbtrain.training.held_out import BEST, FIXED, Watched, fixed_samples, turns
+from dbtrain.training.held_out import FIXED, Watched, fixed_samples, held_out, turns
 from dbtrain.training.identity import data_digest, subject_config, training_identity
 from dbtrain.training.session import Base, Watch, Work
 from dbtrain.training.step import TrainingStep
 from dbtrain.training.stopping import Stop
 from dbtrain.training.telemetry import Meter, Progress, open_sinks, peak_memory_gib
-from dbtrain.training.trainables import final_state, final_weights, make_trainable, publish_weights
+from dbtrain.training.trainables import BEST, final_state, final_weights, make_trainable, publish_weights
 from dbtrain.values import Batch, Role, Sample, StepLoss, Subject
 
 Finished = Callable[[Subject, dict[str, Any] | DbtrainError], None]
@@ -73,7 +73,7 @@ def open_job(
             watch.say(f"{subject.id}: already finished in {folder}")
             return claim.record
         bank = fill_bank(base, work, watch, subject, config, instances, class_images)
-        watched = Watched(config.train.stop)
+        bank.held, watched = held_out(len(instances), config.train.stop), Watched(config.train.stop)
         return Job(base, work, watch, subject, config, wanted, bank, claim, fence.pop_all(), watched)
 
 

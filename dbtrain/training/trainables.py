@@ -21,7 +21,6 @@ from dbtrain.results.older_programs import suit_older_programs
 from dbtrain.results.publish import MODEL_FOLDER, adapter_file, publish_lora, read_lora
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import file_digest, whole_folder
-from dbtrain.training.held_out import BEST
 
 
 def trained_components(family: Family, models: Models, config: RunConfig) -> dict[str, nn.Module]:
@@ -141,6 +140,10 @@ def fresh_adapter(family: Family, models: Models, config: RunConfig, subject: st
 def lora_alpha(config: RunConfig) -> float:
     """Alpha of a run's adapters; by default the rank, which is a scale of 1."""
     return config.lora.rank if config.lora.alpha is None else config.lora.alpha
+
+
+BEST = "best"
+"""Kind of an engine's state that holds the weights that `train.stop` found best."""
 
 
 def final_state(state: EngineState) -> dict[str, Tensor]:

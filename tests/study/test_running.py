@@ -119,23 +119,22 @@ def test_halving_goes_on_with_all_that_is_not_clearly_worse(done, monkeypatch):
     assert told[0] == told[1] and all(reason.endswith("on 2 subjects") for reason in halved.dropped.values())
 
 
-def test_what_a_fleet_is_given_is_the_training_that_the_study_names(done, monkeypatch):
+def test_what_a_fleet_is_given_is_the_training_that_the_study_names(done):
     """In the fleet's place is the trainer that it starts: it finds every row finished, so one digest names both."""
     folder, study, rows = done
     given = []
 
-    def run_batch(manifest, config, out, options):
+    def fleet(manifest, config, out):
         records, failed = train_manifest(manifest, config, out, None, quiet=True)
-        given.append((out.name, options.workers, len(records), failed))
+        given.append((out.name, len(records), failed))
 
-    monkeypatch.setattr("dbtrain.fleet.run.run_batch", run_batch)
     stamps = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("record.json")}
-    made = replace(study, workers=3).run()
+    made = replace(study, fleet=fleet).run()
     assert [(row.variant, row.subject) for row in made] == [(row.variant, row.subject) for row in rows]
-    assert given == [(name, 3, 2, {}) for name in ("recipe", "lr-4e-3", "batch-2")]
+    assert given == [(name, 2, {}) for name in ("recipe", "lr-4e-3", "batch-2")]
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
     with pytest.raises(ConfigError, match="--workers, --halve"):
-        replace(study, workers=3, halve=True).run()
+        replace(study, fleet=fleet, halve=True).run()
 
 
 def test_scores_of_another_protocol_are_not_taken(done):
