@@ -18,7 +18,7 @@ from dbtrain.training.bank import Bank, Item
 from dbtrain.training.held_out import FIXED, Watched, fixed_samples, held_out, turns
 from dbtrain.training.stopping import signals_as_before
 from dbtrain.values import Role
-from tests.kit.main_job import sample, small_config, write_job
+from tests.kit.main_job import photo, sample, small_config, write_job
 
 LOSS = StopConfig(metric="loss", patience=2)
 WORDS = ("engine.kind=packed", "engine.packed.size=2", "sample.images=0", "train.steps=8", "train.stop.samples=9")
@@ -67,6 +67,8 @@ def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     write_job(folder)
     (folder / "photos.csv").write_text(ROWS)
+    for number in (2, 3):  # of four photos one is held out
+        photo(10 + number).save(folder / "tom" / f"{number}.jpg", quality=90)
     return folder
 
 
@@ -100,6 +102,7 @@ def test_a_subject_ends_early_with_its_best_weights_and_its_neighbour_goes_on(jo
     assert records["rex"]["stages_s"]["stop"] > 0
     assert same(train(job, "plain", f"train.steps={best}", names=["rex"])[1]["rex"], adapters["rex"])
     assert records["tom"]["steps"] == 8 and not records["tom"]["stop"]["early"]
+    assert records["tom"]["stop"]["held_out"] == 1
     assert same(train(job, "alone", *STOP, names=["tom"])[1]["tom"], adapters["tom"])
 
 
