@@ -261,6 +261,29 @@ def packed_drawing(result: Result) -> Figures:
     return figures
 
 
+def halving(result: Result) -> Figures:
+    """What is kept in seeded orders of the pilots, and in every choice of the first four."""
+    figures = []
+    for key, title in (("orders", "seeded orders"), ("sets", "choices of the first four")):
+        games = result[key]
+        for name in ("keeps the best", "chooses the same"):
+            figures.append((f"{len(games)} {title}: {name}", f"{sum(game[name] for game in games)}"))
+        trained = sum(game["trained"] for game in games) / len(games)
+        figures.append((f"{len(games)} {title}: trainings, of {result['rows']}", f"{trained:.0f}"))
+    return figures
+
+
+def early_stop(result: Result) -> Figures:
+    """Each variant's means over subjects."""
+    figures = []
+    for rate, variant in dict.fromkeys((row["rate"], row["variant"]) for row in result["rows"]):
+        own = [row for row in result["rows"] if (row["rate"], row["variant"]) == (rate, variant)]
+        steps, cost, dino = (sum(row[key] for row in own) / len(own) for key in ("steps", "cost_s", "dino"))
+        told = f"{steps:.0f} steps, {cost:.0f} s a subject, DINO {dino:.3f}"
+        figures.append((f"{len(own)} subjects, {rate} rate, {variant}", told))
+    return figures
+
+
 PEERS_TITLE = "A pack of 16 beside diffusers' script, run once for each subject: {}"
 PAPER_SHAPE = "python benchmarks/paper_shape.py --images"
 SIXTY_STEPS = f"{PAPER_SHAPE} 4 --name paper-shape-60-steps --seeds 0 1 2 --overrides train.steps=60"
@@ -272,6 +295,8 @@ MEASUREMENTS = {
         packed_drawing,
         "python benchmarks/packed_drawing.py --steps 4",
     ),
+    "halving": Measurement("What halving keeps of a whole study", halving, "python benchmarks/halving.py"),
+    "early-stop": Measurement("What `train.stop` buys", early_stop, "python benchmarks/early_stop.py"),
     "pack-peers-one-class-short": Measurement(PEERS_TITLE.format("one class, 60 steps"), pack_peers),
     "pack-peers-one-class": Measurement(PEERS_TITLE.format("one class, 250 steps"), pack_peers),
     "pack-peers-short": Measurement(PEERS_TITLE.format("two classes, 60 steps"), pack_peers),

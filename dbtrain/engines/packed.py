@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -56,10 +56,10 @@ class Arena:
         """The arena [N, P] of a kind of state; KeyError for an EMA that was not asked for."""
         return self.tensors[kind]
 
-    def show(self, row: int, kind: str = "master") -> None:
-        """Compute with a row's masters, or with another kind of its weights."""
-        target = self["master"] if self.compute is None else self.compute
-        target[row] = self[kind][row]
+    def show(self, row: int) -> None:
+        """Compute with a row's masters."""
+        if self.compute is not None:
+            self.compute[row] = self["master"][row]
 
     def view(self, arena: Tensor, name: str) -> Tensor:
         """A parameter's part of an arena, [N, ...]."""
@@ -207,10 +207,18 @@ class PackedEngine:
         }
 
     @torch.no_grad()
-    def show(self, row: int, kind: str = "master") -> None:
-        """Make a row's layers compute with its masters, or with the EMA of a subject that is done."""
+    def show(self, row: int) -> None:
+        """Make a row's layers compute with its masters."""
         for arena in self.arenas:
-            arena.show(row, kind)
+            arena.show(row)
+
+    @torch.no_grad()
+    def put(self, row: int, weights: Mapping[str, Tensor]) -> None:
+        """Make weights of a row's own rank its masters: those that a subject which is done publishes."""
+        for arena in self.arenas:
+            for name in arena.params:
+                _corner(arena.view(arena["master"], name)[row], weights[name].shape).copy_(weights[name][0])
+            arena.show(row)
 
     @torch.no_grad()
     def release(self, row: int) -> None:

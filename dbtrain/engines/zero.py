@@ -166,10 +166,9 @@ class ZeroEngine:
 
     def state(self, row: int = 0) -> EngineState:
         """Masters, Adam moments and EMA, whole, in fp32 on the CPU of the first rank. The one subject is row 0."""
-        kinds = ["master", "exp_avg", "exp_avg_sq", *(["ema"] if self.config.train.ema else [])]
-        gathered: EngineState = {kind: {} for kind in kinds}
+        gathered: EngineState = {kind: {} for kind in self.kinds}
         for name, param in self.names.items():
-            for kind in kinds:
+            for kind in self.kinds:
                 value = self._read(param, kind)
                 if self.world.first:
                     gathered[kind][name] = value.detach().float().cpu().reshape(self._shape(param)).clone()
@@ -185,7 +184,7 @@ class ZeroEngine:
             )
         scaling = state.get(KIND)
         for name, param in self.names.items():
-            for kind in state.keys() - {KIND}:
+            for kind in [kind for kind in self.kinds if kind in state]:
                 self._write(param, kind, state[kind][name].to(self.world.device))
         if self.scales is not None:
             self.scales.load(0, scaling)
@@ -197,6 +196,11 @@ class ZeroEngine:
     def close(self) -> None:
         """Release DeepSpeed's buffers and hooks."""
         self.deepspeed.destroy()
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of state of a parameter."""
+        return ["master", "exp_avg", "exp_avg_sq", *(["ema"] if self.config.train.ema else [])]
 
     @property
     def _stage(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from dbtrain.training.identity import subject_config
 from dbtrain.training.job import REMEDY, Finished, Job, open_job, sampling_pipeline
 from dbtrain.training.session import Base, ClassPriors, Watch, Work
 from dbtrain.training.telemetry import Progress
-from dbtrain.training.trainables import fresh_adapter
+from dbtrain.training.trainables import BEST, final_state, fresh_adapter
 from dbtrain.values import Subject
 
 Prepared = tuple[Job, Start]
@@ -190,6 +191,7 @@ class PackedRun:
 
     def _settle(self) -> None:
         """Do what is due: end subjects, write log lines and checkpoints, draw samples."""
+        self._watch([seat for seat in self.seating if seat.due.observe])
         rows = self.pack.observe()
         self.clock.lap("train", self.seating.shares, self.size)
         sound = [seat for seat in self.seating if not rows[seat.row].failed]
@@ -214,6 +216,20 @@ class PackedRun:
         if shown:
             self.progress.report(self.done_steps, {name: _total(name, shown) for name in shown[0]})
 
+    def _watch(self, seats: Sequence[Seat]) -> None:
+        """Observe what `train.stop` watches of these subjects, and end those that no longer get better."""
+        if not seats:
+            return
+        self.pack.observe()  # waits for the steps, whose time is not that of observing
+        self.clock.lap("train", self.seating.shares, self.size)
+        losses, engine = self.pack.fixed_losses({seat.row: seat.job.bank for seat in self.seating}), self.pack.engine
+        for seat in seats:
+            weights = partial(lambda row: final_state(engine.state(row)), seat.row)
+            if seat.job.watched.observe(seat.step, losses[seat.row], weights):
+                engine.release(seat.row)
+                seat.job.tell_end()
+        self.clock.lap("stop", [seat.shares for seat in seats])
+
     def _checkpoint(self, seat: Seat, seen: Observed) -> None:
         """Copy a row's state, and let the writer make a checkpoint of it."""
         job = seat.job
@@ -222,9 +238,9 @@ class PackedRun:
 
     def _last_state(self, seat: Seat) -> EngineState:
         """The state of a subject that has ended; its row then computes with what is published."""
-        state = self.pack.engine.state(seat.row)
-        if "ema" in state:
-            self.pack.engine.show(seat.row, "ema")
+        state = self.pack.engine.state(seat.row) | seat.job.watched.best
+        if BEST in state or "ema" in state:
+            self.pack.engine.put(seat.row, final_state(state))
         return state
 
     def _draw(self, seats: Sequence[Seat], ended: Container[int]) -> dict[int, Path]:

@@ -6,7 +6,7 @@ for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -24,6 +24,7 @@ from dbtrain.randomness import stream_key
 from dbtrain.results.checkpoint import Checkpoint
 from dbtrain.settings.config import DataConfig, RunConfig
 from dbtrain.training.bank import Bank, captions_of, join_batches
+from dbtrain.training.held_out import FIXED, fixed_samples, turns
 from dbtrain.training.session import Base
 from dbtrain.training.step import TrainingStep
 from dbtrain.training.trainables import lora_alpha, make_stack, peak_rates, trained_components
@@ -149,12 +150,17 @@ class Pack:
             drawn = self.drawn.pop(row, None)
             is_next = drawn is not None and drawn[0] is bank and drawn[1] == step
             self.parts[row] = drawn[2] if drawn is not None and is_next else self._draw(bank, step)
-        known = [part for part in self.parts if part is not None]
-        joined = join_batches([part or known[0] for part in self.parts])
+        return self._joined(self.parts)
+
+    def _joined(self, parts: Sequence[Batch | None]) -> Batch:
+        """As many samples of each row as a step takes, or fewer; a row without any gets those of another."""
+        known = [part for part in parts if part is not None]
+        joined = join_batches([part or known[0] for part in parts])
         if self.masked and joined.mask_B1HW is None:
             joined = replace(joined, mask_B1HW=self._no_mask(joined.images_BCHW))
         joined = joined.sent(self.device)
-        return replace(joined, caption_B=joined.caption_B + self.room * self.subject_B, subject_B=self.subject_B)
+        subject_B = self.subject_B.view(self.size, -1)[:, : len(joined.slot_B) // self.size].reshape(-1)
+        return replace(joined, caption_B=joined.caption_B + self.room * subject_B, subject_B=subject_B)
 
     def draw_ahead(self, banks: Iterable[tuple[int, Bank, int]]) -> None:
         """Draw what the next `batch` will ask for, while the device is busy with the last one."""
@@ -203,6 +209,20 @@ class Pack:
         self.average_N.copy_(torch.where(moved_N, average_N, self.average_N))
         if self.config.train.stop_loss is not None:
             self.engine.live_N &= ~(moved_N & (step_N >= WINDOW) & (self.average_N < self.config.train.stop_loss))
+
+    @torch.no_grad()
+    def fixed_losses(self, banks: Mapping[int, Bank]) -> list[float]:
+        """The error of each row's watched photos at fixed noise. All rows are run, as a step does, so that none depends
+        on which others are watched."""
+        samples = self.config.train.stop.samples
+        error_N, step_N = torch.zeros_like(self.average_N), torch.full_like(self.engine.step_N, FIXED)
+        for slots in turns(samples, self.roles * self.config.train.batch):
+            parts = {row: fixed_samples(bank, slots) for row, bank in banks.items()}
+            for projections in self.fused:
+                projections.forget()
+            loss = self.module(self._joined([parts.get(row) for row in range(self.size)]), step_N)
+            error_N += loss.per_sample_B.double().view(self.size, -1).sum(1)
+        return (error_N / samples).tolist()
 
     def observe(self) -> list[Observed]:
         """The state of every row. Only this method waits for the device."""

@@ -75,7 +75,8 @@ class Seating:
         """The interval's values, after they were written to the subject's sinks."""
         made, meter = seen.step - seat.logged, seat.meter
         meter.add(made * seat.job.images_a_step, seat.wait_s, {}, made)
-        seat.values = {**seen.values, **meter.read(), "memory_gib": peak_memory_gib(self.pack.device)}
+        seen_values = {**seen.values, **seat.job.watched.values}
+        seat.values = {**seen_values, **meter.read(), "memory_gib": peak_memory_gib(self.pack.device)}
         for sink in seat.sinks:
             sink.log(seen.step, seat.values)
         job = seat.job

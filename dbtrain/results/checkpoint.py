@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,8 @@ class Checkpoint:
     """What a checkpoint holds: the engine's state after `step` steps, and the digest `run` of the training.
 
     average: the running mean of the photos' error, which `train.stop_loss` is compared with; 0 where none is kept.
-    about: see `identity.Identity`; empty in checkpoints of an earlier dbtrain.
+    about: see `identity.Identity`; empty in checkpoints of an earlier dbtrain. stop: what `train.stop` has seen; empty
+    where it is off.
     """
 
     step: int
@@ -37,6 +39,7 @@ class Checkpoint:
     state: EngineState
     average: float = 0.0
     about: About = field(default_factory=dict)
+    stop: Mapping[str, float] = field(default_factory=dict)
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -49,6 +52,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     flat = {f"{kind}/{name}": tensor for kind, group in checkpoint.state.items() for name, tensor in group.items()}
     about: dict[str, Any] = {"step": checkpoint.step, "run": checkpoint.run, "average": checkpoint.average}
     about |= {"about": checkpoint.about} if checkpoint.about else {}
+    about |= {"stop": checkpoint.stop} if checkpoint.stop else {}
     with whole_folder(final) as temporary:
         save_file(flat, temporary / STATE)
         (temporary / ABOUT).write_text(json.dumps(about))
@@ -145,7 +149,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     for key, tensor in load_file(folder / STATE).items():
         kind, name = key.split("/", 1)
         state.setdefault(kind, {})[name] = tensor
-    return Checkpoint(about["step"], about["run"], state, about.get("average", 0.0), about.get("about", {}))
+    told = about.get("average", 0.0), about.get("about", {}), about.get("stop", {})
+    return Checkpoint(about["step"], about["run"], state, *told)
 
 
 def _about(folder: Path) -> dict[str, Any]:

@@ -104,8 +104,7 @@ class DataConfig(Section):
     cache_text: Annotated[bool, Mark.NO_RESULT] = True
     """Encode each caption once while the text encoder is frozen."""
     shards: Annotated[str | None, Mark.NO_RESULT, Mark.PATH] = None
-    """Ready-made shards to read the photos from, a folder or an address; the manifest then needs no `images`. null
-    makes shards from the manifest's photos, in the output folder."""
+    """Ready-made shards, a folder or an address, instead of the manifest's photos; null makes them of these photos."""
     schemes: Annotated[tuple[Scheme, ...], Mark.NO_RESULT] = ()
     """Schemes that an address in `data.shards` may have; any other is an error."""
 
@@ -124,6 +123,20 @@ class IdentifierConfig(Section):
     """File that records each subject's identifier, to share among runs; null is `identifiers.jsonl` in the output."""
 
 
+class StopConfig(Section):
+    """When training ends before `train.steps`, and which weights are published."""
+
+    metric: Literal["none", "loss"] = "none"
+    """`loss` watches the error at fixed noise of a photo left out of training (the last of four or more, else of all),
+    and publishes the weights at which it was lowest; `none` publishes the last ones."""
+    every: Positive = 20
+    """Steps between observations. Take a divisor of the steps: what is trained after the last one is not published."""
+    patience: Positive = 3
+    """Observations without a lower value after which training ends."""
+    samples: Positive = 16
+    """Pairs of noise and timestep of an observation."""
+
+
 class TrainConfig(Section):
     """Optimization of one subject."""
 
@@ -138,8 +151,8 @@ class TrainConfig(Section):
     text_encoder_lr: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak learning rate of the text encoder; null is `train.lr`."""
     stop_loss: Annotated[float, Field(gt=0)] | None = None
-    """Mean squared error of a subject's photos, averaged over about 50 steps, below which its training ends early; null
-    never ends it early. Needs engine.kind=packed."""
+    """Mean squared error of its photos, over about 50 steps, below which a subject's training ends. Packed only."""
+    stop: Annotated[StopConfig, Mark.LATER] = StopConfig()
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after warm-up: constant, or decayed to 0 at the last step."""
     warmup_steps: Count = 0
@@ -338,8 +351,7 @@ class PublishConfig(Section):
     kohya: bool = False
     """Write the adapter in the format of kohya-ss and ComfyUI too."""
     to: Annotated[str | None, Mark.PATH] = None
-    """Folder or address (s3://, gs://, abfs://, file://) to which each finished subject is uploaded; null uploads
-    nothing."""
+    """Folder or address (s3://, gs://, abfs://, file://) to upload each finished subject to; null uploads nothing."""
 
 
 class TrackConfig(Section):

@@ -19,6 +19,16 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             f"is {train.micro_batch}, which does not divide train.batch = {train.batch}",
         ),
         (
+            "train.stop_loss",
+            train.stop_loss is not None and train.stop.metric != "none",
+            "is set beside train.stop.metric; give one of them",
+        ),
+        (
+            "train.stop.every",
+            train.stop.metric != "none" and train.stop.every > train.steps,
+            f"is {train.stop.every}, but train.steps is {train.steps}; nothing would be watched",
+        ),
+        (
             "train.text_encoder_lr",
             train.text_encoder_lr is not None and not train.text_encoder,
             "is set, but train.text_encoder is false, so it would have no effect",

@@ -30,7 +30,7 @@ from dbtrain.results.record import RECORD, finished_record
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import LOCK, held, write_file
 from dbtrain.study.findings import Goal, Row, worse
-from dbtrain.study.variants import Design, Group, Variant, own_values, shorter, waves
+from dbtrain.study.variants import Design, Group, Variant, own_values, packed, shorter, waves
 from dbtrain.subjects.finding import refuse
 from dbtrain.subjects.manifest import scan_manifest
 from dbtrain.subjects.registry import REGISTRY
@@ -39,7 +39,7 @@ from dbtrain.training.session import CLASSES, Base, PriorCache, Watch, Work, ope
 from dbtrain.training.stopping import signals_as_before
 from dbtrain.values import Subject
 
-OWN_STAGES = ("data", "encode", "build", "train", "save")
+OWN_STAGES = ("data", "encode", "build", "train", "stop", "save")
 """Stages of a record that a subject costs by itself. Loading, class images and samples are told apart or left out."""
 PRIORS = "prior-seconds.json"
 FEWEST = 4
@@ -62,8 +62,9 @@ class Study:
     """One study: its design, its pilot subjects, where it works, how it scores, and what is good enough.
 
     halve: train on a few subjects first, and go on without the variants that are clearly worse; these are then in
-    `dropped`, with the reason. subjects: those of the manifest, once it was read. failed: what failed and why, by
-    variant and subject.
+    `dropped`, with the reason. fleet: trains a manifest by a recipe into a folder, each variant whole, before all are
+    scored here; None trains them here, as rows of common packs. subjects: those of the manifest, once it was read.
+    failed: what failed and why, by variant and subject.
     """
 
     design: Design
@@ -73,6 +74,7 @@ class Study:
     watch: Watch
     goal: Goal = field(default_factory=Goal)
     halve: bool = False
+    fleet: Callable[[Path, RunConfig, Path], object] | None = None
     dropped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     subjects: list[Subject] = field(default_factory=list)
@@ -84,6 +86,8 @@ class Study:
         """
         if start_world().size > 1:
             raise ConfigError("study: works in one process; start it without deepspeed or torchrun")
+        if self.fleet and self.halve:
+            raise ConfigError("--workers, --halve: a fleet trains every variant to its end; give one of them")
         variants = self.design.variants()
         subjects, findings = scan_manifest(self.manifest, variants[0].config.data.shards is None)
         refuse(findings)
@@ -93,6 +97,8 @@ class Study:
         with signals_as_before(), ExitStack() as fence:
             if not fence.enter_context(held(self.out / LOCK)):
                 raise DataError(f"{self.out}: another study is working there; wait for it, or use another --out")
+            for variant in variants if self.fleet else ():
+                self.train_by_fleet(variant)
             base = None
             for count in rounds(len(subjects)) if self.halve else [len(subjects)]:
                 left = [variant for variant in variants if variant.name not in self.dropped]
@@ -103,6 +109,12 @@ class Study:
                 if self.halve:
                     self.drop(self.evened(rows, variants), left)
         return self.evened(rows, variants)
+
+    def train_by_fleet(self, variant: Variant) -> None:
+        """Train a variant as `dbtrain batch run` does, with the photos' identifiers and class images of the study, so
+        that its rows are found finished here. What the fleet could not train is tried here once more."""
+        assert self.fleet is not None
+        self.fleet(self.manifest, self.shared_settings(packed(variant.config)), self.out / "variants" / variant.name)
 
     def evened(self, rows: Mapping[tuple[str, str], Row], variants: Sequence[Variant]) -> list[Row]:
         """The rows in the order of variants and subjects, with the costs of each group shared out by steps."""

@@ -104,7 +104,7 @@ def shorter(variant: Variant, variants: Sequence[Variant]) -> Variant | None:
     """The variant whose training this one goes on from: of those that differ in fewer steps alone, the one of the most.
     None where there is none, or where a step depends on how many follow it, or is followed by none."""
     train = variant.config.train
-    if train.schedule != "constant" or train.stop_loss is not None:
+    if train.schedule != "constant" or train.stop_loss is not None or train.stop.metric != "none":
         return None
     alike = [one for one in variants if one.config.replaced("train.steps", train.steps) == variant.config]
     before = [one for one in alike if one.config.train.steps < train.steps]

@@ -58,7 +58,7 @@ class Bank:
     variant 1 is the mirror image. texts: every distinct caption once, and the empty one where captions are dropped.
     cell: pixels of a side for one latent cell, for masks. multiple: see `shape_of`. low: pixels of a side of the small
     pictures that a denoiser enlarges, of a square; 0 where there are none. lows: those pictures [n, variants, 3, h, w]
-    by role and shape, where moments are kept too.
+    by role and shape, where moments are kept too. held: photos, the last ones, that training does not draw.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class Bank:
         self.texts = distinct((item.caption for role in items for item in items[role]), data)
         photos = [item.sample.image for item in items.get(Role.INSTANCE, ())]
         self.shapes = [shape_of(picture_size(photo) if data.buckets else (1, 1), data, multiple) for photo in photos]
-        self.moments: dict[tuple[Role, Shape], Tensor] = {}
-        self.low, self.lows = low, dict[tuple[Role, Shape], Tensor]()
+        self.held, self.low = 0, low
+        self.moments, self.lows = dict[tuple[Role, Shape], Tensor](), dict[tuple[Role, Shape], Tensor]()
         self.sizes = {
             (role, shape): torch.tensor([_size_ids(item.sample, shape) for item in self.shaped(role, shape)])
             for role in items
@@ -128,16 +128,18 @@ class Bank:
         slots = {role: torch.tensor([slot + int(role) * self.batch_size for slot in instance_slots]) for role in Role}
         picks = {role: self._picks(role, step, slots[role]) for role in self.items}
         (shape,) = {self.shapes[pick] for pick in picks[Role.INSTANCE].tolist()}
-        return join_batches([self._draw(role, step, slots[role], picks[role], shape) for role in self.items])
+        return join_batches([self.drawn(role, step, slots[role], picks[role], shape) for role in self.items])
 
     def _picks(self, role: Role, step: int, slot_B: Tensor) -> Tensor:
         """Which image of a role each draw slot of a step gets."""
         positions = step * self.batch_size + slot_B - int(role) * self.batch_size
         first = int(positions.min())
-        span = order(len(self.items[role]), first, int(positions.max()) - first + 1, self.seed, self.subject, role)
+        count = len(self.items[role]) - (self.held if role == Role.INSTANCE else 0)
+        span = order(count, first, int(positions.max()) - first + 1, self.seed, self.subject, role)
         return torch.tensor([span[int(position) - first] for position in positions])
 
-    def _draw(self, role: Role, step: int, slot_B: Tensor, pick_B: Tensor, shape: Shape) -> Batch:
+    def drawn(self, role: Role, step: int, slot_B: Tensor, pick_B: Tensor, shape: Shape) -> Batch:
+        """The picked images of a role, mirrored and cropped as (step, slot) says."""
         flip_B = (
             (uniforms(self.key, Purpose.FLIP, step, slot_B) < 0.5)
             if self.data.flip
@@ -383,17 +385,8 @@ def stored_priors(base: Base, work: Work, watch: Watch, config: RunConfig, key: 
 def _draw_missing(base: Base, work: Work, watch: Watch, prior: PriorConfig, key: PriorKey) -> None:
     drawing = base.in_parts and lacks_priors(work.priors, key, prior.images)
     with base.whole() if drawing else nullcontext(), sampling_mode(base.models):
-        make_priors(
-            work.priors,
-            key,
-            prior.images,
-            base.family,
-            base.models,
-            base.world,
-            prior.batch,
-            watch.say,
-            stop=lambda: watch.stop.asked,
-            beat=lambda: watch.beat("prior"),
-        )
+        chosen = (prior.images, base.family, base.models, base.world, prior.batch, watch.say)
+        stop, beat = lambda: watch.stop.asked, lambda: watch.beat("prior")
+        make_priors(work.priors, key, *chosen, stop=stop, beat=beat)
     if watch.stop.asked:
         raise StopRequested(f"stopped on request while drawing {key.prompt!r}; run the same command to go on")

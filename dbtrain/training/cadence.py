@@ -10,17 +10,18 @@ from dbtrain.settings.config import RunConfig
 @dataclass(frozen=True)
 class Due:
     """What is due after a step. A last step is logged, needs no samples on the way, and a checkpoint only where one
-    was asked for."""
+    was asked for. observe: for `train.stop`; an observation is logged."""
 
     log: bool
     checkpoint: bool
     sample: bool
     end: bool
+    observe: bool = False
 
     @property
     def anything(self) -> bool:
         """Whether there is anything to do but to train on."""
-        return self.log or self.checkpoint or self.sample or self.end
+        return self.log or self.checkpoint or self.sample or self.end  # what is observed is logged
 
 
 def due(done: int, config: RunConfig) -> Due:
@@ -30,9 +31,11 @@ def due(done: int, config: RunConfig) -> Due:
     def at(every: int) -> bool:
         return every > 0 and done % every == 0
 
+    observe = config.train.stop.metric != "none" and at(config.train.stop.every)
     return Due(
-        log=end or at(config.track.every_steps),
+        log=end or observe or at(config.track.every_steps),
         checkpoint=config.checkpoint.last if end else at(config.checkpoint.every_steps),
         sample=not end and at(config.sample.every_steps),
         end=end,
+        observe=observe,
     )

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,13 @@ from dbtrain.subjects.prompts import fill
 from dbtrain.training.bank import Bank, ClassImages, captions_of, complete_priors, fill_bank
 from dbtrain.training.cadence import due
 from dbtrain.training.claims import Claim, claim_subject, read_chosen
+from dbtrain.training.held_out import FIXED, Watched, fixed_samples, held_out, turns
 from dbtrain.training.identity import data_digest, subject_config, training_identity
 from dbtrain.training.session import Base, Watch, Work
 from dbtrain.training.step import TrainingStep
 from dbtrain.training.stopping import Stop
 from dbtrain.training.telemetry import Meter, Progress, open_sinks, peak_memory_gib
-from dbtrain.training.trainables import final_weights, make_trainable, publish_weights
+from dbtrain.training.trainables import BEST, final_state, final_weights, make_trainable, publish_weights
 from dbtrain.values import Batch, Role, Sample, StepLoss, Subject
 
 Finished = Callable[[Subject, dict[str, Any] | DbtrainError], None]
@@ -72,7 +73,8 @@ def open_job(
             watch.say(f"{subject.id}: already finished in {folder}")
             return claim.record
         bank = fill_bank(base, work, watch, subject, config, instances, class_images)
-        return Job(base, work, watch, subject, config, wanted, bank, claim, fence.pop_all())
+        bank.held, watched = held_out(len(instances), config.train.stop), Watched(config.train.stop)
+        return Job(base, work, watch, subject, config, wanted, bank, claim, fence.pop_all(), watched)
 
 
 def _instances(base: Base, work: Work, subject: Subject, config: RunConfig) -> tuple[list[Sample], Identity]:
@@ -87,7 +89,7 @@ def _instances(base: Base, work: Work, subject: Subject, config: RunConfig) -> t
 class Job:
     """One subject's training. config: the run's settings with the subject's own. identity: what decides its result.
 
-    claim: where to go on. fence: holds the lock on the subject's folder.
+    claim: where to go on. fence: holds the lock on the subject's folder. watched: what `train.stop` has seen.
     """
 
     base: Base
@@ -99,6 +101,7 @@ class Job:
     bank: Bank
     claim: Claim
     fence: ExitStack
+    watched: Watched = field(default_factory=Watched)
 
     def close(self) -> None:
         """Release the lock on the subject's folder."""
@@ -132,7 +135,7 @@ class Job:
         try:
             start = self.resume(engine)
             values = self.loop(engine, runner, plan, start)
-            state = engine.state()
+            state = engine.state() | self.watched.best
         finally:
             engine.close()
         return self.publish(state, values, runner.choice)
@@ -156,8 +159,11 @@ class Job:
 
     def checkpoint(self) -> Checkpoint | None:
         """The contents of the checkpoint to go on from; None is a fresh start."""
-        chosen = self.claim.checkpoint
-        return read_chosen(self.base.world, self.watch, chosen) if chosen else None
+        if self.claim.checkpoint is None:
+            return None
+        found = read_chosen(self.base.world, self.watch, self.claim.checkpoint)
+        self.watched.restore(found.stop, found.state.get(BEST, {}))
+        return found
 
     def loop(self, engine: ZeroEngine, runner: Eager, plan: BatchPlan, start: int) -> dict[str, float]:
         """The last log interval's values, after the subject has trained to its last step."""
@@ -172,19 +178,41 @@ class Job:
                     measured, wait_s = train_step(engine, runner, self.bank, plan, done - 1, scale, watch.stop)
                 meter.add(self.images_a_step, wait_s, measured)
                 progress.advance(done)
+                ended = due(done, config).observe and self.observe(engine, plan, done)
                 if due(done, config).log:
-                    values = {**meter.read(), "memory_gib": peak_memory_gib(world.device)}
+                    values = {**meter.read(), **self.watched.values, "memory_gib": peak_memory_gib(world.device)}
                     meter.reset()
                     progress.report(done, values)
                     watch.logged(self.subject.id, done, steps, values)
                     for sink in sinks:
                         sink.log(done, values)
+                if ended:
+                    break
                 self.after_step(engine, done, measured["stop"] > 0)
         finally:
             progress.close()
             for sink in sinks:
                 sink.close()
         return values
+
+    @torch.no_grad()
+    def observe(self, engine: ZeroEngine, plan: BatchPlan, done: int) -> bool:
+        """Whether `train.stop` ends training after this step. All ranks observe the same and share the mean."""
+        stop, device = self.config.train.stop, self.base.world.device
+        with self.watch.clock.stage("stop"):
+            passes = turns(stop.samples, plan.micro * len(self.bank.items) if len(self.bank.kinds) == 1 else 1)
+            drawn = (fixed_samples(self.bank, slots).sent(device) for slots in passes)
+            errors = [engine.deepspeed.module(batch, FIXED).per_sample_B.double() for batch in drawn]
+            loss = torch.cat(errors).mean().cpu()
+            dist.all_reduce(loss)
+            ended = self.watched.observe(done, float(loss) / self.base.world.size, lambda: final_state(engine.state()))
+        self.tell_end()
+        return ended
+
+    def tell_end(self) -> None:
+        """Say that `train.stop` has ended the training, if it has."""
+        if self.watched.ended and self.base.world.first:
+            self.watch.say(f"{self.subject.id}: {self.watched.text}")
 
     def after_step(self, engine: Engine, done: int, stop: bool) -> None:
         """Save a checkpoint and draw samples when they are due, or when asked to stop; after the last step it is too
@@ -206,7 +234,8 @@ class Job:
 
     def snapshot(self, engine: Engine, done: int, row: int = 0, average: float = 0.0) -> Checkpoint:
         """The subject's state after `done` steps, copied out of its row of an engine. average: see `Checkpoint`."""
-        return Checkpoint(done, self.identity.run, engine.state(row), average, self.identity.about)
+        state = engine.state(row) | self.watched.best
+        return Checkpoint(done, self.identity.run, state, average, self.identity.about, self.watched.numbers())
 
     def save(self, snapshot: Checkpoint) -> None:
         """Write a snapshot as a checkpoint of the subject."""
@@ -286,7 +315,7 @@ class Job:
             "base_digest": base_digest(base.models),
             "data_digest": data_digest([item.sample for item in instances]),
             "method": config.train.method,
-            "steps": config.train.steps,
+            "steps": self.watched.ended or config.train.steps,
             "begun_at": step_of(self.claim.checkpoint) if self.claim.checkpoint else 0,
             "seed": config.seed,
             "lr": config.train.lr,
@@ -300,6 +329,7 @@ class Job:
             "capture": capture._asdict(),
             "attention": base.models.attention.row() if base.models.attention else None,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **self.watched.told(self.bank.held),
             **(told_of_small(config) if base.family.guide else {}),
         }
 

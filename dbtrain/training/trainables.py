@@ -142,9 +142,14 @@ def lora_alpha(config: RunConfig) -> float:
     return config.lora.rank if config.lora.alpha is None else config.lora.alpha
 
 
+BEST = "best"
+"""Kind of an engine's state that holds the weights that `train.stop` found best."""
+
+
 def final_state(state: EngineState) -> dict[str, Tensor]:
-    """The weights to give away: the EMA, where one was kept, else the masters."""
-    return state.get("ema") or state["master"]
+    """The weights to give away: those that `train.stop` found best, else the EMA, where one was kept, else the masters.
+    """
+    return state.get(BEST) or state.get("ema") or state["master"]
 
 
 @torch.no_grad()

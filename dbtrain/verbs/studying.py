@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,7 @@ def study_verb(
     grid: Annotated[bool, typer.Option("--grid", help="Every combination; else one key at a time.")] = False,
     random: Annotated[int | None, typer.Option(min=1, help="So many combinations, drawn at random.")] = None,
     halve: Annotated[bool, typer.Option("--halve", help="Drop on the way what is clearly worse.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Train by a fleet of so many workers.")] = None,
     good: Annotated[float | None, typer.Option(help="Identity (DINO) that a recipe must reach.")] = None,
     pres: Annotated[float | None, typer.Option(help="PRES that it must not exceed.")] = None,
     subjects: Annotated[int, typer.Option(min=1, help="Subjects of the runs to come, for their cost.")] = 1000,
@@ -53,6 +55,8 @@ def study_verb(
     """
     stop_at_once()
     from dbtrain.evaluate.protocol import PROTOCOLS, Protocol
+    from dbtrain.fleet.options import Options
+    from dbtrain.fleet.run import run_batch
     from dbtrain.report.study_page import write_page
     from dbtrain.study.findings import Goal, text_table
     from dbtrain.study.running import Study
@@ -66,7 +70,8 @@ def study_verb(
         raise ConfigError("--grid, --random: give one of them")
     scored_by = Protocol(protocol, images, class_images, identity, clip, distance=distance)
     design = Design(recipe, tuple(overrides or ()), tuple(map(read_vary, vary)), grid, random)
-    study = Study(design, manifest, out, scored_by, Watch(quiet), Goal(good, pres), halve)
+    fleet = partial(run_batch, options=Options(workers, quiet=quiet)) if workers else None
+    study = Study(design, manifest, out, scored_by, Watch(quiet), Goal(good, pres), halve, fleet)
     told = tell(study, subjects, classes)
     write_found(told)
     write_page(out / "study.html", told)
@@ -74,9 +79,8 @@ def study_verb(
         print_json(as_found(told))
     else:
         lines = [text_table(told.table, told.goal), "", *(effect.text for effect in told.effects), "", *told.costs]
-        chosen = "no variant is good enough"
-        if told.chosen:
-            chosen = f"cheapest that is good enough: {told.chosen.variant.title}; {out / 'recipe.yaml'}"
+        none, best = "no variant is good enough", told.chosen
+        chosen = f"cheapest that is good enough: {best.variant.title}; {out / 'recipe.yaml'}" if best else none
         typer.echo("\n".join([*lines, chosen, f"look at {out / 'study.html'}"]))
     if study.failed:
         raise DataError("\n".join(f"{name}: {reason}" for name, reason in study.failed.items()))

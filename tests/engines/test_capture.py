@@ -60,7 +60,7 @@ def test_a_graph_on_a_cpu_is_refused(choice):
 @pytest.mark.parametrize(
     "words, why",
     [
-        (["engine.capture=compiled_graph"], r"compiled_graph cannot record"),
+        (["engine.kind=zero", "engine.capture=compiled_graph"], r"compiled_graph cannot record"),
         (["engine.kind=zero", "engine.capture=graph"], r"cannot record DeepSpeed's step.*use engine\.kind=packed"),
         (["engine.capture=compile", "engine.zero.stage=3", "train.method=full"], "ZeRO stage 3 gathers"),
     ],

@@ -121,7 +121,7 @@ def test_bf16_copies_follow_fp32_masters():
     assert not torch.equal(engine.state(0)["master"]["unet.a"], state(0)["master"]["unet.a"])
 
 
-def test_the_ema_is_shown_in_the_layers_of_a_subject_that_is_done():
+def test_a_subject_that_is_done_computes_with_what_it_publishes():
     made = groups()
     engine = engine_of(made, ema=0.5)
     engine.load(0, state(0), 0, settings())
@@ -129,7 +129,8 @@ def test_the_ema_is_shown_in_the_layers_of_a_subject_that_is_done():
         for param in group.params.values():
             param.grad.fill_(0.3)
     engine.update(torch.tensor([True, True]))
-    ema = engine.state(0)["ema"]["unet.a"]
+    ema, beside = engine.state(0)["ema"]["unet.a"], made[0].params["unet.a"][1].clone()
     assert not torch.equal(made[0].params["unet.a"][0], ema[0])
-    engine.show(0, "ema")
+    engine.put(0, engine.state(0)["ema"])
     assert torch.equal(made[0].params["unet.a"][0], ema[0])
+    assert torch.equal(made[0].params["unet.a"][1], beside)

@@ -43,7 +43,8 @@ class Forked:
     """A process that does some work; the part of `subprocess.Popen` that tests use."""
 
     def __init__(self, work: Callable, *arguments: object, **variables: str):
-        self.said = Path(tempfile.mkdtemp(prefix="dbtrain-said-"))
+        self.folder = tempfile.TemporaryDirectory(prefix="dbtrain-said-")
+        self.said = Path(self.folder.name)
         surroundings = {**environment(), **variables}
         self.process = SERVER.Process(target=_begin, args=(os.getcwd(), surroundings, self.said, work, arguments))
         self.process.start()

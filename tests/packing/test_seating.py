@@ -7,6 +7,7 @@ import pytest
 
 from dbtrain.packing.pack import Observed
 from dbtrain.packing.seating import Seating
+from dbtrain.training.held_out import Watched
 from dbtrain.training.session import Watch
 from tests.kit.main_job import small_config
 
@@ -47,6 +48,7 @@ def job(tmp_path, name, *words):
         bank=name,
         watch=Watch(quiet=True),
         images_a_step=8,
+        watched=Watched(),
         closed=closed,
         close=lambda: closed.append(name),
     )
@@ -78,12 +80,13 @@ def test_a_log_line_counts_the_steps_that_were_made(seating):
         seating.step()
     rex = next(iter(seating))
     rex.meter.start -= 10  # seconds ago
+    rex.job.watched.observe(2, 0.25, dict)
     values = seating.log(rex, Observed({"loss": 0.5}, 3, False, False, 0.1))
     assert values["steps_per_s"] == pytest.approx(0.3, rel=0.05)
     assert values["images_per_s"] == pytest.approx(8 * values["steps_per_s"])
     assert (rex.logged, rex.wait_s, seating.pack.forgotten) == (3, 0.0, [0])
     line = json.loads((rex.job.folder / "log.jsonl").read_text())
-    assert line == {"step": 3, **values} and line["loss"] == 0.5
+    assert line == {"step": 3, **values} and (line["loss"], line["loss_fixed"]) == (0.5, 0.25)
 
 
 def test_who_leaves_makes_room_and_who_is_given_up_does_not_touch_the_device(seating):

@@ -28,6 +28,9 @@ def test_the_defaults_go_together():
         ({"engine": {"kind": "packed"}, "track": {"wandb": "x"}}, ["track.wandb"]),
         ({"engine": {"kind": "packed"}, "data": {"buckets": True}}, ["data.buckets"]),
         ({"data": {"buckets": True}, "train": {"batch": 4, "micro_batch": 2}}, []),
+        ({"engine": {"kind": "packed"}, "train": {"stop_loss": 0.1, "stop": {"metric": "loss"}}}, ["train.stop_loss"]),
+        ({"train": {"steps": 9, "stop": {"metric": "loss"}}}, ["train.stop.every"]),
+        ({"train": {"steps": 9}}, []),
         ({"engine": {"kind": "packed", "zero": {"stage": 1}, "deepspeed": "x"}}, ["engine.zero", "engine.deepspeed"]),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dbtrain.errors import DataError
+from dbtrain.errors import ConfigError, DataError
 from dbtrain.evaluate.protocol import Protocol
 from dbtrain.results.publish import LORA_FILE
 from dbtrain.settings.recipes import load
@@ -117,6 +117,24 @@ def test_halving_goes_on_with_all_that_is_not_clearly_worse(done, monkeypatch):
     halved = replace(study, halve=True)
     told = [[(row.variant, row.subject, row.scores) for row in made] for made in (halved.run(), rows)]
     assert told[0] == told[1] and all(reason.endswith("on 2 subjects") for reason in halved.dropped.values())
+
+
+def test_what_a_fleet_is_given_is_the_training_that_the_study_names(done):
+    """In the fleet's place is the trainer that it starts: it finds every row finished, so one digest names both."""
+    folder, study, rows = done
+    given = []
+
+    def fleet(manifest, config, out):
+        records, failed = train_manifest(manifest, config, out, None, quiet=True)
+        given.append((out.name, len(records), failed))
+
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("record.json")}
+    made = replace(study, fleet=fleet).run()
+    assert [(row.variant, row.subject) for row in made] == [(row.variant, row.subject) for row in rows]
+    assert given == [(name, 2, {}) for name in ("recipe", "lr-4e-3", "batch-2")]
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    with pytest.raises(ConfigError, match="--workers, --halve"):
+        replace(study, fleet=fleet, halve=True).run()
 
 
 def test_scores_of_another_protocol_are_not_taken(done):

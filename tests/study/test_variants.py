@@ -47,8 +47,8 @@ def test_a_training_goes_on_from_the_longest_one_that_is_shorter_where_its_rate_
     told = [[variant.title.replace("train.", "") for variant in wave] for wave in waves(variants)]
     assert told == [[f"steps={steps} lr={rate}" for rate in ("1e-3", "2e-3")] for steps in (20, 40, 60)]
     assert shorter(variants[2], variants) == variants[4] and shorter(variants[4], variants) == variants[0]
-    for words in (("train.schedule=linear",), ("train.schedule=constant", "train.stop_loss=0.1")):
-        alone = Design("tiny_packed", words, vary, grid=True).variants()
+    for word in ("train.schedule=linear", "train.stop_loss=0.1", "train.stop.metric=loss"):
+        alone = Design("tiny_packed", ("train.schedule=constant", word), vary, grid=True).variants()
         assert waves(alone) == [alone]
 
 

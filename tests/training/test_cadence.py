@@ -26,3 +26,12 @@ def test_never_is_nought_and_the_end_is_always_logged():
     assert due(5, config) == due(6, config) == Due(True, False, False, True)
     kept = config.replaced("checkpoint.last", True)
     assert due(5, kept) == Due(True, True, False, True) and due(4, kept) == due(4, config)
+
+
+def test_what_train_stop_watches_is_due_at_its_interval_and_logged():
+    words = ["track.every_steps=100", "train.stop.metric=loss", "train.stop.every=2"]
+    config = loads("train: {steps: 5}", "small", words)
+    seen = [due(done, config) for done in range(1, 6)]
+    assert [now.observe for now in seen] == [False, True, False, True, False]
+    assert [now.log for now in seen] == [False, True, False, True, True]
+    assert not due(2, loads("train: {steps: 5}", "small", words[2:])).observe
