@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pyarrow.parquet
 import pytest
 
@@ -178,7 +177,9 @@ def test_gang(tmp_path):
     driver = start(words, out, poison=True)
     wait_for((out / "held").exists, driver, out)
     survivor, victim = sorted(processes(driver.pid)["trainer"], key=lambda pid: os.readlink(f"/proc/{pid}/fd/1"))
-    birth, actor = born(survivor), psutil.Process(victim).parent().ppid()
+    ((first_actor,),) = ask(out, "SELECT pid FROM workers")  # of the first member, which survives
+    (actor,) = set(processes(driver.pid)["actor"]) - {first_actor}
+    birth = born(survivor)
     os.kill(actor, signal.SIGSTOP)  # so that the survivor's error is heard before the word of the kill
     kill(victim)
     (out / "hold").unlink()

@@ -90,7 +90,7 @@ CASES = [
     plain("p\\1.jpg", "p/1.jpg", None, "write 'p/1.jpg' (which exists here)", row="M5"),
     Case("M8", ONE, "subject,class,images,caption\nrex,dog,p,a photo of [trigger] {class}\n", ["1.jpg"]),
     Case("M8", ONE, "subject,class,images,caption\nrex,dog,p,{subject} on grass\n", ["1.jpg"]),
-    Case("M8", ONE, "subject,class,images,caption\nrex,dog,p,a photo of {name}\n", None, "placeholder 'name'"),
+    Case("M8", ONE, "subject,class,images,caption\nrex,dog,p,a photo of {name}\n", None, "placeholder '{name}'"),
 ]  # fmt: skip
 
 
