@@ -100,7 +100,7 @@ TEXTS = {
     "a NUL": b"a\0dog",
     "an escape": b"a \x1b[31mdog",
     "a line separator inside": "a\u2028dog\u202e".encode() + b"\x07",
-    "too long": b"a " * 600,
+    "too long": b"a " * 2400,
     "too large": b"\n" * 70_000,
     # The first pickle is plain text.
     **{f"pickle {number}": content for number, content in enumerate(PICKLES) if number},
