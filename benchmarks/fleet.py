@@ -2,6 +2,7 @@
 
     python benchmarks/fleet.py kills --subjects 1000 --kills 300 --seed 0
     python benchmarks/fleet.py soak --subjects 1000 --kills 2000      # the same under a result of its own
+    python benchmarks/fleet.py kills --subjects 1500 --kills 60 --pause 2.6 --name "kills slowly"      # so does this
     python benchmarks/fleet.py scale --subjects 10000
     python benchmarks/fleet.py start --rounds 5
     python benchmarks/fleet.py watch --subjects 120 --minutes 5
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, help="Mean seconds between kills; by default they fill the run.")
     parser.add_argument("--rounds", type=int, default=5, help="Deaths of each kind, for `start`.")
     parser.add_argument("--minutes", type=float, default=5, help="How long subjects keep coming, for `watch`.")
+    parser.add_argument("--name", help="Name of the result; by default it is what is measured.")
     parser.add_argument("--work", help="Folder for scratch files.")
     parser.add_argument("--keep", action="store_true", help="Keep the scratch files.")
     parser.add_argument("--dry", action="store_true", help="Print only; leave the result files as they are.")
@@ -152,7 +154,7 @@ def main() -> None:
     if options.dry:
         print(json.dumps(found, indent=1))
     else:
-        write(options.what + (f" gang {options.gang}" if options.gang > 1 else ""), found)
+        write(options.name or options.what + (f" gang {options.gang}" if options.gang > 1 else ""), found)
 
 
 if __name__ == "__main__":

@@ -79,8 +79,7 @@ def fleet(result: Result) -> Figures:
         ),
         (f"`batch status` of {scale['subjects']:,} subjects", f"{scale['status_command_s']:.2f} s"),
     ]
-    for key in ("kills", "soak", "kills gang 2"):
-        one = result[key]
+    for one in (result[key] for key in ("kills", "kills slowly", "soak", "kills gang 2") if key in result):
         gang = f", gangs of {one['gang']}" if one["gang"] > 1 else ""
         figures += kills(f"{one['subjects']:,} subjects{gang}, {one['kills_total']:,} SIGKILLs", one)
     if one := result.get("living"):

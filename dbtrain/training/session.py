@@ -326,7 +326,7 @@ def join_run(settings: RunConfig, watch: Watch, subjects: Sequence[Subject] = ()
     world = start_world()
     settings, why = resolved_engine(settings, world.size, torch.device(world.device).type, subjects)
     if why and world.first:
-        watch.say(f"engine.kind: auto: {why}")
+        watch.say(f"engine: auto is {why}")
     plan_batches(settings.train.batch, settings.train.micro_batch, world.size)  # refuses before anything is loaded
     with watch.clock.stage("load"):
         base = Base.load(settings, world, late=True)

@@ -116,7 +116,7 @@ def test_auto_is_a_pack_of_one_with_the_same_result(job, solo, capsys):
         for ours, theirs in zip(*[[json.loads(line) for line in lines] for lines in logs], strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     train_manifest(job / "photos.csv", small_config(*words(job, *more)), job / "auto-kind", ["ben"])
-    assert "engine.kind: auto: packed: engine.packed is set" in capsys.readouterr().err
+    assert "engine: auto is packed: engine.packed is set" in capsys.readouterr().err
 
 
 def test_captions_of_each_photo_train_in_a_pack_as_alone(job, tmp_path):
