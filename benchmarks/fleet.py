@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -112,7 +113,7 @@ def about() -> dict:
 
     return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
             "torch": torch.__version__, "ray": ray.__version__, "commit": commit(),
-            "command": "python benchmarks/fleet.py " + " ".join(sys.argv[1:])}  # fmt: skip
+            "command": shlex.join(["python", "benchmarks/fleet.py", *sys.argv[1:]])}  # fmt: skip
 
 
 def write(name: str, found: dict) -> None:
