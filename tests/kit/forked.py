@@ -10,10 +10,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import chdir
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.kit.main_job import environment, heed_ctrl_c
+from tests.kit.main_job import ROOT, environment, heed_ctrl_c
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.kit.imported"])
@@ -46,6 +48,8 @@ class Forked:
         self.folder = tempfile.TemporaryDirectory(prefix="dbtrain-said-")
         self.said = Path(self.folder.name)
         surroundings = {**environment(), **variables}
+        with chdir(ROOT):  # where Python 3.11 looks for what the server imports first
+            forkserver.ensure_running()
         self.process = SERVER.Process(target=_begin, args=(os.getcwd(), surroundings, self.said, work, arguments))
         self.process.start()
         self.pid = self.process.pid
