@@ -85,6 +85,16 @@ def fleet(result: Result) -> Figures:
     if one := result.get("living"):
         title = f"{one['subjects']:,} subjects that join with photos and steps, {one['kills_total']:,} SIGKILLs"
         figures += [(f"{title}: lost, finished twice, adapters unlike a run's that knew all", unharmed(one))]
+    if one := result.get("watch"):
+        title = f"`--watch`, {one['subjects']:,} subjects in {one['seconds'] // 60} minutes and a restart"
+        wait, (first, *_, last) = one["appearance_to_published_s"], one["driver"]
+        figures += [
+            (f"{title}: seconds from appearance to result, median, 95 %", f"{wait['p50']:.1f} and {wait['p95']:.1f}"),
+            (
+                f"{title}: the driver's MiB and open files, early and late",
+                "; ".join(f"{one['mib']:.0f}, {one['files']}" for one in (first, last)),
+            ),
+        ]
     for key in [key for key in ("start before", "start") if key in result]:
         spent = ", ".join(f"{kind} {result[key][f'cpu_s_after_a_{kind}s_death']:.1f}" for kind in ("driver", "actor"))
         figures += [(f"processor seconds from a death until work goes on, at {result[key]['about']['commit']}", spent)]
