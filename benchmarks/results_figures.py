@@ -79,9 +79,11 @@ def fleet(result: Result) -> Figures:
         ),
         (f"`batch status` of {scale['subjects']:,} subjects", f"{scale['status_command_s']:.2f} s"),
     ]
-    for one in (result[key] for key in ("kills", "kills slowly", "soak", "kills gang 2") if key in result):
+    for key in [key for key in ("kills before", "kills", "kills slowly", "soak", "kills gang 2") if key in result]:
+        one = result[key]
         gang = f", gangs of {one['gang']}" if one["gang"] > 1 else ""
-        figures += kills(f"{one['subjects']:,} subjects{gang}, {one['kills_total']:,} SIGKILLs", one)
+        commit = f" at {one['about']['commit']}"
+        figures += kills(f"{one['subjects']:,} subjects{gang}, {one['kills_total']:,} SIGKILLs{commit}", one)
     if one := result.get("living"):
         title = f"{one['subjects']:,} subjects that join with photos and steps, {one['kills_total']:,} SIGKILLs"
         figures += [(f"{title}: lost, finished twice, adapters unlike a run's that knew all", unharmed(one))]

@@ -75,7 +75,8 @@ def five_figures() -> str:
     newest = {name: results[-1][1] for name, results in read_results().items() if results}
     packs = [result["less_than"] for name, result in newest.items() if name.startswith("pack-peers")]
     made, given = (sorted(ratios[f"peer, priors {kind}"] for ratios in packs) for kind in ("made", "given"))
-    paper, attacked = newest["paper-shape"]["findings"], newest["fleet"]["kills"]
+    attacked = newest["fleet"]["kills"]
+    shipped = next(row for row in newest["recipe-quality"]["summary"] if row["recipe"] == "thorough")
     harm = f"{attacked['subjects']:,} subjects under {attacked['kills_total']:,} kills: lost, finished twice, changed"
     rows = {
         "16 subjects in a pack beside diffusers' script run for each: processor time": (
@@ -88,7 +89,7 @@ def five_figures() -> str:
         "a run killed at each of its file operations and started again: the same files": same_files(newest["faults"]),
         f"a fleet of {harm}": unharmed(attacked),
         "DreamBooth on the embedded base: gap to the photos closed; scenes drawn as asked": (
-            f"{paper[0]['value']:.2f}; {paper[2]['value']:.2f}"
+            f"{shipped['closed']['value']:.2f}; {shipped['scene accuracy']['value']:.2f}"
         ),
     }
     return "\n".join(["| what | measured |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in rows.items())])
