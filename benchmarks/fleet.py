@@ -2,7 +2,7 @@
 
     python benchmarks/fleet.py kills --subjects 1000 --kills 300 --seed 0
     python benchmarks/fleet.py soak --subjects 1000 --kills 2000      # the same under a result of its own
-    python benchmarks/fleet.py kills --subjects 1500 --kills 60 --pause 2.6 --name "kills slowly"      # so does this
+    python benchmarks/fleet.py kills --subjects 1000 --kills 75 --seed 3 --pause 2.6 --name "kills slowly"
     python benchmarks/fleet.py scale --subjects 10000
     python benchmarks/fleet.py start --rounds 5
     python benchmarks/fleet.py watch --subjects 120 --minutes 5

@@ -6,7 +6,6 @@ within steps * 1e-6 of each other and losses within a relative 1e-5.
 """
 
 import json
-import socket
 import subprocess
 import sys
 from itertools import product
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from dbtrain.results.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 from dbtrain.results.identity import Identity
 from tests.e2e.every_stage import train_all, train_plan
-from tests.kit.forked import ranks
+from tests.kit.forked import free_port, ranks
 from tests.kit.main_job import ROOT, environment, sd_folder, small_config, write_job
 
 # Seconds each on an idle machine; a busy one has shown thirty times that.
@@ -28,12 +27,6 @@ STEADY = ("train.eps=1e-3", "train.steps=3", "sample.images=0", "train.ema=0.5",
 COMBINATIONS = list(product(range(4), ("lora", "full")))
 LOSS_REL, WEIGHT_ABS = 1e-5, 5e-6
 LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(words: list[str], *options: str) -> list[str]:
@@ -65,7 +58,7 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("launcher")
     write_job(made, subjects="rex:dog")
     (made / "plan.json").write_text(json.dumps(plan(made, 2)))
-    ranks(2, free_port(), train_plan, made / "plan.json")
+    ranks(2, train_plan, made / "plan.json")
     # One rank is this process, and needs no more than stage 0: test_zero.py shows that stages agree within a process.
     train_all([entry for entry in plan(made, 1) if "-0-" in entry["out"]])
     return made

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.every_stage import train_all, train_plan
-from tests.e2e.test_launcher import LOSS_REL, STEADY, WEIGHT_ABS, free_port, log, weights
+from tests.e2e.test_launcher import LOSS_REL, STEADY, WEIGHT_ABS, log, weights
 from tests.kit.forked import ranks
 from tests.kit.main_job import small_config, write_job
 
@@ -49,7 +49,7 @@ def train_at(folder: Path, count: int, entries: list[dict]) -> None:
         return
     plan = folder / "plan.json"
     plan.write_text(json.dumps(entries))
-    ranks(count, free_port(), train_plan, plan)
+    ranks(count, train_plan, plan)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from tests.e2e.test_launcher import free_port
+from tests.kit.forked import free_port
 from tests.kit.main_job import environment, write_job
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")

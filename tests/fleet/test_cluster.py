@@ -52,8 +52,7 @@ def cluster(short, **variables):
     with two_hosts() as (first, second):
         token = write_token(short / "token")
         for host in (first, second):
-            host.variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-            host.variables |= {"RAY_worker_niceness": "0", **variables}  # else other tests' processes come first
+            host.variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **variables}
         ray_start(first, "--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={short / 'ray'}")
 
         def start(words):

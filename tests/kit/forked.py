@@ -6,6 +6,7 @@ seconds of imports are spared, which most tests pay without a gain; `main_job.st
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.kit.main_job import ROOT, environment, heed_ctrl_c
+from tests.kit.main_job import ROOT, ended, environment, heed_ctrl_c
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.kit.imported"])
@@ -57,14 +58,18 @@ class Forked:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def poll(self) -> int | None:
+    @property
+    def returncode(self) -> int | None:
         return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         self.process.join(timeout)
-        if self.process.exitcode is None:
+        if self.returncode is None:
             raise subprocess.TimeoutExpired(str(self.pid), timeout)
-        return self.process.exitcode
+        return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """(standard output, standard error), once the process has ended."""
@@ -78,17 +83,21 @@ def start(words: list) -> Forked:
 
 
 def dbtrain(words: list) -> SimpleNamespace:
-    """`dbtrain WORDS` to its end: returncode, stdout, stderr; never a traceback."""
-    process = start(words)
-    stdout, stderr = process.communicate(timeout=800)
-    assert "Traceback" not in stderr, stderr
-    return SimpleNamespace(returncode=process.poll(), stdout=stdout, stderr=stderr)
+    """`dbtrain WORDS` to its end, as `ended` tells it."""
+    return ended(start(words))
 
 
-def ranks(count: int, port: int, work: Callable, *arguments: object) -> None:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def ranks(count: int, work: Callable, *arguments: object) -> None:
     """Some work by so many ranks of one machine, as a launcher starts them, to its end."""
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = [Forked(work, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(count)]
     for process in started:
         said = process.communicate(timeout=800)
-        assert process.poll() == 0, said
+        assert process.returncode == 0, said

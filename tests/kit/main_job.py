@@ -104,12 +104,16 @@ def start(words: list[str], **options) -> subprocess.Popen:
     )
 
 
-def dbtrain(words: list[str]) -> SimpleNamespace:
-    """`dbtrain WORDS` to its end: returncode, stdout, stderr; never a traceback."""
-    process = start(words)
+def ended(process) -> SimpleNamespace:
+    """What a process came to: returncode, stdout, stderr; never a traceback."""
     stdout, stderr = process.communicate(timeout=800)
     assert "Traceback" not in stderr, stderr
     return SimpleNamespace(returncode=process.returncode, stdout=stdout, stderr=stderr)
+
+
+def dbtrain(words: list[str]) -> SimpleNamespace:
+    """`dbtrain WORDS` to its end, as `ended` tells it."""
+    return ended(start(words))
 
 
 def inside(words: list):

@@ -102,7 +102,8 @@ def two_hosts(**variables: str) -> Iterator[tuple[Host, Host]]:
     tag = secrets.token_hex(3)
     net = f"10.{int(tag[:2], 16)}.{int(tag[2:4], 16)}"
     # gloo would look for an address under the machine's name, which both hosts share.
-    variables = {"GLOO_SOCKET_IFNAME": CABLE, **variables}
+    # Ray's workers would give way to the processes of other tests.
+    variables = {"GLOO_SOCKET_IFNAME": CABLE, "RAY_worker_niceness": "0", **variables}
     hosts = [Host(f"db{tag}{letter}", f"{net}.{number}", dict(variables)) for number, letter in ((1, "a"), (2, "b"))]
     try:
         for host in hosts:
@@ -121,7 +122,6 @@ def two_hosts(**variables: str) -> Iterator[tuple[Host, Host]]:
 
 
 QUICK_RAY = {
-    "RAY_worker_niceness": "0",
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "2000",
