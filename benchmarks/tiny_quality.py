@@ -198,6 +198,31 @@ def vae_quality(pipe, count: int = 512) -> dict:
     return found
 
 
+@torch.no_grad()
+def denoiser_quality(pipe, count: int = 256) -> dict:
+    """Mean |v - v_theta|^2 in each quarter of the timesteps: scenes of the pool, unseen ones, and those without words.
+
+    What the pool's scenes have less than unseen ones was learnt by heart; what words lower is read from the caption.
+    """
+    drawn = {"pool": [world.scene(seed) for seed in range(count)]}
+    drawn["unseen"] = drawn["unseen, no caption"] = [world.scene(pool.HELD_OUT_SEED + 30_000 + i) for i in range(count)]
+    alphas, found = pipe.scheduler.alphas_cumprod, {}
+    for name, scenes in drawn.items():
+        noise = torch.Generator().manual_seed(7)
+        latents = pipe.vae.encode(pool.to_tensor(np.stack([np.asarray(s[0]) for s in scenes]))).latent_dist.mean
+        words = ["" if "no caption" in name else s[1] for s in scenes]
+        ids = pipe.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        context, means = pipe.text_encoder(ids).last_hidden_state, []
+        for quarter in range(4):
+            t = torch.randint(250 * quarter, 250 * (quarter + 1), (count,), generator=noise)
+            alpha, sigma = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
+            epsilon = torch.randn(latents.shape, generator=noise)
+            v = pipe.unet(alpha * latents + sigma * epsilon, t, context).sample
+            means.append(float((v - alpha * epsilon + sigma * latents).square().mean()))
+        found[name] = means
+    return found
+
+
 def commit() -> str:
     """The short name of the commit that is measured, with a + where files differ from it."""
     asked = ["git", "describe", "--always", "--dirty=+"]
@@ -226,6 +251,11 @@ def report(found: dict) -> str:
         ("scene accuracy of generated pictures", gen["scene accuracy, placed"], ">= 0.90"),
         ("VAE reconstruction MAE, unseen scenes", found["vae"]["train"], "<= 0.04"),
         ("VAE reconstruction MAE, held-out art", found["vae"]["heldout"], ""),
+    ]
+    rows += [
+        (f"denoiser, |v - v_theta|^2 at timesteps {250 * q} to {250 * q + 249}, {name}", value, "")
+        for name, values in found["denoiser"].items()
+        for q, value in enumerate(values)
     ]
     for split, label in (("train", "unseen scenes"), ("heldout", "held-out art")):
         rows += [
@@ -265,7 +295,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{options.name}_{pipe.device.type}_{time.strftime('%Y%m')}"
     contact_sheet(generate(pipe, prompts, 0, options.steps)).save(target.with_suffix(".png"), optimize=True)
-    found = {"steps": options.steps, "prompts": prompts, "vae": vae_quality(pipe)}
+    found = {"steps": options.steps, "prompts": prompts, "vae": vae_quality(pipe), "denoiser": denoiser_quality(pipe)}
     found["clip"] = {split: retrieval(pair, split) for split in ("train", "heldout")}
     found["identity"] = {split: identity_quality(identity, split) for split in ("train", "heldout")}
     found["generated"] = generated_quality(pipe, pair, options.each, options.steps)

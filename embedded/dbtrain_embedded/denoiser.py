@@ -87,7 +87,7 @@ def timesteps(count: int, rng) -> np.ndarray:
     return rng.permutation(((np.arange(count) + rng.random(count)) * 1000 / count).astype(np.int64))
 
 
-def train(work: Path, minutes: float, tokenizer_path: str, batch: int = 32, lr: float = 1.2e-3) -> None:
+def train(work: Path, minutes: float, tokenizer_path: str, batch: int = 64, lr: float = 1.2e-3) -> None:
     """Train on the pool's latents with mean |v - v_theta|^2, 10% empty captions; checkpoint `work`/unet.pt.
 
     batch: samples of one crew member. lr: the highest rate; it is zero at the end of the minutes.

@@ -75,13 +75,17 @@ def orthogonalize(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Nearly the closest semi-orthogonal matrix to `update` (rows x columns), by Newton-Schulz (Muon, Jordan 2024)."""
     # X <- aX + b(XX^T)X + c(XX^T)^2 X changes only the singular values: s <- as + bs^3 + cs^5. Jordan's coefficients
     # bring every s in (0, 1] into about [0.7, 1.2] within five steps. The norm bounds the largest s by 1 first.
+    # All steps together are one matrix Q times X, and Q needs only XX^T, the smaller square: X_k = Q X, with
+    # X_k X_k^T = Q (XX^T) Q^T. A step then costs the same for any length of the rows.
     matrix = update.float() if update.device.type == "cpu" else update.bfloat16()
     wide = matrix.shape[0] <= matrix.shape[1]
     matrix = matrix if wide else matrix.T
     matrix = matrix / (matrix.norm() + 1e-7)
+    first, whole = matrix @ matrix.T, torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     for _ in range(steps):
-        gram = matrix @ matrix.T
-        matrix = 3.4445 * matrix + (-4.7750 * gram + 2.0315 * gram @ gram) @ matrix
+        gram = whole @ first @ whole.T
+        whole = 3.4445 * whole + (-4.7750 * gram + 2.0315 * gram @ gram) @ whole
+    matrix = whole @ matrix
     return (matrix if wide else matrix.T).to(update.dtype)
 
 
