@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dbtrain.bench.cards import CARDS, Card
-from dbtrain.bench.gpu_forms import bytes_of, flash, one_kernel_norms
+from dbtrain.bench.gpu_forms import SEVERAL, as_cudnn, bytes_of, flash, one_kernel_norms
 from dbtrain.bench.operators import Operators
 from dbtrain.engines import packed
 from dbtrain.engines.engine import ParamGroup
@@ -108,12 +108,21 @@ class _Costs(Operators):
     def __init__(self) -> None:
         super().__init__("meta")
         self.ours = of_operators("flops")
+        self.again = of_operators("again") | {name: places for name, (_, places) in SEVERAL.items()}
         self.parts: dict[str, Part] = {}
         self.operations = 0
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        result, copies, copied = as_cudnn(func._schema.name.split("::")[1], args, result)
+        if copies:
+            self.note("layout of convolutions", copies, copied, 0)
+        return result
+
     def saw(self, func: Any, name: str, args: Any, kwargs: Any, result: Any, kernels: int) -> None:
         moved = sum(bytes_of(value) for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor))
-        operations = 0
+        moved += sum(bytes_of(args[place]) for place in self.again.get(name, ()))
+        kernels, operations = SEVERAL.get(name, (kernels,))[0], 0
         if func.namespace == "dbtrain" and name in self.ours:
             shapes = [value.shape if isinstance(value, Tensor) else value for value in args]
             operations = self.ours[name](*shapes)
@@ -124,10 +133,6 @@ class _Costs(Operators):
             width = args[0].shape[-1]
             operations = operations * (width + -width % TILE) // width
         self.note(_part(name), kernels, moved, operations)
-        if name == "convolution":  # cuDNN wants channels last, and copies what has them first: in, and out
-            self.note("layout of convolutions", 2, 2 * (bytes_of(args[0]) + bytes_of(result)), 0)
-        elif name == "convolution_backward":
-            self.note("layout of convolutions", 2, 2 * (bytes_of(args[0]) + bytes_of(args[1])), 0)
 
     def note(self, part: str, kernels: int, moved: int, operations: int) -> None:
         """Add a row to a part."""
@@ -187,13 +192,15 @@ class MetaStep:
 
 def meta_step(
     family: Family, shape: Architecture, subjects: int, targets: Iterable[str], rank: int = 16, recompute: bool = False,
-    fused: bool = True, pointwise: bool = True,
+    fused: bool = True, pointwise: bool = True, last: bool = True,
 ) -> MetaStep:  # fmt: skip
     """What `packing.pack.Pack.advance` does but for its statistics, in bf16, latents and captions cached. fused: with
-    `engine.fused_projections`; pointwise: with `engine.fused_pointwise`."""
+    `engine.fused_projections`; pointwise: with `engine.fused_pointwise`; last: with `engine.channels_last`."""
     denoiser = shape.blank("meta")
     if pointwise:
         fuse_pointwise(denoiser)
+    if last:
+        denoiser.to(memory_format=torch.channels_last)
     params = sum(param.numel() for param in denoiser.parameters())
     layers = attach(denoiser, targets, subjects, rank, rank)
     if recompute:
@@ -231,7 +238,7 @@ def meta_step(
 
 def count(
     name: str, family: Family, shape: Architecture, subjects: int, targets: Iterable[str], recompute: bool = False,
-    fused: bool = True, pointwise: bool = True,
+    fused: bool = True, pointwise: bool = True, last: bool = True,
 ) -> Counts:  # fmt: skip
     """The exact counts of a `meta_step`. Raises ConfigError where it needs real numbers, which `meta` lacks."""
     quiet_libraries()
@@ -242,7 +249,8 @@ def count(
     for mask in (None, "meta", "cpu"):
         try:
             masked = _masked(family, mask)
-            step = meta_step(masked, shape, subjects, targets, recompute=recompute, fused=fused, pointwise=pointwise)
+            forms = {"recompute": recompute, "fused": fused, "pointwise": pointwise, "last": last}
+            step = meta_step(masked, shape, subjects, targets, **forms)
             with flash(), _Costs() as costs, one_kernel_norms(partial(costs.note, POINTWISE)):
                 loss, kept = _with_kept(step.forward)
                 forward = costs.operations // (2 * subjects)
