@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SEVERAL = {"native_group_norm": (3, (0,)), "native_group_norm_backward": (4, (0, 1))}
-"""Kernels of PyTorch's operators that start several on CUDA, and the places of the arguments that they read twice: sums,
+"""Kernels of PyTorch's operators that start several on CUDA, and the places of arguments that they read twice: sums,
 factors of a group, of a channel (backward), then every number (ATen/native/cuda/group_norm_kernel.cu, with a frozen
 weight)."""
 

@@ -48,6 +48,9 @@ LAUNCH_US = 1.6
 REACHED = {"convolutions": 0.50, "matrix products": 0.52, "attention": 0.385, "attention, backward": 0.29}
 """Share of a card's published peak that the operators of a part reach: 80 % for the best matrix product, times what a
 GPU profile of the same libraries showed of that."""
+FASTER = {"flash": 1.0, "cudnn": 1.4}
+"""How many times the rate of FlashAttention 2, which `REACHED` holds, an attention on Hopper makes: cuDNN's or
+FlashAttention 3, whose paper measures 1.5 and more (arXiv 2407.08608)."""
 COPIED = 0.79
 """Share of the published bandwidth that pointwise kernels reach: 90 % for a copy, times 88 %."""
 TILE = 64
@@ -292,15 +295,16 @@ def _with_kept(forward: Callable[[], Any]) -> tuple[Any, int]:
     return result, sum(seen.values())
 
 
-def modelled(counts: Counts, card: Card) -> dict[str, Any]:
+def modelled(counts: Counts, card: Card, attention: str = "flash") -> dict[str, Any]:
     """Milliseconds of a step on a card: `floor` with every operation at the published peak or every byte at the
-    published bandwidth, and the model's, by parts with what bounds each."""
+    published bandwidth, and the model's, by parts with what bounds each. attention: one of `FASTER`."""
     wide = 2 if card.dtype == torch.float32 else 1
     kernels, moved, _ = map(sum, zip(*(part.sums for part in counts.parts.values())))
     parts: dict[str, dict[str, Any]] = {}
     for name, part in counts.parts.items():
         times = part.times_ms(name, card)
-        parts[name] = {"ms": sum(times.values()), "bound": max(times, key=lambda bound: times[bound])}
+        faster = FASTER[attention] if name.startswith("attention") else 1.0
+        parts[name] = {"ms": sum(times.values()) / faster, "bound": max(times, key=lambda bound: times[bound])}
     total = sum(part["ms"] for part in parts.values())
     memory = counts.memory_gib(card)
     return {
@@ -316,8 +320,9 @@ def targets_of(family: Family) -> tuple[str, ...]:
 
 
 def measure(
-    names: Sequence[str], sizes: Sequence[int], cards: Sequence[str], recompute: bool, say: Callable[[Any], None]
-) -> list[dict[str, Any]]:
+    names: Sequence[str], sizes: Sequence[int], cards: Sequence[str], recompute: bool, say: Callable[[Any], None],
+    attention: str = "flash",
+) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each architecture, pack size and card, and each row told as it is made. names: of architectures, or of
     families for all of theirs. Raises ConfigError for names that are not known."""
     known = architectures()
@@ -326,6 +331,8 @@ def measure(
         raise ConfigError(f"bench model: no architecture {wrong!r}; give one of {', '.join([*known, *FAMILIES])}")
     for wrong in [card for card in cards if card not in CARDS]:
         raise ConfigError(f"--card: got {wrong!r}, want {', '.join(CARDS)}, with commas")
+    if attention not in FASTER:
+        raise ConfigError(f"--attention: got {attention!r}, want {' or '.join(FASTER)}")
     rows = []
     for name, (family, shape) in chosen.items():
         for size in sizes:
@@ -334,7 +341,7 @@ def measure(
                 row = {
                     "model": name, "subjects": size, "card": card, "recompute": recompute, "params": counts.params,
                     "layers": counts.layers, "trained": counts.trained, "forward_tflop": counts.forward / 1e12,
-                    "kept_gib": counts.kept / GIB / (2 * size), **modelled(counts, CARDS[card]),
+                    "kept_gib": counts.kept / GIB / (2 * size), **modelled(counts, CARDS[card], attention),
                 }  # fmt: skip
                 say(row)
                 rows.append(row)

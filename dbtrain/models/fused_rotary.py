@@ -166,7 +166,7 @@ def fuse_rotary(denoiser: nn.Module) -> int:
     """The number of attention layers whose norms turn queries and keys now."""
     fused = 0
     for layer in denoiser.modules():
-        kind = type(getattr(layer, "processor", None))
+        kind: Any = type(getattr(layer, "processor", None))
         if kind is Ideogram4AttnProcessor:
             layer.processor = Ideogram4()
         elif kind in FORMS:

@@ -40,7 +40,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         told = None
         if self.time_emb_proj is not None:
             told = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-        if self.time_embedding_norm == "scale_shift":
+        if told is not None and self.time_embedding_norm == "scale_shift":
             scale, shift = told[:, :, None, None].chunk(2, 1)
             hidden = F.silu(self.norm2(hidden) * (1 + scale) + shift)
         else:

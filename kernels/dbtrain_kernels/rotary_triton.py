@@ -67,7 +67,7 @@ def turn_forward(
     X, WEIGHT, COS, SIN, Y, tokens, heads, width, x_sample, x_token, x_head, of_sample, of_token, of_pair, eps,
     HALVES: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Each head's features over the root of their mean square, times the weights; then each pair turned by its angle."""
+    """A head's features over the root of their mean square, times the weights; then each pair turned by its angle."""
     row = tl.program_id(0).to(tl.int64)
     sample, token = row // tokens, row % tokens
     head, pair = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, PAIRS)

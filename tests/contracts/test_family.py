@@ -151,14 +151,12 @@ def test_denoise_takes_all_it_is_told(loaded):
 def unrounded(monkeypatch):
     """Models of diffusers that cast to fp32 inside stay in float64."""
     to = torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else to(self, torch.float32))
-    monkeypatch.setattr(
-        torch.Tensor,
-        "to",
-        lambda self, *args, **named: (
-            self if self.dtype == torch.float64 and torch.float32 in args else to(self, *args, **named)
-        ),
-    )
+
+    def cast(self, *args, **named):
+        return self if self.dtype == torch.float64 and torch.float32 in args else to(self, *args, **named)
+
+    monkeypatch.setattr(torch.Tensor, "to", cast)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: cast(self, torch.float32))
 
 
 ROTARY = {"flux", "flux2", "flux2_klein", "chroma", "krea2", "qwen_image", "zimage", "lumina2", "ideogram4"}

@@ -17,7 +17,13 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 from dbtrain_kernels import (
-    adamw_triton, geglu_triton, group_norm_triton, lora_triton, loss_triton, noising_triton, rotary_triton,
+    adamw_triton,
+    geglu_triton,
+    group_norm_triton,
+    lora_triton,
+    loss_triton,
+    noising_triton,
+    rotary_triton,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,7 +26,13 @@ from triton.runtime.jit import JITFunction
 
 from dbtrain.objective import PARAMETERIZATIONS
 from dbtrain_kernels import (
-    adamw_triton, geglu_triton, group_norm_triton, lora_triton, loss_triton, noising_triton, rotary_triton,
+    adamw_triton,
+    geglu_triton,
+    group_norm_triton,
+    lora_triton,
+    loss_triton,
+    noising_triton,
+    rotary_triton,
 )  # fmt: skip
 from dbtrain_kernels.adamw import inputs as adamw_inputs
 from dbtrain_kernels.geglu import LAYERS
@@ -115,7 +121,8 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype in (torch.bfloat16, torch.float32):
         for name, (samples, tokens, width) in LAYERS.items():
             yield f"gate, {name}, {dtype}", partial(gate, (samples, tokens, 2 * width), dtype)
-        yield f"norm, SD1.5, channels last, {dtype}", partial(normalized, (16, 320, 64, 64), dtype, shifted=True, last=True)
+        options = {"shifted": True, "last": True}
+        yield f"norm, SD1.5, channels last, {dtype}", partial(normalized, (16, 320, 64, 64), dtype, **options)
         yield f"rotary, FLUX.1, {dtype}", partial(turn, (2, 4608, 24, 128), dtype)
     yield "norm, SDXL, channels first", partial(normalized, (4, 640, 64, 64), torch.bfloat16, silu=False)
     yield "rotary, Ideogram 4", partial(turn, (2, 4160, 18, 256), torch.bfloat16, halves=True, each=True)
