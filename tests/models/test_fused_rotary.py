@@ -30,14 +30,15 @@ def places():
     return angle.cos(), angle.sin()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize("by_name", [True, False])
-def test_captions_are_the_first_tokens_and_pictures_the_last(joint, by_name):
-    plain = attention(joint)
+def test_captions_are_the_first_tokens_and_pictures_the_last(joint, by_name, device):
+    plain = attention(joint).to(device)
     fused = copy.deepcopy(plain)
     assert fuse_rotary(fused) == 1 and fuse_rotary(fused) == 0
-    captions, pictures = (torch.randn(2, count, 16) for count in TOKENS.values())
-    tables = places()
+    captions, pictures = (torch.randn(2, count, 16).to(device) for count in TOKENS.values())
+    tables = tuple(table.to(device) for table in places())
     given = (pictures, captions) if joint else (torch.cat([captions, pictures], 1), None)
     rest = {"image_rotary_emb": tables} if by_name else {}
     positional = () if by_name else (None, tables)

@@ -46,9 +46,9 @@ def results(model, targets=("to_q", "proj_in")):
     params = [param for layer in layers for param in (layer.down_NRD, layer.up_NDR)]
     for param in params:
         param.data = torch.randn_like(param)
-    x, told = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 3, 12).double()
+    x, told = (torch.randn(shape).to(model.device, model.dtype) for shape in ((2, 4, 8, 8), (2, 3, 12)))
     with Operators() as ran:
-        output = model(x, torch.tensor([3, 600]), told).sample
+        output = model(x, torch.tensor([3, 600], device=model.device), told).sample
         gradients = torch.autograd.grad(output.square().sum(), params)
     return [output, *gradients], ran
 
@@ -62,6 +62,18 @@ def test_numbers_names_and_parameters_are_the_same(form):
     want, _ = results(plain)
     for model in (fused, last):
         assert far(results(model)[0], want) < EXACT
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_fp32_is_float64_but_for_rounding_on_every_device(device, monkeypatch):
+    """On a GPU by the kernels, between cuDNN's convolutions with channels last."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    want, _ = results(unet())
+    fused = unet().float().to(device, memory_format=torch.channels_last)
+    fuse_unet(fused)
+    got, ran = results(fused)
+    assert far([one.cpu().double() for one in got], want) < 1e-4
+    assert (ran.names["group_norm"] > 10) == (device == "cuda")
 
 
 def test_an_adapted_time_embedding_has_its_gradient():
