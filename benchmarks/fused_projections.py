@@ -1,9 +1,10 @@
-"""What `engine.fused_projections` and `engine.fused_pointwise` save: kernels of a step, and modelled milliseconds.
+"""What `engine.fused_projections`, `engine.fused_pointwise` and `engine.channels_last` save: kernels of a step, and
+modelled milliseconds.
 
     python benchmarks/fused_projections.py [--out benchmarks/results/fused-projections_cpu_202611]
 
-No GPU is used. Each architecture is counted three times: plain; with adapted layers that read one input together; and
-with gates and norms as one kernel each as well.
+No GPU is used. Each architecture is counted as it is plain; with adapted layers that read one input together; with
+gates, norms and rotary embeddings fused as well; and, where it has convolutions, with their channels last.
 """
 
 import argparse
@@ -25,18 +26,24 @@ from dbtrain.bench.roofline import architectures, count, modelled, targets_of  #
 PACKS = {"sd15": 8, "sdxl": 2, "flux1": 1, "zimage": 1}
 """Subjects of a pack, by architecture; one photo and one prior each, rank 16, the layers of the shipped recipe."""
 CARD = "H200"
-FORMS = {"plain": (False, False), "+ projections": (True, False), "+ gates and norms": (True, True)}
-"""fused_projections and fused_pointwise, by name."""
+FORMS = {
+    "plain": (), "+ projections": ("fused",), "+ gates, norms, rotary": ("fused", "pointwise"),
+    "+ channels last": ("fused", "pointwise", "last"),
+}  # fmt: skip
+"""fused_projections, fused_pointwise and channels_last, by name."""
 
 
 def row(name: str, form: str) -> dict[str, Any]:
     """Counts of a step and its modelled time."""
-    (family, shape), (fused, pointwise) = architectures()[name], FORMS[form]
-    counts = count(name, family, shape, PACKS[name], targets_of(family), fused=fused, pointwise=pointwise)
+    family, shape = architectures()[name]
+    forms = {one: one in FORMS[form] for one in ("fused", "pointwise", "last")}
+    counts = count(name, family, shape, PACKS[name], targets_of(family), **forms)
     found = modelled(counts, CARDS[CARD])
+    cudnn = modelled(counts, CARDS[CARD], "cudnn")["a_subject_ms"]
     kept = {key: found[key] for key in ("kernels", "gb", "tflop", "floor_ms", "modelled_ms", "a_subject_ms")}
     parts = {part: (*counts.parts[part].sums[:2], found["parts"][part]["ms"]) for part in counts.parts}
-    return {"model": name, "subjects": PACKS[name], "layers": counts.layers, "form": form, **kept, "parts": parts}
+    return {"model": name, "subjects": PACKS[name], "layers": counts.layers, "form": form, **kept, "cudnn_ms": cudnn,
+            "parts": parts}  # fmt: skip
 
 
 def launches(one: dict[str, Any]) -> int:
@@ -47,12 +54,14 @@ def launches(one: dict[str, Any]) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    heads = "| model | subjects | adapted layers | form | launches | GB moved | modelled ms | a subject, ms |"
+    heads = "| model | subjects | adapted layers | form | launches | GB moved | modelled ms | a subject, ms "
+    heads += "| with cuDNN's attention |"
     lines = [heads, "|" + "---|" * heads.count(" | ") + "---|"]
     for one in rows:
         lines.append(
             f"| {one['model']} | {one['subjects']} | {one['layers']} | {one['form']} "
-            f"| {launches(one):,} | {one['gb']:,.0f} | {one['modelled_ms']:,.1f} | {one['a_subject_ms']:,.1f} |"
+            f"| {launches(one):,} | {one['gb']:,.0f} | {one['modelled_ms']:,.1f} | {one['a_subject_ms']:,.1f} "
+            f"| {one['cudnn_ms']:,.1f} |"
         )
     return "\n".join(lines)
 
@@ -66,7 +75,7 @@ def others(out: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def by_parts(rows: list[dict[str, Any]]) -> str:
     """Markdown: modelled milliseconds of a step by part, of the last form."""
-    last = [one for one in rows if one["form"] == [*FORMS][-1]]
+    last = [*{one["model"]: one for one in rows}.values()]
     names = sorted({part for one in last for part in one["parts"]})
     lines = [f"| model | subjects | {' | '.join(names)} | step |", "|" + "---|" * (len(names) + 3)]
     for one in last:
@@ -82,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:
-        for form in FORMS:
+        for form in FORMS if "layout of convolutions" in row(name, "plain")["parts"] else [*FORMS][:-1]:
             rows.append(row(name, form))
             shown = {key: value for key, value in rows[-1].items() if key != "parts"}
             print(shown, file=sys.stderr, flush=True)
@@ -93,11 +102,11 @@ def main() -> None:
         made |= {"torch": torch.__version__, "python": platform.python_version(), "card": CARD}
         record = json.dumps({**made, "rows": rows}, indent=1) + "\n"
         arguments.out.with_suffix(".json").write_text(record, "utf-8")
-        text = f"""# Fused projections, gates and norms: counted and modelled, no GPU used
+        text = f"""# Fused projections, gates, norms and embeddings: counted and modelled, no GPU used
 
-Launches are exact, but for operators of PyTorch that start several kernels, such as a norm's backward. Milliseconds
-are the roofline's model of an {CARD}, which no GPU has confirmed. bf16, rank 16, latents and captions cached, nothing
-recomputed.
+Launches are exact; an operator of PyTorch counts as one kernel, and a GroupNorm as its three forward and four backward.
+Milliseconds are the roofline's model of an {CARD}, which no GPU has confirmed, with FlashAttention 2; the last column
+has an attention 1.4 times as fast. bf16, rank 16, latents and captions cached, nothing recomputed.
 
 {table(rows)}
 

@@ -10,6 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SEVERAL = {"native_group_norm": (3, (0,)), "native_group_norm_backward": (4, (0, 1))}
+"""Kernels of PyTorch's operators that start several on CUDA, and the places of arguments that they read twice: sums,
+factors of a group, of a channel (backward), then every number (ATen/native/cuda/group_norm_kernel.cu, with a frozen
+weight)."""
+
 Note = Callable[[int, int, int], None]
 """Told of kernels, the bytes that they move, and their operations."""
 
@@ -17,6 +22,33 @@ Note = Callable[[int, int, int], None]
 def bytes_of(tensor: Tensor) -> int:
     """Bytes of a tensor in memory: an expanded one is read once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def lies_last(tensor: Tensor) -> bool:
+    """Whether a picture has its channels last."""
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def as_cudnn(name: str, args: Any, result: Any) -> tuple[Any, int, int]:
+    """The result of an operator in the layout that cuDNN gives it, which the meta device does not know; and kernels and
+    bytes of the copies that cuDNN makes inside a convolution.
+
+    It computes with channels last. Where the input's or the weight's are so, its results are too, and it copies what
+    it is given otherwise. Else it copies what it is given, and its result back.
+    """
+    if name == "convolution":
+        (x, weight), given = args[:2], args[:1]
+    elif name == "convolution_backward":
+        (x, weight), given = args[1:3], args[:1]
+    else:
+        return result, 0, 0
+    image = result if name == "convolution" else result[0]
+    last = lies_last(x) or lies_last(weight)
+    if last and image is not None:
+        image = image.contiguous(memory_format=torch.channels_last)
+        result = image if name == "convolution" else (image, *result[1:])
+    copied = [one for one in (*given, *(() if last else (image,))) if one is not None and not lies_last(one)]
+    return result, len(copied), sum(2 * bytes_of(one) for one in copied)
 
 
 @contextmanager
@@ -44,12 +76,12 @@ def flash() -> Iterator[None]:
 @contextmanager
 def one_kernel_norms(note: Note) -> Iterator[None]:
     """RMSNorm as one kernel (PyTorch's `_fused_rms_norm`, which there is for CUDA alone), where x has the weight's
-    dtype."""
+    dtype; it copies an input that is a part of a wider one, as PyTorch's norms do."""
     kept = F.rms_norm
 
     def norm(x: Tensor, dim: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         mixed = weight is not None and weight.dtype != x.dtype
-        return kept(x, dim, weight, eps) if mixed else _Norm.apply(x, note)
+        return kept(x, dim, weight, eps) if mixed else _Norm.apply(x.contiguous(), note)
 
     F.rms_norm = norm  # type: ignore[assignment]
     try:

@@ -40,7 +40,7 @@ from dbtrain.families import FAMILIES
 from dbtrain.models.adapters import detach
 from dbtrain.models.architectures import Architecture
 from dbtrain.models.family import Family, Models, low_side
-from dbtrain.models.fused_pointwise import fuse_pointwise, fuses_pointwise
+from dbtrain.models.fused_pointwise import fuse_pointwise, fuses_pointwise, lay_out
 from dbtrain.objective.noise import discrete_schedule
 from dbtrain.packing.pack import Pack, tensors_of
 from dbtrain.packing.size import used_bytes
@@ -91,8 +91,6 @@ def load(config: RunConfig, random_weights: bool) -> Base:
         return Base(models, captions, tuple(moments.shape[1:]), world)
     name, shape = published(FAMILIES[config.model.family])
     unet = shape.blank(world.device, DTYPES[config.train.precision])
-    if config.engine.channels_last:
-        unet.to(memory_format=torch.channels_last)
     if fuses_pointwise(config.engine, torch.device(world.device).type):
         fuse_pointwise(unet)
     vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.18215, shift_factor=None))
@@ -115,6 +113,7 @@ def published(family: Family) -> tuple[str, Architecture]:
 def packed(base: Base, config: RunConfig, size: int) -> Iterator[Rig]:
     """A pack of random samples whose rows never end, warm. Afterwards the base is as it was."""
     denoiser = base.models.denoiser
+    lay_out(denoiser, config.engine)
     try:
         pack = Pack(
             FAMILIES[config.model.family], base.models, config, size, config.lora.rank, config.train.steps,
@@ -156,6 +155,7 @@ def alone(base: Base, config: RunConfig) -> Iterator[SimpleNamespace]:
     """`step`, a training step of a subject alone under DeepSpeed, warm."""
     family, plan = FAMILIES[config.model.family], plan_batches(config.train.batch, None, 1)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "zero"})})
+    base.models.denoiser.to(memory_format=torch.contiguous_format)  # DeepSpeed sends no others
     groups = make_trainable(family, base.models, config, "rex")
     module = TrainingStep(family, base.models, config, (1, 2), base.captions)
     engine = ZeroEngine(module, groups, config, plan, base.world)

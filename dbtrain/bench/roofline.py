@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dbtrain.bench.cards import CARDS, Card
-from dbtrain.bench.gpu_forms import bytes_of, flash, one_kernel_norms
+from dbtrain.bench.gpu_forms import SEVERAL, as_cudnn, bytes_of, flash, one_kernel_norms
 from dbtrain.bench.operators import Operators
 from dbtrain.engines import packed
 from dbtrain.engines.engine import ParamGroup
@@ -48,6 +48,9 @@ LAUNCH_US = 1.6
 REACHED = {"convolutions": 0.50, "matrix products": 0.52, "attention": 0.385, "attention, backward": 0.29}
 """Share of a card's published peak that the operators of a part reach: 80 % for the best matrix product, times what a
 GPU profile of the same libraries showed of that."""
+FASTER = {"flash": 1.0, "cudnn": 1.4}
+"""How many times the rate of FlashAttention 2, which `REACHED` holds, an attention on Hopper makes: cuDNN's or
+FlashAttention 3, whose paper measures 1.5 and more (arXiv 2407.08608)."""
 COPIED = 0.79
 """Share of the published bandwidth that pointwise kernels reach: 90 % for a copy, times 88 %."""
 TILE = 64
@@ -108,12 +111,21 @@ class _Costs(Operators):
     def __init__(self) -> None:
         super().__init__("meta")
         self.ours = of_operators("flops")
+        self.again = of_operators("again") | {name: places for name, (_, places) in SEVERAL.items()}
         self.parts: dict[str, Part] = {}
         self.operations = 0
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        result, copies, copied = as_cudnn(func._schema.name.split("::")[1], args, result)
+        if copies:
+            self.note("layout of convolutions", copies, copied, 0)
+        return result
+
     def saw(self, func: Any, name: str, args: Any, kwargs: Any, result: Any, kernels: int) -> None:
         moved = sum(bytes_of(value) for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor))
-        operations = 0
+        moved += sum(bytes_of(args[place]) for place in self.again.get(name, ()))
+        kernels, operations = SEVERAL.get(name, (kernels,))[0], 0
         if func.namespace == "dbtrain" and name in self.ours:
             shapes = [value.shape if isinstance(value, Tensor) else value for value in args]
             operations = self.ours[name](*shapes)
@@ -124,10 +136,6 @@ class _Costs(Operators):
             width = args[0].shape[-1]
             operations = operations * (width + -width % TILE) // width
         self.note(_part(name), kernels, moved, operations)
-        if name == "convolution":  # cuDNN wants channels last, and copies what has them first: in, and out
-            self.note("layout of convolutions", 2, 2 * (bytes_of(args[0]) + bytes_of(result)), 0)
-        elif name == "convolution_backward":
-            self.note("layout of convolutions", 2, 2 * (bytes_of(args[0]) + bytes_of(args[1])), 0)
 
     def note(self, part: str, kernels: int, moved: int, operations: int) -> None:
         """Add a row to a part."""
@@ -187,13 +195,15 @@ class MetaStep:
 
 def meta_step(
     family: Family, shape: Architecture, subjects: int, targets: Iterable[str], rank: int = 16, recompute: bool = False,
-    fused: bool = True, pointwise: bool = True,
+    fused: bool = True, pointwise: bool = True, last: bool = True,
 ) -> MetaStep:  # fmt: skip
     """What `packing.pack.Pack.advance` does but for its statistics, in bf16, latents and captions cached. fused: with
-    `engine.fused_projections`; pointwise: with `engine.fused_pointwise`."""
+    `engine.fused_projections`; pointwise: with `engine.fused_pointwise`; last: with `engine.channels_last`."""
     denoiser = shape.blank("meta")
     if pointwise:
         fuse_pointwise(denoiser)
+    if last:
+        denoiser.to(memory_format=torch.channels_last)
     params = sum(param.numel() for param in denoiser.parameters())
     layers = attach(denoiser, targets, subjects, rank, rank)
     if recompute:
@@ -231,7 +241,7 @@ def meta_step(
 
 def count(
     name: str, family: Family, shape: Architecture, subjects: int, targets: Iterable[str], recompute: bool = False,
-    fused: bool = True, pointwise: bool = True,
+    fused: bool = True, pointwise: bool = True, last: bool = True,
 ) -> Counts:  # fmt: skip
     """The exact counts of a `meta_step`. Raises ConfigError where it needs real numbers, which `meta` lacks."""
     quiet_libraries()
@@ -242,7 +252,8 @@ def count(
     for mask in (None, "meta", "cpu"):
         try:
             masked = _masked(family, mask)
-            step = meta_step(masked, shape, subjects, targets, recompute=recompute, fused=fused, pointwise=pointwise)
+            forms = {"recompute": recompute, "fused": fused, "pointwise": pointwise, "last": last}
+            step = meta_step(masked, shape, subjects, targets, **forms)
             with flash(), _Costs() as costs, one_kernel_norms(partial(costs.note, POINTWISE)):
                 loss, kept = _with_kept(step.forward)
                 forward = costs.operations // (2 * subjects)
@@ -284,15 +295,16 @@ def _with_kept(forward: Callable[[], Any]) -> tuple[Any, int]:
     return result, sum(seen.values())
 
 
-def modelled(counts: Counts, card: Card) -> dict[str, Any]:
+def modelled(counts: Counts, card: Card, attention: str = "flash") -> dict[str, Any]:
     """Milliseconds of a step on a card: `floor` with every operation at the published peak or every byte at the
-    published bandwidth, and the model's, by parts with what bounds each."""
+    published bandwidth, and the model's, by parts with what bounds each. attention: one of `FASTER`."""
     wide = 2 if card.dtype == torch.float32 else 1
     kernels, moved, _ = map(sum, zip(*(part.sums for part in counts.parts.values())))
     parts: dict[str, dict[str, Any]] = {}
     for name, part in counts.parts.items():
         times = part.times_ms(name, card)
-        parts[name] = {"ms": sum(times.values()), "bound": max(times, key=lambda bound: times[bound])}
+        faster = FASTER[attention] if name.startswith("attention") else 1.0
+        parts[name] = {"ms": sum(times.values()) / faster, "bound": max(times, key=lambda bound: times[bound])}
     total = sum(part["ms"] for part in parts.values())
     memory = counts.memory_gib(card)
     return {
@@ -308,8 +320,9 @@ def targets_of(family: Family) -> tuple[str, ...]:
 
 
 def measure(
-    names: Sequence[str], sizes: Sequence[int], cards: Sequence[str], recompute: bool, say: Callable[[Any], None]
-) -> list[dict[str, Any]]:
+    names: Sequence[str], sizes: Sequence[int], cards: Sequence[str], recompute: bool, say: Callable[[Any], None],
+    attention: str = "flash",
+) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each architecture, pack size and card, and each row told as it is made. names: of architectures, or of
     families for all of theirs. Raises ConfigError for names that are not known."""
     known = architectures()
@@ -318,6 +331,8 @@ def measure(
         raise ConfigError(f"bench model: no architecture {wrong!r}; give one of {', '.join([*known, *FAMILIES])}")
     for wrong in [card for card in cards if card not in CARDS]:
         raise ConfigError(f"--card: got {wrong!r}, want {', '.join(CARDS)}, with commas")
+    if attention not in FASTER:
+        raise ConfigError(f"--attention: got {attention!r}, want {' or '.join(FASTER)}")
     rows = []
     for name, (family, shape) in chosen.items():
         for size in sizes:
@@ -326,7 +341,7 @@ def measure(
                 row = {
                     "model": name, "subjects": size, "card": card, "recompute": recompute, "params": counts.params,
                     "layers": counts.layers, "trained": counts.trained, "forward_tflop": counts.forward / 1e12,
-                    "kept_gib": counts.kept / GIB / (2 * size), **modelled(counts, CARDS[card]),
+                    "kept_gib": counts.kept / GIB / (2 * size), **modelled(counts, CARDS[card], attention),
                 }  # fmt: skip
                 say(row)
                 rows.append(row)

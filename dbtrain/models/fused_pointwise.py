@@ -1,11 +1,14 @@
-"""Gates and norms of a denoiser as one kernel each, forward and backward, in the place of chains of operators: GEGLU by
-a kernel of ours, RMSNorm by PyTorch's. Paths and parameters stay as they are."""
+"""Gates and norms of a denoiser as one kernel each, forward and backward, in the place of chains of operators: GEGLU,
+GroupNorm with SiLU (`fused_unet`) and RMSNorm with rotary embedding (`fused_rotary`) by kernels of ours, other RMSNorms
+by PyTorch's. Paths and parameters stay as they are."""
 
-import torch.nn.functional as F
+import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
+from dbtrain.models.fused_rotary import Norm, fuse_rotary
+from dbtrain.models.fused_unet import GroupNorm, fuse_unet
 from dbtrain.settings.config import EngineConfig
 from dbtrain_kernels.geglu import geglu
 
@@ -22,23 +25,9 @@ class Gate(nn.Module):
         return geglu(self.proj(x))
 
 
-class Norm(nn.Module):
-    """An `RMSNorm` with the same weight, and no bias. torch.nn.RMSNorm, which FLUX has, is one kernel already."""
-
-    def __init__(self, plain: RMSNorm):
-        super().__init__()
-        self.weight, self.dim, self.eps = plain.weight, plain.dim, plain.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x over the root of its mean square, times the weight, in the weight's dtype."""
-        if x.dtype == self.weight.dtype:
-            return F.rms_norm(x, self.dim, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.dim, None, self.eps).to(self.weight.dtype) * self.weight
-
-
 def fuse_pointwise(denoiser: nn.Module) -> int:
-    """The number of gates and norms that are one kernel now."""
-    fused = 0
+    """The number of gates, norms and embeddings that are one kernel now."""
+    fused = fuse_unet(denoiser) + fuse_rotary(denoiser)
     for path, module in [*denoiser.named_modules()]:
         if type(module) is GEGLU:
             denoiser.set_submodule(path, Gate(module))
@@ -54,3 +43,16 @@ def fuses_pointwise(settings: EngineConfig, device_type: str) -> bool:
     """Whether `engine.fused_pointwise` says so. torch.compile fuses more than these, so compiled blocks stay plain."""
     chosen = settings.fused_pointwise
     return chosen == "on" or (chosen == "auto" and device_type == "cuda" and not settings.capture.startswith("compile"))
+
+
+def lay_out(denoiser: nn.Module, settings: EngineConfig) -> bool:
+    """Whether the convolutions of a denoiser lie with channels last now, as `engine.channels_last` says. `auto`: those
+    of a U-Net whose GroupNorms are `fused_unet`'s on a GPU, and which no DeepSpeed flattens."""
+    chosen = settings.channels_last
+    if chosen == "auto":
+        on_gpu = next(denoiser.parameters()).device.type == "cuda"
+        fused = any(isinstance(module, GroupNorm) for module in denoiser.modules())
+        chosen = on_gpu and fused and settings.kind != "zero"
+    if chosen:
+        denoiser.to(memory_format=torch.channels_last)
+    return bool(chosen)

@@ -297,11 +297,11 @@ class EngineConfig(Section):
     """In a pack, compute adapted layers that read the same input as one operation, such as an attention's q, k and v,
     with gradients that go straight into the optimizer's arena; `auto` does on a GPU and not on a CPU."""
     fused_pointwise: Literal["auto", "on", "off"] = "auto"
-    """Compute each GEGLU and RMSNorm of the denoiser by one kernel forward and one backward; `auto` does on a GPU where
-    blocks are not compiled, and not on a CPU."""
-    channels_last: bool = False
-    """Keep the denoiser's convolutions in the channels-last layout, which tensor cores read without reordering. For
-    compiled steps: each GroupNorm of a step that is not compiled copies its input to the other layout and back."""
+    """Compute the denoiser's gates, norms, SiLU after norms and rotary embeddings by one kernel or a few forward and
+    backward; `auto` does on a GPU where blocks are not compiled, and not on a CPU."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Keep the denoiser's convolutions in the channels-last layout, which tensor cores read without reordering. `auto`
+    does in a pack on a GPU with `fused_pointwise`: other GroupNorms copy such an input to the other layout and back."""
     deterministic: bool = False
     """Use only algorithms that give the same bits in each run on one kind of GPU; slower. `model.attention: auto` is
     then PyTorch's own pick, because a choice by time may differ between runs."""

@@ -96,7 +96,7 @@ def _zero_rules(config: RunConfig) -> list[tuple[str, bool, str]]:
         ),
         (
             "engine.channels_last",
-            engine.channels_last,
+            engine.channels_last is True,
             "needs engine.kind=packed: DeepSpeed sends weights as flat bytes, which such weights are not",
         ),
         (

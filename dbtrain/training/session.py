@@ -26,7 +26,7 @@ from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
 from dbtrain.models.attention import engage_attention
 from dbtrain.models.family import Family, Models, encode_texts, refuse_impossible
-from dbtrain.models.fused_pointwise import fuse_pointwise, fuses_pointwise
+from dbtrain.models.fused_pointwise import fuse_pointwise, fuses_pointwise, lay_out
 from dbtrain.models.load import frozen, load_models, modules_of
 from dbtrain.models.quantize import quantize
 from dbtrain.models.texts import Group, set_aside
@@ -209,10 +209,9 @@ def _place(models: Models, settings: RunConfig, world: World) -> None:
     compute precision."""
     device, family = torch.device(world.device), FAMILIES[settings.model.family]
     models.to(device)
-    if settings.engine.channels_last:
-        models.denoiser.to(memory_format=torch.channels_last)
     if fuses_pointwise(settings.engine, device.type):
         fuse_pointwise(models.denoiser)
+    lay_out(models.denoiser, settings.engine)
     _attend(models, settings, world.device)
     if settings.train.method == "lora" and settings.train.precision != "fp32":
         cast(models.denoiser, DTYPES[settings.train.precision])

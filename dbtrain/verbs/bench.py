@@ -73,6 +73,7 @@ def model_verb(
     card: Annotated[str, typer.Option(help="Cards, with commas: H200, H100, A100, L40S, 4090, T4, MI300X.")] = "H200",
     sizes: Annotated[str, typer.Option(help="Pack sizes, with commas.")] = "1",
     recompute: Annotated[bool, typer.Option("--recompute", help="With train.gradient_checkpointing.")] = False,
+    attention: Annotated[str, typer.Option(help="flash (FlashAttention 2), or cudnn, faster on Hopper.")] = "flash",
     as_json: Json = False,
 ) -> None:
     """Say what a LoRA step of a published architecture would cost on a card: exact counts, modelled milliseconds.
@@ -81,7 +82,8 @@ def model_verb(
     """
     from dbtrain.bench import roofline, to_nobody
 
-    rows = roofline.measure(names or ["sd15"], numbers(sizes, "--sizes"), card.split(","), recompute, to_nobody)
+    given = names or ["sd15"], numbers(sizes, "--sizes"), card.split(","), recompute
+    rows = roofline.measure(*given, to_nobody, attention)
     print_json(rows) if as_json else typer.echo(roofline.table(rows))
 
 

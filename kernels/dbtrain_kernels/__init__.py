@@ -1,6 +1,5 @@
 """Fused operations of dbtrain. Each is optional: its plain PyTorch form is its specification, oracle and CPU path."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
@@ -12,7 +11,8 @@ class Op:
 
     So this table imports neither torch nor Triton. reference: the plain form. cases: inputs of the contract tests; only
     those load it. fused: the form with a kernel. work: inputs of the benchmark. launches, flops: what each registered
-    operator starts and computes, as functions of its arguments (flops: of their shapes). None: there is no such part.
+    operator starts and computes, as functions of its arguments (flops: of their shapes). again: the places of arguments
+    that each operator reads twice. None: there is no such part.
     differentiable: the arguments that get a gradient. mutated: the arguments that are changed in place.
     """
 
@@ -22,6 +22,7 @@ class Op:
     work: str | None = None
     launches: str | None = None
     flops: str | None = None
+    again: str | None = None
     differentiable: tuple[str, ...] = ()
     mutated: tuple[str, ...] = ()
 
@@ -80,11 +81,28 @@ OPS = {
         launches="dbtrain_kernels.geglu:LAUNCHES",
         differentiable=("x",),
     ),
+    "group_norm": Op(
+        reference="dbtrain_kernels.reference:group_norm",
+        cases="tests.kernels.test_group_norm:cases",
+        fused="dbtrain_kernels.group_norm:group_norm",
+        work="dbtrain_kernels.group_norm:work",
+        launches="dbtrain_kernels.group_norm:LAUNCHES",
+        again="dbtrain_kernels.group_norm:AGAIN",
+        differentiable=("x",),
+    ),
+    "rotary": Op(
+        reference="dbtrain_kernels.reference:rotary",
+        cases="tests.kernels.test_rotary:cases",
+        fused="dbtrain_kernels.rotary:rotary",
+        work="dbtrain_kernels.rotary:work",
+        launches="dbtrain_kernels.rotary:LAUNCHES",
+        differentiable=("x",),
+    ),
 }
 """Every operation by name. A row gets the contract tests and the benchmark for free."""
 
 
-def of_operators(part: str) -> dict[str, Callable[..., int]]:
-    """The `launches` or `flops` of all operations in one table, by the name of the registered operator."""
+def of_operators(part: str) -> dict[str, Any]:
+    """The `launches`, `flops` or `again` of all operations in one table, by the name of the registered operator."""
     tables = [op.load(part) for op in OPS.values() if getattr(op, part)]
     return {name: function for table in tables for name, function in table.items()}

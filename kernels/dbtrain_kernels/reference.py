@@ -219,3 +219,25 @@ def geglu(x: Tensor) -> Tensor:
     gates."""
     value, gate = x.chunk(2, -1)
     return value * F.gelu(gate)
+
+
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = True, shift_BC: Tensor | None = None
+) -> Tensor:
+    """GroupNorm (arXiv 1803.08494) of x [B, C, H, W] + shift_BC, which None leaves out; then SiLU, if asked."""
+    x = x if shift_BC is None else x + shift_BC[:, :, None, None]
+    normal = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(normal) if silu else normal
+
+
+def rotary(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, halves: bool = False) -> Tensor:
+    """RMSNorm (arXiv 1910.07467) of each head of x [B, T, H, D], then the rotary embedding (arXiv 2104.09864).
+
+    cos, sin: [B or 1, T, D / 2] of each pair's angle. A pair is two neighbours, or with `halves` feature i and
+    i + D / 2.
+    """
+    a, b = (F.rms_norm(x, x.shape[-1:], None, eps) * weight).unflatten(-1, (2, -1) if halves else (-1, 2)).unbind(
+        -2 if halves else -1
+    )
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -2 if halves else -1).flatten(-2).to(x.dtype)

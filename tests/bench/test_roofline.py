@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dbtrain.bench import roofline, to_nobody
 from dbtrain.bench.cards import CARDS
@@ -14,6 +15,8 @@ from dbtrain.bench.gpu_forms import flash, one_kernel_norms
 from dbtrain.bench.roofline import Part, count, meta_step, modelled, shape_of, table, targets_of
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
+from dbtrain_kernels import reference
+from dbtrain_kernels.group_norm import group_norm
 
 TARGETS = ("attn*.to_q", "attn*.to_k", "attn*.to_v", "attn*.to_out.0")
 SMALL = {
@@ -95,11 +98,56 @@ def test_a_card_with_less_is_slower_and_fp32_takes_twice(counts):
     assert made["H200"]["memory_gib"] == pytest.approx((weights + state + counts["sd"].kept) / 2**30)
 
 
+def test_a_faster_attention_changes_its_own_parts_alone(counts):
+    plain, faster = (modelled(counts["sd"], CARDS["H200"], name)["parts"] for name in ("flash", "cudnn"))
+    for name, part in plain.items():
+        assert faster[name]["ms"] * (1.4 if "attention" in name else 1) == pytest.approx(part["ms"])
+
+
+def last(tensor):
+    return tensor.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("x_last, weight_last, copies, copies_back", [
+    (False, False, [15, 21], [21, 15]), (True, True, [], []), (False, True, [15], []), (True, False, [], []),
+])  # fmt: skip
+def test_copies_of_layouts_by_hand(x_last, weight_last, copies, copies_back):
+    """Of the picture [1, 15, 4, 4], the result and their gradients; cuDNN's results lie as it computes."""
+    x, weight = (torch.empty(shape, device="meta") for shape in ((1, 15, 4, 4), (21, 15, 3, 3)))
+    x, weight = last(x) if x_last else x, last(weight) if weight_last else weight
+    costs = roofline._Costs()
+    with costs:
+        y = F.conv2d(x.requires_grad_(), weight, padding=1)
+        (of_x,) = torch.autograd.grad(y, x, torch.empty_like(y))
+    rows = costs.parts["layout of convolutions"].rows if copies else []
+    assert rows == [(len(each), 2 * 4 * 16 * sum(each), 0) for each in (copies, copies_back) if each]
+    for made in (y, of_x):
+        assert made.is_contiguous(memory_format=torch.channels_last) == (x_last or weight_last)
+
+
+def test_a_group_norm_by_hand():
+    """PyTorch's is three kernels that read x twice, and four that read x and the gradient twice; ours three and three.
+    Means and the like are small."""
+    x, w = torch.empty(2, 32, 64, 64, device="meta", requires_grad=True), torch.empty(32, device="meta")
+    for norm, kernels, passes in (
+        (reference.group_norm, [3, 1, 1, 4], [3, 2, 3, 5]), (group_norm, [3, 3], [3, 5]),
+    ):  # fmt: skip
+        costs = roofline._Costs()
+        with costs:
+            y = norm(x, 8, w, w, 1e-5)
+            torch.autograd.grad(y, x, torch.empty_like(y))
+        rows = costs.parts["pointwise, norms, copies"].rows
+        assert [row[0] for row in rows] == kernels
+        assert [round(row[1] / (4 * x.numel()), 1) for row in rows] == passes
+
+
 def test_names_and_cards_are_checked():
     with pytest.raises(ConfigError, match="no architecture 'nope'; give one of sd15"):
         roofline.measure(["nope"], [1], ["H200"], False, to_nobody)
     with pytest.raises(ConfigError, match="--card: got 'X'"):
         roofline.measure(["sd15"], [1], ["X"], False, to_nobody)
+    with pytest.raises(ConfigError, match="--attention: got 'X', want flash or cudnn"):
+        roofline.measure(["sd15"], [1], ["H200"], False, to_nobody, "X")
 
 
 def test_the_table_names_what_bounds(counts):

@@ -1,5 +1,6 @@
 """Contract of a family on a random model of its real layout: load, tell, encode, denoise."""
 
+import copy
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -9,11 +10,14 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from dbtrain.errors import ConfigError
 from dbtrain.families import FAMILIES
+from dbtrain.models import fused_rotary
 from dbtrain.models.attention import MAY_RUN, Ran, attention_layers, engage_attention
+from dbtrain.models.fused_pointwise import fuse_pointwise
 from dbtrain.models.load import base_digest, digests_of, load_models
 from dbtrain.models.sampling import make_pipeline
 from dbtrain.settings.config import ModelConfig
 from dbtrain.values import Conditioning
+from dbtrain_kernels.rotary import rotary
 from tests.kit.family_facts import FACTS, batch_of, real_states, shown
 from tests.kit.latents import sample_latents
 
@@ -141,6 +145,48 @@ def test_denoise_takes_all_it_is_told(loaded):
         swapped = Conditioning(told.states_BTD, told.pooled_BD.flip(0))
         others.append(family.denoise(models.denoiser, x, time, swapped, batch))
     assert not any(torch.equal(plain, other) for other in others)
+
+
+@pytest.fixture
+def unrounded(monkeypatch):
+    """Models of diffusers that cast to fp32 inside stay in float64."""
+    to = torch.Tensor.to
+
+    def cast(self, *args, **named):
+        return self if self.dtype == torch.float64 and torch.float32 in args else to(self, *args, **named)
+
+    monkeypatch.setattr(torch.Tensor, "to", cast)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: cast(self, torch.float32))
+
+
+ROTARY = {"flux", "flux2", "flux2_klein", "chroma", "krea2", "qwen_image", "zimage", "lumina2", "ideogram4"}
+"""Families whose transformers tell places by a rotary embedding."""
+
+
+def test_fused_gates_norms_and_embeddings_change_no_number(loaded, unrounded, monkeypatch):
+    """Output and gradient in float64; every attention that is told of places takes the fused way."""
+    family, models, _ = loaded
+    x = torch.randn(2, family.codec.channels, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    told = conditioning(family, models, ["a dog", "a cat"])
+    mask = told.mask_BT if told.mask_BT is None else told.mask_BT[:, :40]
+    pooled = None if told.pooled_BD is None else told.pooled_BD.double()
+    told = replace(told, states_BTD=told.states_BTD[:, :40].double(), mask_BT=mask, pooled_BD=pooled)
+    seen = (torch.tensor([10, 700]), told, shown(family, batch_of(2), x))
+    plain = copy.deepcopy(models.denoiser).double()
+    fused, results, turned = copy.deepcopy(plain), [], []
+    monkeypatch.setattr(fused_rotary, "rotary", lambda *args: turned.append(1) or rotary(*args))
+    fuse_pointwise(fused)
+    assert [*fused.state_dict()] == [*plain.state_dict()]
+    for denoiser in (plain, fused):
+        assert not turned
+        given = x.clone().requires_grad_()
+        output = family.denoise(denoiser, given, *seen)
+        results.append([output, *torch.autograd.grad(output.square().sum(), given)])
+    for want, got in zip(*results):
+        assert got.dtype == torch.float64 and (got - want).norm() < 1e-12 * want.norm()
+    apart = family.name == "krea2"  # its text's own layers know no places
+    layers = [layer for layer in attention_layers(fused).values() if not apart or layer.num_kv_heads < layer.num_heads]
+    assert (len(turned) >= 2 * len(layers)) == (family.name in ROTARY)
 
 
 def test_digest_names_the_weights(loaded, tmp_path):

@@ -186,6 +186,10 @@ MUTANTS = {
     "global clip": ("adamw", "plain", lambda inputs: {"clip_N": inputs["clip_N"].mean().expand(3)}),
     "step off by one": ("adamw", "plain", lambda inputs: {"step_N": inputs["step_N"] + 1}),
     "decay forgotten": ("adamw", "plain", lambda inputs: {"decay_N": torch.zeros(3)}),
+    "SiLU forgotten": ("group_norm", "plain", lambda inputs: {"silu": False}),
+    "embedding forgotten": ("group_norm", "channels last", lambda inputs: {"shift_BC": None}),
+    "angles of a neighbour": ("rotary", "plain", lambda inputs: {"cos": inputs["cos"].roll(1, 1)}),
+    "halves for neighbours": ("rotary", "plain", lambda inputs: {"halves": True}),
     "no rest": ("adamw", "a resting row", lambda inputs: {"active_N": torch.ones(3, dtype=torch.bool)}),
 }
 

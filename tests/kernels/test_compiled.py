@@ -16,10 +16,20 @@ import pytest
 pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
-from dbtrain_kernels import adamw_triton, geglu_triton, lora_triton, loss_triton, noising_triton
+from dbtrain_kernels import (
+    adamw_triton,
+    geglu_triton,
+    group_norm_triton,
+    lora_triton,
+    loss_triton,
+    noising_triton,
+    rotary_triton,
+)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = (adamw_triton, geglu_triton, lora_triton, loss_triton, noising_triton)
+MODULES = (
+    adamw_triton, geglu_triton, group_norm_triton, lora_triton, loss_triton, noising_triton, rotary_triton,
+)  # fmt: skip
 REGISTERS = {
     "shrink": 184,
     "expand": 176,
@@ -33,6 +43,14 @@ REGISTERS = {
     "update_rows": 96,
     "gate_forward": 48,
     "gate_backward": 80,
+    "channel_moments": 72,
+    "group_moments": 48,
+    "normalize": 80,
+    "channel_slopes": 112,
+    "group_slopes": 48,
+    "normal_gradient": 128,
+    "turn_forward": 48,
+    "turn_backward": 64,
 }
 """Most registers of a thread. A thread has 255; of 168, a multiprocessor of NVIDIA's holds three programs at once."""
 FP32_REGISTERS = {"shrink": 216, "expand": 240, "outer": 216}
@@ -42,7 +60,8 @@ SHARED = {"sm_80": 101_376, "sm_90": 116_224, "gfx942": 65_536}
 half of what a multiprocessor of sm_90 has, so that two programs fit; all that gfx942 has."""
 PRODUCTS = ("shrink", "expand", "outer")
 WIDE = (*PRODUCTS, "add_parts", "loss_elements", "noise_latents", "squared_norms", "update_rows",
-        "gate_forward", "gate_backward")  # fmt: skip
+        "gate_forward", "gate_backward", "channel_moments", "normalize", "channel_slopes", "normal_gradient",
+        "turn_forward", "turn_backward")  # fmt: skip
 """Kernels that read or write arrays; the others handle a few numbers of a sample or row."""
 
 
@@ -71,6 +90,7 @@ def test_every_kernel_is_compiled(rows):
     parts = {"philox_words", "minus_log_uniform", "cos_sin_turn", "four_normals", "in_element_order"}
     parts |= {"place_in_schedule"}  # what `noise_latents` calls
     parts |= {"columns_of", "outer_block", "add_block"}
+    parts |= {"tile_of", "normal_of", "slope_of", "pairs_of", "store_pairs", "angles_of", "weights_of"}
     launched = {name for name, kernel in kernels.items() if isinstance(kernel, JITFunction)} - parts
     compiled = Counter(row["kernel"] for row in rows)
     assert compiled.keys() == launched == REGISTERS.keys()

@@ -25,13 +25,23 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dbtrain.objective import PARAMETERIZATIONS
-from dbtrain_kernels import adamw_triton, geglu_triton, lora_triton, loss_triton, noising_triton
+from dbtrain_kernels import (
+    adamw_triton,
+    geglu_triton,
+    group_norm_triton,
+    lora_triton,
+    loss_triton,
+    noising_triton,
+    rotary_triton,
+)  # fmt: skip
 from dbtrain_kernels.adamw import inputs as adamw_inputs
 from dbtrain_kernels.geglu import LAYERS
 from dbtrain_kernels.geglu import inputs as geglu_inputs
+from dbtrain_kernels.group_norm import inputs as group_norm_inputs
 from dbtrain_kernels.lora import SPLIT
 from dbtrain_kernels.loss import inputs as loss_inputs
 from dbtrain_kernels.noising import inputs as noising_inputs
+from dbtrain_kernels.rotary import inputs as rotary_inputs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -111,6 +121,11 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype in (torch.bfloat16, torch.float32):
         for name, (samples, tokens, width) in LAYERS.items():
             yield f"gate, {name}, {dtype}", partial(gate, (samples, tokens, 2 * width), dtype)
+        yield f"rotary, FLUX.1, {dtype}", partial(turn, (2, 4608, 24, 128), dtype)
+    options = {"shifted": True, "last": True}
+    yield "norm, SD1.5, channels last", partial(normalized, (16, 320, 64, 64), torch.bfloat16, **options)
+    yield "norm, SDXL, channels first", partial(normalized, (4, 640, 64, 64), torch.bfloat16, silu=False)
+    yield "rotary, Ideogram 4", partial(turn, (2, 4160, 18, 256), torch.bfloat16, halves=True, each=True)
 
 
 def update(dtype: torch.dtype, matrices: torch.dtype, rank: int, tokens: int, wide: int, out: int) -> None:
@@ -166,6 +181,22 @@ def gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """A feed-forward layer's gate, forward and backward."""
     x = geglu_inputs(shape, dtype, device="meta")["x"]
     geglu_triton.backward(geglu_triton.forward(x), x)
+
+
+def normalized(shape: tuple[int, ...], dtype: torch.dtype, **options: bool) -> None:
+    """A GroupNorm of 32 groups, forward and backward."""
+    given = {"shift_BC": None, **group_norm_inputs(shape, dtype, 32, device="meta", **options)}
+    y, *factors = group_norm_triton.forward(**given)
+    own = (given[name] for name in ("weight", "bias", "silu"))
+    group_norm_triton.backward(y, given["x"], *factors, *own)
+
+
+def turn(shape: tuple[int, ...], dtype: torch.dtype, **options: bool) -> None:
+    """Queries' norm with rotary embedding, forward and backward; angles are every second number of a table."""
+    given = rotary_inputs(shape, dtype, device="meta", **options)
+    for name in ("cos", "sin"):
+        given[name] = torch.empty(*given[name].shape, 2, device="meta")[..., 0]
+    rotary_triton.backward(rotary_triton.forward(**given), **given)
 
 
 def row(label: str, name: str, kernel: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_z_image import FeedForward, ZImageTransformerBlock
 
 from dbtrain.models.adapters import attach
-from dbtrain.models.fused_pointwise import Gate, Norm, fuse_pointwise, fuses_pointwise
+from dbtrain.models.fused_pointwise import Gate, Norm, fuse_pointwise, fuses_pointwise, lay_out
 from dbtrain.settings.config import EngineConfig
 
 EXACT = 1e-12
@@ -29,6 +29,28 @@ def test_the_setting_decides(chosen, capture, device, fused):
     assert fuses_pointwise(EngineConfig(fused_pointwise=chosen, capture=capture), device) == fused
 
 
+@pytest.mark.parametrize(
+    "chosen, kind, device, fused, last",
+    [
+        ("auto", "packed", "cuda", True, True),
+        ("auto", "auto", "cuda", True, True),
+        ("auto", "zero", "cuda", True, False),
+        ("auto", "packed", "cuda", False, False),
+        ("auto", "packed", "cpu", True, False),
+        (True, "packed", "cpu", False, True),
+        (False, "packed", "cuda", True, False),
+    ],
+)
+def test_the_setting_decides_on_the_layout(chosen, kind, device, fused, last, monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.GroupNorm(2, 4)).requires_grad_(False)
+    if fused:
+        fuse_pointwise(model)
+    weight = torch.nn.Parameter(torch.zeros(4, 2, 3, 3, device="meta"))  # stands for one on a GPU
+    monkeypatch.setattr(type(weight), "device", property(lambda _: torch.device(device)), raising=False)
+    assert lay_out(model, EngineConfig(channels_last=chosen, kind=kind)) == last
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last) == last
+
+
 def far(got, want):
     return max((one - other).norm().item() / other.norm().item() for one, other in zip(got, want, strict=True))
 
@@ -41,7 +63,7 @@ def test_a_real_unet_with_adapters_has_the_same_output_and_gradients():
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).double()  # fmt: skip
     fused = copy.deepcopy(plain)
-    assert fuse_pointwise(fused) == 4 and fuse_pointwise(fused) == 0
+    assert fuse_pointwise(fused) == 4 + 21 and fuse_pointwise(fused) == 0  # gates and norms
     assert [*fused.state_dict()] == [*plain.state_dict()]
     results = []
     for model in (plain, fused):
@@ -79,6 +101,6 @@ def test_a_norm_is_diffusers_in_every_mix_of_dtypes(dtype, weight):
 def test_norms_of_a_transformer_are_one_kernel_each():
     block = ZImageTransformerBlock(0, 16, 2, 2, 1e-5, True)
     names = [*block.state_dict()]
-    assert fuse_pointwise(block) == 6 and [*block.state_dict()] == names
+    assert fuse_pointwise(block) == 6 + 1 and fuse_pointwise(block) == 0 and [*block.state_dict()] == names
     assert isinstance(block.ffn_norm1, Norm) and isinstance(block.feed_forward, FeedForward)
     assert not any(isinstance(module, RMSNorm | Gate) for module in block.modules())
