@@ -20,9 +20,9 @@ def numbers(count: int, signed: bool) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     drawn = torch.randn(count, generator=generator)
     drawn *= 10.0 ** (torch.randn(count, generator=generator) * 2)
-    for block, scale in enumerate((1.0, 1e-12, 1e10, 0.0, LEAST / 1e6, 1e-5)):
+    for block, scale in enumerate((1.0, 1e-12, 1e10, 0.0, LEAST / 1e9, 1e-5)):
         drawn[block * BLOCK : (block + 1) * BLOCK] *= scale
-    return drawn if signed else drawn.square()
+    return drawn if signed else drawn.abs()
 
 
 @pytest.mark.parametrize("signed", [True, False])
