@@ -83,6 +83,7 @@ def deepspeed_config(
         # DeepSpeed's default is 1.0, not "never"; 0 is never.
         "gradient_clipping": config.train.clip_norm or 0.0,
         "zero_force_ds_cpu_optimizer": False,
+        **({"zero_allow_untested_optimizer": True} if config.train.optimizer == "adamw8bit" else {}),
         "steps_per_print": 2**31,
         "zero_optimization": {
             "stage": zero.stage,

@@ -12,10 +12,13 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dbtrain.engines.adamw8 import MOMENTS, AdamW8
 from dbtrain.engines.deepspeed_json import deepspeed_config
 from dbtrain.engines.engine import BatchPlan, EngineState, ParamGroup
 from dbtrain.engines.loss_scale import KIND, LossScales
@@ -95,13 +98,15 @@ class ZeroEngine:
         self.names = {name: param for group in groups for name, param in group.params.items()}
         train = config.train
         on_gpu = world.device != "cpu" and not config.engine.zero.offload_optimizer
-        optimizer = torch.optim.AdamW(
-            [{"params": list(group.params.values()), "lr": group.lr} for group in groups],
-            betas=(train.beta1, train.beta2),
-            eps=train.eps,
-            weight_decay=train.weight_decay,
-            fused=on_gpu,
-        )
+        trained = [{"params": list(group.params.values()), "lr": group.lr} for group in groups]
+        numbers: dict[str, Any] = {
+            "betas": (train.beta1, train.beta2), "eps": train.eps, "weight_decay": train.weight_decay
+        }  # fmt: skip
+        optimizer: AdamW8 | torch.optim.AdamW
+        if train.optimizer == "adamw8bit":
+            optimizer = AdamW8(trained, **numbers)
+        else:
+            optimizer = torch.optim.AdamW(trained, **numbers, fused=on_gpu)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=_accepted_config(config, plan, world.device != "cpu")
         )
@@ -167,11 +172,12 @@ class ZeroEngine:
     def state(self, row: int = 0) -> EngineState:
         """Masters, Adam moments and EMA, whole, in fp32 on the CPU of the first rank. The one subject is row 0."""
         gathered: EngineState = {kind: {} for kind in self.kinds}
-        for name, param in self.names.items():
-            for kind in self.kinds:
-                value = self._read(param, kind)
-                if self.world.first:
-                    gathered[kind][name] = value.detach().float().cpu().reshape(self._shape(param)).clone()
+        for kind in self.kinds:
+            with self._in_full(kind):
+                for name, param in self.names.items():
+                    value = self._read(param, kind)
+                    if self.world.first:
+                        gathered[kind][name] = value.detach().float().cpu().reshape(self._shape(param)).clone()
         return gathered if self.scales is None else {**gathered, KIND: self.scales.state()}
 
     def load(self, state: EngineState, step: int) -> None:
@@ -183,9 +189,10 @@ class ZeroEngine:
                 "was train.method, lora.targets or lora.rank changed?"
             )
         scaling = state.get(KIND)
-        for name, param in self.names.items():
-            for kind in [kind for kind in self.kinds if kind in state]:
-                self._write(param, kind, state[kind][name].to(self.world.device))
+        for kind in [kind for kind in self.kinds if kind in state]:
+            with self._in_full(kind):
+                for name, param in self.names.items():
+                    self._write(param, kind, state[kind][name].to(self.world.device))
         if self.scales is not None:
             self.scales.load(0, scaling)
             step -= int(self.scales.skipped_N)
@@ -217,12 +224,34 @@ class ZeroEngine:
     def _start_moments(self) -> None:
         """Create AdamW's lazy state now, so that loading and the EMA need no first step."""
         for partition in self._partitions():
-            counter = torch.zeros((), device=partition.device if self.adamw.defaults["fused"] else "cpu")
-            entry = {"step": counter, "exp_avg": torch.zeros_like(partition), "exp_avg_sq": torch.zeros_like(partition)}
+            if isinstance(self.adamw, AdamW8):
+                self.adamw.start(partition)
+            else:
+                counter = torch.zeros((), device=partition.device if self.adamw.defaults["fused"] else "cpu")
+                zeros = {kind: torch.zeros_like(partition) for kind in MOMENTS}
+                self.adamw.state[partition] = {"step": counter, **zeros}
             if self.config.train.ema:
-                entry["ema"] = partition.detach().clone()
-            self.adamw.state[partition] = entry
+                self.adamw.state[partition]["ema"] = partition.detach().clone()
+        self._link_states()
+
+    @contextmanager
+    def _in_full(self, kind: str) -> Iterator[None]:
+        """Within, a moment that is kept in 8 bits stands in fp32 where DeepSpeed and `torch.optim.AdamW` have it."""
+        if kind not in MOMENTS or not isinstance(self.adamw, AdamW8):
+            yield
+            return
+        for partition in self._partitions():
+            self.adamw.widen(partition, kind)
+        self._link_states()
+        yield
+        for partition in self._partitions():
+            self.adamw.narrow(partition, kind)
+        self._link_states()
+
+    def _link_states(self) -> None:
+        """Let DeepSpeed (0.19) find by parameter what AdamW holds by partition now; stage 3 looks it up each time."""
         if self._stage in (1, 2):
+            self.deepspeed.optimizer._hp_optimizer_states_linked = False
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
     @torch.no_grad()

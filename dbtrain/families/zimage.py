@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dbtrain.families import flow
 from dbtrain.models.architectures import Architecture
-from dbtrain.models.family import Codec, Family, Models, Tokens
+from dbtrain.models.family import Codec, Family, KohyaLayer, Models, Tokens
 from dbtrain.values import Batch, Conditioning
 
 LENGTH = 512
@@ -50,6 +50,16 @@ def embeds(told: Conditioning) -> dict[str, Any]:
     return {"prompt_embeds": ragged(told)}
 
 
+def kohya(component: str, path: str) -> KohyaLayer:
+    """A layer's name in kohya's files: the original model's own, where q, k and v are one layer. ComfyUI knows no other
+    behind `lora_unet`, and diffusers reads it."""
+    block, _, layer = path.rpartition(".attention.to_")
+    name = f"lora_unet_{block}_attention".replace(".", "_")
+    if layer in ("q", "k", "v"):
+        return KohyaLayer(f"{name}_qkv", "qkv".index(layer), (1, 1, 1))
+    return KohyaLayer(f"{name}_out") if layer == "out.0" else flow.underscored(component, path)
+
+
 BASE = Architecture(
     "diffusers:ZImageTransformer2DModel",
     {"dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "cap_feat_dim": 2560},
@@ -76,7 +86,7 @@ ZIMAGE = Family(
     encode_tokens=encode_tokens,
     denoise=denoise,
     samplers={},
-    kohya=flow.underscored,
+    kohya=kohya,
     regions=("ZImageTransformerBlock",),
     shift=flow.shift_of,
     call=partial(flow.call_added, LENGTH),

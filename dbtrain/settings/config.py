@@ -37,10 +37,8 @@ class ModelConfig(Section):
     """The base model. Its files are only read."""
 
     family: Annotated[str, OneOf(("auto", *FAMILIES))] = "sd"
-    """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base), `sdxl` is Stable Diffusion XL,
-    `playground` is Playground v2.5, `sd3` is Stable Diffusion 3 and 3.5, `flux` is FLUX.1, `flux2_klein` is FLUX.2
-    klein, `if_stage1` and `if_stage2` are DeepFloyd IF, `x4_upscaler` is Stable Diffusion's; the last two enlarge
-    pictures. `auto` is what the base's own files say."""
+    """Architecture: `sd` is Stable Diffusion 1.x/2.x (and the embedded base); docs/families.md tells them all. `auto`
+    is what the base's own files say."""
     path: Annotated[str, Field(min_length=1), Mark.NO_RESULT, Mark.PATH_OR_NAME] = "embedded"
     """Diffusers folder, hub id, single-file .safetensors, or `embedded` for the small base that ships with dbtrain."""
     revision: Annotated[str | None, Mark.NO_RESULT] = None
@@ -144,6 +142,8 @@ class TrainConfig(Section):
     """`lora` trains low-rank adapters, `full` every weight of the denoiser."""
     text_encoder: bool = False
     """Train the text encoder(s) too, by the same method."""
+    optimizer: Annotated[Literal["adamw", "adamw8bit"], Mark.LATER] = "adamw"
+    """`adamw8bit` keeps AdamW's two moments in 8 bits, 2 bytes a weight instead of 8, for `train.method: full`."""
     steps: Positive = 800
     """Optimizer steps."""
     lr: Annotated[float, Field(gt=0, lt=1)] = 1e-4
@@ -174,7 +174,7 @@ class TrainConfig(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which is published in their place; null keeps none."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Number format of the computation. Master weights and optimizer moments are always fp32. `fp16` scales the loss,
+    """Number format of the computation. Master weights are always fp32. `fp16` scales the loss,
     for GPUs without bf16; `auto` is bf16 on a GPU that has it, fp16 on another one, and fp32 on a CPU."""
     gradient_checkpointing: Annotated[bool, Mark.NO_RESULT] = False
     """Recompute activations in the backward pass: less memory, 1.4 to 1.8 times the time of a step."""

@@ -49,6 +49,11 @@ def cross_field_findings(config: RunConfig) -> list[tuple[str, str]]:
             "is 0 while prior.weight is above 0; set prior.weight=0 to train without prior preservation",
         ),
         (
+            "train.optimizer",
+            train.optimizer != "adamw" and train.method != "full",
+            "is adamw8bit, but train.method is lora, whose moments are small; use adamw",
+        ),
+        (
             "lora.targets",
             train.method == "lora" and not config.lora.targets,
             "is empty; a LoRA needs at least one layer pattern",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,22 @@ from torch.utils.checkpoint import checkpoint
 
 from dbtrain.engines.engine import EngineState, ParamGroup
 from dbtrain.engines.loss_scale import DTYPES
-from dbtrain.errors import DataError
-from dbtrain.models.adapters import attach, fresh_row, from_state, layers, refuse_unstackable, renamed, reset_row
+from dbtrain.errors import ConfigError, DataError
+from dbtrain.models.adapters import (
+    attach,
+    fresh_row,
+    from_state,
+    layers,
+    matching_layers,
+    refuse_unstackable,
+    renamed,
+    reset_row,
+)  # fmt: skip
 from dbtrain.models.family import Family, Models, recompute
 from dbtrain.models.pipelines import assemble
 from dbtrain.results.older_programs import suit_older_programs
 from dbtrain.results.publish import MODEL_FOLDER, adapter_file, publish_lora, read_lora
+from dbtrain.settings import recipes
 from dbtrain.settings.config import RunConfig
 from dbtrain.storage.atomic import file_digest, whole_folder
 
@@ -100,6 +111,8 @@ def make_stack(family: Family, models: Models, config: RunConfig, subjects: int)
         is_denoiser = component == family.denoiser
         if train.method == "lora":
             targets = config.lora.targets if is_denoiser else config.lora.text_targets
+            if is_denoiser and not matching_layers(module, targets):
+                _refuse_targets(family, module, targets)
             attach(module, targets, subjects, config.lora.rank, lora_alpha(config))
             if subjects > 1 and is_denoiser:
                 refuse_unstackable(module, family.unstackable)
@@ -112,6 +125,13 @@ def make_stack(family: Family, models: Models, config: RunConfig, subjects: int)
         parts = [params] if config.lora.up_ratio == 1 else [_matrices(params, kind) for kind in ("down_NRD", "up_NDR")]
         groups += [ParamGroup(part, rate) for part, rate in zip(parts, peak_rates(family, config, component))]
     return groups
+
+
+def _refuse_targets(family: Family, denoiser: nn.Module, targets: Sequence[str]) -> None:
+    """Raise ConfigError for patterns that no layer matches, with those of the family's own recipe."""
+    own = recipes.shipped_for(family.name)
+    advice = f"its recipe has {', '.join(own.lora.targets)}" if own else "patterns are matched with the ends of paths"
+    raise ConfigError(f"lora.targets: no layer of {type(denoiser).__name__} matches {', '.join(targets)}; {advice}")
 
 
 def _matrices(params: dict[str, nn.Parameter], kind: str) -> dict[str, nn.Parameter]:

@@ -153,6 +153,14 @@ def set_precision(command: Command) -> None:
         command.notes.append("fp16 scales the loss; on a GPU that has it, train.precision=bf16 needs no scaling")
 
 
+def set_eight_bits(command: Command) -> None:
+    """Keep AdamW's moments in 8 bits where all weights train."""
+    if command.settings.get("train.method") == "full":
+        command.settings["train.optimizer"] = "adamw8bit"
+    else:
+        command.notes.append("optimizer states are fp32; those of an adapter are small")
+
+
 def set_optimizer(command: Command, flag: str, rates: dict[str, str]) -> None:
     """Take AdamW in place of another optimizer; a rate that means nothing to it becomes AdamW's. rates: a flag's
     setting."""

@@ -143,7 +143,6 @@ SWITCHES: dict[str, tuple[str, Any]] = {
 DROPPED = by_flag({
     "class_data_dir": "class images are made by dbtrain, once per class; see prior.store",
     "resume_from_checkpoint": "running the same dbtrain command again resumes",
-    "use_8bit_adam": "optimizer states are fp32; to save memory use engine.zero.stage or engine.zero.offload_optimizer",
     "num_train_epochs": "progress is counted in steps; set train.steps",
     "validation_epochs": "samples are scheduled in steps; set sample.every_steps",
     "dataset_config_name": "dbtrain reads folders of photos",
@@ -214,6 +213,6 @@ USED = frozenset("""
     gradient_accumulation_steps mixed_precision lr_scheduler lr_warmup_steps report_to num_processes num_machines
     nproc_per_node nnodes num_gpus num_nodes offload_optimizer_device offload_param_device use_deepspeed multi_gpu
     dataset_name image_column caption_column cond_image_column optimizer weighting_scheme logit_mean lora_layers
-    lora_blocks do_edm_style_training
+    lora_blocks do_edm_style_training use_8bit_adam
 """.split())
 """Flags that several settings follow from, or that say only how the script was started."""

@@ -230,7 +230,7 @@ def _rates(command: Command) -> None:
     if command_line.ADAPTIVE.search(command.get("optimizer_type")):
         settings.pop("train.text_encoder_lr", None)
     if command.get("optimizer_type").lower().endswith("8bit"):
-        command.notes.append("optimizer states are fp32; those of an adapter are small")
+        command_line.set_eight_bits(command)
     for name, value in re.findall(r"(\w+)\s*=\s*(\S+)", command.get("optimizer_args")):
         keys = {"weight_decay": ("train.weight_decay",), "eps": ("train.eps",), "betas": ("train.beta1", "train.beta2")}
         if name not in keys:

@@ -67,6 +67,8 @@ def _migrate_diffusers(command: Command) -> Migration:
     command_line.set_optimizer(
         command, "optimizer", {"learning_rate": "train.lr", "text_encoder_lr": "train.text_encoder_lr"}
     )
+    if "use_8bit_adam" in command.flags and command.get("optimizer").lower() in ("", "adamw"):
+        command_line.set_eight_bits(command)
     _batch(command)
     command_line.set_schedule(command)
     command_line.set_precision(command)

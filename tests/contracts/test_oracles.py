@@ -292,6 +292,15 @@ def test_recomputed_blocks_give_the_same_gradients(exact, captions):
     assert len(blocks) > 1 and all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+def one_matrix_is_a_batch(weights):
+    """Whether this processor rounds the products of a batch of one matrix, as stacks have them, as it does those of the
+    matrix, as PEFT has them. Some do not, by the shapes."""
+    pairs = [pair for matrices in weights.matrices.values() for pair in matrices.values()]
+    inputs = [(noise(64, down.shape[1], dtype=torch.float32), down, up) for down, up in pairs]
+    return all(((x[None] @ down.mT[None]) @ up.mT[None])[0].equal(F.linear(F.linear(x, down), up))
+               for x, down, up in inputs)  # fmt: skip
+
+
 @torch.no_grad()
 def test_diffusers_predicts_alike_from_a_published_adapter(loaded, tmp_path):
     """Of twice the rank as alpha; `test_publish.py` has others."""
@@ -317,8 +326,9 @@ def test_diffusers_predicts_alike_from_a_published_adapter(loaded, tmp_path):
     pipeline.load_lora_weights(tmp_path)
     theirs = predict()
     pipeline.unload_lora_weights()
-    # Equal to the bit on most processors; on some, a product of other shapes rounds otherwise.
-    assert (ours - theirs).abs().max() <= 2**-18
+    # PEFT convolves where we multiply matrices, whose sums are in another order: 9e-7 with the 1x1 convolutions of
+    # Stable Diffusion 1.
+    assert (ours - theirs).abs().max() <= (2**-18 if weights.conv or not one_matrix_is_a_batch(weights) else 0.0)
     assert (ours - plain).abs().max() > 1e-3 and torch.equal(plain, predict())
 
 

@@ -5,6 +5,7 @@ import torch
 from diffusers import Flux2Pipeline, FluxPipeline, QwenImagePipeline, ZImagePipeline
 
 from dbtrain.errors import ConfigError, DataError
+from dbtrain.families import FAMILIES
 from dbtrain.families.flow import underscored
 from dbtrain.families.flux_names import kohya, with_diffusers_names
 from dbtrain.models.adapter_names import to_kohya
@@ -79,21 +80,21 @@ def test_flux2s_layers_come_back_too():
     assert_same(state, drawn(shapes))
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "paths"),
-    [
-        (
-            QwenImagePipeline,
-            ["attn.add_k_proj", "attn.to_out.0", "attn.to_add_out", "img_mlp.net.0.proj", "txt_mlp.net.2"],
-        ),
-        (ZImagePipeline, ["attention.to_q", "attention.to_out.0", "feed_forward.w2"]),
-    ],
-    ids=["Qwen-Image", "Z-Image"],
-)
-def test_names_with_underscores_come_back(pipeline, paths):
-    block = "layers.3" if pipeline is ZImagePipeline else "transformer_blocks.3"
-    shapes = {f"{block}.{path}": (32, 48) for path in paths}
-    assert_same(pipeline.lora_state_dict(to_kohya(drawn(shapes), underscored)), drawn(shapes))
+def test_names_with_underscores_come_back():
+    paths = ["attn.add_k_proj", "attn.to_out.0", "attn.to_add_out", "img_mlp.net.0.proj", "txt_mlp.net.2"]
+    shapes = {f"transformer_blocks.3.{path}": (32, 48) for path in paths}
+    assert_same(QwenImagePipeline.lora_state_dict(to_kohya(drawn(shapes), underscored)), drawn(shapes))
+
+
+@pytest.mark.parametrize("block", ["layers.3", "context_refiner.0"])
+def test_z_images_q_k_and_v_are_one_layer_and_come_back(block):
+    """ComfyUI knows no other names behind `lora_unet`: with q, k and v apart it left out the attention (0.8.0)."""
+    paths = ["attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w2"]
+    weights = drawn({f"{block}.{path}": (32, 48) for path in paths})
+    state = to_kohya(weights, FAMILIES["zimage"].kohya)
+    layers = {name.rsplit(".lora", 1)[0].removesuffix(".alpha").split("_attention_")[-1] for name in state}
+    assert {"qkv", "out"} < layers and not any("to_" in name for name in state)
+    assert_same(ZImagePipeline.lora_state_dict(state), weights)
 
 
 @pytest.mark.parametrize("path", ["x_embedder", "transformer_blocks.0.attn.to_nothing", "norm_out.linear"])

@@ -44,10 +44,12 @@ def test_the_settings_without_a_result_are_these():
         "lora": ("init",),
     }
     at_default = {"model": ("dtype", "quantize"), "objective": ("shift",), "lora": ("up_ratio",),
-                  "data": ("mask_floor", "srgb", "caption_dropout", "buckets"), "train": ("stop",)}  # fmt: skip
+                  "data": ("mask_floor", "srgb", "caption_dropout", "buckets"),
+                  "train": ("stop", "optimizer")}  # fmt: skip
     other = ["model.dtype=bf16", "objective.shift=3", "data.mask_floor=0", "data.srgb=false"]
     other += ["model.quantize=int8", "engine.kind=packed", "lora.up_ratio=2", "super.level=5", "train.stop.metric=loss"]
     told = loads("", "x", [*other, "data.caption_dropout=0.1"]).replaced("data.buckets", True)
+    told = told.replaced("train.optimizer", "adamw8bit")
     sections |= {"stages": True}
     assert without_result(told) == {**sections, **{name: dict.fromkeys(own, True) for name, own in keys.items()}}
     both = {name: (*keys.get(name, ()), *at_default.get(name, ())) for name in {**keys, **at_default}}

@@ -31,6 +31,8 @@ def test_the_defaults_go_together():
         ({"engine": {"kind": "packed"}, "train": {"stop_loss": 0.1, "stop": {"metric": "loss"}}}, ["train.stop_loss"]),
         ({"train": {"steps": 9, "stop": {"metric": "loss"}}}, ["train.stop.every"]),
         ({"train": {"steps": 9}}, []),
+        ({"train": {"optimizer": "adamw8bit"}}, ["train.optimizer"]),
+        ({"train": {"optimizer": "adamw8bit", "method": "full"}}, []),
         ({"engine": {"kind": "packed", "zero": {"stage": 1}, "deepspeed": "x"}}, ["engine.zero", "engine.deepspeed"]),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dbtrain.engines.world import World
-from dbtrain.errors import DataError
+from dbtrain.errors import ConfigError, DataError
 from dbtrain.models.adapters import from_state, layers
 from dbtrain.results.publish import publish_lora
 from dbtrain.training.session import Base
@@ -41,6 +41,13 @@ def test_each_component_trains_at_its_own_rate_under_its_own_name(method):
     trained = {id(param) for param in named(groups).values()}
     for module in (base.models.denoiser, base.models.vae, *base.models.text_encoders.values()):
         assert all(param.requires_grad == (id(param) in trained) for param in module.parameters())
+
+
+def test_layers_that_match_nothing_are_answered_with_the_familys_own():
+    base = base_of("lora.targets=[attention.to_q]")
+    said = r"lora.targets: no layer of UNet2DConditionModel matches attention.to_q; its recipe has attn\*.to_q, "
+    with pytest.raises(ConfigError, match=said):
+        make_stack(base.family, base.models, base.settings, 1)
 
 
 def test_without_a_rate_of_their_own_text_encoders_take_the_denoisers():

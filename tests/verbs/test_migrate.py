@@ -64,7 +64,11 @@ def test_the_readmes_command_becomes_the_same_training():
     assert yaml.safe_load(result.manifest_yaml) == [
         {"subject": "rex", "class": "dog", "images": "path to/rex", "identifier": "sks"}]
     dropped = [line.split(":")[0].split()[0] for line in result.dropped]
-    assert dropped == ["--class_data_dir", "--output_dir", "--use_8bit_adam"]
+    assert dropped == ["--class_data_dir", "--output_dir"]
+    assert config.train.optimizer == "adamw8bit"
+    adapter, result = config_of(f"{LORA} --use_8bit_adam")
+    assert adapter.train.optimizer == "adamw" and not any("8bit" in line for line in result.dropped)
+    assert "optimizer states are fp32; those of an adapter are small" in result.notes
     assert not any("$" in note for note in result.notes)
 
 
