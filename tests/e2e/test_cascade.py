@@ -72,8 +72,10 @@ def test_both_stages_are_trained_once_and_chained(case, model_folders, tmp_path,
     for at in (folder, folder / "upscaler"):
         state = load_file(at / "pytorch_lora_weights.safetensors")
         assert any(tensor.any() for key, tensor in state.items() if ".lora_B." in key)
-    drawn = [Image.open(path) for path in (folder / "samples" / "samples").glob("*.png")]
-    assert drawn and {image.size for image in drawn} == {(side, side)}
+    assert record["stages"][0]["stages_s"] == second_record["stages_s"] and second_record["stages_s"]["train"] > 0
+    for sheet, of_sheet in (("samples", side), ("samples-small", side // 4)):
+        drawn = [Image.open(path) for path in (folder / "samples" / sheet).glob("*.png")]
+        assert drawn and {image.size for image in drawn} == {(of_sheet, of_sheet)}
     assert yaml.safe_load((folder / "config.yaml").read_text())["stages"][0]["model"]["family"] == second
 
     before = stamps(folder)
@@ -97,6 +99,10 @@ def test_both_stages_are_trained_once_and_chained(case, model_folders, tmp_path,
     pictures = [folder / "samples" / sheet / "prompt-00-image-00.png" for sheet in ("samples", "again")]
     drawn, again = (np.asarray(Image.open(path), dtype=int) for path in pictures)
     assert np.abs(drawn - again).max() <= 1, "training drew through the subject's own adapters, in a pack too"
+    run("generate", folder, "--name", "first", "stages=[]")
+    pictures = [folder / "samples" / sheet / "prompt-00-image-00.png" for sheet in ("samples-small", "first")]
+    kept, first = (np.asarray(Image.open(path), dtype=int) for path in pictures)
+    assert np.abs(kept - first).max() <= 1, "what the first stage drew is kept beside"
     run("generate", folder, "--prompt", "{subject} in the snow", "--name", "snow")
     assert Image.open(folder / "snow.png").size[0] > side
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]

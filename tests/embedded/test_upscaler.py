@@ -61,7 +61,7 @@ def test_crops_are_of_one_place_and_mostly_where_the_guide_is_wrong():
     clean = torch.arange(96.0 * 96).view(1, 1, 96, 96).repeat(2, 3, 1, 1) / 9216
     guide = clean.clone()
     guide[:, :, 60:, 60:] += 1
-    high, low = upscaler.crops(clean, guide, 50, 24)
+    high, low, whole = upscaler.crops(clean, guide, 50, 24)
     assert high.shape == low.shape == (100, 3, 24, 24)
     wrong = (low - high).flatten(1)
     assert set(wrong.unique().round(decimals=3).tolist()) == {0.0, 1.0}
