@@ -31,10 +31,11 @@ CONSTANT = 64.0
 RESIDUAL = 0.07
 """Usual deviation of a picture from its guide, in [-1, 1]."""
 CROP, MARGIN = 36, 4
-"""Pixels of a training crop's side, and of an edge where it lacks what is around it and has no part in the loss: how far
-`head` sees. Edges that are the picture's own lack nothing, and stay."""
+"""Pixels of a training crop's side, and of an edge where it lacks what is around it and has no part in the loss: as far
+as `head` sees. Edges that are the picture's own lack nothing, and stay."""
 BORDER = 8.0
-"""Weight of a pixel near a picture's border: there are few, and what lies beyond them is zero padding, not a picture."""
+"""Weight in the loss of a pixel near a picture's border: there are few, and in flat scenery their error is small, but a
+line along the border is what a person sees."""
 EVERY = 50
 """Steps between two lines of the log."""
 FILTERS = (Image.Resampling.LANCZOS, Image.Resampling.BOX, Image.Resampling.BICUBIC)
@@ -293,7 +294,8 @@ def train(work: Path, minutes: float, lr: float = 2e-3, batch: int = 2, each: in
         guide = noised(guide, torch.randn_like(guide), levels, tables[1])
         with autocast():
             found = head(trainer.model, torch.cat([noisy, guide], dim=1), t, levels)[:, :3]
-        error = ((found.float() - clean).square() * weight).mean(dim=(1, 2, 3)) / (weight > 0).float().mean(dim=(1, 2, 3))
+        error = ((found.float() - clean).square() * weight).mean(dim=(1, 2, 3))
+        error = error / (weight > 0).float().mean(dim=(1, 2, 3))
         share = RESIDUAL**2 / (RESIDUAL**2 + 1 / tables[1][levels] - 1)
         return (share * error).mean(), {}
 
@@ -302,7 +304,9 @@ def train(work: Path, minutes: float, lr: float = 2e-3, batch: int = 2, each: in
         found = head(average, torch.cat([noise, clear], dim=1), last, torch.zeros_like(last))[:, :3].clamp(-1, 1)
         measures = {"psnr": psnr, "border": border_error}
         pictures = {"held": found, "bicubic": clear}
-        return {f"{of}_{name}": float(measures[name](pictures[of], high).mean()) for of in pictures for name in measures}
+        return {
+            f"{of}_{name}": float(measures[name](pictures[of], high).mean()) for of in pictures for name in measures
+        }
 
     trainer.run(loss_of_step, every=EVERY, watch=watch)
 
