@@ -89,8 +89,7 @@ def generate(
     """One RGB image for each (prompt, seed), in order. negative: what guidance leads away from; None is nothing.
 
     Every image has its own CPU generator, so its noise does not depend on the batch it is drawn in or on the device.
-    Of a `Chain`, resolution, steps and guidance are the first pipeline's, and each image's `info` has, as `SMALL`, what
-    that pipeline drew.
+    Of a `Chain`, resolution, steps and guidance are the first pipeline's; its picture is `SMALL` in an image's `info`.
     rows: the adapter of each image, where the models carry the stacked adapters of several subjects. All batches then
     have one size, the last one filled up with what is drawn in vain: the size of a batch decides how its images are
     rounded, so no image depends on which others there are.

@@ -62,14 +62,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def stage_seconds(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a subject's record says of its seconds, by what they were spent on; those of a stage that enlarges are told
-    apart by its name. A record that does not say, or is damaged, gives what there is."""
+    """A subject's seconds by what they were spent on, those of a stage that enlarges told apart by its name; what there
+    is of them in a record that may be damaged."""
     own, stages = record.get("stages_s"), record.get("stages")
     spent = dict(own) if isinstance(own, dict) else {}
     for stage in stages if isinstance(stages, list) else ():
-        of_stage = stage.get("stages_s") if isinstance(stage, dict) else None
-        if isinstance(of_stage, dict):
-            spent |= {f"{stage.get('folder')}: {name}": seconds for name, seconds in of_stage.items()}
+        if isinstance(stage, dict) and isinstance(stage.get("stages_s"), dict):
+            spent |= {f"{stage.get('folder')}: {name}": seconds for name, seconds in stage["stages_s"].items()}
     return spent
 
 

@@ -28,8 +28,7 @@ SECOND = ("tiny_upscaler train.method=lora lora.targets=[time_emb_proj] train.lr
           "train.steps=10 train.batch=1 sample.images=0")  # fmt: skip
 """Stage (b) as a pack can train it: its adapters change each channel's scale and shift, and no convolution of 3 x 3."""
 PRIOR = "prior.steps=10"
-"""Half the recipe's steps: the class images are recognized as often, and their mean distance to those of 40 steps is
-.016 in place of .014 (docs/embedded-base.md)."""
+"""Half the recipe's steps: the class images are recognized as often (docs/embedded-base.md)."""
 CLASS_IMAGES = 4
 """Images of the class prompt for each subject; the others are the samples that training has drawn."""
 
