@@ -250,6 +250,7 @@ def upscaler_quality(result: Result) -> Figures:
     return [
         ("held-out art, PSNR to the truth, bicubic; upscaler", "{:.1f}; {:.1f} dB".format(*mean["PSNR"])),
         ("patch distance to the truth, bicubic; upscaler", "{:.4f}; {:.4f}".format(*mean["patch distance"])),
+        ("error of 255 near the border, bicubic; upscaler", "{:.1f}; {:.1f}".format(*mean["border error"])),
         ("size", f"{result['bytes'] / 1e6:.1f} MB"),
     ]
 

@@ -114,7 +114,7 @@ def train_subjects(base: Base, work: Work, watch: Watch, finished: Finished) -> 
     """
     left = _train_upscalers(base, work, watch, finished)
     for stage in base.upscalers:  # the first stage's sheets are drawn through all
-        stage.ready(texts_of_run(stage, left))
+        stage.ready(texts_of_run(stage, left, base.settings.sample.images))
     _train_stage(base, left, watch, finished)
 
 

@@ -24,7 +24,7 @@ from dbtrain.fleet.run_folder import cause_of, trouble_of
 from dbtrain.fleet.trainer import STOPPED
 from dbtrain.fleet.warm_parent import WarmParent, new_name
 from dbtrain.machine import oom_kills
-from dbtrain.results.record import drop_record, finished_record
+from dbtrain.results.record import drop_record, finished_record, stage_seconds
 
 START_SHARE = 10
 """A trainer that loads the base may be silent this many times longer than one that trains."""
@@ -250,4 +250,4 @@ def read_result(out: Path, subject: str) -> dict[str, Any]:
     except DataError:
         drop_record(folder)
         raise
-    return {key: record[key] for key in ("run", "files", "stages_s")}
+    return {"run": record["run"], "files": record["files"], "stages_s": stage_seconds(record)}

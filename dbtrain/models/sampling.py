@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import cycle, islice
 from typing import Any, NamedTuple
@@ -22,6 +22,10 @@ from dbtrain.settings.config import RunConfig, SampleConfig
 def make_pipeline(family: Family, models: Models, sampler: str | None = None) -> Any:
     """A diffusers pipeline around the loaded models, sharing their weights; None and `auto` keep its sampler."""
     return assemble(family, models, None if sampler in (None, "auto") else family.samplers[sampler])
+
+
+SMALL = "small"
+"""Key, in the `info` of a picture that a `Chain` drew, of the picture that its first stage drew."""
 
 
 class Enlarger(NamedTuple):
@@ -85,22 +89,24 @@ def generate(
     """One RGB image for each (prompt, seed), in order. negative: what guidance leads away from; None is nothing.
 
     Every image has its own CPU generator, so its noise does not depend on the batch it is drawn in or on the device.
-    Of a `Chain`, resolution, steps and guidance are the first pipeline's.
+    Of a `Chain`, resolution, steps and guidance are the first pipeline's; its picture is `SMALL` in an image's `info`.
     rows: the adapter of each image, where the models carry the stacked adapters of several subjects. All batches then
     have one size, the last one filled up with what is drawn in vain: the size of a batch decides how its images are
     rounded, so no image depends on which others there are.
     """
     if isinstance(pipeline, Chain):
-        images: Iterable[Image.Image]
         if isinstance(pipeline.first, list):
-            images = islice(cycle(pipeline.first), len(prompts))
+            images = list(islice(cycle(pipeline.first), len(prompts)))
         else:
             chosen = (resolution, steps, guidance, precision, batch, negative, rows)
-            images = generate(pipeline.first, prompts, seeds, *chosen)
+            images = list(generate(pipeline.first, prompts, seeds, *chosen))
+        small = images
         for enlarger in pipeline.then:
             seeds = [image_seed(seed, "enlarged") for seed in seeds]
-            images = enlarged(enlarger, list(images), prompts, seeds, batch, negative, rows)
-        yield from images
+            images = list(enlarged(enlarger, images, prompts, seeds, batch, negative, rows))
+        for image, before in zip(images, small):
+            image.info[SMALL] = before
+            yield image
         return
     told = {"height": resolution, "width": resolution, "num_inference_steps": steps}
     for drawn, kept in _parts(len(prompts), batch, rows):

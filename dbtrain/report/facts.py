@@ -13,7 +13,7 @@ from typing import Any
 from dbtrain.errors import ConfigError
 from dbtrain.evaluate.scores import SCORES, title
 from dbtrain.report.reading import CONFIG, EVALUATION, number, numbers, read_log, read_object, read_text, settings, text
-from dbtrain.results.record import RECORD
+from dbtrain.results.record import RECORD, stage_seconds
 from dbtrain.subjects.prompts import fill
 
 SHOWN = tuple(score for score, metric in SCORES.items() if metric.column)
@@ -46,8 +46,8 @@ class Facts:
 
     @property
     def stages(self) -> dict[str, float]:
-        """Seconds by stage."""
-        return numbers(self.record.get("stages_s")) or numbers(self.ledger.get("stages_s"))
+        """Seconds by what they were spent on; see `record.stage_seconds`."""
+        return numbers(stage_seconds(self.record)) or numbers(self.ledger.get("stages_s"))
 
     @property
     def seconds(self) -> float | None:

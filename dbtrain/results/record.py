@@ -61,6 +61,17 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def stage_seconds(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A subject's seconds by what they were spent on, those of a stage that enlarges told apart by its name; what there
+    is of them in a record that may be damaged."""
+    own, stages = record.get("stages_s"), record.get("stages")
+    spent = dict(own) if isinstance(own, dict) else {}
+    for stage in stages if isinstance(stages, list) else ():
+        if isinstance(stage, dict) and isinstance(stage.get("stages_s"), dict):
+            spent |= {f"{stage.get('folder')}: {name}": seconds for name, seconds in stage["stages_s"].items()}
+    return spent
+
+
 def record_identity(record: dict[str, Any]) -> Identity:
     """The training that a record is of."""
     return Identity.read(record["run"], record.get("about"))

@@ -17,7 +17,7 @@ from dbtrain.results.record import RECORD, read_record
 from dbtrain.storage.atomic import hidden, sync_folder, sync_tree
 
 NEXT = "next"
-WHOLE = ("samples/samples",)
+WHOLE = ("samples/samples", "samples/samples-small")
 """Folders that hold nothing of an old result once they are replaced."""
 
 

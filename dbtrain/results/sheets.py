@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from dbtrain.models.sampling import SMALL
 from dbtrain.storage.atomic import write_file
 
 
@@ -29,17 +30,19 @@ def grid(
 
 
 def publish_sheet(folder: Path, rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str], name: str) -> Path:
-    """The path of the captioned sheet `name`.png. Each image also lies alone in `samples/name`, and no other image."""
-    separate = folder / "samples" / name
-    separate.mkdir(parents=True, exist_ok=True)
-    before = set(separate.glob("prompt-*-image-*.png"))
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            single = separate / f"prompt-{i:02d}-image-{j:02d}.png"
-            save_png(single, image)
-            before.discard(single)
-    for single in before:
-        single.unlink()
+    """The path of the captioned sheet `name`.png. Each image also lies alone in `samples/name`, and no other image; and
+    what the first of several stages drew for it, in `samples/name-small`."""
+    images = {f"prompt-{i:02d}-image-{j:02d}.png": image for i, row in enumerate(rows) for j, image in enumerate(row)}
+    small = {file: image.info[SMALL] for file, image in images.items() if SMALL in image.info}
+    for beside, shown in ((name, images), (f"{name}-small", small)):
+        separate = folder / "samples" / beside
+        if shown:
+            separate.mkdir(parents=True, exist_ok=True)
+        for file, image in shown.items():
+            save_png(separate / file, image)
+        for single in separate.glob("prompt-*-image-*.png"):
+            if single.name not in shown:
+                single.unlink()
     path = folder / f"{name}.png"
     save_png(path, grid(rows, prompts, cell=max(128, rows[0][0].width)))
     return path

@@ -18,13 +18,14 @@ OWN_DATA = ("resolution", "crop", "caption_dropout", "cache_latents", "cache_tex
 
 
 def upscalers(config: RunConfig) -> list[RunConfig]:
-    """The settings of the stages that enlarge, in order: their own, with those that all stages share."""
+    """The settings of the stages that enlarge, in order: their own, with those that all stages share. Its samples are
+    those of the first, but for a stage with `sample.images=0`, which draws none of its own."""
     found = []
     for stage in config.stages:
         data = config.data.model_copy(update={name: getattr(stage.data, name) for name in OWN_DATA})
         prior = stage.prior.model_copy(update={"store": config.prior.store})
         shown = {name: getattr(config.sample, name) for name in ("every_steps", "prompts", "images", "seed")}
-        sample = stage.sample.model_copy(update=shown)
+        sample = stage.sample.model_copy(update=shown if stage.sample.images else {**shown, "images": 0})
         shared = {name: getattr(config, name) for name in OF_ALL}
         whole = {name: getattr(stage, name) for name in type(stage).model_fields}
         found.append(RunConfig(**{**whole, **shared, "data": data, "prior": prior, "sample": sample}))

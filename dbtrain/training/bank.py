@@ -271,10 +271,11 @@ def captions_of(
     return tuple(ids.to(device) for ids in family.tokenize(models, texts))
 
 
-def texts_of_run(base: Base, work: Work) -> list[Group]:
+def texts_of_run(base: Base, work: Work, images: int | None = None) -> list[Group]:
     """The groups of texts that training the subjects of a work asks for: captions as their banks have them, and the
-    prompts of class images and samples."""
+    prompts of class images and samples. images: of each prompt; None is `sample.images`."""
     settings = base.settings
+    images = settings.sample.images if images is None else images
     groups: list[Group] = [("",)] if settings.engine.kind == "packed" else []
     for subject in (one for one in work.subjects if not looks_finished(work.folder(one))):
         config, identifier = subject_config(settings, subject), work.identifiers[subject.id]
@@ -283,7 +284,7 @@ def texts_of_run(base: Base, work: Work) -> list[Group]:
         given = [entry.caption or config.data.caption for entry in work.index.entries_of(subject.id)]
         try:
             groups.append(tuple(distinct([*(fill(text, **names) for text in given), *classes], config.data)))
-            prompts = [fill(text, **names) for text in config.sample.prompts if config.sample.images]
+            prompts = [fill(text, **names) for text in config.sample.prompts if images]
         except ConfigError:  # of this subject alone; its bank says it
             continue
         groups += drawn_texts(base, classes, config.prior.guidance) if classes else []

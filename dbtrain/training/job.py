@@ -51,7 +51,7 @@ from dbtrain.values import Batch, Role, Sample, StepLoss, Subject
 
 Finished = Callable[[Subject, dict[str, Any] | DbtrainError], None]
 """Called with a subject that has ended, and its record or the error that ended it."""
-OF_STAGE = ("family", "base", "base_digest", "method", "steps", "loss", "run", "level", "enlarged_to")
+OF_STAGE = ("family", "base", "base_digest", "method", "steps", "loss", "run", "level", "enlarged_to", "stages_s")
 """What the record of the first stage says of each that enlarges."""
 REMEDY = "Lower train.lr, set train.clip_norm, or train in fp32"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from PIL import Image
 from dbtrain.evaluate.protocol import Protocol
 from dbtrain.evaluate.summary import evaluate
 from dbtrain.report import build
-from dbtrain.results.finished import generate_finished
+from dbtrain.results.record import stage_seconds
 from dbtrain.results.sheets import grid
 from dbtrain.settings.recipes import load
 from dbtrain.subjects.manifest import read_manifest
@@ -25,8 +25,10 @@ from dbtrain.values import Subject
 COUNTS = {DEMO_LARGE: 8, DEMO_REAL: 0}
 """Subjects of each demo manifest that fit into three minutes on two cores; `--all` takes every one."""
 SECOND = ("tiny_upscaler train.method=lora lora.targets=[time_emb_proj] train.lr=0.01 train.schedule=linear "
-          "train.steps=10 train.batch=1")  # fmt: skip
+          "train.steps=10 train.batch=1 sample.images=0")  # fmt: skip
 """Stage (b) as a pack can train it: its adapters change each channel's scale and shift, and no convolution of 3 x 3."""
+PRIOR = "prior.steps=10"
+"""Half the recipe's steps: the class images are recognized as often (docs/embedded-base.md)."""
 CLASS_IMAGES = 4
 """Images of the class prompt for each subject; the others are the samples that training has drawn."""
 
@@ -50,25 +52,24 @@ def run_demo(out: Path, recipe: str, overrides: Sequence[str], everything: bool 
         subjects = read_manifest(manifest)[: None if everything else COUNTS[manifest]]
         if not subjects:
             continue
-        own = [f"prior.store={out / 'priors'}", f"engine.packed.size={len(subjects)}", f"stages=['{SECOND}']"]
+        own = [f"prior.store={out / 'priors'}", f"engine.packed.size={len(subjects)}", f"stages=['{SECOND}']", PRIOR]
         names = [subject.id for subject in subjects]
         done, failed = train_chosen(subjects, (), load(recipe, [*own, *overrides]), folder, names)
         shown.records.extend(done + [{"subject": name, "failed": reason} for name, reason in failed.items()])
-        shown.sheets.append(_sheet(subjects, folder, [folder / "subjects" / row["subject"] for row in done]))
+        shown.sheets.append(_sheet(subjects, folder, {row["subject"] for row in done}))
         if done:
             shown.scores.append(evaluate(folder, Protocol(class_images=CLASS_IMAGES)))
         shown.reports.append(build(folder))
     return replace(shown, seconds=time.perf_counter() - start, peak_memory_gib=peak_memory_gib("cpu"))
 
 
-def _sheet(subjects: Sequence[Subject], folder: Path, done: Sequence[Path]) -> Path:
+def _sheet(subjects: Sequence[Subject], folder: Path, done: Collection[str]) -> Path:
     """One row a subject: two photos, then each prompt's first picture, by stage (a) alone and by both stages."""
-    list(generate_finished(done, None, ["stages=[]", "sample.images=1"], "stage-a"))
     rows, captions = [], []
     for subject in subjects:
         drawn = folder / "subjects" / subject.id / "samples"
-        small = sorted((drawn / "stage-a").glob("*-image-00.png"))
-        pairs = [path for one in small for path in (one, drawn / "samples" / one.name)]
+        large = sorted((drawn / "samples").glob("*-image-00.png")) if subject.id in done else []
+        pairs = [path for one in large for path in (drawn / "samples-small" / one.name, one) if path.exists()]
         images = [Image.open(path).convert("RGB") for path in [*subject.images[:2], *pairs]]
         rows.append([image.resize((128, 128), Image.Resampling.BICUBIC) for image in images])
         captions.append(f"{subject.id} ({subject.class_noun}): photos, then pairs: (a), enlarged plainly | (a) and (b)")
@@ -84,5 +85,5 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             lines.append(f"{record['subject']:<18}failed: {record['failed']}")
             continue
         names = f"{record['subject']:<18}{record['class']:<16}{record['identifier']:<12}"
-        lines.append(f"{names}{record['steps']:>6}{record['loss']:>9.4f}{sum(record['stages_s'].values()):>9.1f}")
+        lines.append(f"{names}{record['steps']:>6}{record['loss']:>9.4f}{sum(stage_seconds(record).values()):>9.1f}")
     return "\n".join(lines)

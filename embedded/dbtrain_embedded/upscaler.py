@@ -31,7 +31,11 @@ CONSTANT = 64.0
 RESIDUAL = 0.07
 """Usual deviation of a picture from its guide, in [-1, 1]."""
 CROP, MARGIN = 36, 4
-"""Pixels of a training crop's side, and of its edge, where it lacks what is around it and has no part in the loss."""
+"""Pixels of a training crop's side, and of an edge where it lacks what is around it and has no part in the loss: as far
+as `head` sees. Edges that are the picture's own lack nothing, and stay."""
+BORDER = 8.0
+"""Weight in the loss of a pixel near a picture's border: there are few, and in flat scenery their error is small, but a
+line along the border is what a person sees."""
 EVERY = 50
 """Steps between two lines of the log."""
 FILTERS = (Image.Resampling.LANCZOS, Image.Resampling.BOX, Image.Resampling.BICUBIC)
@@ -223,20 +227,36 @@ def drawn_levels(count: int, rng) -> tuple:
 
 
 def crops(clean: torch.Tensor, guide: torch.Tensor, each: int, side: int) -> tuple:
-    """(clean, guide) of `each` crops of every picture, at places drawn in proportion to the guide's error there."""
-    step = side // 6
-    error = torch.nn.functional.avg_pool2d((clean - guide).square().mean(dim=1, keepdim=True), side, step)
-    columns, odds = error.shape[-1], error.flatten(1) + 0.1 * error.mean() + 1e-6
-    places = torch.multinomial(odds, each, replacement=True).tolist()
-    cut = [
-        torch.stack([
-            picture[:, place // columns * step :, place % columns * step :][:, :side, :side]
-            for picture, row in zip(pictures, places, strict=True)
-            for place in row
-        ])
-        for pictures in (clean, guide)
-    ]
-    return cut[0], cut[1]
+    """(clean, guide, weight) of `each` crops of every picture, (N, 3, side, side) and (N, 1, side, side).
+
+    Places are drawn in proportion to the guide's error there, and more often along the picture's border. weight: of the
+    pixels in the loss. It is 0 where not all that `head` sees of the picture is in the crop, and `BORDER` near the
+    picture's own border.
+    """
+    error = torch.nn.functional.avg_pool2d((clean - guide).square().mean(dim=1), side, MARGIN)
+    odds = error + 0.1 * error.mean() + 1e-6
+    odds[:, [0, -1]] += error.mean()
+    odds[:, :, [0, -1]] += error.mean()
+    places = torch.multinomial(odds.flatten(1), each, replacement=True)
+    across = odds.shape[-1]
+    axes = [_axis((MARGIN * way).flatten(), side, length)
+            for way, length in zip((places // across, places % across), clean.shape[-2:], strict=True)]  # fmt: skip
+    (rows, whole_rows, near_rows), (columns, whole_columns, near_columns) = axes
+    picture = torch.arange(len(clean), device=clean.device).repeat_interleave(each)[:, None, None]
+    cut = [of[picture, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2) for of in (clean, guide)]
+    near = near_rows[:, :, None] | near_columns[:, None]
+    weight = (whole_rows[:, :, None] & whole_columns[:, None]) * torch.where(near, BORDER, 1.0)
+    return cut[0], cut[1], weight[:, None]
+
+
+def _axis(starts: torch.Tensor, side: int, length: int) -> tuple:
+    """Of the pixels of crops along one axis, (N, side): their place in the picture; whether they lie at least `MARGIN`
+    from each end of the crop that is no end of the picture; whether they lie less than `MARGIN` from an end of it."""
+    within = torch.arange(side, device=starts.device)
+    at = starts[:, None] + within
+    first, last = starts[:, None] == 0, starts[:, None] + side == length
+    whole = ((within >= MARGIN) | first) & ((within < side - MARGIN) | last)
+    return at, whole, (at < MARGIN) | (at >= length - MARGIN)
 
 
 def head(unet, shown: torch.Tensor, t: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -268,21 +288,25 @@ def train(work: Path, minutes: float, lr: float = 2e-3, batch: int = 2, each: in
     def loss_of_step(step):
         hold(parts)
         rng = stream_of(6, step)
-        clean, guide = crops(*draw(batch, rng)[:2], each, CROP)
+        clean, guide, weight = crops(*draw(batch, rng)[:2], each, CROP)
         t, levels = drawn_levels(len(clean), rng)
         noisy = noised(clean, torch.randn_like(clean), t, tables[0])
         guide = noised(guide, torch.randn_like(guide), levels, tables[1])
         with autocast():
             found = head(trainer.model, torch.cat([noisy, guide], dim=1), t, levels)[:, :3]
-        inner = slice(MARGIN, CROP - MARGIN)
-        error = (found.float() - clean)[:, :, inner, inner].square().mean(dim=(1, 2, 3))
+        error = ((found.float() - clean).square() * weight).mean(dim=(1, 2, 3))
+        error = error / (weight > 0).float().mean(dim=(1, 2, 3))
         share = RESIDUAL**2 / (RESIDUAL**2 + 1 / tables[1][levels] - 1)
         return (share * error).mean(), {}
 
     def watch(average, step):
         noise, last = torch.zeros_like(clear), torch.full((len(clear),), 999, device=device())
         found = head(average, torch.cat([noise, clear], dim=1), last, torch.zeros_like(last))[:, :3].clamp(-1, 1)
-        return {"held_psnr": float(psnr(found, high).mean()), "bicubic": float(psnr(clear, high).mean())}
+        measures = {"psnr": psnr, "border": border_error}
+        pictures = {"held": found, "bicubic": clear}
+        return {
+            f"{of}_{name}": float(measures[name](pictures[of], high).mean()) for of in pictures for name in measures
+        }
 
     trainer.run(loss_of_step, every=EVERY, watch=watch)
 
@@ -326,3 +350,11 @@ def sample(pipe, guide: torch.Tensor, captions: list, level: int = 0, steps: int
 def psnr(pictures: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     """The peak signal-to-noise ratio (N,), in dB, of pictures in [-1, 1] to the true ones."""
     return -10 * ((pictures - true) / 2).square().mean(dim=(1, 2, 3)).log10()
+
+
+def border_error(pictures: torch.Tensor, true: torch.Tensor, width: int = MARGIN) -> torch.Tensor:
+    """The root mean square error (N,), of 255, of the pixels that are less than `width` from a picture's border."""
+    error, inner = (pictures - true).square().mean(dim=1), slice(width, -width)
+    count = error[0].numel() - error[0, inner, inner].numel()
+    border = error.sum(dim=(1, 2)) - error[:, inner, inner].sum(dim=(1, 2))
+    return 127.5 * (border.clamp(min=0) / count).sqrt()

@@ -20,7 +20,7 @@ LARGE = [*COMMON, "data.resolution=64", "prior.weight=0", "train.lr=0.05", "lora
 PIXELS = ["model.family=if_stage1", "data.resolution=16", ATTENTION, "prior.sampler=ddpm"]
 LATENTS = ["data.resolution=32", "prior.sampler=euler_ancestral", "engine.kind=packed", "engine.packed.size=2"]
 CASES = {
-    "pixels, one by one": ("if_stage1", PIXELS, "if_stage2", [ATTENTION], 64),
+    "pixels, one by one": ("if_stage1", PIXELS, "if_stage2", [ATTENTION, "sample.images=0"], 64),
     "latents, in a pack": ("sd", LATENTS, "x4_upscaler", ["data.crop=random"], 128),
 }
 
@@ -66,14 +66,17 @@ def test_both_stages_are_trained_once_and_chained(case, model_folders, tmp_path,
     folder = tmp_path / "out" / "subjects" / "rex"
     record, second_record = (json.loads((at / "record.json").read_text()) for at in (folder, folder / "upscaler"))
     files = {"pytorch_lora_weights.safetensors", "upscaler/pytorch_lora_weights.safetensors", "samples.png"}
-    assert files < set(record["files"]) and record["lr"] == 0.01 and second_record["lr"] == 0.05
+    assert files <= set(record["files"]) and record["lr"] == 0.01 and second_record["lr"] == 0.05
     assert record["identifier"] == second_record["identifier"] and record["data_digest"] == second_record["data_digest"]
     assert record["stages"][0]["run"] == second_record["run"] and record["stages"][0]["level"] == 0
     for at in (folder, folder / "upscaler"):
         state = load_file(at / "pytorch_lora_weights.safetensors")
         assert any(tensor.any() for key, tensor in state.items() if ".lora_B." in key)
-    drawn = [Image.open(path) for path in (folder / "samples" / "samples").glob("*.png")]
-    assert drawn and {image.size for image in drawn} == {(side, side)}
+    assert record["stages"][0]["stages_s"] == second_record["stages_s"] and second_record["stages_s"]["train"] > 0
+    assert (folder / "upscaler" / "samples").exists() == (side == 128), "sample.images=0 of a stage is its own samples"
+    for sheet, of_sheet in (("samples", side), ("samples-small", side // 4)):
+        drawn = [Image.open(path) for path in (folder / "samples" / sheet).glob("*.png")]
+        assert drawn and {image.size for image in drawn} == {(of_sheet, of_sheet)}
     assert yaml.safe_load((folder / "config.yaml").read_text())["stages"][0]["model"]["family"] == second
 
     before = stamps(folder)
@@ -97,6 +100,10 @@ def test_both_stages_are_trained_once_and_chained(case, model_folders, tmp_path,
     pictures = [folder / "samples" / sheet / "prompt-00-image-00.png" for sheet in ("samples", "again")]
     drawn, again = (np.asarray(Image.open(path), dtype=int) for path in pictures)
     assert np.abs(drawn - again).max() <= 1, "training drew through the subject's own adapters, in a pack too"
+    run("generate", folder, "--name", "first", "stages=[]")
+    pictures = [folder / "samples" / sheet / "prompt-00-image-00.png" for sheet in ("samples-small", "first")]
+    kept, first = (np.asarray(Image.open(path), dtype=int) for path in pictures)
+    assert np.abs(kept - first).max() <= 1, "what the first stage drew is kept beside"
     run("generate", folder, "--prompt", "{subject} in the snow", "--name", "snow")
     assert Image.open(folder / "snow.png").size[0] > side
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]

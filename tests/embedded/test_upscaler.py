@@ -61,11 +61,28 @@ def test_crops_are_of_one_place_and_mostly_where_the_guide_is_wrong():
     clean = torch.arange(96.0 * 96).view(1, 1, 96, 96).repeat(2, 3, 1, 1) / 9216
     guide = clean.clone()
     guide[:, :, 60:, 60:] += 1
-    high, low = upscaler.crops(clean, guide, 50, 24)
+    high, low, _ = upscaler.crops(clean, guide, 50, 24)
     assert high.shape == low.shape == (100, 3, 24, 24)
     wrong = (low - high).flatten(1)
     assert set(wrong.unique().round(decimals=3).tolist()) == {0.0, 1.0}
     assert (wrong.mean(dim=1) > 0.1).float().mean() > 0.8
+
+
+@torch.no_grad()
+def test_a_crop_shows_what_the_whole_picture_shows_wherever_it_counts(toy, monkeypatch):
+    """Its own edges do not count, and those of the picture count more."""
+    monkeypatch.setattr(torch, "multinomial", lambda odds, each, replacement: torch.arange(each).repeat(len(odds), 1))
+    shown, t, levels = inputs()
+    whole = upscaler.head(toy[1], shown, t, levels)[:, :3]
+    clean, guide, weight = upscaler.crops(shown[:, :3], shown[:, 3:], 9, 24)
+    wanted, _, _ = upscaler.crops(whole, whole, 9, 24)
+    told = (each.repeat_interleave(9) for each in (t, levels))
+    error = (upscaler.head(toy[1], torch.cat([clean, guide], dim=1), *told)[:, :3] - wanted).abs().mean(dim=1)
+    counts = weight[:, 0] > 0
+    assert error[counts].max() < 0.005 and error[~counts].mean() > 0.02
+    corner, middle = weight[0, 0], weight[4, 0]
+    assert corner[:4, :20].eq(upscaler.BORDER).all() and corner[4:20, 4:20].eq(1).all() and not corner[20:].any()
+    assert middle[4:20, 4:20].eq(1).all() and middle.sum() == 16 * 16
 
 
 @pytest.mark.parametrize("level", [0, 50, 249])
@@ -96,9 +113,12 @@ def test_the_shipped_upscaler_beats_bicubic_in_the_stock_pipeline():
     assert gained.min() > 0 and gained.mean() > 1.5
 
 
-def test_psnr_of_a_known_error():
+def test_psnr_and_border_error_of_a_known_error():
     true = torch.zeros(1, 3, 8, 8)
     assert upscaler.psnr(true + 0.2, true).item() == pytest.approx(20, abs=1e-4)
+    made = true + 0.2
+    made[:, :, 1:-1, 1:-1] = 0.9
+    assert upscaler.border_error(made, true, 1).item() == pytest.approx(0.2 * 127.5, abs=1e-3)
 
 
 def test_training_learns_goes_on_where_it_stopped_and_is_exported(tmp_path):

@@ -163,6 +163,33 @@ def test_poison(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_kill_between_the_stages_of_a_cascade_costs_neither_stage(tmp_path):
+    """The stage that was finished is not trained again, and each stage of each subject is trained once."""
+    stage = "tiny_upscaler data.resolution=32 super.low_resolution=16 train.steps=2 train.batch=1 sample.images=0"
+    words = write_small(tmp_path, "a:dog between-1:dog", f"stages=['{stage}']")
+    words[words.index("--workers") + 1] = "1"
+    out = tmp_path / "out"
+    finish(start(words, out, poison=True), out)
+    killed = (out / "once").stat().st_mtime
+    for name, lost in (("a", 0), ("between-1", 1)):
+        folder = out / "subjects" / name
+        record = finished_record(folder)
+        assert record["stages"][0]["run"] == finished_record(folder / "upscaler")["run"]
+        for place in (folder, folder / "upscaler"):
+            logged = [json.loads(line)["step"] for line in (place / "log.jsonl").read_text().splitlines()]
+            assert logged == [1, 2], "each step of each stage once"
+        assert ask(out, f"SELECT state, failures, losses FROM subjects WHERE id='{name}'") == [("finished", 0, lost)]
+    first, second = ((folder / part / "record.json").stat().st_mtime for part in ("upscaler", "."))
+    assert first < killed < second
+    ends = "SELECT outcome FROM attempts JOIN subjects USING (position) WHERE id='between-1' ORDER BY attempt"
+    assert [end for (end,) in ask(out, ends)] == ["waiting", "finished"]
+    (row,) = [row for row in read_rows(out) if row["subject"] == "between-1"]
+    assert {"train", "upscaler: train"} < set(row["stages_s"])
+    assert row["seconds"] == pytest.approx(sum(row["stages_s"].values()))
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_gang(tmp_path):
     """Two processes train one subject with ZeRO; a killed member takes the gang down and up again, and nobody is blamed

@@ -43,6 +43,10 @@ def test_the_ledger_counts_all_attempts_and_the_record_the_last():
     alone = Facts("rex", record, {}, {}, [], {})
     assert (alone.state, alone.seconds, alone.device_seconds, alone.rate) == ("finished", 5.0, 10.0, 5.0)
     assert alone.attempts is None
+    second = {"folder": "upscaler", "stages_s": {"train": 2.0}}
+    cascade = Facts("rex", {**record, "stages": [second]}, {}, {}, [], {})
+    assert cascade.stages == {"train": 4.0, "save": 1.0, "upscaler: train": 2.0}
+    assert (cascade.seconds, cascade.device_seconds, cascade.rate) == (7.0, 14.0, 5.0)
     tried = Facts("rex", record, {"state": "running", "seconds": 9, "gpu_seconds": 18, "attempts": 3}, {}, [], {})
     assert (tried.state, tried.seconds, tried.device_seconds, tried.attempts) == ("running", 9.0, 18.0, 3)
 

@@ -36,6 +36,8 @@ def rex(tmp_path):
     (tmp_path / "rex" / "log.jsonl").write_bytes(b"log")
     (tmp_path / "rex" / "samples" / "generated").mkdir()
     (tmp_path / "rex" / "samples" / "generated" / "a.png").write_bytes(b"kept")
+    (tmp_path / "rex" / "samples" / "samples-small").mkdir()
+    (tmp_path / "rex" / "samples" / "samples-small" / "prompt-01-image-00.png").write_bytes(b"old")
     publish(tmp_path / "rex" / NEXT, b"new", ["weights", "samples.png", "model/unet/weights"])
     return tmp_path / "rex"
 

@@ -4,6 +4,7 @@ import hashlib
 
 from PIL import Image
 
+from dbtrain.models.sampling import SMALL
 from dbtrain.results.record import read_record, write_record
 from dbtrain.results.sheets import grid, publish_sheet
 from tests.kit.published import PUBLISHED
@@ -23,3 +24,17 @@ def test_grid_and_sheet_hold_every_image(tmp_path):
     assert samples == {single.name: hashlib.sha256(single.read_bytes()).hexdigest() for single in singles}
     publish_sheet(tmp_path, [row[:2] for row in rows[:1]], ["first"], "samples")
     assert sorted((tmp_path / "samples" / "samples").glob("*.png")) == singles[:2]
+    assert not (tmp_path / "samples" / "samples-small").exists()
+
+
+def test_what_the_first_of_two_stages_drew_lies_beside(tmp_path):
+    rows = [[Image.new("RGB", (8, 8)) for _ in range(2)]]
+    for number, image in enumerate(rows[0]):
+        image.info[SMALL] = Image.new("RGB", (4, 4), (number, 0, 0))
+    publish_sheet(tmp_path, rows, ["first"], "samples")
+    small = sorted((tmp_path / "samples" / "samples-small").glob("*.png"))
+    assert [(path.name, Image.open(path).getpixel((0, 0))[0]) for path in small] == [
+        ("prompt-00-image-00.png", 0), ("prompt-00-image-01.png", 1)]  # fmt: skip
+    del rows[0][1].info[SMALL]
+    publish_sheet(tmp_path, rows, ["first"], "samples")
+    assert sorted((tmp_path / "samples" / "samples-small").glob("*.png")) == small[:1]

@@ -8,6 +8,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dbtrain import cli
+from dbtrain.results.record import stage_seconds
 from dbtrain.tiny import DEMO_LARGE, DEMO_REAL
 from dbtrain.verbs import demo
 
@@ -48,12 +49,19 @@ def test_the_demo_trains_judges_and_shows_both_stages(one_of_each, tmp_path):
         assert "upscaler/pytorch_lora_weights.safetensors" in json.loads((folder / "record.json").read_text())["files"]
         *photos, plain, both = cells(Image.open(place / "demo.png"))
         small, large = (
-            Image.open(folder / "samples" / sheet / "prompt-00-image-00.png") for sheet in ("stage-a", "samples")
+            Image.open(folder / "samples" / sheet / "prompt-00-image-00.png") for sheet in ("samples-small", "samples")
         )
         assert len(photos) == 2 and small.size == (64, 64)
         assert np.array_equal(plain, small.resize((128, 128), Image.Resampling.BICUBIC))
         assert np.array_equal(both, large)
         assert 0 < np.abs(plain - both).mean() < 12, "stage (b) enlarges what stage (a) drew"
+        record = json.loads((folder / "record.json").read_text())
+        assert float(next(line for line in lines if line.startswith(name)).split()[-1]) == pytest.approx(
+            sum(stage_seconds(record).values()), abs=0.06) and "upscaler: train" in stage_seconds(record)  # fmt: skip
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("samples/*/*.png")}
+    assert run("--out", tmp_path / "demo", *QUICK).exit_code == 0
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("samples/*/*.png")}
+    assert before == after, "the second time nothing is drawn again"
 
 
 def test_a_demo_in_which_subjects_fail_fails_and_still_shows_what_there_is(one_of_each, tmp_path, monkeypatch):

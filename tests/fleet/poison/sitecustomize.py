@@ -1,6 +1,7 @@
 """Poison for trainers: put this folder on PYTHONPATH, and subjects fail by their names' first words.
 
-`crash-x` aborts its process, `once-x` only the first time, `kill-x` is killed from outside, `hang-x` never makes a
+`crash-x` aborts its process, `once-x` only the first time, `kill-x` is killed from outside, `between-x` once, between
+its two stages, `hang-x` never makes a
 step, `oom-x` runs out of memory, `nan-x` cannot go on, `bug-x` meets an error that nobody expected, `disk-x` finds the
 disk full, `file-x` one of its files unreadable, `hold-x` waits while there is a file OUT/hold, and says so by OUT/held.
 `index-x` trains, but nobody can evaluate it; with `wait-x` evaluation waits as `hold-x` does.
@@ -29,6 +30,12 @@ def once(out, watch):
         os.abort()
 
 
+def between(out, watch):
+    if [*out.glob("subjects/between-*/upscaler/record.json")] and not (out / "once").exists():
+        (out / "once").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def poison(open_job):
     from dbtrain.errors import EngineError
 
@@ -36,6 +43,7 @@ def poison(open_job):
         "crash": lambda out, watch: os.abort(),
         "once": once,
         "kill": lambda out, watch: os.kill(os.getpid(), signal.SIGKILL),
+        "between": between,
         "hang": lambda out, watch: time.sleep(1e6),
         "oom": lambda out, watch: fail(MemoryError()),
         "nan": lambda out, watch: fail(EngineError("step 1: the loss is nan")),
