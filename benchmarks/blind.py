@@ -2,7 +2,7 @@
 
     python benchmarks/blind.py sheet OUT             # 64 pictures of the contact sheet's prompts, in random order
     python benchmarks/blind.py subjects OUT --run RUN    # the demo's samples, each beside drawings of its class
-    python benchmarks/blind.py score OUT ANSWERS.json [--name NAME]
+    python benchmarks/blind.py score OUT ANSWERS.json [--part NAME] # NAME: a part of the file of results
 
 The pages in OUT carry numbers and no words. A judge, who has seen neither prompts nor the key, answers in a JSON
 object. For `sheet`: number -> [what is shown, where it is], in free words. For `subjects`: number -> the letter of the
@@ -136,6 +136,21 @@ def share(hits: list) -> str:
     return f"{sum(hits)} of {len(hits)}"
 
 
+def keep(part: str, found: dict) -> None:
+    """Write a score into the files of results, in place of the same part's last one."""
+    path = RESULTS / f"blind-judging_cpu_{time.strftime('%Y%m')}.json"
+    parts = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    parts[part] = found
+    path.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
+    lines = ["# The embedded base and the demo, judged blind", ""]
+    for name, one in parts.items():
+        lines += [f"## {name}", "", f"commit {one['commit']}; {one['machine']}", ""]
+        lines += [f"- {what}: {told}" for what, told in one.items() if isinstance(told, str) and " of " in told]
+        lines += [f"- {subject}: {told}" for subject, told in one.get("by subject", {}).items()]
+        lines += [f"- not recognized, as prompt: answer / place: {told}" for told in one.get("missed", [])] + [""]
+    path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+
+
 def main() -> None:
     """Draw the pages, or score a judge's answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -145,16 +160,16 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="the demo's folder")
     parser.add_argument("--base", default=str(BASE), help="the base's folder")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
-    parser.add_argument("--name", help="write the score to benchmarks/results under this name")
+    parser.add_argument("--part", help="keep the score in the file of results, as this part of it")
+    parser.add_argument("--judge", default="not said", help="who judged, for the file of results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.what == "score":
         found = score(json.loads((options.out / "key.json").read_text()), json.loads(options.answers.read_text()))
         print(json.dumps(found, indent=1))
-        if options.name:
-            target = RESULTS / f"{options.name}_cpu_{time.strftime('%Y%m')}.json"
-            target.write_text(json.dumps({"commit": commit(), **found}, indent=1) + "\n")
+        if options.part:
+            keep(options.part, {"commit": commit(), "machine": f"judge: {options.judge}", **found})
         return
     drawn = {"sheet": lambda: draw_sheet(options.out, options.base, options.seed),
              "subjects": lambda: draw_subjects(options.out, options.run, options.seed)}[options.what]()  # fmt: skip

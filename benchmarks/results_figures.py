@@ -243,6 +243,13 @@ def tiny_quality(result: Result) -> Figures:
 
 
 
+def blind_judging(result: Result) -> Figures:
+    return [
+        (f"{part}: {what}", told) for part, found in result.items()
+        for what, told in found.items() if what in ("class named", "scene named", "picked out")
+    ]  # fmt: skip
+
+
 def upscaler_quality(result: Result) -> Figures:
     """The first set: its first two ways are bicubic and the upscaler as it is used."""
     bicubic, ours = list(next(iter(result["found"].values())).values())[:2]
@@ -332,6 +339,9 @@ MEASUREMENTS = {
     "multinode": Measurement("A fleet over two hosts, one of them lost", multinode, "python benchmarks/multinode.py"),
     "report": Measurement("The report of 10,000 subjects", report),
     "tiny-quality": Measurement("The embedded base", tiny_quality, "python benchmarks/tiny_quality.py"),
+    "blind-judging": Measurement(
+        "The embedded base and the demo, judged blind", blind_judging, "python benchmarks/blind.py"
+    ),
     "upscaler-quality": Measurement(
         "The embedded upscaler", upscaler_quality, "python benchmarks/upscaler_quality.py --count 16"
     ),
