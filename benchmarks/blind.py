@@ -27,6 +27,7 @@ from tiny_quality import RESULTS, SHEET, commit, generate
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.tiny import BASE, DEMO_LARGE
 from dbtrain_embedded import sprites, world
+from dbtrain_embedded.demo import SUBJECTS
 
 ALSO = {
     "dog": ("puppy", "pug", "poodle", "hound"), "cat": ("kitten", "kitty"), "rabbit": ("bunny", "hare"),
@@ -52,8 +53,8 @@ def told(answer: str, truth: str) -> bool:
 
 
 def page(cells: list, first: int, columns: int, out: Path) -> None:
-    """A page of pictures of one size, numbered from `first` in their upper left corners."""
-    wide, high = cells[0].width + 6, cells[0].height + 22
+    """A page of pictures of one height, numbered from `first` in their upper left corners."""
+    wide, high = max(cell.width for cell in cells) + 6, cells[0].height + 22
     sheet = Image.new("RGB", (columns * wide, -(-len(cells) // columns) * high), "white")
     pen = ImageDraw.Draw(sheet)
     for index, cell in enumerate(cells):
@@ -80,19 +81,23 @@ def draw_sheet(out: Path, base: str, seed: int) -> list:
     return [{"prompt": prompts[i], "class": nouns[i], "scene": scenes[i]} for i in order]
 
 
-def drawings(noun: str, first: Path, rng, count: int = 4) -> list:
+def drawings(subject: str, first: Path, rng, count: int = 4) -> list:
     """(pictures, place of the subject): a photo of the subject among plain pictures of other drawings of its class."""
     photo = Image.open(first).convert("RGB").resize((128, 128), Image.BICUBIC)
+    noun, _, own = SUBJECTS[subject]
     others = []
     for split in ("heldout", "train"):
         for index in sprites.of_noun(noun, split):
+            # The subject's own drawing is in the held-out art twice: flat, and shaded.
+            if split == "heldout" and sprites.load(split)[0][index].name == own:
+                continue
             facts = world.Facts(noun, index, "plain")
-            others.append(np.asarray(world.render(facts, world.stream(index, 3), split, 128)))
-    # The subject's own drawing, and drawings much like it, are no "others": the farthest of each step is taken.
+            others.append(np.asarray(world.render(facts, world.stream(index, 3), split, 128), np.float32))
+    # Those that differ most from what is chosen, one after the other.
     chosen = [np.asarray(photo, np.float32)]
-    while len(chosen) < min(count, len(others)):
+    while len(chosen) < min(count, 1 + len(others)):
         far = [min(np.abs(o - c).mean() for c in chosen) for o in others]
-        chosen.append(np.asarray(others[int(np.argmax(far))], np.float32))
+        chosen.append(others.pop(int(np.argmax(far))))
     order = rng.permutation(len(chosen))
     return [Image.fromarray(chosen[i].astype(np.uint8)) for i in order], int(np.flatnonzero(order == 0)[0])
 
@@ -103,7 +108,7 @@ def draw_subjects(out: Path, run: Path, seed: int) -> list:
     for subject in read_manifest(DEMO_LARGE):
         samples = sorted((run / "subjects" / subject.id / "samples" / "samples").glob("*.png"))
         for path in samples:
-            options, place = drawings(subject.class_noun, Path(subject.images[0]), rng)
+            options, place = drawings(subject.id, Path(subject.images[0]), rng)
             row = Image.new("RGB", (160 + 132 * len(options), 150), "white")
             row.paste(Image.open(path).convert("RGB").resize((128, 128), Image.BICUBIC), (0, 18))
             for index, option in enumerate(options):
