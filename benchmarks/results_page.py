@@ -116,7 +116,8 @@ def stated() -> str:
     """The table in docs/families.md: the memory that trainers' documents state, and our counts for such settings."""
     lines = ["| model | stated | its settings | counted, GiB | counted with | source |", "|---|---|---|---|---|---|"]
     for row in read_results()["family-costs"][-1][1]["stated"]:
-        ways = f"{row['wide']:g} bytes a weight, batch {row['samples']}, rank {row['rank']}"
+        wide = f"{row['wide']:g} byte{'s' if row['wide'] > 1 else ''} a weight"
+        ways = f"{wide}, batch {row['samples']}, rank {row['rank']}"
         cells = (row["model"], row["memory"], row["settings"], f"{row['counted_gib']:.0f}",
                  f"{ways}, {'recomputed' if row['again'] else 'plain'}", row["source"])  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
