@@ -16,6 +16,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
 FAMILIES = ROOT / "docs" / "families.md"
+STATED = "## What trainers state"
+"""The heading in docs/families.md before its second table."""
 BEGIN, END = "<!-- figures: made by benchmarks/results_page.py -->", "<!-- end of figures -->"
 
 INTRODUCTION = """\
@@ -110,11 +112,29 @@ def sizes() -> str:
     return "\n".join(lines)
 
 
+def stated() -> str:
+    """The table in docs/families.md: the memory that trainers' documents state, and our counts for such settings."""
+    lines = ["| model | stated | its settings | counted, GiB | counted with | source |", "|---|---|---|---|---|---|"]
+    for row in read_results()["family-costs"][-1][1]["stated"]:
+        wide = f"{row['wide']:g} byte{'s' if row['wide'] > 1 else ''} a weight"
+        ways = f"{wide}, batch {row['samples']}, rank {row['rank']}"
+        cells = (row["model"], row["memory"], row["settings"], f"{row['counted_gib']:.0f}",
+                 f"{ways}, {'recomputed' if row['again'] else 'plain'}", row["source"])  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def with_table(text: str, table: str) -> str:
     """A page with the table between its marks made anew."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def families(text: str) -> str:
+    """docs/families.md with its two tables made anew."""
+    before, line, after = text.partition(STATED)
+    return f"{with_table(before, sizes())}{line}{with_table(after, stated())}"
 
 
 def readme(text: str) -> str:
@@ -128,7 +148,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file would change")
     check = parser.parse_args().check
     wanted = {PAGE: page(), README: readme(README.read_text("utf-8"))}
-    wanted[FAMILIES] = with_table(FAMILIES.read_text("utf-8"), sizes())
+    wanted[FAMILIES] = families(FAMILIES.read_text("utf-8"))
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
     for path in stale:
         print(f"{path.relative_to(ROOT)} {'is not up to date' if check else 'written'}")

@@ -34,7 +34,7 @@ from dbtrain.models.family import Family, Models
 from dbtrain.models.fused_pointwise import fuse_pointwise
 from dbtrain.models.fused_projections import FusedProjections, groups_of, side_by_side
 from dbtrain.models.load import quiet_libraries
-from dbtrain.objective.noise import Schedule, discrete_schedule, flow_schedule
+from dbtrain.objective.noise import discrete_schedule, flow_schedule
 from dbtrain.settings import recipes
 from dbtrain.settings.config import RunConfig, TrainConfig
 from dbtrain.training.step import TrainingStep
@@ -174,12 +174,15 @@ def captions_of(shape: Architecture, rows: int, dtype: torch.dtype) -> Condition
     return Conditioning(states, shape.pooled and torch.empty(rows, shape.pooled, device="meta", dtype=dtype))
 
 
-def batch_of(shape: Architecture, subjects: int) -> Batch:
-    """One photo and one prior of each subject, as cached moments."""
+def batch_of(family: Family, shape: Architecture, subjects: int) -> Batch:
+    """One photo and one prior of each subject, as cached moments; for a denoiser that enlarges, with their small
+    pictures, of a quarter of the side."""
     count, side = 2 * subjects, shape.latent_side
+    small = side * family.codec.cell // 4
     whole = torch.empty(count, dtype=torch.long, device="meta")
     moments = torch.empty(count, 2 * shape.channels, side, side, device="meta")
-    return Batch(moments, whole, whole, whole, torch.empty(count, 6, device="meta"), whole)
+    low = torch.empty(count, 3, small, small, device="meta") if family.guide else None
+    return Batch(moments, whole, whole, whole, torch.empty(count, 6, device="meta"), whole, low_BCHW=low)
 
 
 @dataclass(frozen=True)
@@ -217,15 +220,18 @@ def meta_step(
     projections = [FusedProjections(own) for own in together]
     is_flow = family.schedule.__module__.endswith(".flow")
     schedule = flow_schedule() if is_flow else discrete_schedule(ALPHA_BAR, "epsilon")
-    models = Models(denoiser, {}, {}, VAE, None, schedule, "meta")  # type: ignore[arg-type]
+    levels = discrete_schedule(ALPHA_BAR, "epsilon") if family.guide else None
+    models = Models(denoiser, {}, {}, VAE, None, schedule, "meta", levels=levels)  # type: ignore[arg-type]
     keys, priors = torch.empty(subjects, 2, dtype=torch.long, device="meta"), torch.empty(subjects, device="meta")
     captions = captions_of(shape, 2 * subjects, torch.float32)
     module = TrainingStep(family, models, config, keys, captions, priors)
-    alpha_S, sigma_S, time_S = (table.to("meta") for table in (schedule.alpha_S, schedule.sigma_S, schedule.time_S))
-    module.schedule = Schedule(alpha_S, sigma_S, time_S, schedule.parameterization)
+    meta = torch.device("meta")
+    module.schedule = schedule.to(meta)
+    if levels is not None:
+        module.levels, module.level_S = levels.to(meta), module.level_S.to(meta)
     assert module.first_S is not None, "levels are drawn by a table"
-    module.weight_S, module.first_S = module.weight_S.to("meta"), module.first_S.to("meta")
-    batch = batch_of(shape, subjects)
+    module.weight_S, module.first_S = module.weight_S.to(meta), module.first_S.to(meta)
+    batch = batch_of(family, shape, subjects)
 
     def forward() -> Any:
         for own in projections:
@@ -245,8 +251,6 @@ def count(
 ) -> Counts:  # fmt: skip
     """The exact counts of a `meta_step`. Raises ConfigError where it needs real numbers, which `meta` lacks."""
     quiet_libraries()
-    if family.guide is not None:
-        raise ConfigError(f"{name}: a model that enlarges pictures is not counted")
     # Captions without a mask count where a family takes them; else a mask of real tokens, whose numbers a family with
     # ragged captions reads on the host.
     for mask in (None, "meta", "cpu"):
@@ -369,18 +373,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-WIDTHS = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "caption_channels", "llm_features_dim")
+WIDTHS = ("cross_attention_dim", "encoder_hid_dim", "joint_attention_dim", "cap_feat_dim", "caption_channels",
+          "llm_features_dim")  # fmt: skip
 SIZES = dict.fromkeys(WIDTHS, "width") | {"pooled_projection_dim": "pooled", "sample_size": "latent_side"}
 """Entries of a denoiser's configuration that say how large captions are, and the latents of a U-Net."""
 
 
 def shape_of(family: Family, folder: Path) -> Architecture:
     """The architecture of a base in a diffusers folder: the published one that is most alike, with the folder's
-    configuration. Images are of the published size. Raises ConfigError for a family without published shapes."""
+    configuration. Images are of the published size."""
     told = {key: value for key, value in read_json(folder / family.denoiser / "config.json").items() if key[0] != "_"}
     told = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
-    if not family.shapes:
-        raise ConfigError(f"{family.name}: the sizes of its published models are not known here")
     like = max(family.shapes.values(), key=lambda shape: sum(told.get(k) == v for k, v in shape.config.items()))
     sizes = {field: told[key] for key, field in SIZES.items() if isinstance(told.get(key), int)}
     if "num_text_layers" in told:  # layers side by side

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.families import flow
+from dbtrain.models.architectures import Architecture
 from dbtrain.models.family import Codec, Family, Guide, Models, Tokens, exactly
 from dbtrain.models.schedules import changed, diffusion
 from dbtrain.models.unet import UNET
@@ -86,13 +87,61 @@ _SHARED: dict[str, Any] = {
     "regions": ("ResnetBlock2D",),
     "call": call,
     "trains_text": False,
-    "shapes": {},
 }
-IF_STAGE1 = Family(name="if_stage1", pipeline="IFPipeline", denoise=denoise, **_SHARED)
+_BLOCKS: dict[str, Any] = {
+    "out_channels": 6,
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "act_fn": "gelu",
+    "addition_embed_type": "text",
+    "attention_head_dim": 64,
+    "cross_attention_norm": "group_norm",
+    "encoder_hid_dim": 4096,
+    "encoder_hid_dim_type": "text_proj",
+    "resnet_time_scale_shift": "scale_shift",
+}
+_TOLD: dict[str, Any] = {"channels": 3, "tokens": LENGTH, "width": 4096}
+I_XL = Architecture(
+    UNET,
+    {
+        **_BLOCKS,
+        "sample_size": 64,
+        "in_channels": 3,
+        "block_out_channels": (704, 1408, 2112, 2816),
+        "layers_per_block": 3,
+        "down_block_types": ("ResnetDownsampleBlock2D", *("SimpleCrossAttnDownBlock2D",) * 3),
+        "up_block_types": (*("SimpleCrossAttnUpBlock2D",) * 3, "ResnetUpsampleBlock2D"),
+        "cross_attention_dim": 2816,
+    },
+    latent_side=64,
+    **_TOLD,
+)
+II_L = Architecture(
+    UNET,
+    {
+        **_BLOCKS,
+        "sample_size": 256,
+        "in_channels": 6,
+        "block_out_channels": (160, 320, 640, 960, 1280),
+        "layers_per_block": (2, 2, 3, 5, 5),
+        "down_block_types": (*("ResnetDownsampleBlock2D",) * 3, *("SimpleCrossAttnDownBlock2D",) * 2),
+        "up_block_types": (*("SimpleCrossAttnUpBlock2D",) * 2, *("ResnetUpsampleBlock2D",) * 3),
+        "cross_attention_dim": 1280,
+        "class_embed_type": "timestep",
+        "mid_block_scale_factor": 1.4142271248762552,
+        "resnet_out_scale_factor": 1.4142271248762552,
+        "resnet_skip_time_act": True,
+    },
+    latent_side=256,
+    **_TOLD,
+)
+"""IF-I-XL and IF-II-L, from the `config.json` of their U-Nets. The smaller models' are not known here."""
+
+IF_STAGE1 = Family(name="if_stage1", pipeline="IFPipeline", denoise=denoise, shapes={"if_i_xl": I_XL}, **_SHARED)
 IF_STAGE2 = Family(
     name="if_stage2",
     pipeline="IFSuperResolutionPipeline",
     denoise=enlarge,
+    shapes={"if_ii_l": II_L},
     guide=Guide("image_noising_scheduler", enlarged=True),
     **_SHARED,
 )

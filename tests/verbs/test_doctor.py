@@ -190,12 +190,12 @@ def test_a_model_is_looked_into(model_folders, tmp_path):
 
 
 def test_a_base_is_told_with_its_recipe_and_its_cost(model_folders):
-    """Ideogram 4 draws with a second transformer; an upscaler is not counted, and that is said."""
+    """Ideogram 4 draws with a second transformer, and an upscaler is shown a small picture."""
     found = {check.name: check for check in doctor.check_base(str(model_folders["ideogram4"]))}
     assert [check.state for check in found.values()] == ["ok"] * 5
     assert found["model recipe"].detail.startswith("begin with --config ideogram4_lora model.path=")
     assert "GiB: transformer 0.0, unconditional_transformer 0.0, text_encoder" in found["model files"].detail
     assert "a LoRA step in bf16 at 1024 px" in found["model needs"].detail
     *_, cost = doctor.check_base(str(model_folders["x4_upscaler"]))
-    assert (cost.state, cost.name) == ("warn", "model cost") and "is not counted" in cost.detail
+    assert (cost.state, cost.name) == ("ok", "model cost"), cost.detail
     assert [check.name for check in doctor.check_base("embedded")][:2] == ["model", "model files"]
