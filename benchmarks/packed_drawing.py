@@ -1,8 +1,9 @@
 """What drawing the pictures of many subjects together saves: `python benchmarks/packed_drawing.py`.
 
-The embedded base, random adapters on its attention. Each subject's pictures are drawn one subject after another, as a
-pack did before, and all together as rows of one stack. The two ways alternate; shown are medians of processor time of
-one thread, and how far pictures differ. Writes packed-drawing_<device>_<year and month>.{md,json}.
+The embedded base, random adapters on the layers of the recipe `tiny`. Each subject's pictures are drawn one subject
+after another, and all together as rows of one stack, as `dbtrain evaluate` and `dbtrain study` do. The two ways
+alternate; shown are medians of processor time of one thread, and how far pictures differ. Writes
+packed-drawing_<device>_<year and month>.{md,json}.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from dbtrain.models.adapters import LoraWeights, adapter, matching_layers
 from dbtrain.models.load import load_models
 from dbtrain.models.sampling import draw_samples, make_pipeline, sampling_mode
 from dbtrain.settings.config import RunConfig, SampleConfig
+from dbtrain.settings.recipes import load
 
 RESULTS = Path(__file__).parent / "results"
 FAMILY = FAMILIES["sd"]
@@ -49,7 +51,7 @@ def together(models, adapters: list, prompts: list[str], settings: SampleConfig)
     """The same pictures with all adapters as rows of one stack."""
     rows = [row for row in range(len(adapters)) for _ in prompts]
     batch = min(8, len(rows) * settings.images)
-    with sampling_mode(models), adapter(FAMILY, models, *adapters):
+    with sampling_mode(models), adapter(FAMILY, models, *adapters, folds=True):
         return draw_samples(
             make_pipeline(FAMILY, models), prompts * len(adapters), settings, 64, batch=batch, rows=rows
         )
@@ -58,13 +60,13 @@ def together(models, adapters: list, prompts: list[str], settings: SampleConfig)
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--subjects", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 3], help="prompts a subject, two images each")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config = RunConfig()
+    config = load("tiny", [])
     models, rows = load_models(FAMILY, config.model), []
     for count in options.prompts:
         for subjects in options.subjects:

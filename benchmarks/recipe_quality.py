@@ -54,8 +54,6 @@ PILOTS = {
 }
 """Subject id -> (class noun, art set, emoji name): held-out art of none of the demo's subjects, mostly of classes with
 many drawings, as the demo's are: where a class has two drawings, it is near its subject from the start."""
-BEFORE = {"base model": "base model", "with prior": "250 steps, before"}
-"""Variants that are taken over from `--before`, and what they are called here."""
 SHORT, TURNS = (4, 16), 2
 """Steps of the two trainings by which the cost of a recipe is measured, and how often."""
 SCORES = {
@@ -126,10 +124,10 @@ def measure(options, recipes: dict[str, list[str]], manifest: Path) -> list[dict
     base = load_models(FAMILIES["sd"], config.model).to(torch.device("cpu"))
     judge, rows = load_judge(), []
     warm_priors(options, manifest)
-    if options.before:
-        rows = taken_over(options)
     for seed in options.seeds:
-        for name, words in ({**recipes} if options.before else {BASE: [], **recipes}).items():
+        for name, words in {BASE: [], **recipes}.items():
+            if name in options.once and seed != options.seeds[0]:
+                continue
             place = options.out / f"seed-{seed}" / name
             records = train(options, place, words, manifest, seed) if words else {}
             begin, scored = time.process_time(), []
@@ -157,15 +155,6 @@ def measure(options, recipes: dict[str, list[str]], manifest: Path) -> list[dict
     return rows
 
 
-def taken_over(options) -> list[dict]:
-    """Rows of an earlier result of paper_shape.py, whose pictures have the same prompts and noise."""
-    return [
-        {"recipe": BEFORE[row["variant"]], "seed": row["seed"], "subject": row["subject"], "scores": row["scores"]}
-        for row in json.loads(options.before.read_text("utf-8"))["rows"]
-        if row["variant"] in BEFORE and row["seed"] in options.seeds
-    ]
-
-
 def warm_priors(options, manifest: Path) -> None:
     """Draw the class images that all recipes share, by a training of one step."""
     words = ["train.steps=1", "engine.packed.size=1", "sample.images=0", "track.tensorboard=false"]
@@ -189,13 +178,18 @@ def summary(rows: list[dict], cost: dict[str, float]) -> list[dict]:
     """
     names, cost = list(dict.fromkeys(row["recipe"] for row in rows)), {BASE: 0.0, **cost}
     names.sort(key=lambda name: (name != BASE, -cost[name]))
+    dearest = max(cost, key=cost.__getitem__)
     base, real, found = by_subject(rows, BASE, "identity"), by_subject(rows, BASE, "real_identity"), []
     for name in names:
         scores = {score: mean_interval(by_subject(rows, name, score)).row() for score in SCORES
                   if name != BASE or score != "pres"}  # fmt: skip
         closed = closed_share(base, by_subject(rows, name, "identity"), real).row() if name != BASE else None
-        share = round(cost[name] / max(cost.values()), 3)
-        found.append({"recipe": name, "cpu_s": round(cost[name], 1), "share": share, "closed": closed, **scores})
+        share = round(cost[name] / cost[dearest], 3)
+        more = {score: mean_interval([own - its for own, its in zip(by_subject(rows, name, score), others)]).row()
+                for score in SCORES if name not in (BASE, dearest)
+                for others in [by_subject(rows, dearest, score)]}  # fmt: skip
+        found.append({"recipe": name, "cpu_s": round(cost[name], 1), "share": share, "closed": closed, **scores,
+                      "more than the dearest": more})  # fmt: skip
     return found
 
 
@@ -206,6 +200,11 @@ def table(found: list[dict]) -> list[str]:
     for one in found:
         cells = [shown(one[key]) if one.get(key) else "" for key in ("closed", *SCORES)]
         lines.append(f"| {one['recipe']} | {one['cpu_s']:.0f} | {one['share']:.3f} | " + " | ".join(cells) + " |")
+    heads = "| more than the dearest, subject by subject | " + " | ".join(SCORES.values()) + " |"
+    lines += ["", heads, "|---" * (len(SCORES) + 1) + "|"]
+    for one in found:
+        if more := one["more than the dearest"]:
+            lines.append(f"| {one['recipe']} | " + " | ".join(shown(more[score]) for score in SCORES) + " |")
     return lines
 
 
@@ -214,8 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--group", choices=("pilots", "demo"), default="pilots")
     parser.add_argument("--recipe", action="append", required=True, metavar="NAME: RECIPE A.B=C ...")
-    parser.add_argument("--before", type=Path, help="result of paper_shape.py to compare with; of the group demo")
-    parser.add_argument("--before-recipe", default="tiny_packed", metavar="'RECIPE A.B=C ...'", help="what it trained")
+    parser.add_argument("--once", nargs="*", default=[], metavar="NAME", help="recipes with the first seed alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="training seeds")
     parser.add_argument("--images", type=int, default=8, help="pictures of the plain and of the class prompt")
     parser.add_argument("--placed", type=int, default=2, choices=(1, 2), help="pictures of each of the fifteen places")
@@ -225,8 +223,7 @@ def main() -> None:
     recipes = {line.partition(":")[0].strip(): shlex.split(line.partition(":")[2]) for line in options.recipe}
     manifest = DEMO if options.group == "demo" else pilot_manifest(options.out / "pilots")
     rows = measure(options, recipes, manifest)
-    before = {BEFORE["with prior"]: shlex.split(options.before_recipe)} if options.before else {}
-    cost = costs(options, {**before, **recipes}, manifest)
+    cost = costs(options, recipes, manifest)
     found = summary(rows, cost)
     lines = table(found)
     print("\n".join(lines))
@@ -236,9 +233,9 @@ def main() -> None:
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "commit": commit(),
             "group": options.group,
-            "before": f"{options.before} by {options.before_recipe}" if options.before else "",
             "recipes": {name: shlex.join(words) for name, words in recipes.items()},
             "seeds": options.seeds,
+            "with the first seed alone": options.once,
             "images": options.images,
             "placed": options.placed,
         }

@@ -77,14 +77,14 @@ CORE = """
 """
 WHEEL = "dbtrain/*.py dbtrain/*/*.py kernels/dbtrain_kernels/*.py launchers/dbtrain_launchers/*.py"
 BUDGETS = {
-    "core": (3_940, CORE),
+    "core": (3_965, CORE),
     "verbs": (2_960, "dbtrain/verbs/*.py"),
     "report": (1_750, "dbtrain/report/*.py"),
     "fleet": (4_300, "dbtrain/fleet/*.py"),
     "evaluate": (1_600, "dbtrain/evaluate/*.py"),
     "subjects and data": (4_110, "dbtrain/subjects/*.py dbtrain/data/*.py"),
     "kernels": (2_460, "kernels/dbtrain_kernels/*.py"),
-    "wheel": (35_070, WHEEL),
+    "wheel": (35_130, WHEEL),
 }
 """Most lines of each room, and its files. Raise a budget only in a commit that says why."""
 MAX_FAMILY_LINES = 150

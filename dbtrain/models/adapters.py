@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbtrain.errors import ConfigError, DataError
@@ -30,7 +31,11 @@ class StackedLora(nn.Module):
 
     down_NRD [N, rank, in], up_NDR [N, out, rank]: the trained matrices, fp32. scale_N: alpha / rank of each subject.
     rows: adapters to apply: all of them, a slice, or one for each sample of a batch (see `chosen_rows`).
+    folds: whether samples that share an adapter may go through one matrix, W + scale B A, where that is cheaper. It
+    rounds otherwise, by how many samples share it, so a stack that trains does not.
     """
+
+    folds = False
 
     def __init__(self, base: nn.Linear | nn.Conv2d, subjects: int, rank: int, scale: float):
         super().__init__()
@@ -62,6 +67,8 @@ class StackedLora(nn.Module):
         """The layer's output, of the base layer's shape."""
         if self.fused and self.rows is ALL_ROWS and torch.is_grad_enabled() and self.fused[0].takes(x):
             return self.fused[0].output(self.fused[1], x)
+        if isinstance(self.rows, Tensor) and self._folds(x):
+            return self._by_runs(x)
         base = self.base(x)
         down_NRD, up_NDR, scale_N = self.down_NRD, self.up_NDR, self.scale_N
         if isinstance(self.rows, Tensor):
@@ -74,6 +81,26 @@ class StackedLora(nn.Module):
         if isinstance(self.base, nn.Conv2d):
             return lora(x.movedim(1, -1), base.movedim(1, -1), down_NRD, up_NDR, scale_N).movedim(-1, 1)
         return lora(x, base, down_NRD, up_NDR, scale_N)
+
+    def _folds(self, x: Tensor) -> bool:
+        """Whether a matrix for each run of samples is cheaper than the update: it costs R in out products, and saves
+        R (in + out) for each position."""
+        if not self.folds or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != self.weight.dtype:
+            return False
+        runs = len(torch.unique_consecutive(self.rows))
+        wide, out = widths(self.base)
+        return x.numel() // wide * (wide + out) > runs * wide * out
+
+    def _by_runs(self, x: Tensor) -> Tensor:
+        """The layer's output, by runs of samples with one adapter, in all parts of the batch."""
+        parts, weight = x.unflatten(0, (-1, len(self.rows))), self.weight
+        product, done = F.conv2d if isinstance(self.base, nn.Conv2d) else F.linear, []
+        runs, counts = torch.unique_consecutive(self.rows, return_counts=True)
+        for row, samples in zip(runs.tolist(), parts.split(counts.tolist(), 1)):
+            scale, up, down = (each[row].to(weight.dtype) for each in (self.scale_N, self.up_NDR, self.down_NRD))
+            own = torch.addmm(weight.flatten(1), up, down, alpha=float(scale)).view_as(weight)
+            done.append(product(samples.flatten(0, 1), own, self.base.bias).unflatten(0, (len(parts), -1)))
+        return torch.cat(done, 1).flatten(0, 1)
 
 
 def widths(layer: nn.Module) -> tuple[int, int]:
@@ -287,18 +314,18 @@ def refuse_misfit(components: dict[str, torch.nn.Module], weights: LoraWeights) 
 
 
 @contextmanager
-def adapter(family: Family, models: Models, *weights: LoraWeights) -> Iterator[None]:
+def adapter(family: Family, models: Models, *weights: LoraWeights, folds: bool = False) -> Iterator[None]:
     """The base with an adapter on it, or with several as the rows of one stack; afterwards the base as it was."""
     try:
-        put_on(family, models, *weights)
+        put_on(family, models, *weights, folds=folds)
         yield
     finally:
         for module in models.components(family.denoiser).values():
             detach(module)
 
 
-def put_on(family: Family, models: Models, *weights: LoraWeights) -> None:
-    """Put an adapter on the base, or several as the rows of one stack, to stay.
+def put_on(family: Family, models: Models, *weights: LoraWeights, folds: bool = False) -> None:
+    """Put an adapter on the base, or several as the rows of one stack, to stay. folds: see `StackedLora`.
 
     Adapters of a stack may differ in rank and in layers: what one of them lacks is 0.
     """
@@ -309,6 +336,7 @@ def put_on(family: Family, models: Models, *weights: LoraWeights) -> None:
     rank = max(one.rank for one in weights)
     for name in dict.fromkeys(name for one in weights for name in one.matrices):
         paths = dict.fromkeys(path for one in weights for path in one.matrices.get(name, ()))
-        attach(components[name], paths, len(weights), rank, float(rank))
+        for layer in attach(components[name], paths, len(weights), rank, float(rank)):
+            layer.folds = folds
     for row, one in enumerate(weights):
         write_rows(components, row, one)

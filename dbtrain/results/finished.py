@@ -141,7 +141,8 @@ def own_pipeline(folder: Path, weight: float = 1.0) -> Any:
 def stacked_pipeline(folders: Sequence[Path], family: Family, models: Models) -> Iterator[Any]:
     """The base's pipeline with the adapters of several finished subjects as the rows of one stack, in order; see
     `models.sampling.generate`. Each folder must hold an adapter."""
-    with sampling_mode(models), adapter(family, models, *(read_lora(folder)[0].folded() for folder in folders)):
+    own = [read_lora(folder)[0].folded() for folder in folders]
+    with sampling_mode(models), adapter(family, models, *own, folds=True):
         yield make_pipeline(family, models)
 
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dbtrain.engines.world import start_world
 from dbtrain.errors import ConfigError, DataError, DbtrainError
@@ -136,9 +136,12 @@ class Study:
             names = {variant.name for variant in variants}
             rows = [row for row in work.subjects if work.folder(row).parent.parent.name in names]
             settings = base.settings.replaced("checkpoint.last", len(steps) > 1)
+            settings = settings.replaced("engine.packed.size", filled(settings.engine.packed.size, len(rows)))
             train_subjects(replace(base, settings=settings), replace(work, subjects=rows), self.watch, self.ended(work))
         how = self.protocol
-        return self.score(base, work, warm_judge(how.identity, how.clip, base.world.device, how.distance))
+        if how.protocol == "quick":
+            how = replace(how, images=how.images or group.config.sample.images or None)
+        return self.score(base, work, how, warm_judge(how.identity, how.clip, base.world.device, how.distance))
 
     def hand_over(self, before: Variant | None, variant: Variant, subjects: Sequence[Subject]) -> None:
         """Give a variant the state in which a shorter one ended, subject by subject: with a constant rate the longer
@@ -166,7 +169,7 @@ class Study:
             section, _, name = key.partition(".")
             if getattr(getattr(config, section), name) is None:
                 config = config.replaced(key, str(place.absolute()))
-        return config
+        return config.replaced("sample.images", 0)  # pictures of all variants are drawn together, when they are scored
 
     def base_for(self, config: RunConfig, before: Base | None) -> Base:
         """The base that a group trains on: the one that is loaded, if it was loaded in the same way."""
@@ -219,10 +222,10 @@ class Study:
 
         return finished
 
-    def score(self, base: Base, work: Rows, judge: Judge) -> list[Row]:
+    def score(self, base: Base, work: Rows, how: Protocol, judge: Judge) -> list[Row]:
         """The scores of a group's finished rows: pictures of many rows are drawn together, each once."""
         shards = work.shards if isinstance(work.shards, Path) else None
-        protocol = replace(self.protocol, shards=shards, base_pictures=self.out / "base")
+        protocol = replace(how, shards=shards, base_pictures=self.out / "base")
         folders = {work.folder(row): row for row in work.subjects if (work.folder(row) / RECORD).exists()}
         new = [folder for folder in folders if not is_scored(folder, base, protocol, judge)]
         draw_together(new, base.models, base.family, protocol)
@@ -248,6 +251,13 @@ def rounds(subjects: int) -> list[int]:
     while counts[-1] * 2 < subjects:
         counts.append(counts[-1] * 2)
     return [*(count for count in counts if count < subjects), subjects]
+
+
+def filled(size: int | Literal["auto"], rows: int) -> int | Literal["auto"]:
+    """The smallest size of packs that trains so many rows in as few packs as `size` does: a pack runs all its rows,
+    and those that are empty cost what the others do. It counts rows that are finished, too, so that what is lost is
+    made anew in a pack of the same size."""
+    return size if size == "auto" else -(-rows // -(-rows // size))
 
 
 def folder_of(out: Path, variant: str, subject: str) -> Path:

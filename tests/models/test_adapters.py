@@ -116,6 +116,22 @@ def test_a_smaller_rank_is_padded_with_nothing():
     assert torch.allclose(layer(torch.cat([x, x]))[:4], solo.to_q(x), rtol=0, atol=32 * 2.0**-23)
 
 
+@pytest.mark.parametrize("kind", BASES)
+def test_samples_of_one_adapter_go_through_one_matrix_where_that_is_cheaper(kind):
+    """More than in * out / (in + out) = 2.7 positions for each of the two runs, in both halves that guidance makes."""
+    make, (_, *rest) = BASES[kind]
+    stack = filled(make().double(), 3, 2)
+    stack.scale_N.copy_(torch.tensor([0.5, 1.0, 3.0]))
+    stack.rows = torch.tensor([2, 0, 0])
+    x = seeded(6, *rest, seed=9)
+    with torch.no_grad():
+        plain, stack.folds = stack(x), True
+        folded = stack(x)
+        few = x[:3, :, :1, :1] if kind == "conv" else x[:3, :1]
+        assert stack._folds(x) and not stack._folds(few)
+    assert (folded - plain).abs().max() < 1e-14 * 100 and not stack._folds(x)
+
+
 def test_reset_rows_are_independent():
     def rows(order, subjects=3):
         model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8))

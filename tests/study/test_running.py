@@ -13,7 +13,7 @@ from dbtrain.results.publish import LORA_FILE
 from dbtrain.settings.recipes import load
 from dbtrain.study import running
 from dbtrain.study.findings import Row
-from dbtrain.study.running import Study, even_costs, folder_of, prior_seconds
+from dbtrain.study.running import Study, even_costs, filled, folder_of, prior_seconds
 from dbtrain.study.variants import Design
 from dbtrain.train import train_manifest
 from dbtrain.training.session import Watch
@@ -53,6 +53,9 @@ def test_every_row_is_trained_and_scored(done):
     # One folder of photos, class images and base pictures for all variants.
     assert sorted(path.name for path in (folder / "out" / "base").iterdir()) == ["cat", "dog"]
     assert not list((folder / "out" / "variants").glob("*/evaluation"))
+    # Training drew none of the pictures that are scored.
+    assert not list((folder / "out" / "variants").glob("*/subjects/*/samples*"))
+    assert len(list((folder_of(folder / "out", "recipe", "rex") / "evaluation").glob("tuned-*.png"))) == 1
 
 
 @pytest.mark.parametrize("name, words", [("lr-4e-3", ["train.lr=4e-3"]), ("batch-2", ["train.batch=2"])])
@@ -86,6 +89,7 @@ def test_step_counts_are_met_by_one_training_and_each_is_what_training_it_alone_
     assert per_step == pytest.approx([per_step[0]] * 3)
     for name, row in rows.items():
         words = [*study.design.overrides, "lora.rank=1", f"train.steps={row.steps}", "engine.kind=packed"]
+        words.append("engine.packed.size=1")  # a study's pack has no row to spare
         config = load(study.design.recipe, [*words, f"prior.store={tmp_path / 'out' / 'priors'}"])
         _, failed = train_manifest(tmp_path / "photos.csv", config, tmp_path / name, ["tom"], quiet=True)
         theirs = weights(tmp_path / name / "subjects" / "tom")
@@ -150,6 +154,11 @@ def test_a_subjects_own_value_of_what_is_varied_is_refused(done, tmp_path):
     (folder / "own.csv").write_text("subject,class,images,lr\nrex,dog,rex,1e-4\n")
     with pytest.raises(DataError, match="the study varies"):
         replace(study, manifest=folder / "own.csv", out=tmp_path).run()
+
+
+def test_a_pack_has_no_row_to_spare():
+    assert [filled(16, rows) for rows in (1, 8, 16, 17, 24, 64)] == [1, 8, 16, 9, 12, 16]
+    assert filled("auto", 3) == "auto"
 
 
 def test_the_cost_of_a_group_is_shared_out_by_steps():
