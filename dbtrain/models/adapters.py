@@ -67,8 +67,8 @@ class StackedLora(nn.Module):
         """The layer's output, of the base layer's shape."""
         if self.fused and self.rows is ALL_ROWS and torch.is_grad_enabled() and self.fused[0].takes(x):
             return self.fused[0].output(self.fused[1], x)
-        if isinstance(self.rows, Tensor) and self._folds(x):
-            return self._by_runs(x)
+        if isinstance(self.rows, Tensor) and self._folds(x, self.rows):
+            return self._by_runs(x, self.rows)
         base = self.base(x)
         down_NRD, up_NDR, scale_N = self.down_NRD, self.up_NDR, self.scale_N
         if isinstance(self.rows, Tensor):
@@ -82,20 +82,20 @@ class StackedLora(nn.Module):
             return lora(x.movedim(1, -1), base.movedim(1, -1), down_NRD, up_NDR, scale_N).movedim(-1, 1)
         return lora(x, base, down_NRD, up_NDR, scale_N)
 
-    def _folds(self, x: Tensor) -> bool:
+    def _folds(self, x: Tensor, rows: Tensor) -> bool:
         """Whether a matrix for each run of samples is cheaper than the update: it costs R in out products, and saves
         R (in + out) for each position."""
         if not self.folds or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != self.weight.dtype:
             return False
-        runs = len(torch.unique_consecutive(self.rows))
+        runs = len(torch.unique_consecutive(rows))
         wide, out = widths(self.base)
         return x.numel() // wide * (wide + out) > runs * wide * out
 
-    def _by_runs(self, x: Tensor) -> Tensor:
+    def _by_runs(self, x: Tensor, rows: Tensor) -> Tensor:
         """The layer's output, by runs of samples with one adapter, in all parts of the batch."""
-        parts, weight = x.unflatten(0, (-1, len(self.rows))), self.weight
+        parts, weight = x.unflatten(0, (-1, len(rows))), self.weight
         product, done = F.conv2d if isinstance(self.base, nn.Conv2d) else F.linear, []
-        runs, counts = torch.unique_consecutive(self.rows, return_counts=True)
+        runs, counts = torch.unique_consecutive(rows, return_counts=True)
         for row, samples in zip(runs.tolist(), parts.split(counts.tolist(), 1)):
             scale, up, down = (each[row].to(weight.dtype) for each in (self.scale_N, self.up_NDR, self.down_NRD))
             own = torch.addmm(weight.flatten(1), up, down, alpha=float(scale)).view_as(weight)
