@@ -127,6 +127,9 @@ def test_published_shapes_have_their_weight_in_layers_that_are_quantized(name):
     for shape in FAMILIES[name].shapes.values():
         model = shape.blank("meta")
         chosen = set(quantizable(model, FAMILIES[name]))
+        if name in ("if_stage1", "if_stage2"):
+            assert not chosen  # convolutions, and attention outside of blocks that repeat: refused in one line
+            continue
         linear = {path: layer.weight.numel() for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
         share = sum(linear[path] for path in chosen) / sum(param.numel() for param in model.parameters())
         assert share > (0.25 if FAMILIES[name].denoiser == "unet" else 0.45), share
