@@ -16,7 +16,8 @@ from dbtrain.settings.recipes import known_keys, load, loads
 
 OLDER = (
     "train.steps=250", "train.lr=2e-3", "train.schedule=constant", "train.batch=4", "objective.timesteps=uniform",
-    "prior.weight=1", "lora.targets=[attn*.to_q,attn*.to_k,attn*.to_v,attn*.to_out.0]",
+    "train.text_encoder=false", "train.text_encoder_lr=null", "lora.rank=16", "prior.weight=1",
+    "lora.targets=[attn*.to_q,attn*.to_k,attn*.to_v,attn*.to_out.0]",
 )  # fmt: skip
 """`tiny` as it was."""
 
