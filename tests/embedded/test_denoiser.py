@@ -8,11 +8,21 @@ from dbtrain_embedded import denoiser
 
 
 @pytest.mark.parametrize("count", [1, 7, 32])
-def test_each_equal_part_of_the_range_has_one_timestep(count):
+def test_each_equally_likely_part_of_the_range_has_one_timestep(count):
     timesteps = denoiser.timesteps(count, np.random.default_rng(0))
-    starts = np.arange(count) * 1000 / count
+    edges = [share * 1500 if share < 1 / 3 else 250 + share * 750 for share in np.arange(count + 1) / count]
     ordered = np.sort(timesteps)
-    assert (np.floor(starts) <= ordered).all() and (ordered < starts + 1000 / count).all()
+    assert (np.floor(edges[:-1]) <= ordered).all() and (ordered < edges[1:]).all()
+
+
+def test_a_class_of_many_drawings_and_changed_scenes_are_taken_more_often():
+    plain = {"noun": "fox", "view": None, "colour": None, "accessory": None, "style": None}
+    changes = {"colour": "red"}, {"view": "close"}, {"view": "far"}, {"noun": "dog"}
+    rows = [plain, *({**plain, **change} for change in changes)]
+    chances = denoiser.chances(rows)
+    assert chances[-1] == 1
+    # Four foxes and sixteen dogs are drawn: 4^0.75 = 2.83 times as often.
+    assert np.allclose(np.diff(chances, prepend=0) / chances[0], [1, 2, 2, 1, 4**0.75])
 
 
 def test_the_scheduler_finds_the_clean_latents_from_the_training_target():
