@@ -131,7 +131,7 @@ def test_poison(tmp_path):
     names = "a:dog crash-1:dog b:dog hang-1:dog c:dog oom-1:dog d:dog nan-1:dog e:dog bug-1:dog f:dog file-1:dog g:dog"
     words = write_small(tmp_path, names)
     out = tmp_path / "out"
-    driver = start(words, out, "--tries", "2", "--hang", "3", poison=True)
+    driver = start(words, out, "--tries", "2", "--hang", "10", poison=True)
     finish(driver, out, 4)
     found = {row["subject"]: row for row in read_rows(out)}
     assert {name for name, row in found.items() if row["state"] == "finished"} == set("abcdefg")
