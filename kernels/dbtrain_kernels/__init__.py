@@ -98,6 +98,14 @@ OPS = {
         launches="dbtrain_kernels.rotary:LAUNCHES",
         differentiable=("x",),
     ),
+    "residual_norm": Op(
+        reference="dbtrain_kernels.reference:residual_norm",
+        cases="tests.kernels.test_residual_norm:cases",
+        fused="dbtrain_kernels.residual_norm:residual_norm",
+        work="dbtrain_kernels.residual_norm:work",
+        launches="dbtrain_kernels.residual_norm:LAUNCHES",
+        differentiable=("x", "y"),
+    ),
 }
 """Every operation by name. A row gets the contract tests and the benchmark for free."""
 

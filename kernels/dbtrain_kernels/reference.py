@@ -230,6 +230,31 @@ def group_norm(
     return F.silu(normal) if silu else normal
 
 
+class Normed(NamedTuple):
+    """A total of x's shape and its norm."""
+
+    total: Tensor
+    normal: Tensor
+
+
+def residual_norm(
+    x: Tensor, scale: Tensor, shift: Tensor | None = None, y: Tensor | None = None, gate: Tensor | None = None,
+    eps: float = 1e-6, y_eps: float | None = None, centered: bool = True, unit: bool = False,
+) -> Normed:  # fmt: skip
+    """total = x + gate * y, and its LayerNorm (arXiv 1607.06450) or, if not `centered`, RMSNorm, with scale and shift.
+
+    x and y, a layer's output: [B, T, D]. y_eps: of an RMSNorm of y; None leaves it out. scale, shift, gate: [D], or
+    [B, 1, D] of each sample; the gate holds the weight of y's norm. unit: the norm is multiplied by 1 + scale. None
+    stands for x alone, no shift, and a gate of 1.
+    """
+    if y is not None:
+        y = y if y_eps is None else F.rms_norm(y, y.shape[-1:], None, y_eps)
+        x = x + (y if gate is None else gate * y)
+    normal = F.layer_norm(x, x.shape[-1:], eps=eps) if centered else F.rms_norm(x, x.shape[-1:], None, eps)
+    normal = normal * (1 + scale if unit else scale)
+    return Normed(x, normal if shift is None else normal + shift)
+
+
 def rotary(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, halves: bool = False) -> Tensor:
     """RMSNorm (arXiv 1910.07467) of each head of x [B, T, H, D], then the rotary embedding (arXiv 2104.09864).
 

@@ -63,7 +63,7 @@ def test_a_real_unet_with_adapters_has_the_same_output_and_gradients():
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).double()  # fmt: skip
     fused = copy.deepcopy(plain)
-    assert fuse_pointwise(fused) == 4 + 21 and fuse_pointwise(fused) == 0  # gates and norms
+    assert fuse_pointwise(fused) == 4 + 21 + 12 and fuse_pointwise(fused) == 0  # gates, and norms of two kinds
     assert [*fused.state_dict()] == [*plain.state_dict()]
     results = []
     for model in (plain, fused):
