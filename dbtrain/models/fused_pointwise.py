@@ -1,5 +1,6 @@
 """Gates and norms of a denoiser as one kernel each, forward and backward, in the place of chains of operators: GEGLU,
-GroupNorm with SiLU (`fused_unet`) and RMSNorm with rotary embedding (`fused_rotary`) by kernels of ours, other RMSNorms
+GroupNorm with SiLU and LayerNorm with the addition before it (`fused_unet`), RMSNorm with rotary embedding
+(`fused_rotary`), and norms with modulation and gated additions (`fused_modulation`) by kernels of ours, other RMSNorms
 by PyTorch's. Paths and parameters stay as they are."""
 
 import torch
@@ -7,6 +8,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
+from dbtrain.models.fused_modulation import fuse_modulation
 from dbtrain.models.fused_rotary import Norm, fuse_rotary
 from dbtrain.models.fused_unet import GroupNorm, fuse_unet
 from dbtrain.settings.config import EngineConfig
@@ -26,8 +28,8 @@ class Gate(nn.Module):
 
 
 def fuse_pointwise(denoiser: nn.Module) -> int:
-    """The number of gates, norms and embeddings that are one kernel now."""
-    fused = fuse_unet(denoiser) + fuse_rotary(denoiser)
+    """The number of gates, norms and embeddings that are one kernel now, and of blocks whose norms take more along."""
+    fused = fuse_unet(denoiser) + fuse_rotary(denoiser) + fuse_modulation(denoiser)
     for path, module in [*denoiser.named_modules()]:
         if type(module) is GEGLU:
             denoiser.set_submodule(path, Gate(module))

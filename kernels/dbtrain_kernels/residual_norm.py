@@ -23,10 +23,11 @@ def residual_norm(
     """What `reference.residual_norm` is; on a GPU in one launch, and one in backward, which adds the gradients of the
     total and of its norm. Computed in fp32, the total rounded once and read as it was rounded.
 
-    x and y alone have gradients: where the others need one, or are of another dtype, it is plain PyTorch.
+    x and y alone have gradients: where the others need one, or are of another dtype or of tokens, it is plain PyTorch.
     """
-    others = [one for one in (y, scale, shift, gate) if one is not None]
-    alike = all(one.dtype == x.dtype for one in others) and not any(one.requires_grad for one in others if one is not y)
+    own = [one for one in (scale, shift, gate) if one is not None]
+    alike = all(one.dtype == x.dtype for one in (*own, x if y is None else y))
+    alike &= not any(one.requires_grad or one.numel() not in (x.shape[-1], len(x) * x.shape[-1]) for one in own)
     if not alike or not choose("residual_norm", x.device.type, dtype_problem(FLOATS, x=x)).fused:
         return reference.residual_norm(x, scale, shift, y, gate, eps, y_eps, centered, unit)
     factors = (None if one is None else by_sample(one) for one in (gate, scale, shift))
