@@ -81,6 +81,14 @@ OPS = {
         launches="dbtrain_kernels.geglu:LAUNCHES",
         differentiable=("x",),
     ),
+    "swiglu": Op(
+        reference="dbtrain_kernels.reference:swiglu",
+        cases="tests.kernels.test_swiglu:cases",
+        fused="dbtrain_kernels.swiglu:swiglu",
+        work="dbtrain_kernels.swiglu:work",
+        launches="dbtrain_kernels.swiglu:LAUNCHES",
+        differentiable=("gate", "value"),
+    ),
     "group_norm": Op(
         reference="dbtrain_kernels.reference:group_norm",
         cases="tests.kernels.test_group_norm:cases",

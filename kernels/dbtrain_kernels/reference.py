@@ -221,6 +221,11 @@ def geglu(x: Tensor) -> Tensor:
     return value * F.gelu(gate)
 
 
+def swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    """silu(gate) * value (arXiv 2002.05202)."""
+    return F.silu(gate) * value
+
+
 def group_norm(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = True, shift_BC: Tensor | None = None
 ) -> Tensor:

@@ -196,6 +196,7 @@ MUTANTS = {
     "a neighbour's modulation": ("residual_norm", "modulated", lambda inputs: {"scale": inputs["scale"].flip(0)}),
     "scale for 1 + scale": ("residual_norm", "modulated", lambda inputs: {"unit": False}),
     "mean left in": ("residual_norm", "plain", lambda inputs: {"centered": False}),
+    "gate for value": ("swiglu", "plain", lambda inputs: {"gate": inputs["value"], "value": inputs["gate"]}),
     "no rest": ("adamw", "a resting row", lambda inputs: {"active_N": torch.ones(3, dtype=torch.bool)}),
 }
 

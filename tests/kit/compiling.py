@@ -36,7 +36,6 @@ from dbtrain_kernels import (
     rotary_triton,
 )  # fmt: skip
 from dbtrain_kernels.adamw import inputs as adamw_inputs
-from dbtrain_kernels.geglu import LAYERS
 from dbtrain_kernels.geglu import inputs as geglu_inputs
 from dbtrain_kernels.group_norm import inputs as group_norm_inputs
 from dbtrain_kernels.lora import SPLIT
@@ -125,9 +124,10 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     for options in ({}, {"ema": True}, {"compute": True}, {"ema": True, "compute": True}):
         yield f"AdamW, {' '.join(options) or 'plain'}", partial(advance, **options)
     for dtype in (torch.bfloat16, torch.float32):
-        for name, (samples, tokens, width) in LAYERS.items():
-            yield f"gate, {name}, {dtype}", partial(gate, (samples, tokens, 2 * width), dtype)
         yield f"rotary, FLUX.1, {dtype}", partial(turn, (2, 4608, 24, 128), dtype)
+    yield "GEGLU, SDXL", partial(gate, (4, 1024, 2 * 5120), torch.bfloat16, False)
+    yield "SwiGLU, Z-Image", partial(gate, (2, 4224, 2 * 10240), torch.bfloat16, True)
+    yield "fp32, SwiGLU", partial(gate, (2, 1024, 2 * 5120), torch.float32, True)
     options = {"shifted": True, "last": True}
     yield "norm, SD1.5, channels last", partial(normalized, (16, 320, 64, 64), torch.bfloat16, **options)
     yield "norm, SDXL, channels first", partial(normalized, (4, 640, 64, 64), torch.bfloat16, silu=False)
@@ -186,10 +186,11 @@ def advance(**options: bool) -> None:
     adamw_triton.launch(**given)
 
 
-def gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """A feed-forward layer's gate, forward and backward."""
-    x = geglu_inputs(shape, dtype, device="meta")["x"]
-    geglu_triton.backward(geglu_triton.forward(x), x)
+def gate(shape: tuple[int, ...], dtype: torch.dtype, silu: bool) -> None:
+    """A feed-forward layer's gate, forward and backward, of the halves of one projection."""
+    x = geglu_inputs(shape, dtype, device="meta")["x"].view(-1, shape[-1])
+    halves, into = x.chunk(2, 1), torch.empty_like(x).chunk(2, 1)
+    geglu_triton.backward(geglu_triton.forward(*halves, silu), *halves, *into, silu)
 
 
 def normalized(shape: tuple[int, ...], dtype: torch.dtype, **options: bool) -> None:
