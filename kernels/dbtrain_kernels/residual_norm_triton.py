@@ -86,10 +86,10 @@ def residual_backward(
 
 
 def _sizes(x: Tensor) -> tuple[tuple[int], int, int, dict[str, int]]:
-    """The grid, tokens of a sample and features of x [B, T, D], and how a program is made."""
-    tokens, width = x.shape[1:]
+    """The grid, tokens of a sample and features of x [B, ..., D], and how a program is made."""
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
     block = triton.next_power_of_2(width)
-    return (len(x) * tokens,), tokens, width, {"BLOCK": block, "num_warps": min(max(block // LANES, 1), 16)}
+    return (rows,), rows // len(x), width, {"BLOCK": block, "num_warps": min(max(block // LANES, 1), 16)}
 
 
 def _stride(factors: Tensor | None) -> int:

@@ -18,7 +18,7 @@ def cases():
         "plain": {},
         "norm alone": {"shape": (2, 3, 33), "added": False},
         "modulated": {"shape": (3, 4, 24), "modulated": True},
-        "mean square": {"shape": (2, 5, 12), "centered": False},
+        "mean square": {"shape": (5, 12), "centered": False},
         "a wide row": {"shape": (1, 2, 1030), "modulated": True, "added": False},
         "bf16": {"shape": (2, 5, 40), "dtype": torch.bfloat16},
         "all": {"shape": (2, 3, 48), "modulated": True, "centered": False, "normed": True},
