@@ -27,12 +27,18 @@ def residual_norm(
     """
     own = [one for one in (scale, shift, gate) if one is not None]
     alike = all(one.dtype == x.dtype for one in (*own, x if y is None else y))
-    alike &= not any(one.requires_grad or one.numel() not in (x.shape[-1], len(x) * x.shape[-1]) for one in own)
+    alike &= all(of_samples(one, x) and not one.requires_grad for one in own)
     if not alike or not choose("residual_norm", x.device.type, dtype_problem(FLOATS, x=x)).fused:
         return reference.residual_norm(x, scale, shift, y, gate, eps, y_eps, centered, unit)
     factors = (None if one is None else by_sample(one) for one in (gate, scale, shift))
     y = None if y is None else y.contiguous()
     return reference.Normed(*_ResidualNorm.apply(x.contiguous(), y, *factors, eps, y_eps, centered, unit))
+
+
+def of_samples(factors: Tensor, x: Tensor) -> bool:
+    """Whether factors are those of all tokens of x, or of each sample, and not of tokens."""
+    samples = factors.numel() // x.shape[-1]
+    return samples == 1 or samples == len(x) == len(factors)
 
 
 def by_sample(factors: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dbtrain_kernels import reference
 from dbtrain_kernels.cases import Case
-from dbtrain_kernels.residual_norm import by_sample, inputs, residual_norm
+from dbtrain_kernels.residual_norm import by_sample, inputs, of_samples, residual_norm
 from tests.kit.operations import on
 
 
@@ -62,6 +62,13 @@ def test_factors_that_train_have_gradients(trained):
         given[trained].requires_grad_()
         found += torch.autograd.grad(sum(one.square().sum() for one in function(**given)), given[trained])
     assert torch.allclose(found[1].double(), found[0], rtol=1e-4)
+
+
+def test_factors_of_tokens_are_not_taken_for_those_of_samples():
+    """Though there are as many of them."""
+    given = on("cpu", inputs((3, 3, 8), modulated=True)) | {"scale": torch.randn(1, 3, 8)}
+    assert not of_samples(given["scale"], given["x"])
+    assert all(map(torch.equal, residual_norm(**given), reference.residual_norm(**given)))
 
 
 def test_views_of_a_projection_are_read_where_they_lie():
