@@ -83,8 +83,8 @@ BUDGETS = {
     "fleet": (4_300, "dbtrain/fleet/*.py"),
     "evaluate": (1_600, "dbtrain/evaluate/*.py"),
     "subjects and data": (4_110, "dbtrain/subjects/*.py dbtrain/data/*.py"),
-    "kernels": (2_460, "kernels/dbtrain_kernels/*.py"),
-    "wheel": (35_130, WHEEL),
+    "kernels": (2_870, "kernels/dbtrain_kernels/*.py"),
+    "wheel": (35_930, WHEEL),
 }
 """Most lines of each room, and its files. Raise a budget only in a commit that says why."""
 MAX_FAMILY_LINES = 150

@@ -28,8 +28,8 @@ def call(name: str, function: Callable, inputs: dict[str, Any]) -> Callable[[], 
     def run() -> None:
         output = function(**inputs)
         if tracked:
-            head = output.total if hasattr(output, "total") else output
-            torch.autograd.grad(head, tracked, torch.ones_like(head))
+            heads = [one for one in (output if isinstance(output, tuple) else (output,)) if one.requires_grad]
+            torch.autograd.grad(heads, tracked, [torch.ones_like(head) for head in heads])
 
     return run
 

@@ -1,5 +1,5 @@
-"""Blocks of diffusers' U-Nets whose GroupNorms take along the SiLU after them and the time embedding before them, and
-that leave pictures in the layout in which they come.
+"""Blocks of diffusers' U-Nets whose GroupNorms take along the SiLU after them and the time embedding before them, whose
+LayerNorms take along the addition before them, and that leave pictures in the layout in which they come.
 
 Each class has the name of the one whose place it takes: blocks that are compiled are found by the names of their
 classes. Modules become of these classes where they stand, so paths and parameters stay as they are.
@@ -7,12 +7,13 @@ classes. Modules become of these classes where they stand, so paths and paramete
 
 import torch
 import torch.nn.functional as F
-from diffusers.models import resnet
+from diffusers.models import attention, resnet
 from diffusers.models.transformers import transformer_2d
 from torch import Tensor, nn
 
 from dbtrain_kernels import reference
 from dbtrain_kernels.group_norm import group_norm
+from dbtrain_kernels.residual_norm import residual_norm
 
 
 class GroupNorm(nn.GroupNorm):
@@ -64,12 +65,46 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):
         return self.proj_out(hidden_states.reshape(sizes).permute(0, 3, 1, 2)) + residual
 
 
+class BasicTransformerBlock(attention.BasicTransformerBlock):
+    """Attention over pixels, then over the caption, then a feed-forward layer, with a LayerNorm before each."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None, timestep: Tensor | None = None,
+        cross_attention_kwargs: dict | None = None, *args: object, **kwargs: object,
+    ) -> Tensor:  # fmt: skip
+        """The block's output; each addition and the norm after it are one."""
+        if cross_attention_kwargs or self._chunk_size is not None:
+            rest = (encoder_attention_mask, timestep, cross_attention_kwargs, *args)
+            return super().forward(hidden_states, attention_mask, encoder_hidden_states, *rest, **kwargs)
+        own = encoder_hidden_states if self.only_cross_attention else None
+        x, normal = added_and_normed(self.norm1, hidden_states)
+        y = self.attn1(normal, encoder_hidden_states=own, attention_mask=attention_mask)
+        x, normal = added_and_normed(self.norm2, x, y)
+        y = self.attn2(normal, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
+        x, normal = added_and_normed(self.norm3, x, y)
+        return self.ff(normal) + x
+
+
+def added_and_normed(norm: nn.LayerNorm, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(x + y, its norm), by our kernel where the norm's parameters are frozen. y None: the norm of x."""
+    if norm.weight.requires_grad or norm.weight.dtype != x.dtype:
+        x = x if y is None else y + x
+        return x, norm(x)
+    return residual_norm(x, norm.weight, norm.bias, y, eps=norm.eps)
+
+
 def replacement(module: nn.Module) -> type[nn.Module] | None:
     """The class that a module of a U-Net can be of here, or None."""
     if type(module) is nn.GroupNorm and module.affine:
         return GroupNorm
     if type(module) is transformer_2d.Transformer2DModel:
         return Transformer2DModel
+    if type(module) is attention.BasicTransformerBlock:
+        norms = [getattr(module, name, None) for name in ("norm1", "norm2", "norm3")]
+        affine = all(isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm in norms)
+        plain = module.norm_type == "layer_norm" and module.pos_embed is None and not hasattr(module, "fuser")
+        return BasicTransformerBlock if affine and plain else None
     is_plain = type(module) is resnet.ResnetBlock2D and isinstance(module.nonlinearity, nn.SiLU)
     return ResnetBlock2D if is_plain and {type(module.norm1), type(module.norm2)} <= {nn.GroupNorm, GroupNorm} else None
 
@@ -81,5 +116,5 @@ def fuse_unet(denoiser: nn.Module) -> int:
         kind = replacement(module)
         if kind is not None:
             module.__class__ = kind
-            fused += kind is GroupNorm
+            fused += 3 if kind is BasicTransformerBlock else kind is GroupNorm
     return fused

@@ -297,8 +297,8 @@ class EngineConfig(Section):
     """In a pack, compute adapted layers that read the same input as one operation, such as an attention's q, k and v,
     with gradients that go straight into the optimizer's arena; `auto` does on a GPU and not on a CPU."""
     fused_pointwise: Literal["auto", "on", "off"] = "auto"
-    """Compute the denoiser's gates, norms, SiLU after norms and rotary embeddings by one kernel or a few forward and
-    backward; `auto` does on a GPU where blocks are not compiled, and not on a CPU."""
+    """Compute the denoiser's gates, norms with what stands around them, and rotary embeddings by one kernel or a few
+    forward and backward; `auto` does on a GPU where blocks are not compiled, and not on a CPU."""
     channels_last: bool | Literal["auto"] = "auto"
     """Keep the denoiser's convolutions in the channels-last layout, which tensor cores read without reordering. `auto`
     does in a pack on a GPU with `fused_pointwise`: other GroupNorms copy such an input to the other layout and back."""

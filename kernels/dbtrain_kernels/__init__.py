@@ -81,6 +81,14 @@ OPS = {
         launches="dbtrain_kernels.geglu:LAUNCHES",
         differentiable=("x",),
     ),
+    "swiglu": Op(
+        reference="dbtrain_kernels.reference:swiglu",
+        cases="tests.kernels.test_swiglu:cases",
+        fused="dbtrain_kernels.swiglu:swiglu",
+        work="dbtrain_kernels.swiglu:work",
+        launches="dbtrain_kernels.swiglu:LAUNCHES",
+        differentiable=("gate", "value"),
+    ),
     "group_norm": Op(
         reference="dbtrain_kernels.reference:group_norm",
         cases="tests.kernels.test_group_norm:cases",
@@ -97,6 +105,14 @@ OPS = {
         work="dbtrain_kernels.rotary:work",
         launches="dbtrain_kernels.rotary:LAUNCHES",
         differentiable=("x",),
+    ),
+    "residual_norm": Op(
+        reference="dbtrain_kernels.reference:residual_norm",
+        cases="tests.kernels.test_residual_norm:cases",
+        fused="dbtrain_kernels.residual_norm:residual_norm",
+        work="dbtrain_kernels.residual_norm:work",
+        launches="dbtrain_kernels.residual_norm:LAUNCHES",
+        differentiable=("x", "y"),
     ),
 }
 """Every operation by name. A row gets the contract tests and the benchmark for free."""

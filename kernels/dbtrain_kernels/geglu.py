@@ -24,12 +24,18 @@ def geglu(x: Tensor) -> Tensor:
     return geglu_op(x.contiguous())
 
 
+def _halves(x: Tensor) -> tuple[Tensor, ...]:
+    """Values and gates [T, H] of contiguous x."""
+    return x.view(-1, x.shape[-1]).chunk(2, -1)
+
+
 @torch.library.custom_op("dbtrain::geglu", mutates_args=())
 def geglu_op(x: Tensor) -> Tensor:
     """The gated half, of contiguous x."""
     from dbtrain_kernels.geglu_triton import forward
 
-    return forward(x)
+    value, gate = _halves(x)
+    return forward(gate, value, False).view(*x.shape[:-1], -1)
 
 
 @geglu_op.register_fake
@@ -42,7 +48,10 @@ def geglu_backward_op(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of x; both are contiguous."""
     from dbtrain_kernels.geglu_triton import backward
 
-    return backward(grad, x)
+    of_x = torch.empty_like(x)
+    (value, gate), (of_value, of_gate) = _halves(x), _halves(of_x)
+    backward(grad, gate, value, of_gate, of_value, False)
+    return of_x
 
 
 @geglu_backward_op.register_fake

@@ -221,6 +221,11 @@ def geglu(x: Tensor) -> Tensor:
     return value * F.gelu(gate)
 
 
+def swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    """silu(gate) * value (arXiv 2002.05202)."""
+    return F.silu(gate) * value
+
+
 def group_norm(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = True, shift_BC: Tensor | None = None
 ) -> Tensor:
@@ -228,6 +233,31 @@ def group_norm(
     x = x if shift_BC is None else x + shift_BC[:, :, None, None]
     normal = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(normal) if silu else normal
+
+
+class Normed(NamedTuple):
+    """A total of x's shape and its norm."""
+
+    total: Tensor
+    normal: Tensor
+
+
+def residual_norm(
+    x: Tensor, scale: Tensor, shift: Tensor | None = None, y: Tensor | None = None, gate: Tensor | None = None,
+    eps: float = 1e-6, y_eps: float | None = None, centered: bool = True, unit: bool = False,
+) -> Normed:  # fmt: skip
+    """total = x + gate * y, and its LayerNorm (arXiv 1607.06450) or, if not `centered`, RMSNorm, with scale and shift.
+
+    x and y, a layer's output: [B, T, D]. y_eps: of an RMSNorm of y; None leaves it out. scale, shift, gate: [D], or
+    [B, 1, D] of each sample; the gate holds the weight of y's norm. unit: the norm is multiplied by 1 + scale. None
+    stands for x alone, no shift, and a gate of 1.
+    """
+    if y is not None:
+        y = y if y_eps is None else F.rms_norm(y, y.shape[-1:], None, y_eps)
+        x = x + (y if gate is None else gate * y)
+    normal = F.layer_norm(x, x.shape[-1:], eps=eps) if centered else F.rms_norm(x, x.shape[-1:], None, eps)
+    normal = normal * (1 + scale if unit else scale)
+    return Normed(x, normal if shift is None else normal + shift)
 
 
 def rotary(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, halves: bool = False) -> Tensor:

@@ -161,12 +161,14 @@ def test_gradcheck_of_the_reference(name):
         if sum(value.numel() for value in inputs.values() if isinstance(value, torch.Tensor)) > 2000:
             continue
 
-        def heads(*values, inputs=inputs):
-            output = OPS[name].load("reference")(**inputs | dict(zip(OPS[name].differentiable, values)))
+        tracked = {key: inputs[key].requires_grad_() for key in OPS[name].differentiable if inputs[key] is not None}
+
+        def heads(*values, inputs=inputs, tracked=tracked):
+            output = OPS[name].load("reference")(**inputs | dict(zip(tracked, values)))
             return tuple(value for value in (output if isinstance(output, tuple) else (output,)) if value.requires_grad)
 
-        tracked = [inputs[key].requires_grad_() for key in OPS[name].differentiable]
-        assert torch.autograd.gradcheck(heads, tracked, fast_mode=True)  # along random directions: all numbers at once
+        values = tuple(tracked.values())
+        assert torch.autograd.gradcheck(heads, values, fast_mode=True)  # along random directions: all numbers at once
 
 
 MUTANTS = {
@@ -190,6 +192,11 @@ MUTANTS = {
     "embedding forgotten": ("group_norm", "channels last", lambda inputs: {"shift_BC": None}),
     "angles of a neighbour": ("rotary", "plain", lambda inputs: {"cos": inputs["cos"].roll(1, 1)}),
     "halves for neighbours": ("rotary", "plain", lambda inputs: {"halves": True}),
+    "gate forgotten": ("residual_norm", "modulated", lambda inputs: {"gate": None}),
+    "a neighbour's modulation": ("residual_norm", "modulated", lambda inputs: {"scale": inputs["scale"].flip(0)}),
+    "scale for 1 + scale": ("residual_norm", "modulated", lambda inputs: {"unit": False}),
+    "mean left in": ("residual_norm", "plain", lambda inputs: {"centered": False}),
+    "gate for value": ("swiglu", "plain", lambda inputs: {"gate": inputs["value"], "value": inputs["gate"]}),
     "no rest": ("adamw", "a resting row", lambda inputs: {"active_N": torch.ones(3, dtype=torch.bool)}),
 }
 

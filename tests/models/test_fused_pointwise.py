@@ -5,9 +5,14 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import LuminaFeedForward
 from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.transformer_flux2 import Flux2FeedForward
+from diffusers.models.transformers.transformer_ideogram4 import Ideogram4MLP
+from diffusers.models.transformers.transformer_krea2 import Krea2SwiGLU
 from diffusers.models.transformers.transformer_z_image import FeedForward, ZImageTransformerBlock
 
+from dbtrain.bench.operators import Operators
 from dbtrain.models.adapters import attach
 from dbtrain.models.fused_pointwise import Gate, Norm, fuse_pointwise, fuses_pointwise, lay_out
 from dbtrain.settings.config import EngineConfig
@@ -63,7 +68,7 @@ def test_a_real_unet_with_adapters_has_the_same_output_and_gradients():
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).double()  # fmt: skip
     fused = copy.deepcopy(plain)
-    assert fuse_pointwise(fused) == 4 + 21 and fuse_pointwise(fused) == 0  # gates and norms
+    assert fuse_pointwise(fused) == 4 + 21 + 12 and fuse_pointwise(fused) == 0  # gates, and norms of two kinds
     assert [*fused.state_dict()] == [*plain.state_dict()]
     results = []
     for model in (plain, fused):
@@ -101,6 +106,27 @@ def test_a_norm_is_diffusers_in_every_mix_of_dtypes(dtype, weight):
 def test_norms_of_a_transformer_are_one_kernel_each():
     block = ZImageTransformerBlock(0, 16, 2, 2, 1e-5, True)
     names = [*block.state_dict()]
-    assert fuse_pointwise(block) == 6 + 1 and fuse_pointwise(block) == 0 and [*block.state_dict()] == names
+    assert fuse_pointwise(block) == 6 + 1 + 1 + 1 and fuse_pointwise(block) == 0 and [*block.state_dict()] == names
     assert isinstance(block.ffn_norm1, Norm) and isinstance(block.feed_forward, FeedForward)
     assert not any(isinstance(module, RMSNorm | Gate) for module in block.modules())
+
+
+LAYERS = {
+    "Z-Image": lambda: FeedForward(8, 12),
+    "Lumina-Image": lambda: LuminaFeedForward(8, 12, 4),
+    "Ideogram 4": lambda: Ideogram4MLP(8, 12),
+    "Krea 2": lambda: Krea2SwiGLU(8, 12),
+    "FLUX.2": lambda: Flux2FeedForward(8),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_swiglu_is_one_kernel_each_way_and_diffusers_numbers(name):
+    plain = torch.nn.Sequential(LAYERS[name]()).requires_grad_(False)
+    fused, x = copy.deepcopy(plain), torch.randn(2, 3, 8, requires_grad=True)
+    assert fuse_pointwise(fused) == 1 and fuse_pointwise(fused) == 0 and [*fused.state_dict()] == [*plain.state_dict()]
+    want, got = ((y, *torch.autograd.grad(y.square().sum(), x)) for y in (plain(x), fused(x)))
+    assert far(got, want) < 1e-6
+    with Operators() as ran:
+        fused.to("meta")(torch.empty(2, 3, 8, device="meta", requires_grad=True)).sum().backward()
+    assert ran.names["swiglu"] == ran.names["swiglu_backward"] == 1 and not ran.names["silu"]

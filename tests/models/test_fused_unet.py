@@ -1,15 +1,23 @@
-"""U-Net blocks with fused GroupNorms: the same numbers in both layouts, and pictures that stay in theirs."""
+"""U-Net blocks with fused norms: the same numbers in both layouts, and pictures that stay in theirs."""
 
 import copy
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models import attention
 
 from dbtrain.bench.operators import Operators
 from dbtrain.models import fused_unet
 from dbtrain.models.adapters import attach
-from dbtrain.models.fused_unet import GroupNorm, ResnetBlock2D, Transformer2DModel, fuse_unet
+from dbtrain.models.fused_unet import (
+    BasicTransformerBlock,
+    GroupNorm,
+    ResnetBlock2D,
+    Transformer2DModel,
+    added_and_normed,
+    fuse_unet,
+)
 from dbtrain_kernels import reference
 
 EXACT = 1e-12
@@ -31,7 +39,7 @@ def unet(**options):
     }  # fmt: skip
     model = UNet2DConditionModel(**sizes | options).double().requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, torch.nn.GroupNorm):
+        if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
             torch.nn.init.normal_(module.weight), torch.nn.init.normal_(module.bias)
     return model
 
@@ -83,7 +91,7 @@ def test_fp32_is_float64_but_for_rounding_on_every_device(device, monkeypatch):
     fuse_unet(fused)
     got, ran = results(fused)
     assert far([one.cpu().double() for one in got], want) < 1e-4
-    assert (ran.names["group_norm"] > 10) == (device == "cuda")
+    assert (ran.names["group_norm"] > 10) == (device == "cuda") == (ran.names["residual_norm"] > 10)
 
 
 def test_an_adapted_time_embedding_has_its_gradient(monkeypatch):
@@ -131,3 +139,43 @@ def test_a_norm_that_trains_is_pytorchs(monkeypatch):
     assert calls
     norm.double()(x[0].double()[None].flatten(2)), norm.float()(x.bfloat16().float())
     assert len(calls) == 2
+
+
+def blocks(model):
+    return [module for module in model.modules() if isinstance(module, attention.BasicTransformerBlock)]
+
+
+def test_each_addition_goes_with_the_norm_after_it():
+    """As operators of the kernels, on tensors without numbers; the last addition of a block has no norm after it."""
+    plain = unet().float().to("meta")
+    fused = copy.deepcopy(plain)
+    fuse_unet(fused)
+    (_, before), (_, after) = results(plain), results(fused)
+    count = len(blocks(fused))
+    assert all(type(block) is BasicTransformerBlock for block in blocks(fused)) and count == 4
+    assert before.names["native_layer_norm"] == 3 * count == after.names["residual_norm"]
+    assert after.names["residual_norm_backward"] and not after.names["native_layer_norm"]
+    assert after.names["add"] <= before.names["add"] - 2 * count - 2 * count  # forward, and of gradients
+
+
+def test_arguments_that_a_block_here_does_not_know_go_to_diffusers(monkeypatch):
+    (block,) = blocks(unet(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), mid_block_type=None,
+                           up_block_types=("UpBlock2D", "UpBlock2D")))  # fmt: skip
+    x, told = torch.randn(2, 6, 16).double(), torch.randn(2, 3, 12).double()
+    want = block(x, encoder_hidden_states=told)
+    block.__class__ = BasicTransformerBlock
+    monkeypatch.setattr(fused_unet, "residual_norm", None)
+    assert torch.equal(block(x, encoder_hidden_states=told, cross_attention_kwargs={"scale": None}), want)
+    block.set_chunk_feed_forward(3, 1)
+    assert torch.allclose(block(x, None, told), want, rtol=0, atol=1e-12)
+
+
+def test_a_layer_norm_that_trains_or_has_another_dtype_is_pytorchs(monkeypatch):
+    monkeypatch.setattr(fused_unet, "residual_norm", None)
+    norm, x, y = torch.nn.LayerNorm(4), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    total, normal = added_and_normed(norm, x, y)
+    normal.sum().backward()
+    assert torch.equal(total, x + y) and norm.weight.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        total, normal = added_and_normed(norm.requires_grad_(False), x.bfloat16())
+        assert torch.equal(total, x.bfloat16()) and torch.equal(normal, norm(total))
