@@ -40,7 +40,7 @@ from dbtrain.families import FAMILIES
 from dbtrain.models.adapters import detach
 from dbtrain.models.architectures import Architecture
 from dbtrain.models.family import Family, Models, low_side
-from dbtrain.models.fused_pointwise import fuse_pointwise, fuses_pointwise, lay_out
+from dbtrain.models.forms import fuse, lay_out
 from dbtrain.objective.noise import discrete_schedule
 from dbtrain.packing.pack import Pack, tensors_of
 from dbtrain.packing.size import used_bytes
@@ -91,8 +91,7 @@ def load(config: RunConfig, random_weights: bool) -> Base:
         return Base(models, captions, tuple(moments.shape[1:]), world)
     name, shape = published(FAMILIES[config.model.family])
     unet = shape.blank(world.device, DTYPES[config.train.precision])
-    if fuses_pointwise(config.engine, torch.device(world.device).type):
-        fuse_pointwise(unet)
+    fuse(unet, config.engine, torch.device(world.device).type)
     vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.18215, shift_factor=None))
     beta_S = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     schedule = discrete_schedule((1 - beta_S).cumprod(0), "epsilon").to(torch.device(world.device))

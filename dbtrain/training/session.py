@@ -26,7 +26,7 @@ from dbtrain.machine import take_signals
 from dbtrain.models.adapters import detach
 from dbtrain.models.attention import engage_attention
 from dbtrain.models.family import Family, Models, encode_texts, refuse_impossible
-from dbtrain.models.fused_pointwise import fuse_pointwise, fuses_pointwise, lay_out
+from dbtrain.models.forms import fuse, lay_out
 from dbtrain.models.load import frozen, load_models, modules_of
 from dbtrain.models.quantize import quantize
 from dbtrain.models.texts import Group, set_aside
@@ -209,8 +209,7 @@ def _place(models: Models, settings: RunConfig, world: World) -> None:
     compute precision."""
     device, family = torch.device(world.device), FAMILIES[settings.model.family]
     models.to(device)
-    if fuses_pointwise(settings.engine, device.type):
-        fuse_pointwise(models.denoiser)
+    fuse(models.denoiser, settings.engine, device.type)
     lay_out(models.denoiser, settings.engine)
     _attend(models, settings, world.device)
     if settings.train.method == "lora" and settings.train.precision != "fp32":
