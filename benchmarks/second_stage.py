@@ -81,7 +81,7 @@ def tuned(arm: str, subject: str, options: argparse.Namespace) -> Path:
     if arm in (PACK, OTHER):
         known = options.subjects
         return adapted(known[(known.index(subject) + (arm == OTHER)) % len(known)], known, options.out)
-    settings = [f"train.steps={options.steps}", "train.batch=2", f"train.lr={options.lr}"]
+    settings = [f"train.steps={options.steps}", "train.batch=2", f"train.lr={options.lr}", "train.schedule=linear"]
     settings += [f"super.level={ARMS[arm][0]}", "sample.images=1", "sample.prompts=['a photo of {subject}']"]
     photos = demo.write(options.out / "photos" / subject, (subject,), upscaler.SIDE)
     with patch.object(TrainingStep, "guided", doubled) if arm == FAULT else nullcontext():
@@ -169,8 +169,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="trainings and scores, kept; one folder for one setup")
     parser.add_argument("--subjects", nargs="+", default=["dog-tan", "robot-white", "backpack-red"])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr", type=float, default=3e-5)
     parser.add_argument("--name", default="second-stage", help="what the result files are called")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the files are written")
     options = parser.parse_args()
