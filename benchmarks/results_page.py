@@ -78,7 +78,7 @@ def five_figures() -> str:
     packs = [result["less_than"] for name, result in newest.items() if name.startswith("pack-peers")]
     made, given = (sorted(ratios[f"peer, priors {kind}"] for ratios in packs) for kind in ("made", "given"))
     attacked = newest["fleet"]["kills"]
-    shipped = next(row for row in newest["recipe-quality"]["summary"] if row["recipe"] == "shipped")
+    shipped = next(row for row in newest["recipe-quality"]["summary"] if row["recipe"] == "tiny_packed")
     harm = f"{attacked['subjects']:,} subjects under {attacked['kills_total']:,} kills: lost, finished twice, changed"
     rows = {
         "16 subjects in a pack beside diffusers' script run for each: processor time": (
