@@ -84,7 +84,7 @@ BUDGETS = {
     "evaluate": (1_600, "dbtrain/evaluate/*.py"),
     "subjects and data": (4_110, "dbtrain/subjects/*.py dbtrain/data/*.py"),
     "kernels": (2_870, "kernels/dbtrain_kernels/*.py"),
-    "wheel": (35_930, WHEEL),
+    "wheel": (35_950, WHEEL),
 }
 """Most lines of each room, and its files. Raise a budget only in a commit that says why."""
 MAX_FAMILY_LINES = 150

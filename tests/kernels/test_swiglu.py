@@ -37,8 +37,10 @@ def test_the_reference_is_the_gate_of_diffusers():
 
 
 def test_parts_of_a_projection_are_read_where_they_lie():
-    wide = torch.randn(2, 5, 30)
+    """Up to 8 units in the last place: PyTorch computes the exponential otherwise where numbers lie side by side."""
+    close = partial(torch.testing.assert_close, rtol=2.0**-20, atol=0)
+    wide = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(0))
     parts = wide[..., 3:11], wide[..., 11:19]
-    assert torch.equal(swiglu(*parts), swiglu(*(part.contiguous() for part in parts)))
+    close(swiglu(*parts), swiglu(*(part.contiguous() for part in parts)))
     strided = on("cpu", inputs((2, 3, 8)))
-    assert torch.equal(swiglu(**{name: one.mT.contiguous().mT for name, one in strided.items()}), swiglu(**strided))
+    close(swiglu(**{name: one.mT.contiguous().mT for name, one in strided.items()}), swiglu(**strided))
