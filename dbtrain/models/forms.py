@@ -1,7 +1,7 @@
 """Whether a denoiser is computed by fused kernels, and how its pictures lie in memory, as the settings say.
 
-What needs diffusers' classes is imported where it is used: importing all of its transformers takes seconds, which each
-process that trains on a CPU would pay for nothing.
+What needs diffusers' classes is imported where it is used: importing all of its transformers takes seconds, which a
+process that loads no model would pay for nothing.
 """
 
 import torch
