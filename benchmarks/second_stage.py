@@ -30,6 +30,7 @@ from dbtrain.evaluate.features import load_identity
 from dbtrain.evaluate.intervals import shown
 from dbtrain.models.load import quiet_libraries
 from dbtrain.results.finished import own_pipeline
+from dbtrain.settings.recipes import load
 from dbtrain.storage.atomic import write_file
 from dbtrain.tiny import UPSCALER
 from dbtrain.training.step import TrainingStep
@@ -81,7 +82,7 @@ def tuned(arm: str, subject: str, options: argparse.Namespace) -> Path:
     if arm in (PACK, OTHER):
         known = options.subjects
         return adapted(known[(known.index(subject) + (arm == OTHER)) % len(known)], known, options.out)
-    settings = [f"train.steps={options.steps}", "train.batch=2", f"train.lr={options.lr}", "train.schedule=linear"]
+    settings = [f"train.steps={options.steps}", f"train.lr={options.lr}"]
     settings += [f"super.level={ARMS[arm][0]}", "sample.images=1", "sample.prompts=['a photo of {subject}']"]
     photos = demo.write(options.out / "photos" / subject, (subject,), upscaler.SIDE)
     with patch.object(TrainingStep, "guided", doubled) if arm == FAULT else nullcontext():
@@ -178,7 +179,8 @@ def main() -> None:
     torch.set_num_threads(1)
     options.out = options.out.resolve()
     about = {"machine": f"{platform.machine()}, 1 thread", "torch": torch.__version__, "commit": commit(),
-             "diffusers": diffusers.__version__, "steps": options.steps, "batch": 2, "lr": options.lr}  # fmt: skip
+             "diffusers": diffusers.__version__, "steps": options.steps, "batch": load("tiny_upscaler").train.batch,
+             "lr": options.lr}  # fmt: skip
     if PACK in options.arms:
         about["adapters"] = SECOND
     identity, arms = load_identity(), {}

@@ -30,13 +30,18 @@ Told = dict[str, Any] | None
 """What a block tells its attention beside tokens and places."""
 
 
+def by_token(factors: Tensor | None) -> Tensor | None:
+    """Factors [B, D] as [B, 1, D], to be used on tokens; others as they are."""
+    return factors[:, None] if factors is not None and factors.dim() == 2 else factors
+
+
 def added(
     x: Tensor, norm: Any, scale: Tensor | None = None, shift: Tensor | None = None, y: Tensor | None = None,
     gate: Tensor | None = None, norm_of_y: Any = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x + gate * y, what `norm` makes of it, times 1 + scale, plus shift); y by `norm_of_y`, an RMSNorm, first. The
     factors are [B, D] or [B, 1, D]; None leaves one out."""
-    scale, shift, gate = (one[:, None] if one is not None and one.dim() == 2 else one for one in (scale, shift, gate))
+    scale, shift, gate = map(by_token, (scale, shift, gate))
     if norm_of_y is not None:
         gate = norm_of_y.weight if gate is None else norm_of_y.weight * gate
     y_eps = None if norm_of_y is None else norm_of_y.eps
@@ -57,7 +62,7 @@ class Stream:
     what attention reads."""
 
     def __init__(self, x: Tensor, modulation: Sequence[Tensor], norm: Any):
-        shift, scale, *self.rest = (one[:, None] if one.dim() == 2 else one for one in modulation)
+        shift, scale, *self.rest = map(by_token, modulation)
         self.x, self.normal = added(x, norm, scale, shift)
 
     def end(self, y: Tensor) -> Tensor:
@@ -97,7 +102,7 @@ def between_norms(
     x, normal = added(x, norms[0], scale)
     x, normal = added(x, norms[2], later, None, attend(normal), gate, norms[1])
     y = norms[3](feed(normal))
-    return x + y if last is None else torch.addcmul(x, last[:, None] if last.dim() == 2 else last, y)
+    return x + y if last is None else torch.addcmul(x, by_token(last), y)
 
 
 class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
