@@ -20,25 +20,25 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measures import closed_share, mean_interval
+from measures import closed_share, mean_interval, spread
 from paper_shape import draw, pictures, scores_of
 from paper_shape_tables import BASE, GROUPS
 
 from dbtrain.bench import commit
 from dbtrain.evaluate.intervals import shown
-from dbtrain.evaluate.judge import load_judge
+from dbtrain.evaluate.judge import Judge, load_judge, read_images
 from dbtrain.families import FAMILIES
 from dbtrain.models.load import base_digest, load_models
 from dbtrain.models.sampling import image_seed
 from dbtrain.results.finished import finished_pipeline
 from dbtrain.settings.recipes import load
-from dbtrain.subjects.manifest import read_manifest
+from dbtrain.subjects.manifest import Subject, read_manifest
 from dbtrain.tiny import DEMO
 from dbtrain.train import train_manifest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "embedded"))
 
-from dbtrain_embedded import demo, world
+from dbtrain_embedded import demo, sprites, world
 from dbtrain_embedded.world import Facts, article
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,6 +54,9 @@ PILOTS = {
 }
 """Subject id -> (class noun, art set, emoji name): held-out art of none of the demo's subjects, mostly of classes with
 many drawings, as the demo's are: where a class has two drawings, it is near its subject from the start."""
+TRUE = "the class itself"
+"""The row of pictures of the class that no model drew: other drawings, as the world shows them. A model that knows its
+class has their PRES and DIV."""
 SHORT, TURNS = (4, 16), 2
 """Steps of the two trainings by which the cost of a recipe is measured, and how often."""
 SCORES = {
@@ -63,6 +66,7 @@ SCORES = {
     "class accuracy": "class accuracy",
     "placed clip_t_plain": "CLIP-T, placed",
     "pres": "PRES, lower is better",
+    "drift": "PRES less the base's",
     "div_identity": "DIV (identity)",
 }
 
@@ -79,6 +83,15 @@ def pilot_manifest(folder: Path) -> Path:
         lines.append(f"{subject},{noun},{subject}")
     (folder / "subjects.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "subjects.csv"
+
+
+def true_scores(judge: Judge, subject: Subject, count: int = 16) -> dict[str, float]:
+    """PRES and DIV of `count` pictures of the subject's class: the drawings that the base was trained on, by turns."""
+    drawings = sprites.of_noun(subject.class_noun, "train")
+    shown = [world.render(Facts(subject.class_noun, drawings[i % len(drawings)]), world.stream(70_000 + i))
+             for i in range(count)]  # fmt: skip
+    own, photos = judge.identity.images(shown), judge.identity.images(read_images(subject.images))
+    return {"pres": float((own @ photos.T).mean()), "div_identity": float(spread(own, torch.zeros(count)).mean())}
 
 
 def train(options, folder: Path, words: list[str], manifest: Path, seed: int) -> dict[str, dict]:
@@ -122,9 +135,11 @@ def measure(options, recipes: dict[str, list[str]], manifest: Path) -> list[dict
     """A row for each recipe, seed and subject, those of the base model among them."""
     subjects, config = read_manifest(manifest), load("tiny", [])
     base = load_models(FAMILIES["sd"], config.model).to(torch.device("cpu"))
-    judge, rows = load_judge(), []
+    judge, seed = load_judge(), options.seeds[0]
+    rows = [{"recipe": TRUE, "seed": seed, "subject": one.id, "scores": true_scores(judge, one)} for one in subjects]
     warm_priors(options, manifest)
     for seed in options.seeds:
+        before: dict[str, float] = {}  # subject -> PRES of the base model's pictures of the class
         for name, words in {BASE: [], **recipes}.items():
             if name in options.once and seed != options.seeds[0]:
                 continue
@@ -144,6 +159,9 @@ def measure(options, recipes: dict[str, list[str]], manifest: Path) -> list[dict
                 files = draw(cache, record["run"] if record else base_digest(base), wanted, seeds, config, opened)
                 groups = {group: [(p, f) for p, f in zip(wanted, files) if p.group == group] for group in GROUPS}
                 scores = scores_of(judge, subject, groups)
+                before.setdefault(subject.id, scores["identity"])
+                if record:
+                    scores["drift"] = scores["pres"] - before[subject.id]
                 scored.append({"recipe": name, "seed": seed, "subject": subject.id, "scores": scores})
             rows += scored
             told = "  ".join(
@@ -172,21 +190,21 @@ def by_subject(rows: list[dict], recipe: str, score: str) -> list[float]:
 
 
 def summary(rows: list[dict], cost: dict[str, float]) -> list[dict]:
-    """Cost and scores of each recipe, the base model first and then the most expensive, with intervals over subjects.
+    """Cost and scores of each recipe, with intervals over subjects: the class itself, the base model, then by cost.
 
     share: of the most expensive recipe's cost. closed: how much of the identity gap to the photos.
     """
-    names, cost = list(dict.fromkeys(row["recipe"] for row in rows)), {BASE: 0.0, **cost}
-    names.sort(key=lambda name: (name != BASE, -cost[name]))
+    names, cost = list(dict.fromkeys(row["recipe"] for row in rows)), {TRUE: 0.0, BASE: 0.0, **cost}
+    names.sort(key=lambda name: (name not in (TRUE, BASE), -cost[name]))
     dearest = max(cost, key=cost.__getitem__)
     base, real, found = by_subject(rows, BASE, "identity"), by_subject(rows, BASE, "real_identity"), []
     for name in names:
-        scores = {score: mean_interval(by_subject(rows, name, score)).row() for score in SCORES
-                  if name != BASE or score != "pres"}  # fmt: skip
-        closed = closed_share(base, by_subject(rows, name, "identity"), real).row() if name != BASE else None
+        scores = {score: mean_interval(values).row() for score in SCORES if (values := by_subject(rows, name, score))}
+        trained = name not in (TRUE, BASE)
+        closed = closed_share(base, by_subject(rows, name, "identity"), real).row() if trained else None
         share = round(cost[name] / cost[dearest], 3)
         more = {score: mean_interval([own - its for own, its in zip(by_subject(rows, name, score), others)]).row()
-                for score in SCORES if name not in (BASE, dearest)
+                for score in SCORES if trained and name != dearest
                 for others in [by_subject(rows, dearest, score)]}  # fmt: skip
         found.append({"recipe": name, "cpu_s": round(cost[name], 1), "share": share, "closed": closed, **scores,
                       "more than the dearest": more})  # fmt: skip
