@@ -14,7 +14,7 @@ from dbtrain_kernels.dispatch import choose, dtype_problem, interpreting
 FLOATS = (torch.float32, torch.bfloat16)
 MAX_RANK = 128
 """Largest rank whose tile stays in the registers of a program."""
-SPLIT = 256 if interpreting() else 2048
+SPLIT = 128 if interpreting() else 2048
 """Tokens that one program of a sum over tokens takes: a constant, so that the order depends on the length only. Two
 samples of SDXL's inner layers are one part; their programs fill an H200 as they are. Triton's interpreter, which has
 the same code for parts of any length, takes a second for some dozens of tokens."""

@@ -19,8 +19,8 @@ def cases():
         "plain": {},
         "one layer": {"widths": (5,), "bias": True},
         "many layers": {"subjects": 1, "samples": 1, "tokens": 5, "wide": 20, "widths": (16, 32) * 9, "rank": 16},
-        "several parts": {"samples": 1, "tokens": SPLIT + 65, "wide": 5, "widths": (3, 70), "rank": 2, "bias": True},
-        "bf16": {"tokens": 65, "wide": 40, "widths": (48, 80), "rank": 4, "dtype": torch.bfloat16,
+        "several parts": {"samples": 1, "tokens": SPLIT + 65, "wide": 5, "widths": (3, 35), "rank": 2, "bias": True},
+        "bf16": {"tokens": 33, "wide": 40, "widths": (48, 80), "rank": 4, "dtype": torch.bfloat16,
                  "matrices": torch.bfloat16},
     }  # fmt: skip
     return [Case(name, partial(inputs, **call), call.get("dtype", torch.float32)) for name, call in calls.items()]

@@ -32,7 +32,7 @@ def cases():
         "scale and shift": {"scale": 0.18215, "shift": 0.0609},
         "noise offset": {"shape": (2, 5, 3, 3), "noise_offset": 0.1},
         "t of many": {"shape": (9, 1, 3, 3), "steps": 1000},
-        "t of few": {"shape": (9, 4, 17, 19), "steps": 3},
+        "t of few": {"shape": (4, 4, 17, 19), "steps": 3},
         "t in strata": {"shape": (8, 1, 3, 5), "steps": 1000, "strata": 4},
         "all options": {
             "shape": (4, 6, 9, 5), "steps": 77, "scale": 1.5, "shift": -0.3, "noise_offset": 0.05, "strata": 3,

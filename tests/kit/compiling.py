@@ -1,7 +1,8 @@
-"""Compile the kernels that training launches for a GPU that is not here: `python -m tests.kit.compiling sm_90`.
+"""Compile the kernels that training launches for GPUs that are not here: `python -m tests.kit.compiling sm_90 sm_80`.
 
-Prints a JSON list with a row for each compiled kernel. Triton has one driver a process, so each target takes a process
-of its own, with TRITON_INTERPRET=0 and an empty TRITON_CACHE_DIR.
+Prints JSON, by target a list with a row for each compiled kernel. Triton has one active driver, so this takes a process
+of its own, with TRITON_INTERPRET=0 and an empty TRITON_CACHE_DIR. Everything is compiled for sm_90; for other targets
+only `widest`, because half of a minute of a processor for each shows little more.
 
 The project's own launchers are called with tensors on the `meta` device. Those tensors' addresses are 0, so Triton
 specialises alignment, divisibility by 16 and arguments equal to 1 exactly as it does in a launch.
@@ -52,6 +53,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 """GPUs by name: A100, H100 and H200, MI300X. The last number is the threads of a warp."""
+FULL = "sm_90"
+"""The target that gets everything."""
 
 PROJECTIONS = {
     "SD1.5 self": (4096, 320, 320),
@@ -79,62 +82,84 @@ FORMS = {
 class Nowhere:
     """What Triton (3.6, 3.7) asks of the active driver when it compiles without a launch."""
 
-    def __init__(self, target: GPUTarget):
-        self.get_current_target = lambda: target
-        self.get_current_device = lambda: 0
+    def __init__(self, name: str):
+        self.get_current_target = lambda: TARGETS[name]
+        self.get_current_device = lambda: name  # a kernel's compiled forms are kept by device
         self.get_current_stream = lambda device: 0
 
 
 class Compiled:
-    """Compiled kernels, in the order in which they were first wanted: (label of the call, kernel's name, kernel)."""
+    """Compiled kernels, in the order in which they were first wanted: (the call, kernel's name, kernel)."""
 
-    def __init__(self, target: GPUTarget):
-        triton.runtime.driver.set_active(Nowhere(target))
-        self.kernels: dict[int, tuple[str, str, Any]] = {}
-        self.label, run = "", JITFunction.run
+    def __init__(self) -> None:
+        self.kernels: dict[int, tuple[dict[str, Any], str, Any]] = {}
+        self.call, run = {}, JITFunction.run
 
         def warm(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
             kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
-            self.kernels.setdefault(id(kernel), (self.label, function.__name__, kernel))
+            self.kernels.setdefault(id(kernel), (self.call, function.__name__, kernel))
             return kernel
 
         JITFunction.run = warm
 
+    def rows(self, target: str) -> list[dict[str, Any]]:
+        """A row of each kernel that a target gets."""
+        triton.runtime.driver.set_active(Nowhere(target))
+        lora_triton._products.cache_clear()  # it asks for the target
+        before = len(self.kernels)
+        for made in (widest, others) if target == FULL else (widest,):
+            for label, call in made():
+                self.call = {"call": label, "everywhere": made is widest}
+                call()
+        return [row(*entry) for entry in list(self.kernels.values())[before:]]
 
-def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Everything that training launches, as (label, call on the meta device)."""
+
+def widest() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every kernel in the forms that take most registers and shared memory, and products of rank 16, which are narrow:
+    (label, call on the meta device)."""
+    bf16, fp32, q_k_v, layers = torch.bfloat16, torch.float32, "SD1.5 q, k, v", "SD1.5 captions of all layers"
+    yield "pack, SD1.5 self, rank 16", partial(update, *FORMS["pack"], 16, *PROJECTIONS["SD1.5 self"])
+    yield "solo, SD1.5 self, rank 128", partial(update, *FORMS["solo"], 128, *PROJECTIONS["SD1.5 self"])
+    yield "fp32, SD1.5 captions, rank 128", partial(update, *FORMS["fp32"], 128, *PROJECTIONS["SD1.5 captions"])
+    yield f"pack, {layers}, rank 16", partial(update_group, bf16, 16, *GROUPS[layers])
+    yield f"pack, {q_k_v}, rank 128", partial(update_group, bf16, 128, *GROUPS[q_k_v])
+    yield "4 channels, noise offset", partial(noise, (16, 4, 64, 64), noise_offset=0.1)
+    yield "v_prediction, bfloat16", partial(lose, "v_prediction", bf16)  # it reads all that the others read
+    yield "AdamW, ema compute", partial(advance, ema=True, compute=True)
+    yield "rotary, Ideogram 4", partial(turn, (2, 4160, 18, 256), bf16, halves=True, each=True)
+    yield "GEGLU, SDXL, fp32", partial(gate, (4, 1024, 2 * 5120), fp32, False)
+    yield "norm, SD1.5, channels last", partial(normalized, (16, 320, 64, 64), bf16, shifted=True, last=True)
+    shape, options = RESIDUALS["Z-Image, 1"]
+    yield "residual, Z-Image, 1", partial(add_and_norm, shape, bf16, **options)
+    yield "residual, SDXL, fp32, no addition", partial(add_and_norm, (2, 1024, 1280), fp32, added=False)
+
+
+def others() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Whatever else training launches. Tokens that are no multiple of 16 change nothing at rank 16."""
     for form, (tokens, matrices) in FORMS.items():
         for name, sides in PROJECTIONS.items():
-            if (form, name) != ("fp32", "SD1.5 captions"):
+            if name != "SD1.5 captions" or form == "pack":
                 yield f"{form}, {name}, rank 16", partial(update, tokens, matrices, 16, *sides)
-        # In fp32 also with tokens that are no multiple of 16: what rank 16 needs there is less.
-        for name in ("SD1.5 self", "SD1.5 captions") if form == "fp32" else ("SD1.5 self",):
-            yield f"{form}, {name}, rank 128", partial(update, tokens, matrices, 128, *PROJECTIONS[name])
-    for name, (tokens, wide, widths) in GROUPS.items():
-        yield f"pack, {name}, rank 16", partial(update_group, torch.bfloat16, 16, tokens, wide, widths)
-    yield "pack, SD1.5 q, k, v, rank 128", partial(update_group, torch.bfloat16, 128, *GROUPS["SD1.5 q, k, v"])
-    yield "fp32, SD1.5 q, k, v, rank 16", partial(update_group, torch.float32, 16, *GROUPS["SD1.5 q, k, v"])
+        yield f"{form}, SD1.5 self, rank 128", partial(update, tokens, matrices, 128, *PROJECTIONS["SD1.5 self"])
+    for dtype, form in ((torch.bfloat16, "pack"), (torch.float32, "fp32")):
+        yield f"{form}, SD1.5 q, k, v, rank 16", partial(update_group, dtype, 16, *GROUPS["SD1.5 q, k, v"])
     times = {"t by words": {}, "t in strata": {"strata": 4}, "noise offset": {"noise_offset": 0.1}}
     for channels in (4, 16):
         for name, options in times.items():
             yield f"{channels} channels, {name}", partial(noise, (16, channels, 64, 64), **options)
     for parameterization in PARAMETERIZATIONS:
         yield f"{parameterization}, bfloat16", partial(lose, parameterization, torch.bfloat16)
-    yield "v_prediction, float32", partial(lose, "v_prediction", torch.float32)  # it reads all that the others read
-    for options in ({}, {"ema": True}, {"compute": True}, {"ema": True, "compute": True}):
+    for options in ({}, {"ema": True}, {"compute": True}):
         yield f"AdamW, {' '.join(options) or 'plain'}", partial(advance, **options)
-    for dtype in (torch.bfloat16, torch.float32):
+    yield "v_prediction, float32", partial(lose, "v_prediction", torch.float32)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield f"GEGLU, {dtype}", partial(gate, (4, 1024, 2 * 5120), dtype, False)
+        yield f"SwiGLU, {dtype}", partial(gate, (2, 4224, 2 * 10240), dtype, True)
         yield f"rotary, FLUX.1, {dtype}", partial(turn, (2, 4608, 24, 128), dtype)
-    yield "GEGLU, SDXL", partial(gate, (4, 1024, 2 * 5120), torch.bfloat16, False)
-    yield "SwiGLU, Z-Image", partial(gate, (2, 4224, 2 * 10240), torch.bfloat16, True)
-    yield "fp32, SwiGLU", partial(gate, (2, 1024, 2 * 5120), torch.float32, True)
-    options = {"shifted": True, "last": True}
-    yield "norm, SD1.5, channels last", partial(normalized, (16, 320, 64, 64), torch.bfloat16, **options)
-    yield "norm, SDXL, channels first", partial(normalized, (4, 640, 64, 64), torch.bfloat16, silu=False)
-    for name in ("SD1.5 4096 tokens, 8", "FLUX.1, 1", "Z-Image, 1"):
-        yield f"residual, {name}", partial(add_and_norm, RESIDUALS[name][0], torch.bfloat16, **RESIDUALS[name][1])
-    yield "residual, SDXL, fp32, no addition", partial(add_and_norm, (2, 1024, 1280), torch.float32, added=False)
-    yield "rotary, Ideogram 4", partial(turn, (2, 4160, 18, 256), torch.bfloat16, halves=True, each=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        for name in ("SD1.5 4096 tokens, 8", "FLUX.1, 1"):
+            yield f"residual, {name}, {dtype}", partial(add_and_norm, RESIDUALS[name][0], dtype, **RESIDUALS[name][1])
+        yield f"norm, SDXL, channels first, {dtype}", partial(normalized, (4, 640, 64, 64), dtype, silu=False)
 
 
 def update(dtype: torch.dtype, matrices: torch.dtype, rank: int, tokens: int, wide: int, out: int) -> None:
@@ -221,11 +246,11 @@ def add_and_norm(shape: tuple[int, ...], dtype: torch.dtype, **options: bool) ->
     residual_norm_triton.backward(normal, normal, total, y if numbers[1] else None, *factors[:2], *numbers)
 
 
-def row(label: str, name: str, kernel: Any) -> dict[str, Any]:
+def row(call: dict[str, Any], name: str, kernel: Any) -> dict[str, Any]:
     """What a compiled kernel takes and does. registers: of a thread. shared, stack: bytes of a program, of a thread."""
     text = kernel.asm["ptx" if "ptx" in kernel.asm else "amdgcn"]
     registers, stack = nvidia_usage(kernel.asm["cubin"]) if "cubin" in kernel.asm else amd_usage(text)
-    found = {"call": label, "kernel": name, "registers": registers, "stack": stack, "shared": kernel.metadata.shared}
+    found = {**call, "kernel": name, "registers": registers, "stack": stack, "shared": kernel.metadata.shared}
     return found | {trait: bool(re.search(pattern, text)) for trait, pattern in TRAITS.items()}
 
 
@@ -260,11 +285,9 @@ def amd_usage(assembly: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Print the rows of the target that the command line names."""
-    compiled = Compiled(TARGETS[sys.argv[1]])
-    for compiled.label, call in calls():
-        call()
-    print(json.dumps([row(*entry) for entry in compiled.kernels.values()]))
+    """Print the rows of the targets that the command line names."""
+    compiled = Compiled()
+    print(json.dumps({target: compiled.rows(target) for target in sys.argv[1:]}))
 
 
 if __name__ == "__main__":
