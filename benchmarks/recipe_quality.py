@@ -133,7 +133,7 @@ def short_cost(options, name: str, words: list[str], manifest: Path, steps: int)
 
 def measure(options, recipes: dict[str, list[str]], manifest: Path) -> list[dict]:
     """A row for each recipe, seed and subject, those of the base model among them."""
-    subjects, config = read_manifest(manifest), load("tiny", [])
+    subjects, config = read_manifest(manifest), load("tiny", [f"sample.steps={options.sampling}"])
     base = load_models(FAMILIES["sd"], config.model).to(torch.device("cpu"))
     judge, seed = load_judge(), options.seeds[0]
     rows = [{"recipe": TRUE, "seed": seed, "subject": one.id, "scores": true_scores(judge, one)} for one in subjects]
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="training seeds")
     parser.add_argument("--images", type=int, default=8, help="pictures of the plain and of the class prompt")
     parser.add_argument("--placed", type=int, default=2, choices=(1, 2), help="pictures of each of the fifteen places")
+    parser.add_argument("--sampling", type=int, default=25, help="sampling steps of a picture")
     parser.add_argument("--out", type=Path, default=Path("runs/recipe-quality"), help="working folder, kept")
     parser.add_argument("--name", help="what the result files are called; nothing is written without a name")
     options = parser.parse_args()
@@ -256,6 +257,7 @@ def main() -> None:
             "with the first seed alone": options.once,
             "images": options.images,
             "placed": options.placed,
+            "sampling": options.sampling,
         }
         whole = {**about, "summary": found, "rows": rows}
         target.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
