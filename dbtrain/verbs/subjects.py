@@ -195,7 +195,7 @@ def push_verb(
 
 def demo_verb(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-out"),
-    recipe: Recipe = "tiny_fast_packed",
+    recipe: Recipe = "tiny_packed",
     everything: Annotated[bool, typer.Option("--all", help="All ten drawn subjects, then two photographed.")] = False,
     overrides: Overrides = None,
 ) -> None:
