@@ -47,6 +47,12 @@ class Shown:
     peak_memory_gib: float = 0.0
 
 
+def demo_words(recipe: str, out: Path, count: int) -> list[str]:
+    """The demo's own settings for `count` subjects over a recipe's, before those that a user asks for."""
+    pack = [f"prior.store={out / 'priors'}", f"engine.packed.size={count}", f"stages=['{SECOND}']"]
+    return [*pack, *FIRST, *SHORTER.get(recipe, ())]
+
+
 def run_demo(out: Path, recipe: str, overrides: Sequence[str], everything: bool = False) -> Shown:
     """What the demo leaves. Drawn subjects are trained and scored in `out`, real ones in `out`/real."""
     start, shown = time.perf_counter(), Shown([], [], [], [])
@@ -54,8 +60,7 @@ def run_demo(out: Path, recipe: str, overrides: Sequence[str], everything: bool 
         subjects = read_manifest(manifest)[: None if everything else COUNTS[manifest]]
         if not subjects:
             continue
-        own = [f"prior.store={out / 'priors'}", f"engine.packed.size={len(subjects)}", f"stages=['{SECOND}']"]
-        own += [*FIRST, *SHORTER.get(recipe, ())]
+        own = demo_words(recipe, out, len(subjects))
         names = [subject.id for subject in subjects]
         done, failed = train_chosen(subjects, (), load(recipe, [*own, *overrides]), folder, names)
         shown.records.extend(done + [{"subject": name, "failed": reason} for name, reason in failed.items()])

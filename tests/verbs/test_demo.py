@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from dbtrain import cli
 from dbtrain.results.record import stage_seconds
+from dbtrain.settings.recipes import load
 from dbtrain.tiny import DEMO_LARGE, DEMO_REAL
 from dbtrain.verbs import demo
 
@@ -26,6 +27,15 @@ def one_of_each(monkeypatch):
     monkeypatch.setattr(demo, "COUNTS", {DEMO_LARGE: 1, DEMO_REAL: 1})
     monkeypatch.setattr(demo, "CLASS_IMAGES", 1)
     monkeypatch.setattr(demo, "SECOND", demo.SECOND + " train.steps=2")
+
+
+@pytest.mark.parametrize("words, steps", [("tiny_packed", 150), ("tiny_packed train.steps=280", 280),
+                                          ("tiny_fast_packed", 95)])  # fmt: skip
+def test_its_own_recipe_alone_is_made_shorter_and_a_user_is_heeded(words, steps, tmp_path):
+    recipe, *asked = words.split()
+    config = load(recipe, [*demo.demo_words(recipe, tmp_path, 8), *asked])
+    assert config.train.steps == steps
+    assert (config.prior.steps, config.engine.packed.size, len(config.stages)) == (10, 8, 1)
 
 
 def cells(sheet):
