@@ -293,6 +293,16 @@ def halving(result: Result) -> Figures:
     return figures
 
 
+def study_cost(result: Result) -> Figures:
+    """Seconds of a row in both ways, and their ratio."""
+    rows = len(result["pilots"]) * result["variants"]
+    figures = [
+        (f"a row, {way}: training + scoring", f"{parts['training']:.1f} + {parts['scoring']:.1f} processor seconds")
+        for way, parts in result["seconds a row"].items()
+    ]
+    return [*figures, (f"a study of {rows} rows, of them one by one", f"{result['ratio']:.2f}")]
+
+
 def early_stop(result: Result) -> Figures:
     """Each variant's means over subjects."""
     figures = []
@@ -316,6 +326,11 @@ MEASUREMENTS = {
         "python benchmarks/packed_drawing.py --steps 4",
     ),
     "halving": Measurement("What halving keeps of a whole study", halving, "python benchmarks/halving.py"),
+    "study-cost": Measurement(
+        "What a study costs beside its rows one by one",
+        study_cost,
+        "python benchmarks/study_cost.py --steps 30 60 120 --sampling 12",
+    ),
     "early-stop": Measurement("What `train.stop` buys", early_stop, "python benchmarks/early_stop.py"),
     "pack-peers-one-class-short": Measurement(PEERS_TITLE.format("one class, 60 steps"), pack_peers),
     "pack-peers-one-class": Measurement(PEERS_TITLE.format("one class, 250 steps"), pack_peers),

@@ -27,8 +27,6 @@ COUNTS = {DEMO_LARGE: 8, DEMO_REAL: 0}
 SECOND = ("tiny_upscaler train.method=lora lora.targets=[time_emb_proj] train.lr=0.01 train.schedule=linear "
           "train.steps=10 train.batch=1 sample.images=0")  # fmt: skip
 """Stage (b) as a pack can train it: its adapters change each channel's scale and shift, and no convolution of 3 x 3."""
-FIRST = ("prior.steps=10",)
-"""Half the recipe's steps: the class images are recognized as often (docs/embedded-base.md)."""
 SHORTER = {"tiny_packed": ("train.steps=150",)}
 """Recipe -> what makes it fit into three minutes: with all its steps it takes a minute more."""
 CLASS_IMAGES = 4
@@ -48,9 +46,9 @@ class Shown:
 
 
 def demo_words(recipe: str, out: Path, count: int) -> list[str]:
-    """The demo's own settings for `count` subjects over a recipe's, before those that a user asks for."""
-    pack = [f"prior.store={out / 'priors'}", f"engine.packed.size={count}", f"stages=['{SECOND}']"]
-    return [*pack, *FIRST, *SHORTER.get(recipe, ())]
+    """The demo's own settings for `count` subjects over a recipe's. Class images are drawn in half of its steps."""
+    pack = [f"prior.store={out / 'priors'}", f"engine.packed.size={count}", f"stages=['{SECOND}']", "prior.steps=10"]
+    return [*pack, *SHORTER.get(recipe, ())]
 
 
 def run_demo(out: Path, recipe: str, overrides: Sequence[str], everything: bool = False) -> Shown:
@@ -61,8 +59,7 @@ def run_demo(out: Path, recipe: str, overrides: Sequence[str], everything: bool 
         if not subjects:
             continue
         own = demo_words(recipe, out, len(subjects))
-        names = [subject.id for subject in subjects]
-        done, failed = train_chosen(subjects, (), load(recipe, [*own, *overrides]), folder, names)
+        done, failed = train_chosen(subjects, (), load(recipe, [*own, *overrides]), folder, [s.id for s in subjects])
         shown.records.extend(done + [{"subject": name, "failed": reason} for name, reason in failed.items()])
         shown.sheets.append(_sheet(subjects, folder, {row["subject"] for row in done}))
         if done:

@@ -209,8 +209,7 @@ def demo_verb(
         typer.echo(f"\n{text_table(scores)}")
     spent = f"{shown.seconds:.0f} s in all, {time.process_time():.0f} processor seconds"
     typer.echo(f"\n{spent}; at most {shown.peak_memory_gib:.1f} GiB of memory")
-    for path in (*shown.sheets, *shown.reports):
-        typer.echo(f"look at {path}")
+    typer.echo("\n".join(f"look at {path}" for path in (*shown.sheets, *shown.reports)))
     if failed := {row["subject"]: row["failed"] for row in shown.records if "failed" in row}:
         raise summed(failed)
 
