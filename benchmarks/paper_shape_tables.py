@@ -8,6 +8,7 @@ from measures import closed_share, mean_interval
 from PIL import Image
 
 from dbtrain.evaluate.intervals import Interval
+from dbtrain.evaluate.intervals import shown as told
 from dbtrain.evaluate.judge import read_images
 from dbtrain.results.sheets import grid
 from dbtrain.values import Subject
@@ -123,10 +124,10 @@ def report(found: dict, rows: list[dict]) -> str:
         lines.append(f"| {one['what']} | {measured} | {goal} | {one['verdict']} |")
     lines += ["", "| row | " + " | ".join(shown.values()) + " |", "|---" * (len(shown) + 1) + "|"]
     real = {"identity": "real_identity", "clip_i": "real_clip_i"}
-    cells = [str(mean_interval(column(rows, BASE, real[key]))) if key in real else "" for key in shown]
+    cells = [told(mean_interval(column(rows, BASE, real[key])).row()) if key in real else "" for key in shown]
     lines.append("| real images (no self pairs) | " + " | ".join(cells) + " |")
     for name in names:
-        cells = [str(mean_interval(values)) if (values := column(rows, name, key)) else "" for key in shown]
+        cells = [told(mean_interval(values).row()) if (values := column(rows, name, key)) else "" for key in shown]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", NOTES, "", "| subject | " + " | ".join([*names, "real images", *extra]) + " |"]
     lines.append("|---" * (len(names) + len(extra) + 2) + "|")
