@@ -368,7 +368,11 @@ MEASUREMENTS = {
         second_stage,
         "python benchmarks/second_stage.py --name second-stage-packed",
     ),
-    "paper-shape": Measurement("The shape of the paper's tables on the embedded base", paper_shape, f"{PAPER_SHAPE} 8"),
+    "paper-shape": Measurement(
+        "The shape of the paper's tables on the embedded base",
+        paper_shape,
+        f"{PAPER_SHAPE} 4 --recipe tiny_packed --overrides engine.packed.size=10",
+    ),
     "paper-shape-60-steps": Measurement("The same with 60 steps and three seeds", paper_shape, SIXTY_STEPS),
     "recipe-quality": Measurement("What recipes of the embedded base buy", recipe_quality),
     "masks-and-captions": Measurement("Masks, and captions of each photo, on the embedded base", masks_and_captions),
