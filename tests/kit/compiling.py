@@ -1,8 +1,7 @@
 """Compile the kernels that training launches for GPUs that are not here: `python -m tests.kit.compiling sm_90 sm_80`.
 
 Prints JSON, by target a list with a row for each compiled kernel. Triton has one active driver, so this takes a process
-of its own, with TRITON_INTERPRET=0 and an empty TRITON_CACHE_DIR. Everything is compiled for sm_90; for other targets
-only `widest`, because half of a minute of a processor for each shows little more.
+of its own, with TRITON_INTERPRET=0 and an empty TRITON_CACHE_DIR.
 
 The project's own launchers are called with tensors on the `meta` device. Those tensors' addresses are 0, so Triton
 specialises alignment, divisibility by 16 and arguments equal to 1 exactly as it does in a launch.
@@ -53,8 +52,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 """GPUs by name: A100, H100 and H200, MI300X. The last number is the threads of a warp."""
-FULL = "sm_90"
-"""The target that gets everything."""
 
 PROJECTIONS = {
     "SD1.5 self": (4096, 320, 320),
@@ -92,8 +89,8 @@ class Compiled:
     """Compiled kernels, in the order in which they were first wanted: (the call, kernel's name, kernel)."""
 
     def __init__(self) -> None:
-        self.kernels: dict[int, tuple[dict[str, Any], str, Any]] = {}
-        self.call, run = {}, JITFunction.run
+        self.kernels: dict[int, tuple[str, str, Any]] = {}
+        self.call, run = "", JITFunction.run
 
         def warm(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
             kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
@@ -103,20 +100,18 @@ class Compiled:
         JITFunction.run = warm
 
     def rows(self, target: str) -> list[dict[str, Any]]:
-        """A row of each kernel that a target gets."""
+        """A row of each kernel that training launches on a target."""
         triton.runtime.driver.set_active(Nowhere(target))
         lora_triton._products.cache_clear()  # it asks for the target
         before = len(self.kernels)
-        for made in (widest, others) if target == FULL else (widest,):
-            for label, call in made():
-                self.call = {"call": label, "everywhere": made is widest}
-                call()
+        for self.call, call in calls():
+            call()
         return [row(*entry) for entry in list(self.kernels.values())[before:]]
 
 
-def widest() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every kernel in the forms that take most registers and shared memory, and products of rank 16, which are narrow:
-    (label, call on the meta device)."""
+def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Whatever training launches: (label, call on the meta device). Tokens that are no multiple of 16 change nothing at
+    rank 16."""
     bf16, fp32, q_k_v, layers = torch.bfloat16, torch.float32, "SD1.5 q, k, v", "SD1.5 captions of all layers"
     yield "pack, SD1.5 self, rank 16", partial(update, *FORMS["pack"], 16, *PROJECTIONS["SD1.5 self"])
     yield "solo, SD1.5 self, rank 128", partial(update, *FORMS["solo"], 128, *PROJECTIONS["SD1.5 self"])
@@ -132,10 +127,6 @@ def widest() -> Iterator[tuple[str, Callable[[], Any]]]:
     shape, options = RESIDUALS["Z-Image, 1"]
     yield "residual, Z-Image, 1", partial(add_and_norm, shape, bf16, **options)
     yield "residual, SDXL, fp32, no addition", partial(add_and_norm, (2, 1024, 1280), fp32, added=False)
-
-
-def others() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Whatever else training launches. Tokens that are no multiple of 16 change nothing at rank 16."""
     for form, (tokens, matrices) in FORMS.items():
         for name, sides in PROJECTIONS.items():
             if name != "SD1.5 captions" or form == "pack":
@@ -246,11 +237,11 @@ def add_and_norm(shape: tuple[int, ...], dtype: torch.dtype, **options: bool) ->
     residual_norm_triton.backward(normal, normal, total, y if numbers[1] else None, *factors[:2], *numbers)
 
 
-def row(call: dict[str, Any], name: str, kernel: Any) -> dict[str, Any]:
+def row(call: str, name: str, kernel: Any) -> dict[str, Any]:
     """What a compiled kernel takes and does. registers: of a thread. shared, stack: bytes of a program, of a thread."""
     text = kernel.asm["ptx" if "ptx" in kernel.asm else "amdgcn"]
     registers, stack = nvidia_usage(kernel.asm["cubin"]) if "cubin" in kernel.asm else amd_usage(text)
-    found = {**call, "kernel": name, "registers": registers, "stack": stack, "shared": kernel.metadata.shared}
+    found = {"call": call, "kernel": name, "registers": registers, "stack": stack, "shared": kernel.metadata.shared}
     return found | {trait: bool(re.search(pattern, text)) for trait, pattern in TRAITS.items()}
 
 
