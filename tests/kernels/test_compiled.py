@@ -58,7 +58,7 @@ WIDE = (*PRODUCTS, "add_parts", "loss_elements", "noise_latents", "squared_norms
 """Kernels that read or write arrays; the others handle a few numbers of a sample or row."""
 
 
-DOUBLE = {("row_factors", "AdamW, ema compute"), ("noise_latents", "4 channels, t in strata")}
+DOUBLE = {("row_factors", "AdamW, plain"), ("noise_latents", "4 channels, t in strata")}
 """What computes in float64, a few numbers each: a GPU for graphics does that at 1/64 of float32's rate."""
 
 

@@ -112,41 +112,36 @@ class Compiled:
 def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Whatever training launches: (label, call on the meta device). Tokens that are no multiple of 16 change nothing at
     rank 16."""
-    bf16, fp32, q_k_v, layers = torch.bfloat16, torch.float32, "SD1.5 q, k, v", "SD1.5 captions of all layers"
-    yield "pack, SD1.5 self, rank 16", partial(update, *FORMS["pack"], 16, *PROJECTIONS["SD1.5 self"])
-    yield "solo, SD1.5 self, rank 128", partial(update, *FORMS["solo"], 128, *PROJECTIONS["SD1.5 self"])
-    yield "fp32, SD1.5 captions, rank 128", partial(update, *FORMS["fp32"], 128, *PROJECTIONS["SD1.5 captions"])
-    yield f"pack, {layers}, rank 16", partial(update_group, bf16, 16, *GROUPS[layers])
-    yield f"pack, {q_k_v}, rank 128", partial(update_group, bf16, 128, *GROUPS[q_k_v])
-    yield "4 channels, noise offset", partial(noise, (16, 4, 64, 64), noise_offset=0.1)
-    yield "v_prediction, bfloat16", partial(lose, "v_prediction", bf16)  # it reads all that the others read
-    yield "AdamW, ema compute", partial(advance, ema=True, compute=True)
-    yield "rotary, Ideogram 4", partial(turn, (2, 4160, 18, 256), bf16, halves=True, each=True)
-    yield "GEGLU, SDXL, fp32", partial(gate, (4, 1024, 2 * 5120), fp32, False)
-    yield "norm, SD1.5, channels last", partial(normalized, (16, 320, 64, 64), bf16, shifted=True, last=True)
-    shape, options = RESIDUALS["Z-Image, 1"]
-    yield "residual, Z-Image, 1", partial(add_and_norm, shape, bf16, **options)
-    yield "residual, SDXL, fp32, no addition", partial(add_and_norm, (2, 1024, 1280), fp32, added=False)
     for form, (tokens, matrices) in FORMS.items():
         for name, sides in PROJECTIONS.items():
             if name != "SD1.5 captions" or form == "pack":
                 yield f"{form}, {name}, rank 16", partial(update, tokens, matrices, 16, *sides)
-        yield f"{form}, SD1.5 self, rank 128", partial(update, tokens, matrices, 128, *PROJECTIONS["SD1.5 self"])
-    for dtype, form in ((torch.bfloat16, "pack"), (torch.float32, "fp32")):
-        yield f"{form}, SD1.5 q, k, v, rank 16", partial(update_group, dtype, 16, *GROUPS["SD1.5 q, k, v"])
+        # In fp32 also with tokens that are no multiple of 16.
+        for name in ("SD1.5 self", "SD1.5 captions") if form == "fp32" else ("SD1.5 self",):
+            yield f"{form}, {name}, rank 128", partial(update, tokens, matrices, 128, *PROJECTIONS[name])
+    for name, group in GROUPS.items():
+        yield f"pack, {name}, rank 16", partial(update_group, torch.bfloat16, 16, *group)
+    yield "pack, SD1.5 q, k, v, rank 128", partial(update_group, torch.bfloat16, 128, *GROUPS["SD1.5 q, k, v"])
+    yield "fp32, SD1.5 q, k, v, rank 16", partial(update_group, torch.float32, 16, *GROUPS["SD1.5 q, k, v"])
     times = {"t by words": {}, "t in strata": {"strata": 4}, "noise offset": {"noise_offset": 0.1}}
     for channels in (4, 16):
         for name, options in times.items():
             yield f"{channels} channels, {name}", partial(noise, (16, channels, 64, 64), **options)
     for parameterization in PARAMETERIZATIONS:
         yield f"{parameterization}, bfloat16", partial(lose, parameterization, torch.bfloat16)
-    for options in ({}, {"ema": True}, {"compute": True}):
+    yield "v_prediction, float32", partial(lose, "v_prediction", torch.float32)  # it reads all that the others read
+    for options in ({}, {"ema": True}, {"compute": True}, {"ema": True, "compute": True}):
         yield f"AdamW, {' '.join(options) or 'plain'}", partial(advance, **options)
-    yield "v_prediction, float32", partial(lose, "v_prediction", torch.float32)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield f"GEGLU, {dtype}", partial(gate, (4, 1024, 2 * 5120), dtype, False)
         yield f"SwiGLU, {dtype}", partial(gate, (2, 4224, 2 * 10240), dtype, True)
         yield f"rotary, FLUX.1, {dtype}", partial(turn, (2, 4608, 24, 128), dtype)
+    yield "rotary, Ideogram 4", partial(turn, (2, 4160, 18, 256), torch.bfloat16, halves=True, each=True)
+    options = {"shifted": True, "last": True}
+    yield "norm, SD1.5, channels last", partial(normalized, (16, 320, 64, 64), torch.bfloat16, **options)
+    yield "residual, Z-Image, 1", partial(add_and_norm, RESIDUALS["Z-Image, 1"][0], torch.bfloat16,
+                                          **RESIDUALS["Z-Image, 1"][1])  # fmt: skip
+    yield "residual, SDXL, fp32, no addition", partial(add_and_norm, (2, 1024, 1280), torch.float32, added=False)
     for dtype in (torch.bfloat16, torch.float16):
         for name in ("SD1.5 4096 tokens, 8", "FLUX.1, 1"):
             yield f"residual, {name}, {dtype}", partial(add_and_norm, RESIDUALS[name][0], dtype, **RESIDUALS[name][1])
