@@ -7,8 +7,7 @@ from pathlib import Path
 from measures import closed_share, mean_interval
 from PIL import Image
 
-from dbtrain.evaluate.intervals import Interval
-from dbtrain.evaluate.intervals import shown as told
+from dbtrain.evaluate.intervals import Interval, shown
 from dbtrain.evaluate.judge import read_images
 from dbtrain.results.sheets import grid
 from dbtrain.values import Subject
@@ -104,7 +103,7 @@ the whole interval has it, else `not shown`; in the last one columns named only 
 
 def report(found: dict, rows: list[dict]) -> str:
     """The results as Markdown."""
-    shown = {key: title for key, title in COLUMNS.items() if any(key in row["scores"] for row in rows)}
+    columns = {key: title for key, title in COLUMNS.items() if any(key in row["scores"] for row in rows)}
     names = list(dict.fromkeys(row["variant"] for row in rows))
     extra = {f"{score}, {name}": (name, score) for name, score in DETAILS}
     about = found["about"]
@@ -118,16 +117,13 @@ def report(found: dict, rows: list[dict]) -> str:
     ]
     for one in found["findings"]:
         goal = {None: "", POSITIVE: "> 0"}.get(one["goal"], f">= {one['goal']}")
-        measured = f"{one['value']:.3f}"
-        if one["low"] is not None:
-            measured += f" [{one['low']:.3f}, {one['high']:.3f}]"
-        lines.append(f"| {one['what']} | {measured} | {goal} | {one['verdict']} |")
-    lines += ["", "| row | " + " | ".join(shown.values()) + " |", "|---" * (len(shown) + 1) + "|"]
+        lines.append(f"| {one['what']} | {shown(one)} | {goal} | {one['verdict']} |")
+    lines += ["", "| row | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     real = {"identity": "real_identity", "clip_i": "real_clip_i"}
-    cells = [told(mean_interval(column(rows, BASE, real[key])).row()) if key in real else "" for key in shown]
+    cells = [shown(mean_interval(column(rows, BASE, real[key])).row()) if key in real else "" for key in columns]
     lines.append("| real images (no self pairs) | " + " | ".join(cells) + " |")
     for name in names:
-        cells = [told(mean_interval(values).row()) if (values := column(rows, name, key)) else "" for key in shown]
+        cells = [shown(mean_interval(values).row()) if (values := column(rows, name, key)) else "" for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", NOTES, "", "| subject | " + " | ".join([*names, "real images", *extra]) + " |"]
     lines.append("|---" * (len(names) + len(extra) + 2) + "|")

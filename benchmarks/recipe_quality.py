@@ -132,16 +132,16 @@ def short_cost(options, name: str, words: list[str], manifest: Path, steps: int)
 
 
 def measure(options, recipes: dict[str, list[str]], manifest: Path) -> list[dict]:
-    """A row for each recipe, seed and subject, those of the base model among them."""
+    """A row for each recipe, seed and subject, those of the class itself and of the base model among them."""
     subjects, config = read_manifest(manifest), load("tiny", [f"sample.steps={options.sampling}"])
     base = load_models(FAMILIES["sd"], config.model).to(torch.device("cpu"))
-    judge, seed = load_judge(), options.seeds[0]
-    rows = [{"recipe": TRUE, "seed": seed, "subject": one.id, "scores": true_scores(judge, one)} for one in subjects]
+    judge, first = load_judge(), options.seeds[0]
+    rows = [{"recipe": TRUE, "seed": first, "subject": one.id, "scores": true_scores(judge, one)} for one in subjects]
     warm_priors(options, manifest)
     for seed in options.seeds:
         before: dict[str, float] = {}  # subject -> PRES of the base model's pictures of the class
         for name, words in {BASE: [], **recipes}.items():
-            if name in options.once and seed != options.seeds[0]:
+            if name in options.once and seed != first:
                 continue
             place = options.out / f"seed-{seed}" / name
             records = train(options, place, words, manifest, seed) if words else {}
