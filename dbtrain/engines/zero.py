@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dbtrain.engines.adamw8 import MOMENTS, AdamW8
 from dbtrain.engines.deepspeed_json import deepspeed_config
@@ -27,6 +28,8 @@ from dbtrain.errors import ConfigError, EngineError
 from dbtrain.settings.config import RunConfig
 from dbtrain.values import Parts
 
+LINEAR = functional.linear
+"""PyTorch's own, for which ZeRO stage 3 puts another that rounds otherwise, and leaves it there."""
 
 def zero_keys() -> set[str]:
     """The keys that this DeepSpeed knows under `zero_optimization`."""
@@ -201,8 +204,9 @@ class ZeroEngine:
         self._publish_masters()
 
     def close(self) -> None:
-        """Release DeepSpeed's buffers and hooks."""
+        """Release DeepSpeed's buffers and hooks, and put back the function it replaced for the whole process."""
         self.deepspeed.destroy()
+        functional.linear = LINEAR
 
     @property
     def kinds(self) -> list[str]:

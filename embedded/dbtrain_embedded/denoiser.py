@@ -11,11 +11,11 @@ from dbtrain_embedded.encoders import build_clip
 from dbtrain_embedded.loops import Trainer, autocast, crew_rank, device, stream_of, weights
 from dbtrain_embedded.vocabulary import Captions
 
-WIDTHS = (96, 144)
+WIDTHS = (128, 192)
 HEADS = (4, 6)
 
 
-def build(context_width: int = 128):
+def build(context_width: int = 128, widths: tuple[int, int] = WIDTHS):
     """An untrained `UNet2DConditionModel` with cross-attention on both levels."""
     from diffusers import UNet2DConditionModel
 
@@ -24,7 +24,7 @@ def build(context_width: int = 128):
         in_channels=autoencoder.LATENT_CHANNELS,
         out_channels=autoencoder.LATENT_CHANNELS,
         layers_per_block=1,
-        block_out_channels=WIDTHS,
+        block_out_channels=widths,
         cross_attention_dim=context_width,
         attention_head_dim=HEADS,
         down_block_types=("CrossAttnDownBlock2D",) * 2,

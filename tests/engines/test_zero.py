@@ -109,6 +109,16 @@ def test_the_same_stage_resumes_to_the_bit(stage):
         assert_close(made.state(), last, dict.fromkeys(last, 0.0))
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_training_leaves_the_process_as_it_found_it(stage):
+    """Stage 3 replaces `linear` everywhere; were it to stay, what the process trains next would round otherwise."""
+    linear = torch.nn.functional.linear
+    with rig(small_config(*STEADY, f"engine.zero.stage={stage}")) as made:
+        made.steps(0, 1)
+        assert (torch.nn.functional.linear is linear) == (stage < 3)
+    assert torch.nn.functional.linear is linear
+
+
 def test_a_state_of_other_parameters_is_refused():
     _, middle, _ = trajectory(0, "full")
     with rig(small_config(*STEADY)) as made, pytest.raises(EngineError, match="trained parameters, such as unet"):
