@@ -22,6 +22,14 @@ def test_orthogonalize_brings_singular_values_near_one(shape):
     assert values.max() < 1.3 and values.median() > 0.65
 
 
+def test_orthogonalize_lets_no_singular_value_grow_where_most_are_tiny():
+    """As in a gradient of a few directions. With bf16 in the squares the largest was 4."""
+    draw = np.random.default_rng(1).normal
+    matrix = torch.from_numpy(draw(size=(96, 8)) @ draw(size=(8, 192)) + 1e-3 * draw(size=(96, 192)))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.linalg.svdvals(loops.orthogonalize(matrix.to(dtype)).float()).max() < 1.3
+
+
 def test_trainer_resumes_where_it_stopped(tmp_path):
     def trainer(minutes):
         torch.manual_seed(0)
