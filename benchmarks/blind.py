@@ -26,8 +26,9 @@ from tiny_quality import RESULTS, SHEET, commit, generate
 
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.tiny import BASE, DEMO_LARGE
-from dbtrain_embedded import sprites, world
+from dbtrain_embedded import pool, sprites, world
 from dbtrain_embedded.demo import SUBJECTS
+from dbtrain_embedded.scenery import SCENES
 
 ALSO = {
     "dog": ("puppy", "pug", "poodle", "hound"), "cat": ("kitten", "kitty"), "rabbit": ("bunny", "hare"),
@@ -64,14 +65,46 @@ def page(cells: list, first: int, columns: int, out: Path) -> None:
     sheet.save(out)
 
 
-def draw_sheet(out: Path, base: str, seed: int) -> list:
-    """Pages of the 64 pictures; the key: one {prompt, class, scene} a picture."""
+def facts_of(prompt: str, rng) -> world.Facts:
+    """What a scene of the world shows that fits the prompt; `rng` picks one of the class's drawings."""
+    noun = next(noun for noun in sprites.CLASSES if noun in prompt.split())
+    place = next((place for place, (_, phrases) in SCENES.items() if place != "plain" and phrases[0] in prompt), "plain")
+    styles = {"sketch": "sketch", "pixel": "pixel", "watercolour": "watercolour"}
+    return world.Facts(
+        noun, int(rng.choice(sprites.of_noun(noun, "train"))), place,
+        colour=next((colour for colour in world.COLOURS if f"a {colour} {noun}" in prompt), None),
+        accessory=next((one for one in world.ACCESSORIES if f"wearing {world.article(one)}" in prompt
+                        or f"wearing {one}" in prompt), None),
+        style=next((style for word, style in styles.items() if word in prompt), None),
+        view="close" if "close-up" in prompt else None,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def true_pictures(prompts: list, noise: int, vae) -> np.ndarray:
+    """A true scene of each prompt, uint8 (N, 64, 64, 3); as the VAE gives it back, unless that is None."""
+    rngs = [world.stream(1_000_000 * noise + index, 9) for index in range(len(prompts))]
+    scenes = np.stack([np.asarray(world.render(facts_of(p, rng), rng)) for p, rng in zip(prompts, rngs, strict=True)])
+    if vae is None:
+        return scenes
+    given = vae.decode(vae.encode(pool.to_tensor(scenes)).latent_dist.mode()).sample
+    return ((given.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def draw_sheet(out: Path, base: str, seed: int, noise: int) -> list:
+    """Pages of the 64 pictures; the key: one {prompt, class, scene} a picture.
+
+    base: its folder, or "scenes" or "scenes-vae": what a base could show at best, without and with its VAE.
+    """
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
     prompts = [p for line in SHEET.splitlines() for p in line.split("|")]
-    pictures = generate(pipe, prompts, 0, 25)
+    pipe = StableDiffusionPipeline.from_pretrained(BASE if base.startswith("scenes") else base, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    if base.startswith("scenes"):
+        pictures = true_pictures(prompts, noise, pipe.vae if base == "scenes-vae" else None)
+    else:
+        pictures = generate(pipe, prompts, noise, 25)
     order = np.random.default_rng(seed).permutation(len(prompts))
     cells = [Image.fromarray(pictures[i]).resize((224, 224), Image.BICUBIC) for i in order]
     for start in range(0, len(cells), 16):
@@ -164,6 +197,7 @@ def main() -> None:
     parser.add_argument("answers", type=Path, nargs="?")
     parser.add_argument("--run", type=Path, help="the demo's folder")
     parser.add_argument("--base", default=str(BASE), help="the base's folder")
+    parser.add_argument("--noise", type=int, default=0, help="the seed of the sheet's noise")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     parser.add_argument("--part", help="keep the score in the file of results, as this part of it")
     parser.add_argument("--judge", default="not said", help="who judged, for the file of results")
@@ -176,7 +210,7 @@ def main() -> None:
         if options.part:
             keep(options.part, {"commit": commit(), "machine": f"judge: {options.judge}", **found})
         return
-    drawn = {"sheet": lambda: draw_sheet(options.out, options.base, options.seed),
+    drawn = {"sheet": lambda: draw_sheet(options.out, options.base, options.seed, options.noise),
              "subjects": lambda: draw_subjects(options.out, options.run, options.seed)}[options.what]()  # fmt: skip
     (options.out / "key.json").write_text(json.dumps(drawn, indent=1) + "\n")
 

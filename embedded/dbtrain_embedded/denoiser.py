@@ -11,11 +11,11 @@ from dbtrain_embedded.encoders import build_clip
 from dbtrain_embedded.loops import Trainer, autocast, crew_rank, device, stream_of, weights
 from dbtrain_embedded.vocabulary import Captions
 
-WIDTHS = (128, 192)
+WIDTHS = (96, 144)
 HEADS = (4, 6)
 
 
-def build(context_width: int = 128, widths: tuple[int, int] = WIDTHS):
+def build(context_width: int = 128):
     """An untrained `UNet2DConditionModel` with cross-attention on both levels."""
     from diffusers import UNet2DConditionModel
 
@@ -24,7 +24,7 @@ def build(context_width: int = 128, widths: tuple[int, int] = WIDTHS):
         in_channels=autoencoder.LATENT_CHANNELS,
         out_channels=autoencoder.LATENT_CHANNELS,
         layers_per_block=1,
-        block_out_channels=widths,
+        block_out_channels=WIDTHS,
         cross_attention_dim=context_width,
         attention_head_dim=HEADS,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
@@ -49,46 +49,6 @@ def build_scheduler():
         timestep_spacing="trailing",
         steps_offset=1,
     )
-
-
-def grown(state: dict, wide: dict) -> dict:
-    """The weights `state` of a UNet in the shapes of `wide`, a UNet whose levels are 4/3 as wide.
-
-    Each third channel is followed by its copy. What reads a channel and its copy weighs them with random shares
-    that add up to the old weight: sums stay, and the two learn different things (Net2Net, arXiv 1511.05641). Groups of
-    norms and heads of attention keep their channels. The function stays nearly the same: norms count copies twice.
-    """
-    generator, made = torch.Generator().manual_seed(5), {}
-    for name, like in wide.items():
-        weight = state[name].float()
-        if name == "time_embedding.linear_1.weight":  # its inputs are sines of other frequencies
-            old, new = (_waves(width) for width in (weight.shape[1], like.shape[1]))
-            weight = torch.linalg.lstsq(new, old @ weight.T).solution.T
-        if weight.shape[0] != like.shape[0]:
-            weight = weight[_sources(weight.shape[0])]
-            if "attn" in name and "to_q" in name:  # scores have no copies, and are divided by a larger root
-                weight[3::4] = 0
-                weight *= (4 / 3) ** 0.5
-        if weight.ndim > 1 and weight.shape[1] != like.shape[1]:
-            weight = weight[:, _sources(weight.shape[1])]
-            shares = 0.5 + 0.5 * torch.randn(weight[:, 3::4].shape[:2], generator=generator)
-            shares = shares.view(*shares.shape, *[1] * (weight.ndim - 2))
-            weight[:, 2::4] *= shares
-            weight[:, 3::4] *= 1 - shares
-        made[name] = weight
-    return made
-
-
-def _sources(count: int) -> torch.Tensor:
-    """Which of `count` channels each of the 4/3 as many is: 0, 1, 2, 2, 3, 4, 5, 5..."""
-    return torch.arange(count).view(-1, 3)[:, [0, 1, 2, 2]].flatten()
-
-
-def _waves(width: int) -> torch.Tensor:
-    """The sines of all 1,000 timesteps that a UNet whose first level has this width is given, [1000, width]."""
-    from diffusers.models.embeddings import get_timestep_embedding
-
-    return get_timestep_embedding(torch.arange(1000), width, flip_sin_to_cos=True, downscale_freq_shift=0)
 
 
 def load_clip(work: Path, tokenizer):

@@ -92,7 +92,7 @@ def restore(work: Path) -> None:
     """Write the shipped weights to `work` as starting points of the later stages, and the pool's latents beside them.
 
     These stages then train on from the shipped weights, without the checkpoints of the run that made these weights.
-    Their optimizers start anew. A UNet 3/4 as wide as the recipe's is widened (`denoiser.grown`).
+    Their optimizers start anew.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPModel, ViTModel
@@ -103,10 +103,7 @@ def restore(work: Path) -> None:
         "unet": UNet2DConditionModel.from_pretrained(BASE / "unet"),
         "upscaler": UNet2DConditionModel.from_pretrained(upscaler.UPSCALER / "unet"),
     }
-    states = {stage: model.state_dict() for stage, model in shipped.items()}
-    if shipped["unet"].config.block_out_channels != denoiser.WIDTHS:
-        states["unet"] = denoiser.grown(states["unet"], denoiser.build().state_dict())
-    for stage, state in states.items():
-        torch.save(state, work / f"{stage}-start.pt")
+    for stage, model in shipped.items():
+        torch.save(model.state_dict(), work / f"{stage}-start.pt")
     vae = AutoencoderKL.from_pretrained(BASE / "vae").eval().requires_grad_(False).to(device())
     denoiser.write_latents(work, vae.to(memory_format=torch.channels_last))

@@ -36,30 +36,3 @@ def test_the_scheduler_finds_the_clean_latents_from_the_training_target():
     output = scheduler.step(alpha * noise - sigma * clean, timestep, alpha * clean + sigma * noise)
     # fp32: alpha^2 + sigma^2 is 1 within a few roundings of values up to 5.
     assert torch.allclose(output.pred_original_sample, clean, atol=1e-5)
-
-
-def test_a_wider_unet_begins_as_the_narrow_one():
-    """Nearly: its norms count a third of the channels twice, which changes means and variances by a few hundredths."""
-    torch.manual_seed(0)
-    narrow, wide = denoiser.build(widths=(96, 144)), denoiser.build(widths=(128, 192))
-    with torch.no_grad():
-        for name, param in narrow.named_parameters():  # else a mistake in a bias or a norm's weight would not show
-            param.add_(torch.randn_like(param) * (0.1 if "norm" in name or "bias" in name else 0))
-    wide.load_state_dict(denoiser.grown(narrow.state_dict(), wide.state_dict()))
-    x, t, text = torch.randn(16, 16, 8, 8), torch.linspace(0, 999, 16).long(), torch.randn(16, 32, 128)
-    with torch.no_grad():
-        want, got = narrow(x, t, text).sample, wide(x, t, text).sample
-    assert (got - want).square().mean() < 0.02 * want.square().mean()
-
-
-def test_a_channel_and_its_copy_are_read_as_one_and_learn_apart():
-    torch.manual_seed(0)
-    narrow, wide = denoiser.build(widths=(96, 144)), denoiser.build(widths=(128, 192))
-    old, new = narrow.state_dict(), denoiser.grown(narrow.state_dict(), wide.state_dict())
-    name = "down_blocks.0.resnets.0.conv2.weight"
-    signal = torch.randn(1, 96, 8, 8)
-    sources = denoiser._sources(96)
-    convolved = [torch.nn.functional.conv2d(x, w) for x, w in ((signal, old[name]), (signal[:, sources], new[name]))]
-    assert torch.allclose(convolved[0][:, sources], convolved[1], atol=1e-5)
-    originals, copies = new[name][:, 2::4], new[name][:, 3::4]
-    assert (copies - originals).abs().mean() > 0.1 * copies.abs().mean()
