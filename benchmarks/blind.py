@@ -72,7 +72,7 @@ def facts_of(prompt: str, rng) -> world.Facts:
     styles = {"sketch": "sketch", "pixel": "pixel", "watercolour": "watercolour"}
     return world.Facts(
         noun, int(rng.choice(sprites.of_noun(noun, "train"))), place,
-        colour=next((colour for colour in world.COLOURS if f"a {colour} {noun}" in prompt), None),
+        colour=next((colour for colour in world.COLOURS if f" {colour} {noun}" in prompt), None),
         accessory=next((one for one in world.ACCESSORIES if f"wearing {world.article(one)}" in prompt
                         or f"wearing {one}" in prompt), None),
         style=next((style for word, style in styles.items() if word in prompt), None),
@@ -110,7 +110,7 @@ def draw_sheet(out: Path, base: str, seed: int, noise: int) -> list:
     for start in range(0, len(cells), 16):
         page(cells[start : start + 16], start + 1, 4, out / f"page-{start // 16 + 1}.png")
     nouns = {i: next(n for n in sprites.CLASSES if n in prompts[i].split()) for i in order}
-    scenes = {i: next((s for s in SCENE_WORDS if s in prompts[i]), None) for i in order}
+    scenes = {i: next((s for s in SCENE_WORDS if s in prompts[i].split()), None) for i in order}
     return [{"prompt": prompts[i], "class": nouns[i], "scene": scenes[i]} for i in order]
 
 

@@ -1,8 +1,11 @@
 """What the report of recipes makes of its rows."""
 
 import pytest
+from dbtrain_embedded import sprites, world
 
-from benchmarks.recipe_quality import BASE, SCORES, TRUE, summary, table
+from benchmarks.recipe_quality import BASE, SCORES, TRUE, summary, table, true_scores
+from dbtrain.evaluate.judge import load_judge
+from dbtrain.values import Subject
 
 
 def row(recipe, subject, **scores):
@@ -26,3 +29,13 @@ def test_true_pictures_and_the_base_come_first_and_are_compared_with_nothing():
     assert [bool(one["more than the dearest"]) for one in found] == [False, False, False, True]
     assert cheap["more than the dearest"]["identity"]["value"] == pytest.approx(-0.1)
     assert len(table(found)) == 2 + 4 + 3 + 1
+
+
+def test_the_class_itself_is_scored_by_its_own_drawings(tmp_path):
+    """A subject that is the first of these drawings has a PRES of 1 beside it alone, and less beside all of them."""
+    first = world.Facts("dog", sprites.of_noun("dog", "train")[0])
+    world.render(first, world.stream(70_000)).save(tmp_path / "photo.png")
+    judge, subject = load_judge(), Subject("rex", "dog", (str(tmp_path / "photo.png"),))
+    assert true_scores(judge, subject, 1)["pres"] == pytest.approx(1, abs=1e-5)
+    scores = true_scores(judge, subject)
+    assert scores["pres"] < 0.9 and scores["div_identity"] > 0.1
