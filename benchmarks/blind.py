@@ -68,16 +68,16 @@ def page(cells: list, first: int, columns: int, out: Path) -> None:
 def facts_of(prompt: str, rng) -> world.Facts:
     """What a scene of the world shows that fits the prompt; `rng` picks one of the class's drawings."""
     noun = next(noun for noun in sprites.CLASSES if noun in prompt.split())
-    place = next((place for place, (_, phrases) in SCENES.items() if place != "plain" and phrases[0] in prompt), "plain")
-    styles = {"sketch": "sketch", "pixel": "pixel", "watercolour": "watercolour"}
+    places = {phrases[0]: place for place, (_, phrases) in SCENES.items() if place != "plain"}
     return world.Facts(
-        noun, int(rng.choice(sprites.of_noun(noun, "train"))), place,
+        noun,
+        int(rng.choice(sprites.of_noun(noun, "train"))),
+        next((place for phrase, place in places.items() if phrase in prompt), "plain"),
         colour=next((colour for colour in world.COLOURS if f" {colour} {noun}" in prompt), None),
-        accessory=next((one for one in world.ACCESSORIES if f"wearing {world.article(one)}" in prompt
-                        or f"wearing {one}" in prompt), None),
-        style=next((style for word, style in styles.items() if word in prompt), None),
+        accessory=next((one for one in world.ACCESSORIES if "wearing" in prompt and one in prompt.split()), None),
+        style=next((style for style in world.STYLES if style in prompt), None),
         view="close" if "close-up" in prompt else None,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()

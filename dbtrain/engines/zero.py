@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dbtrain.engines.adamw8 import MOMENTS, AdamW8
 from dbtrain.engines.deepspeed_json import deepspeed_config
@@ -28,8 +27,8 @@ from dbtrain.errors import ConfigError, EngineError
 from dbtrain.settings.config import RunConfig
 from dbtrain.values import Parts
 
-LINEAR = functional.linear
-"""PyTorch's own, for which ZeRO stage 3 puts another that rounds otherwise, and leaves it there."""
+LINEAR = nn.functional.linear  # ZeRO stage 3 puts another in its place, which rounds otherwise, and leaves it there
+
 
 def zero_keys() -> set[str]:
     """The keys that this DeepSpeed knows under `zero_optimization`."""
@@ -96,8 +95,7 @@ class ZeroEngine:
         import deepspeed
 
         join_deepspeed(world)
-        self.world, self.config, self.plan = world, config, plan
-        self.groups = groups
+        self.world, self.config, self.plan, self.groups = world, config, plan, groups
         self.names = {name: param for group in groups for name, param in group.params.items()}
         train = config.train
         on_gpu = world.device != "cpu" and not config.engine.zero.offload_optimizer
@@ -206,7 +204,7 @@ class ZeroEngine:
     def close(self) -> None:
         """Release DeepSpeed's buffers and hooks, and put back the function it replaced for the whole process."""
         self.deepspeed.destroy()
-        functional.linear = LINEAR
+        nn.functional.linear = LINEAR
 
     @property
     def kinds(self) -> list[str]:

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from dbtrain_embedded import sprites
 
 from benchmarks import blind
+from dbtrain_embedded import sprites
 
 PROMPTS = [prompt for line in blind.SHEET.splitlines() for prompt in line.split("|")]
 

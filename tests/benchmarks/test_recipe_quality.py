@@ -1,11 +1,11 @@
 """What the report of recipes makes of its rows."""
 
 import pytest
-from dbtrain_embedded import sprites, world
 
 from benchmarks.recipe_quality import BASE, SCORES, TRUE, summary, table, true_scores
 from dbtrain.evaluate.judge import load_judge
 from dbtrain.values import Subject
+from dbtrain_embedded import sprites, world
 
 
 def row(recipe, subject, **scores):
