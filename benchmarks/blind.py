@@ -23,10 +23,12 @@ from PIL import Image, ImageDraw
 sys.path.append(str(Path(__file__).resolve().parents[1] / "embedded"))
 
 from tiny_quality import RESULTS, SHEET, commit, generate
+from upscaler_quality import to_images
 
 from dbtrain.subjects.manifest import read_manifest
 from dbtrain.tiny import BASE, DEMO_LARGE
-from dbtrain_embedded import pool, sprites, world
+from dbtrain_embedded import sprites, world
+from dbtrain_embedded.autoencoder import encode
 from dbtrain_embedded.demo import SUBJECTS
 from dbtrain_embedded.scenery import SCENES
 
@@ -44,6 +46,8 @@ ALSO = {
     "sunset": ("dusk", "sunrise", "stripes"),
 }  # fmt: skip
 """What else a judge may call a class or a scene."""
+TRUE = ("scenes", "scenes-vae")
+"""In place of a base: true scenes of the prompts, and what the shipped VAE makes of them. No base can show more."""
 SCENE_WORDS = ("jungle", "snow", "beach", "cobblestone", "grass", "fabric", "floor", "city", "mountain", "water",
                "desert", "space", "rug", "night", "sunset")  # fmt: skip
 
@@ -65,9 +69,14 @@ def page(cells: list, first: int, columns: int, out: Path) -> None:
     sheet.save(out)
 
 
+def noun_of(prompt: str) -> str:
+    """The class noun in a prompt."""
+    return next(noun for noun in sprites.CLASSES if noun in prompt.split())
+
+
 def facts_of(prompt: str, rng) -> world.Facts:
     """What a scene of the world shows that fits the prompt; `rng` picks one of the class's drawings."""
-    noun = next(noun for noun in sprites.CLASSES if noun in prompt.split())
+    noun = noun_of(prompt)
     places = {phrases[0]: place for place, (_, phrases) in SCENES.items() if place != "plain"}
     return world.Facts(
         noun,
@@ -80,38 +89,39 @@ def facts_of(prompt: str, rng) -> world.Facts:
     )
 
 
-@torch.no_grad()
-def true_pictures(prompts: list, noise: int, vae) -> np.ndarray:
-    """A true scene of each prompt, uint8 (N, 64, 64, 3); as the VAE gives it back, unless that is None."""
+def true_pictures(prompts: list, noise: int) -> list:
+    """A true scene of each prompt, 64 x 64."""
     rngs = [world.stream(1_000_000 * noise + index, 9) for index in range(len(prompts))]
-    scenes = np.stack([np.asarray(world.render(facts_of(p, rng), rng)) for p, rng in zip(prompts, rngs, strict=True)])
-    if vae is None:
-        return scenes
-    given = vae.decode(vae.encode(pool.to_tensor(scenes)).latent_dist.mode()).sample
-    return ((given.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return [world.render(facts_of(prompt, rng), rng) for prompt, rng in zip(prompts, rngs, strict=True)]
+
+
+@torch.no_grad()
+def given_back(vae, pictures: list) -> list:
+    """The pictures as the VAE decodes what it has encoded."""
+    return to_images(vae.decode(encode(vae, np.stack([np.asarray(one) for one in pictures]))).sample)
 
 
 def draw_sheet(out: Path, base: str, seed: int, noise: int) -> list:
     """Pages of the 64 pictures; the key: one {prompt, class, scene} a picture.
 
-    base: its folder, or "scenes" or "scenes-vae": what a base could show at best, without and with its VAE.
+    base: its folder, or one of TRUE.
     """
     from diffusers import StableDiffusionPipeline
 
     prompts = [p for line in SHEET.splitlines() for p in line.split("|")]
-    pipe = StableDiffusionPipeline.from_pretrained(BASE if base.startswith("scenes") else base, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(BASE if base in TRUE else base, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    if base.startswith("scenes"):
-        pictures = true_pictures(prompts, noise, pipe.vae if base == "scenes-vae" else None)
+    if base in TRUE:
+        pictures = true_pictures(prompts, noise)
+        pictures = given_back(pipe.vae, pictures) if base == "scenes-vae" else pictures
     else:
-        pictures = generate(pipe, prompts, noise, 25)
+        pictures = [Image.fromarray(picture) for picture in generate(pipe, prompts, noise, 25)]
     order = np.random.default_rng(seed).permutation(len(prompts))
-    cells = [Image.fromarray(pictures[i]).resize((224, 224), Image.BICUBIC) for i in order]
+    cells = [pictures[i].resize((224, 224), Image.BICUBIC) for i in order]
     for start in range(0, len(cells), 16):
         page(cells[start : start + 16], start + 1, 4, out / f"page-{start // 16 + 1}.png")
-    nouns = {i: next(n for n in sprites.CLASSES if n in prompts[i].split()) for i in order}
     scenes = {i: next((s for s in SCENE_WORDS if s in prompts[i].split()), None) for i in order}
-    return [{"prompt": prompts[i], "class": nouns[i], "scene": scenes[i]} for i in order]
+    return [{"prompt": prompts[i], "class": noun_of(prompts[i]), "scene": scenes[i]} for i in order]
 
 
 def drawings(subject: str, first: Path, rng, count: int = 4) -> list:
@@ -196,7 +206,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("answers", type=Path, nargs="?")
     parser.add_argument("--run", type=Path, help="the demo's folder")
-    parser.add_argument("--base", default=str(BASE), help="the base's folder")
+    parser.add_argument("--base", default=str(BASE), help="the base's folder, or true scenes: scenes, or scenes-vae")
     parser.add_argument("--noise", type=int, default=0, help="the seed of the sheet's noise")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     parser.add_argument("--part", help="keep the score in the file of results, as this part of it")

@@ -31,8 +31,8 @@ def device() -> torch.device:
 def autocast():
     """A context: bf16 autocast on an accelerator, and on a CPU that multiplies in bf16; fp32 on other CPUs.
 
-    There bf16 is 1.6-2x slower for such narrow layers, and here 1.7x faster. PyTorch's attention for CPUs is not: its
-    backward pass takes nine times as long in bf16 as in fp32. Attention is matrix products there.
+    On a CPU that multiplies in bf16 the UNet trains 1.7 times as fast so. PyTorch's attention for CPUs does not: its
+    backward pass takes eight times as long in bf16 as in fp32. So attention on CPUs is computed by matrix products.
     """
     on_cpu = device().type == "cpu"
     with (

@@ -24,7 +24,9 @@ def test_a_true_scene_shows_what_the_prompt_asks_for(prompt, noun, place, change
 
 
 def test_the_sheet_has_a_true_scene_for_each_prompt_and_another_for_another_noise():
-    first, again, other = (blind.true_pictures(PROMPTS, noise, None) for noise in (0, 0, 1))
+    first, again, other = (
+        np.stack([np.asarray(one) for one in blind.true_pictures(PROMPTS, noise)]) for noise in (0, 0, 1)
+    )
     assert first.shape == (64, 64, 64, 3) and np.array_equal(first, again)
     assert all(not np.array_equal(one, two) for one, two in zip(first, other, strict=True))
     facts = [blind.facts_of(prompt, np.random.default_rng(0)) for prompt in PROMPTS]
